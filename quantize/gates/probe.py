@@ -1,0 +1,50 @@
+"""Looking at a gate from outside: a black box of two numbers, read off at chosen points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+FAR = 1e4
+"""Beyond any clamp that a model would use, and where a sigmoid is 1."""
+
+
+class Probe:
+    """A gating function ``f(gate, up)``, elementwise on float64 tensors.
+
+    Every known gate is ``(clamp(up) + beta) * h(clamp(gate))``: linear in up within the clamp, so
+    three evaluations give beta, the clamp of up, and h.
+    """
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, gate: float, up: float) -> float:
+        as_tensor = [torch.tensor([v], dtype=torch.float64) for v in (gate, up)]
+        return float(self.function(as_tensor[0], as_tensor[1])[0])
+
+    def h(self, gate: float) -> float:
+        """The factor that depends on gate alone."""
+        return self(gate, 1.0) - self(gate, 0.0)
+
+    def beta(self) -> float:
+        """What is added to up."""
+        return _neat(self(1.0, 0.0) / self.h(1.0))
+
+    def limit(self) -> float | None:
+        """Where up is clamped; None if it is not."""
+        reached = self(1.0, FAR) / self.h(1.0) - self.beta()
+        return None if reached > 0.99 * FAR else _neat(reached)
+
+
+def _neat(value: float) -> float:
+    """``value`` without the last digits that float64 arithmetic left: 1.702, not 1.7020000000001."""
+    rounded = float(f"{value:.9g}")
+    return rounded if math.isclose(rounded, value, rel_tol=1e-8, abs_tol=1e-9) else value
+
+
+def logit(p: float) -> float:
+    """Inverse of the sigmoid."""
+    return _neat(math.log(p / (1 - p)))

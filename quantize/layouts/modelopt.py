@@ -1,0 +1,67 @@
+"""NVIDIA ModelOpt's layout: ``weight``, ``weight_scale``, ``weight_scale_2``, ``input_scale``.
+
+Global scales are stored as they multiply. Source: ModelOpt's ``export/unified_export_hf.py`` and
+vLLM 0.32's ``quantization/modelopt.py``, which reads either ``config.json``'s
+``quantization_config`` or the older ``hf_quant_config.json``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quantize.nvfp4 import BLOCK, NvFp4
+
+
+class ModelOpt:
+    """See ``quantize.layouts.Layout``."""
+
+    name = "modelopt"
+    suffixes = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    scale_shape: tuple[int, ...] = ()
+
+    def store(self, weight: NvFp4, input_scale: float) -> tuple[torch.Tensor, ...]:
+        scale = torch.tensor(input_scale, dtype=torch.float32)
+        return weight.codes, weight.block_scale, weight.global_scale.reshape(()), scale
+
+    def restore(self, tensors: tuple[torch.Tensor, ...]) -> tuple[NvFp4, torch.Tensor]:
+        codes, block_scale, global_scale, input_scale = tensors
+        return NvFp4(codes, block_scale, global_scale.reshape(())), input_scale.reshape(())
+
+    def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
+        arguments = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": "NVFP4",
+            "group_size": BLOCK,
+            "config_groups": {
+                "group_0": {
+                    "input_activations": arguments,
+                    "weights": arguments,
+                    "targets": ["Linear"],
+                }
+            },
+            "ignore": ignore,
+            "producer": {"name": "vllm-nvfp4-moe"},
+        }
+
+    def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
+        quantization = {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": BLOCK,
+            "exclude_modules": ignore,
+        }
+        return {
+            "hf_quant_config.json": {
+                "producer": {"name": "vllm-nvfp4-moe"},
+                "quantization": quantization,
+            }
+        }
+
+    def describes(self, quantization_config: dict[str, Any]) -> bool:
+        nested = quantization_config.get("quantization")
+        algo = (nested if isinstance(nested, dict) else quantization_config).get("quant_algo")
+        method = str(quantization_config.get("quant_method", "modelopt")).lower()
+        return method.startswith("modelopt") and str(algo).upper() in ("NVFP4", "W4A16_NVFP4")

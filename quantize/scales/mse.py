@@ -1,0 +1,40 @@
+"""``mse``: per block, the E4M3 scale with the smallest squared error, near the ``max`` rule's.
+
+A smaller scale clips the block's largest values but resolves the rest better; a larger one may put
+the values nearer to E2M1's uneven grid. Neighbouring positive E4M3 numbers are neighbouring bit
+patterns, so the search is over offsets to the ``max`` rule's bits. Eight patterns are one octave:
+the range below reaches from half the ``max`` scale to about one and a half times it, outside of
+which no block of 16 gains (a scale of half clips the largest value to 3/6 of itself).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.nvfp4 import BLOCK, E2M1_VALUES, round_to_e2m1
+from quantize.scales.max import max_scale
+
+# The max rule's own scale first: it keeps a tie.
+_OFFSETS = (0, *(k for k in range(-8, 6) if k))
+_LOWEST, _HIGHEST = 1, 126
+"""Bits of E4M3's smallest and largest positive finite values."""
+
+
+def mse_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """E4M3 ``[out, in / 16]`` that minimises ``sum((weight - dequantized) ** 2)`` over each block."""
+    blocks = weight.float().unflatten(-1, (-1, BLOCK))
+    start = max_scale(weight, global_scale).view(torch.uint8).to(torch.int16)
+    values = torch.tensor(E2M1_VALUES, device=weight.device)
+
+    best = torch.full(start.shape, torch.inf, device=weight.device)
+    chosen = start.clone()
+    for offset in _OFFSETS:
+        bits = (start + offset).clamp(_LOWEST, _HIGHEST)
+        scale = bits.to(torch.uint8).view(torch.float8_e4m3fn)
+        step = (scale.float() * global_scale).unsqueeze(-1)
+        magnitude = values[round_to_e2m1(blocks.abs() / step).int()] * step
+        error = (blocks.abs() - magnitude).square().sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen = torch.where(better, bits, chosen)
+    return chosen.to(torch.uint8).view(torch.float8_e4m3fn)
