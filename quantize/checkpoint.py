@@ -99,7 +99,7 @@ class Checkpoint:
     def _read(self, name: str, read: Any) -> torch.Tensor:
         file = self.tensors[name].file
         try:
-            return read(self._handle(file))  # type: ignore[no-any-return]
+            return read(self._handle(file))
         except (SafetensorError, OSError) as error:
             raise QuantizeError(f"{file}: cannot read {name}: {error}") from error
 

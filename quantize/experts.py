@@ -155,7 +155,14 @@ def _fused_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpoi
     if hidden == 2 * intermediate and configured not in (None, hidden):
         raise QuantizeError(f"{up.name}: hidden_size is {configured} in config.json, not {hidden}")
     return ExpertGroup(
-        prefix, experts, hidden, intermediate, True, PROJECTIONS[0], (up.name, down.name), transposed
+        prefix,
+        experts,
+        hidden,
+        intermediate,
+        True,
+        PROJECTIONS[0],
+        (up.name, down.name),
+        transposed,
     )
 
 

@@ -51,7 +51,7 @@ def identify(folder: Path) -> Gate:
 
 
 def identify_config(config: PreTrainedConfig) -> Gate:
-    """The gate of the experts of the model that ``config`` describes; raises as :func:`identify`."""
+    """The gate of the model that ``config`` describes; raises as :func:`identify`."""
     text = config.get_text_config()
     gates: dict[Gate, str] = {}
     for cls in _experts_classes(text) or _experts_classes(config):
@@ -90,9 +90,10 @@ def _experts_classes(config: PreTrainedConfig) -> list[type[torch.nn.Module]]:
             continue
         model = model[0] if isinstance(model, tuple | list) else model
         module = importlib.import_module(model.__module__)
+        classes: list[tuple[str, Any]] = inspect.getmembers(module, inspect.isclass)
         return [
             cls
-            for name, cls in inspect.getmembers(module, inspect.isclass)
+            for name, cls in classes
             if name.endswith("Experts")
             and cls.__module__ == module.__name__
             and hasattr(cls, "_apply_gate")
@@ -121,7 +122,7 @@ def _gate_of(cls: type[torch.nn.Module], config: PreTrainedConfig) -> Gate:
 
     def stacked(gate: torch.Tensor, up: torch.Tensor, interleaved: bool) -> torch.Tensor:
         order = torch.stack((gate, up), dim=-1) if interleaved else torch.stack((gate, up))
-        return experts._apply_gate(order.flatten().unsqueeze(0)).flatten()  # type: ignore[no-any-return]
+        return experts._apply_gate(order.flatten().unsqueeze(0)).flatten()
 
     for interleaved in (False, True):
         probe = Probe(lambda g, u, i=interleaved: stacked(g, u, i))  # type: ignore[misc]

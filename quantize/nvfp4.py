@@ -88,7 +88,7 @@ def encode(weight: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 ``[..., n]`` codes (0 to 15) to uint8 ``[..., n / 2]``, the even one in the low nibble."""
+    """uint8 codes ``[..., n]`` (0 to 15) to bytes ``[..., n / 2]``, the even one low."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
@@ -99,7 +99,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 def decode(packed: torch.Tensor) -> torch.Tensor:
     """Float32 ``[..., 2 * n]`` E2M1 values of packed uint8 ``[..., n]``, without any scale."""
-    values = torch.tensor(E2M1_VALUES, device=packed.device)
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=packed.device)
     table = torch.cat((values, -values))
     return table[unpack(packed).int()]
 

@@ -93,7 +93,7 @@ def plan(
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
         raise QuantizeError(
-            f"{checkpoint.folder / 'config.json'}: this checkpoint is already quantized ({method}); "
+            f"{checkpoint.folder / 'config.json'}: it is already quantized ({method}); "
             "start from the original one"
         )
     groups = find(checkpoint)
@@ -143,9 +143,7 @@ def execute(
         "quantization_config": plan.layout.quantization_config(plan.ignore),
     }
     write_json(target / "config.json", config)
-    return Summary(
-        time.perf_counter() - started, checkpoint.nbytes, plan.nbytes, len(plan.shards)
-    )
+    return Summary(time.perf_counter() - started, checkpoint.nbytes, plan.nbytes, len(plan.shards))
 
 
 def _jobs(
@@ -244,7 +242,9 @@ def _prepare(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
         raise QuantizeError(f"{target} is the source; choose another folder")
     if target.exists() and any(target.iterdir()):
         if not overwrite:
-            raise QuantizeError(f"{target} is not empty; pass --overwrite to replace its checkpoint")
+            raise QuantizeError(
+                f"{target} is not empty; pass --overwrite to replace its checkpoint"
+            )
         # What makes the old checkpoint look whole goes first.
         for file in (target / "config.json", target / INDEX, *target.glob("*.safetensors")):
             file.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class Probe:
 
 
 def _neat(value: float) -> float:
-    """``value`` without the last digits that float64 arithmetic left: 1.702, not 1.7020000000001."""
+    """``value`` without the digits that float64 arithmetic left: 1.702, not 1.7020000000001."""
     rounded = float(f"{value:.9g}")
     return rounded if math.isclose(rounded, value, rel_tol=1e-8, abs_tol=1e-9) else value
 

@@ -1,4 +1,4 @@
-"""``silu``: ``up * gate * sigmoid(gate)``, the SwiGLU of Qwen, Mixtral, DeepSeek and most others."""
+"""``silu``: ``up * gate * sigmoid(gate)``, the SwiGLU of Qwen, Mixtral, DeepSeek and others."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Layout(Protocol):
         """Inverse of :meth:`store`: the weight, and the input scale (float32 scalar)."""
 
     def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
-        """``config.json``'s ``quantization_config``; ``ignore``: linear modules left as they are."""
+        """``config.json``'s ``quantization_config``; ``ignore``: linear modules that stay."""
 
     def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
         """Further JSON files of the checkpoint, by name."""

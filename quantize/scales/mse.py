@@ -21,12 +21,12 @@ _LOWEST, _HIGHEST = 1, 126
 
 
 def mse_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """E4M3 ``[out, in / 16]`` that minimises ``sum((weight - dequantized) ** 2)`` over each block."""
+    """E4M3 ``[out, in / 16]``: least ``sum((weight - dequantized) ** 2)`` in each block."""
     blocks = weight.float().unflatten(-1, (-1, BLOCK))
     start = max_scale(weight, global_scale).view(torch.uint8).to(torch.int16)
-    values = torch.tensor(E2M1_VALUES, device=weight.device)
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=weight.device)
 
-    best = torch.full(start.shape, torch.inf, device=weight.device)
+    best = torch.full(start.shape, torch.inf, dtype=torch.float32, device=weight.device)
     chosen = start.clone()
     for offset in _OFFSETS:
         bits = (start + offset).clamp(_LOWEST, _HIGHEST)

@@ -1,0 +1,74 @@
+"""What ``nvfp4-moe inspect`` shows: what would be quantized, what stays, and what it would save."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from quantize.checkpoint import Checkpoint
+from quantize.experts import ExpertGroup
+from quantize.pipeline import Plan
+
+
+@dataclass(frozen=True)
+class ExpertRow:
+    """Layers whose experts are alike."""
+
+    pattern: str
+    layers: int
+    experts: int
+    hidden: int
+    intermediate: int
+    bytes_now: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class OtherRow:
+    """Tensors that stay, of one kind (names alike but for numbers)."""
+
+    pattern: str
+    count: int
+    dtype: str
+    nbytes: int
+
+
+def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
+    """One row for each kind of MoE layer."""
+    alike: dict[tuple[str, int, int, int], list[ExpertGroup]] = defaultdict(list)
+    for group in plan.groups:
+        key = (_pattern(group.prefix), group.num_experts, group.hidden, group.intermediate)
+        alike[key].append(group)
+    after: dict[str, int] = defaultdict(int)
+    for out in (out for jobs in plan.shards for job in jobs for out in job.outputs):
+        prefix, found, _ = out.name.rpartition("experts.")
+        if found:
+            after[f"{prefix}experts"] += out.nbytes
+    return [
+        ExpertRow(
+            pattern,
+            len(groups),
+            experts,
+            hidden,
+            intermediate,
+            sum(checkpoint.tensors[name].nbytes for g in groups for name in g.sources),
+            sum(after[g.prefix] for g in groups),
+        )
+        for (pattern, experts, hidden, intermediate), groups in alike.items()
+    ]
+
+
+def other_rows(checkpoint: Checkpoint, plan: Plan) -> list[OtherRow]:
+    """One row for each kind of tensor that stays as it is, largest first."""
+    experts = {name for group in plan.groups for name in group.sources}
+    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for name, info in checkpoint.tensors.items():
+        if name not in experts:
+            kinds[_pattern(name), info.dtype].append(info.nbytes)
+    rows = [OtherRow(name, len(n), dtype, sum(n)) for (name, dtype), n in kinds.items()]
+    return sorted(rows, key=lambda row: -row.nbytes)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name)

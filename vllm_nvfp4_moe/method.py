@@ -1,0 +1,182 @@
+"""The fused-MoE method: what is common to all backends, from empty parameters to checked weights.
+
+After loading, every layer holds, whatever the checkpoint's layout was:
+
+* ``w13_weight`` uint8 ``[experts, 2 * intermediate, hidden / 2]``: all of gate, then all of up;
+* ``w13_weight_scale`` float8_e4m3fn ``[experts, 2 * intermediate, hidden / 16]``;
+* ``w13_weight_scale_2`` float32 ``[experts, 2]``, gate and up equal: the global scale, multiplying;
+* ``w13_input_scale`` float32 ``[experts, 2]``: absent in weight-only checkpoints;
+* the same with ``w2``, without the factor and the axis of two.
+
+Those are the names that vLLM's ``modelopt_fp4`` uses, and that its kernel conversions expect.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEMethodBase,
+    FusedMoeWeightScaleSupported,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from quantize.nvfp4 import BLOCK
+from vllm_nvfp4_moe.checks import (
+    BLOCK_SCALE,
+    CODES,
+    GLOBAL_SCALE,
+    INPUT_SCALE,
+    ExpertLoads,
+    fold_global_scales,
+)
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from vllm_nvfp4_moe.config import NvFp4MoEConfig
+
+logger = init_logger("vllm.nvfp4_moe.method")
+
+_CANONICAL = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+
+
+class _Loader:
+    """The ``weight_loader`` of one parameter: checks, then vLLM's own loader.
+
+    vLLM's loader chooses its branch by words in the method's class name; scalars, for which that
+    matters, are stored here instead.
+    """
+
+    supports_moe_loading = True
+
+    def __init__(self, loads: ExpertLoads, kind: int, global_input_scales: bool) -> None:
+        self.loads = loads
+        self.kind = kind
+        self.global_index = kind == INPUT_SCALE and global_input_scales
+
+    def __call__(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        layer = self.loads.layer
+        self.loads.check(self.kind, shard_id, expert_id, loaded_weight)
+        if self.kind in (CODES, BLOCK_SCALE):
+            return layer.weight_loader(
+                param, loaded_weight, weight_name, shard_id, expert_id, return_success
+            )
+        index = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        index = expert_id if self.global_index else index
+        if index < 0:
+            return False if return_success else None
+        place = param.data[index] if shard_id == "w2" else param.data[index, int(shard_id == "w3")]
+        place.copy_(loaded_weight.reshape(()))
+        return True if return_success else None
+
+
+class NvFp4MoEMethod(FusedMoEMethodBase):
+    """Base of the backends' methods.
+
+    Args:
+        config: the checkpoint's quantization config.
+        layer: already set to the contract's gate.
+    """
+
+    global_input_scales = False
+    """Whether kernels want the input scales of all experts, not only this rank's."""
+
+    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts) -> None:
+        super().__init__(layer.moe_config)
+        self.config = config
+        self.weight_only = config.weight_only
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, layer: RoutedExperts) -> str | None:
+        """Why this backend cannot run ``layer`` here, None if it can."""
+
+    @abstractmethod
+    def prepare(self, layer: RoutedExperts) -> None:
+        """Turn checked weights (see the module's docstring) into what the kernels read."""
+
+    def uses_weight_scale_2_pattern(self) -> bool:
+        return True
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        layer.num_experts = num_experts
+        layer.params_dtype = params_dtype
+        kinds: tuple[int, ...] = (CODES, BLOCK_SCALE, GLOBAL_SCALE)
+        if not self.weight_only:
+            kinds = (*kinds, INPUT_SCALE)
+        load_format = get_current_vllm_config().load_config.load_format
+        self.loads: ExpertLoads | None = ExpertLoads(layer, self.config.layout, kinds)
+        self._dummy = load_format == "dummy"
+
+        inner = intermediate_size_per_partition
+        for prefix, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
+            per_expert: dict[int, tuple[tuple[int, ...], torch.dtype, str | None]] = {
+                CODES: ((rows, columns // 2), torch.uint8, None),
+                BLOCK_SCALE: ((rows, columns // BLOCK), torch.float8_e4m3fn, "group"),
+                GLOBAL_SCALE: ((2,) if prefix == "w13" else (), torch.float32, "tensor"),
+                INPUT_SCALE: ((2,) if prefix == "w13" else (), torch.float32, "tensor"),
+            }
+            for kind in kinds:
+                shape, dtype, granularity = per_expert[kind]
+                experts = num_experts
+                if kind == INPUT_SCALE and self.global_input_scales:
+                    experts = extra_weight_attrs["global_num_experts"]
+                param = torch.nn.Parameter(
+                    torch.empty(experts, *shape, dtype=dtype), requires_grad=False
+                )
+                layer.register_parameter(f"{prefix}_{self.config.layout.suffixes[kind]}", param)
+                attributes: dict[str, Any] = {
+                    "weight_loader": _Loader(self.loads, kind, self.global_input_scales)
+                }
+                if granularity is not None:
+                    attributes["quant_method"] = FusedMoeWeightScaleSupported(granularity).value
+                set_weight_attrs(param, attributes)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Check that everything came, bring it to the canonical names, hand it to the backend."""
+        if self.loads is not None and not self._dummy:
+            self.loads.complete()
+        self._canonicalize(layer)
+        if not self._dummy:
+            fold_global_scales(layer)
+        self.loads = None
+        self.prepare(layer)
+
+    def _canonicalize(self, layer: RoutedExperts) -> None:
+        layout = self.config.layout
+        reciprocal = layout.name == "compressed-tensors"
+        for prefix in ("w13", "w2"):
+            for kind, (suffix, canonical) in enumerate(
+                zip(layout.suffixes, _CANONICAL, strict=True)
+            ):
+                param = getattr(layer, f"{prefix}_{suffix}", None)
+                if param is None:
+                    continue
+                delattr(layer, f"{prefix}_{suffix}")
+                data = param.data
+                if reciprocal and kind in (GLOBAL_SCALE, INPUT_SCALE):
+                    data = data.reciprocal()
+                layer.register_parameter(
+                    f"{prefix}_{canonical}", torch.nn.Parameter(data, requires_grad=False)
+                )
