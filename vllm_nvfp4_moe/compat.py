@@ -161,13 +161,25 @@ def avoid_frozen_attention(vllm_config: VllmConfig) -> None:
     )
 
 
-def gpu_only_model(hf_config: Any) -> str | None:
-    """Why ``hf_config``'s model cannot run on a CPU at all, None if nothing is known against it.
+GPU_ONLY = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
+"""Architectures whose vLLM 0.32 classes import CUDA kernels; published checkpoints name them."""
 
-    vLLM 0.32's own MiniMax-M3 model, which the published layout resolves to, imports CUDA kernels.
-    """
-    gpu_only = {"MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"}
-    found = gpu_only.intersection(getattr(hf_config, "architectures", None) or ())
+
+def explain_gpu_only_models() -> None:
+    """On a CPU, let vLLM find a class for ``GPU_ONLY`` that says what to do; elsewhere nothing."""
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm_nvfp4_moe.gpu_only import GpuOnlyModel
+
+        for architecture in GPU_ONLY:
+            ModelRegistry.register_model(architecture, GpuOnlyModel)
+
+
+def gpu_only_model(hf_config: Any) -> str | None:
+    """Why ``hf_config``'s model cannot run on a CPU at all, None if nothing is known against it."""
+    found = set(GPU_ONLY).intersection(getattr(hf_config, "architectures", None) or ())
     if not found:
         return None
     return (

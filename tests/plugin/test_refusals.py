@@ -1,0 +1,190 @@
+"""Each checkpoint that would not give the model's text, damaged in just that way, is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.plugin.conftest import Damage
+
+LAYER = "model.layers.3.mlp.experts"
+LAYOUTS = ("modelopt", "compressed-tensors")
+CODES = {"modelopt": "weight", "compressed-tensors": "weight_packed"}
+GLOBAL = {"modelopt": "weight_scale_2", "compressed-tensors": "weight_global_scale"}
+INPUT = {"modelopt": "input_scale", "compressed-tensors": "input_global_scale"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["codes", "block", "global", "input"])
+def test_missing_tensor(load, damage, layout: str, which: str) -> None:
+    suffix = {
+        "codes": CODES[layout],
+        "block": "weight_scale",
+        "global": GLOBAL[layout],
+        "input": INPUT[layout],
+    }[which]
+    folder = damage(layout).tensors(lambda t: t.pop(f"{LAYER}.5.up_proj.{suffix}"))
+    with pytest.raises(ValueError, match="missing") as caught:
+        load(folder)
+    assert f"{LAYER}: missing from the checkpoint: expert 5, up (w3), {suffix}" in str(caught.value)
+
+
+def test_missing_expert_names_the_first_and_counts_the_rest(load, damage) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.startswith(f"{LAYER}.31.")]:
+            del tensors[name]
+
+    with pytest.raises(ValueError, match=r"expert 31, gate \(w1\), weight;.* and 9 more tensors"):
+        load(damage("modelopt").tensors(drop))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [(0.0, "zero"), (float("nan"), "NaN"), (float("inf"), "infinite"), (-1.0, "negative")],
+)
+def test_bad_global_scale(load, damage, layout: str, value: float, word: str) -> None:
+    name = f"{LAYER}.7.down_proj.{GLOBAL[layout]}"
+    folder = damage(layout).tensors(lambda t: t[name].fill_(value))
+    with pytest.raises(ValueError, match=f"1 of 1 scales are {word}") as caught:
+        load(folder)
+    assert f"{LAYER}: expert 7, down (w2), {GLOBAL[layout]}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("bits", "word"), [(0x00, "zero"), (0x7F, "NaN"), (0xB8, "negative")])
+def test_bad_block_scale(load, damage, bits: int, word: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.0.gate_proj.weight_scale"].view(torch.uint8)[17, 3] = bits
+
+    with pytest.raises(ValueError, match=f"1 of 3072 scales are {word}") as caught:
+        load(damage("modelopt").tensors(change))
+    assert f"{LAYER}: expert 0, gate (w1), weight_scale" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_bad_input_scale(load, damage, value: float) -> None:
+    name = f"{LAYER}.2.gate_proj.input_scale"
+    with pytest.raises(ValueError, match=r"expert 2, gate \(w1\), input_scale: 1 of 1 scales are"):
+        load(damage("modelopt").tensors(lambda t: t[name].fill_(value)))
+
+
+@pytest.mark.parametrize("suffix", ["weight", "weight_scale"])
+def test_short_tensor(load, damage, suffix: str) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        name = f"{LAYER}.4.down_proj.{suffix}"
+        tensors[name] = tensors[name][:-1].clone()
+
+    with pytest.raises(ValueError, match=rf"expert 4, down \(w2\), {suffix}: shape \[383, "):
+        load(damage("modelopt").tensors(cut))
+
+
+def test_wrong_dtype(load, damage) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = f"{LAYER}.4.down_proj.weight_scale"
+        tensors[name] = tensors[name].to(torch.bfloat16)
+
+    with pytest.raises(ValueError, match=r"expert 4, down .*dtype torch.bfloat16, expected"):
+        load(damage("modelopt").tensors(change))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_differing_global_scales_are_folded(
+    load, damage, quantized: dict[str, Path], layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The up projection, written with a four times larger global scale and block scales a quarter
+    as large, still means the same weights; vLLM's layer has place for one global scale only."""
+
+    def rescale(tensors: dict[str, torch.Tensor]) -> None:
+        for expert in range(32):
+            base = f"{LAYER}.{expert}.up_proj."
+            tensors[base + GLOBAL[layout]] *= 4.0 if layout == "modelopt" else 0.25
+            blocks = tensors[base + "weight_scale"]
+            tensors[base + "weight_scale"] = (blocks.float() / 4).to(torch.float8_e4m3fn)
+
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING):
+        changed = load(damage(layout).tensors(rescale))[LAYER].routed_experts
+    same = load(quantized[layout])[LAYER].routed_experts
+    assert "folded into the block scales" in caplog.text
+    assert LAYER in caplog.text
+
+    inner = same.w13_weight.shape[1] // 2
+    for side, factor in ((slice(0, inner), 0.25), (slice(inner, None), 1.0)):
+        before = same.w13_weight_scale[:, side].float() * same.w13_weight_scale_2[:, None, None]
+        after = changed.w13_weight_scale[:, side].float() * changed.w13_weight_scale_2[:, None, None]
+        # Up went down to a quarter and stays there; gate is folded by a quarter. Powers of two are
+        # exact but for what falls among E4M3's subnormals, half a step of 2 ** -9.
+        step = changed.w13_weight_scale_2[:, None, None] * 2.0**-10
+        assert torch.all((after - before).abs() <= step), factor
+
+
+def test_no_contract_and_unknown_class(load, damage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a contract, the model's class decides; if that fails, nothing is guessed."""
+    import quantize.identify
+
+    folder = damage("modelopt").config(lambda c: c.pop("nvfp4_moe"))
+    assert load(folder)[LAYER].routed_experts.activation.value == "swigluoai_uninterleave"
+    monkeypatch.setattr(quantize.identify, "_experts_classes", lambda config: [])
+    with pytest.raises(ValueError, match="cannot establish which gate its experts apply"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"form": "mish"}, "unknown gate form 'mish'"),
+        ({"form": "swiglu_oai", "alpha": "big"}, "alpha must be a number"),
+        ({"form": "swiglu_oai", "limit": -7.0}, "limit must be positive"),
+        ({}, "not a gate contract"),
+    ],
+)
+def test_bad_contract(load, damage, gate: dict, message: str) -> None:
+    folder = damage("modelopt").config(lambda c: c["nvfp4_moe"].update(gate=gate))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_newer_contract(load, damage) -> None:
+    folder = damage("modelopt").config(lambda c: c["nvfp4_moe"].update(version=99))
+    with pytest.raises(ValueError, match="version is 99, this package knows 1"):
+        load(folder)
+
+
+def test_gate_that_no_kernel_has_names_both(load, damage) -> None:
+    folder = damage("modelopt").config(lambda c: c["nvfp4_moe"]["gate"].update(interleaved=True))
+    with pytest.raises(ValueError, match="experts apply swiglu_oai") as caught:
+        load(folder)
+    assert "vLLM's layer would apply silu" in str(caught.value)
+
+
+def test_checkpoint_that_is_not_quantized(load, m3_nano: Path) -> None:
+    with pytest.raises(ValueError, match="this one is not quantized.*nvfp4-moe quantize"):
+        load(m3_nano)
+
+
+def test_checkpoint_quantized_otherwise(load, damage) -> None:
+    def change(config: dict) -> None:
+        config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+    with pytest.raises(ValueError, match="quant_method is 'fp8'"):
+        load(damage("modelopt").config(change))
+
+
+def test_published_layout_on_a_cpu(load, m3_nano_hub: Path, tmp_path: Path) -> None:
+    """vLLM's native MiniMax-M3 is GPU-only; on a CPU that is one clear error."""
+    from quantize.checkpoint import Checkpoint
+    from quantize.pipeline import execute, plan
+
+    with Checkpoint(m3_nano_hub) as source:
+        execute(source, plan(source), tmp_path / "hub", False, lambda _: None)
+    with pytest.raises(ValueError, match="GPU-only model.*serve the Transformers layout"):
+        load(tmp_path / "hub")
+
+
+def test_damage_is_what_is_refused(load, damage) -> None:
+    """The other side of every test above: the same copy, rewritten without damage, loads."""
+    assert isinstance(damage("modelopt"), Damage)
+    assert LAYER in load(damage("compressed-tensors").tensors(lambda t: None))
