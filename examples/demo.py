@@ -219,6 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     # So that being told to end unwinds like Ctrl-C does, and takes the server along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would ignore it
     try:
         demo(args)
     except KeyboardInterrupt:

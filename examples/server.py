@@ -110,7 +110,7 @@ def _await_health(
     raise ServerError(f"the server was not ready after {limit:.0f} s:\n{tail(log)}")
 
 
-def stop(process: subprocess.Popen[bytes], patience: float = 30.0) -> None:
+def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
     """Interrupt the server, wait up to `patience` seconds, then kill whatever is left of it."""
     # A second Ctrl-C must not cut this short, or the engine would stay behind.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# pytest puts this folder on sys.path; without the root before it, ``import quantize`` would find
-# tests/quantize.
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +21,7 @@ def m3_nano() -> Path:
 
 @pytest.fixture(scope="session")
 def m3_nano_hub(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """m3-nano as the hub publishes MiniMax-M3 (one tensor per expert), made by the shared script."""
+    """m3-nano as the hub publishes MiniMax-M3: one tensor per expert."""
     script = ROOT.parent / "shared" / "models" / "to_hub_layout.py"
     if not script.exists():
         pytest.skip(f"{script}, which converts m3-nano, is not there")

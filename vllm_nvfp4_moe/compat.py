@@ -88,6 +88,35 @@ def when_imported(name: str, callback: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _AfterImport(name, callback))
 
 
+def runner_of(layer: RoutedExperts) -> Any:
+    """The MoE runner that ``layer`` belongs to, None before it exists."""
+    from vllm.config import get_current_vllm_config
+
+    context = get_current_vllm_config().compilation_config.static_forward_context
+    return context.get(layer.layer_name)
+
+
+def shared_experts_counted_by_every_rank(layer: RoutedExperts) -> bool:
+    """Whether the ranks' sum would hold the shared expert once per rank.
+
+    vLLM 0.32's Transformers backend sums routed and shared experts over tensor-parallel ranks, but
+    replicates a shared expert whose class it cannot split (MiniMax-M3's inline gate). Seen on two
+    CPU ranks in bf16, without this package: perplexity 22.00 for 20.08.
+    """
+    from vllm.distributed import get_tensor_model_parallel_world_size
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+    shared = getattr(runner_of(layer), "shared_experts", None)
+    if (
+        shared is None
+        or get_tensor_model_parallel_world_size() == 1
+        or layer.moe_config.is_sequence_parallel
+    ):
+        return False
+    split = (ColumnParallelLinear, RowParallelLinear)
+    return not any(isinstance(m, split) and m.tp_size > 1 for m in shared.modules())
+
+
 def use_grouped_routing(layer: RoutedExperts) -> None:
     """Let vLLM's CPU router route ``layer`` by sigmoid with a correction bias.
 
@@ -95,13 +124,9 @@ def use_grouped_routing(layer: RoutedExperts) -> None:
     the sigmoid and the bias, and with one group it computes just the ungrouped routing. Only this
     layer's own router object changes. Can go when ``CPURouter`` accepts sigmoid ungrouped.
     """
-    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
-    runner = get_current_vllm_config().compilation_config.static_forward_context.get(
-        layer.layer_name
-    )
-    router: Any = getattr(runner, "router", None)
+    router: Any = getattr(runner_of(layer), "router", None)
     if (
         isinstance(router, CPURouter)
         and router.scoring_func == "sigmoid"

@@ -26,12 +26,14 @@ from vllm.model_executor.layers.fused_moe import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from quantize.nvfp4 import BLOCK
+from vllm_nvfp4_moe import compat
 from vllm_nvfp4_moe.checks import (
     BLOCK_SCALE,
     CODES,
     GLOBAL_SCALE,
     INPUT_SCALE,
     ExpertLoads,
+    RefusedError,
     fold_global_scales,
 )
 
@@ -155,6 +157,12 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that everything came, bring it to the canonical names, hand it to the backend."""
+        if compat.shared_experts_counted_by_every_rank(layer):
+            raise RefusedError(
+                f"{layer.layer_name}: with tensor parallelism, vLLM's Transformers backend would "
+                "add this model's shared expert once per rank (in bf16 too). Use "
+                "--tensor-parallel-size 1, or a layout that vLLM has a model of its own for"
+            )
         if self.loads is not None and not self._dummy:
             self.loads.complete()
         self._canonicalize(layer)

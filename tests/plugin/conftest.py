@@ -79,7 +79,30 @@ class Damage:
         return self.folder
 
 
+@pytest.fixture(scope="session")
+def shallow(
+    quantized: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The quantized m3-nano's first two layers, one dense and one sparse: loads in a second."""
+
+    def cut_tensors(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.startswith("model.layers.") and n[13] > "1"]:
+            del tensors[name]
+
+    def cut_config(config: dict[str, Any]) -> None:
+        config["num_hidden_layers"] = 2
+        for key in ("layer_types", "mlp_layer_types"):
+            config[key] = config[key][:2]
+
+    folders = {}
+    for layout, folder in quantized.items():
+        copy = Damage(folder, tmp_path_factory.mktemp("shallow") / layout)
+        copy.tensors(cut_tensors)
+        folders[layout] = copy.config(cut_config)
+    return folders
+
+
 @pytest.fixture
-def damage(quantized: dict[str, Path], tmp_path: Path) -> Callable[[str], Damage]:
-    """``damage(layout)``: a fresh copy of the quantized m3-nano to be damaged."""
-    return lambda layout="modelopt": Damage(quantized[layout], tmp_path / f"damaged-{layout}")
+def damage(shallow: dict[str, Path], tmp_path: Path) -> Callable[[str], Damage]:
+    """``damage(layout)``: a fresh copy of ``shallow`` to be damaged."""
+    return lambda layout="modelopt": Damage(shallow[layout], tmp_path / f"damaged-{layout}")

@@ -10,7 +10,7 @@ import torch
 
 from tests.plugin.conftest import Damage
 
-LAYER = "model.layers.3.mlp.experts"
+LAYER = "model.layers.1.mlp.experts"
 LAYOUTS = ("modelopt", "compressed-tensors")
 CODES = {"modelopt": "weight", "compressed-tensors": "weight_packed"}
 GLOBAL = {"modelopt": "weight_scale_2", "compressed-tensors": "weight_global_scale"}
@@ -92,7 +92,7 @@ def test_wrong_dtype(load, damage) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_differing_global_scales_are_folded(
-    load, damage, quantized: dict[str, Path], layout: str, caplog: pytest.LogCaptureFixture
+    load, damage, shallow: dict[str, Path], layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The up projection, written with a four times larger global scale and block scales a quarter
     as large, still means the same weights; vLLM's layer has place for one global scale only."""
@@ -107,7 +107,7 @@ def test_differing_global_scales_are_folded(
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.WARNING):
         changed = load(damage(layout).tensors(rescale))[LAYER].routed_experts
-    same = load(quantized[layout])[LAYER].routed_experts
+    same = load(shallow[layout])[LAYER].routed_experts
     assert "folded into the block scales" in caplog.text
     assert LAYER in caplog.text
 

@@ -50,7 +50,7 @@ def _nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def nearest_e2m1(x: np.ndarray) -> np.ndarray:
     """Codes 0 to 15 of the nearest E2M1 values; the sign is kept, also of zero."""
-    return _nearest(np.abs(x), E2M1[:8]) | (np.signbit(x).astype(np.int64) << 3)
+    return _nearest(np.minimum(np.abs(x), 6.0), E2M1[:8]) | (np.signbit(x).astype(np.int64) << 3)
 
 
 def nearest_e4m3(x: np.ndarray) -> np.ndarray:

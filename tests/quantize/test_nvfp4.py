@@ -307,27 +307,28 @@ def random_blocks(kind: str) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy", "mixed", "bf16"])
-def test_mse_equals_an_exhaustive_search_of_its_range(kind: str) -> None:
+KINDS = ["normal", "heavy", "mixed", "bf16"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mse_is_the_best_scale_from_half_to_one_and_a_half(kind: str) -> None:
     weight = random_blocks(kind)
     largest, got = (quantize_weights([weight], rule)[0] for rule in ("max", "mse"))
     start = bits(largest.block_scale)
-    want = searched(weight, got.global_scale.item(), start, range(-8, 6))
-    np.testing.assert_allclose(block_errors(weight, got), want, rtol=1e-5)
-    offsets = bits(got.block_scale).astype(int) - start
-    assert offsets.min() >= -8
-    assert offsets.max() <= 5
-    assert (offsets != 0).mean() > 0.3  # else this test would be one of max
+    best = searched(weight, got.global_scale.item(), start, range(-8, 6))
+    ours = block_errors(weight, got)
+    assert (ours <= best * (1 + 1e-5)).all()
+    if kind != "mixed":  # most of whose blocks are at the smallest scale
+        assert ours.sum() < 0.95 * block_errors(weight, largest).sum()  # else it is the max rule
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy"])
-def test_no_scale_outside_of_the_range_is_better(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_mse_is_the_best_of_all_scales(kind: str) -> None:
     weight = random_blocks(kind)
     got = quantize_weights([weight], "mse")[0]
-    everything = searched(
-        weight, got.global_scale.item(), np.ones(got.block_scale.shape, int), range(126)
-    )
-    np.testing.assert_allclose(block_errors(weight, got), everything, rtol=1e-5)
+    lowest = np.ones(got.block_scale.shape, int)
+    best = searched(weight, got.global_scale.item(), lowest, range(126))
+    np.testing.assert_allclose(block_errors(weight, got), best, rtol=1e-5)
 
 
 @settings(max_examples=300, deadline=None)

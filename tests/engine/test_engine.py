@@ -1,0 +1,121 @@
+"""Whole engines against Transformers running the same weights, dequantized by a plain reference."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from examples.perplexity import held_out_rows, model_perplexity
+from tests.conftest import ROOT
+from tests.plugin.reference import experts_of
+
+pytestmark = pytest.mark.engine
+
+
+def run_engine(folder: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """``benchmarks.engine`` in a process of its own, in float32 and without compilation: what is
+    left of a difference is then not rounding. The server tests run the defaults."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.engine", str(folder), "--quantization", "nvfp4_moe",
+         *more],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | env,
+    )  # fmt: skip
+
+
+EXACT: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_agrees_with_transformers_on_the_dequantized_weights(
+    quantized: dict[str, Path], m3_nano: Path, tmp_path: Path, layout: str
+) -> None:
+    """Mean KL over 512 positions and perplexity over 6 rows; and the perplexity is bf16's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = tmp_path / "distributions.npy"
+    done = run_engine(
+        quantized[layout], "--rows", "6", "--distributions", str(file),
+        "--engine", json.dumps(EXACT),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+
+    tokenizer = AutoTokenizer.from_pretrained(m3_nano)
+    rows = held_out_rows(tokenizer, 6)
+    model = AutoModelForCausalLM.from_pretrained(m3_nano, dtype="float32")
+    original = model_perplexity(model, rows)
+    for index in range(1, 6):
+        experts = model.model.layers[index].mlp.experts
+        prefix = f"model.layers.{index}.mlp.experts"
+        for e, (gate, up, down) in enumerate(experts_of(quantized[layout], prefix, layout, 32)):
+            experts.gate_up_proj.data[e] = torch.cat((gate, up))
+            experts.down_proj.data[e] = down
+    assert abs(result["perplexity"] / model_perplexity(model, rows) - 1) < 1e-4
+    assert abs(result["perplexity"] / original - 1) < 0.01
+
+    with torch.inference_mode():
+        few = held_out_rows(tokenizer, 2, 257)
+        logits = torch.cat([model(torch.tensor([row])).logits[0, :-1] for row in few])
+    theirs = torch.log_softmax(logits.double(), -1)
+    ours = torch.from_numpy(np.load(file)).double()
+    assert ours.shape == theirs.shape == (512, 4096)
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    assert abs(kl) < 1e-5  # rounding of the normalisation may leave it just below zero
+
+
+def test_tensor_parallelism_that_would_give_garbage_is_refused(quantized: dict[str, Path]) -> None:
+    """vLLM's Transformers backend adds MiniMax-M3's shared expert once per rank, silently."""
+    done = run_engine(
+        quantized["modelopt"], "--engine", json.dumps(EXACT | {"tensor_parallel_size": 2}),
+        VLLM_CPU_OMP_THREADS_BIND="0|0",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "add this model's shared expert once per rank" in done.stdout + done.stderr
+
+
+def test_experts_are_sharded(tmp_path: Path) -> None:
+    """A random Qwen3-MoE (no shared expert): one rank, two tensor-parallel, two expert-parallel."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from quantize.checkpoint import Checkpoint
+    from quantize.pipeline import execute, plan
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=8,
+        num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
+        max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+    with Checkpoint(tmp_path / "source") as source:
+        execute(source, plan(source), tmp_path / "nvfp4", False, lambda _: None)
+
+    scores = []
+    for more in (
+        {},
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    ):
+        file = tmp_path / f"{len(scores)}.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"), str(file),
+             json.dumps(EXACT | more)],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+            | ({"VLLM_CPU_OMP_THREADS_BIND": "0|0"} if more else {}),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        scores.append(torch.tensor(json.loads(file.read_text())))
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=1e-4, atol=1e-4)
+    assert scores[0].std() > 0.5  # not a constant that any weights would give

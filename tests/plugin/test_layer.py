@@ -1,0 +1,174 @@
+"""One MoE layer, loaded by vLLM from our files, against a plain float64 implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.plugin.reference import experts_of, routed
+
+LAYER = "model.layers.1.mlp.experts"
+
+
+def relative(out: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((out.double() - truth).norm() / truth.norm())
+
+
+def routing(tokens: int, experts: int = 32, k: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]).int()
+    return torch.rand(tokens, k) + 0.1, ids
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_experts_match_the_reference(load, shallow: dict[str, Path], layout: str) -> None:
+    layer = load(shallow[layout], dtype="float32")[LAYER].routed_experts
+    truth_weights = experts_of(shallow[layout], LAYER, layout, 32)
+    torch.manual_seed(0)
+    for tokens in (1, 7, 300):  # 300 take the path with one matrix product an expert
+        x = torch.randn(tokens, 384) * 3
+        weights, ids = routing(tokens)
+        out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+        assert relative(out, routed(x, truth_weights, weights, ids)) < 1e-5, tokens
+
+
+def test_bfloat16_loses_only_roundings_of_activations(load, shallow: dict[str, Path]) -> None:
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    truth_weights = experts_of(shallow["modelopt"], LAYER, "modelopt", 32)
+    torch.manual_seed(0)
+    for tokens in (1, 300):
+        x = torch.randn(tokens, 384).bfloat16()
+        weights, ids = routing(tokens)
+        out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+        assert out.dtype == torch.bfloat16
+        assert relative(out, routed(x, truth_weights, weights, ids)) < 6e-3, tokens
+
+
+def test_weights_stay_four_bit(load, shallow: dict[str, Path]) -> None:
+    """Bytes of all the layer's parameters and buffers: 4.5 bits a weight and a few scalars."""
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    held = sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
+    weights = 32 * 3 * 384 * 128
+    assert held <= weights * 4.5 / 8 + 32 * 8 * 4
+
+
+def test_router_matches_transformers(load, shallow: dict[str, Path], m3_nano: Path) -> None:
+    """Sigmoid scores, bias for the choice only, renormalised, scaled: as the model's own router."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+    from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLTopKRouter
+
+    tensors = load_file(m3_nano / "model.safetensors")
+    theirs = MiniMaxM3VLTopKRouter(AutoConfig.from_pretrained(m3_nano))
+    prefix = "model.layers.1.mlp.gate."
+    theirs.load_state_dict({n: tensors[prefix + n].float() for n in theirs.state_dict()})
+    # A correction bias that changes choices, so that a router without it cannot pass.
+    torch.manual_seed(1)
+    theirs.e_score_correction_bias.copy_(torch.randn(32) * 0.3)
+    runner = load(shallow["modelopt"], dtype="float32")[LAYER]
+    runner.router.e_score_correction_bias.copy_(theirs.e_score_correction_bias)
+
+    x = torch.randn(64, 384)
+    logits, weights, ids = theirs(x)
+    ours, our_ids = runner.router.select_experts(hidden_states=x, router_logits=logits)
+    order, our_order = ids.argsort(1), our_ids.long().argsort(1)
+    assert torch.equal(ids.gather(1, order), our_ids.long().gather(1, our_order))
+    torch.testing.assert_close(
+        weights.gather(1, order).float(), ours.gather(1, our_order), rtol=1e-5, atol=1e-6
+    )
+    # Both sides scale the experts' sum afterwards, vLLM's by the runner's factor.
+    assert runner.routed_scaling_factor == AutoConfig.from_pretrained(m3_nano).routed_scaling_factor
+
+
+def test_expert_map_and_weight_on_input() -> None:
+    """Experts of other ranks contribute nothing; router weights may multiply the input instead."""
+    from quantize.scales import quantize_weights
+    from tests.plugin.reference import dequantize, m3_gate
+    from vllm_nvfp4_moe.backends import cpu
+
+    torch.manual_seed(2)
+    weights13 = [quantize_weights([torch.randn(64, 48) / 5])[0] for _ in range(3)]
+    weights2 = [quantize_weights([torch.randn(48, 32) / 5])[0] for _ in range(3)]
+    stacked = [
+        torch.stack([getattr(w, field) for w in weights])
+        for weights in (weights13, weights2)
+        for field in ("codes", "block_scale", "global_scale")
+    ]
+    plain = [
+        [*dequantize(*a).chunk(2), dequantize(*b)]
+        for a, b in zip(weights13, weights2, strict=True)
+    ]
+    expert_map = torch.tensor([-1, 0, -1, 1, 2], dtype=torch.int32)
+    for tokens in (5, 400):
+        x = torch.randn(tokens, 48)
+        factors, ids = routing(tokens, experts=5, k=2)
+        local = expert_map[ids.long()]
+        masked = torch.where(local < 0, 0.0, factors)
+        for on_input in (False, True):
+            out = cpu.experts_forward(
+                x, *stacked, factors, ids, expert_map, "swiglu_oai", 1.702, 1.0, 7.0, on_input
+            )
+            if not on_input:
+                truth = routed(x, plain, masked, local.clamp(min=0))
+            else:
+                truth = torch.zeros(tokens, 48, dtype=torch.float64)
+                for t in range(tokens):
+                    for f, e in zip(factors[t].double(), local[t].tolist(), strict=True):
+                        if e >= 0:
+                            gate, up, down = plain[e]
+                            row = x[t].double() * f
+                            truth[t] += down @ m3_gate(gate @ row, up @ row)
+            assert relative(out, truth) < 1e-5, (tokens, on_input)
+
+
+@pytest.mark.parametrize("form", ["silu", "gelu", "gelu_tanh"])
+def test_other_gates(form: str) -> None:
+    from quantize.scales import quantize_weights
+    from tests.plugin.reference import dequantize
+    from vllm_nvfp4_moe.backends import cpu
+
+    function = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
+    }[form]
+    torch.manual_seed(3)
+    w13, w2 = quantize_weights([torch.randn(64, 48)])[0], quantize_weights([torch.randn(48, 32)])[0]
+    gate, up = dequantize(*w13).chunk(2)
+    plain = [[gate, up, dequantize(*w2)]]
+    for tokens in (3, 100):
+        x = torch.randn(tokens, 48)
+        ones, ids = torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32)
+        out = cpu.experts_forward(
+            x, *(t[None] for t in (*w13, *w2)), ones, ids, None, form, 1.0, 0.0, None, False
+        )
+        truth = routed(x, plain, ones, ids, lambda g, u: function(g) * u)
+        assert relative(out, truth) < 1e-5, tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_equal_inputs_give_equal_bits(load, shallow: dict[str, Path], tokens: int) -> None:
+    """However the work is split over threads, and whatever the neighbours are."""
+    from vllm_nvfp4_moe.backends import cpu_numba
+
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    torch.manual_seed(4)
+    x = torch.randn(tokens, 384).bfloat16()
+    weights, ids = routing(tokens)
+    apply = layer.quant_method.apply
+    first = apply(layer, x, weights, ids, None, None)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            cpu_numba.team.cache_clear()
+            assert torch.equal(apply(layer, x, weights, ids, None, None), first)
+    finally:
+        torch.set_num_threads(threads)
+        cpu_numba.team.cache_clear()
+    alone = torch.cat(
+        [apply(layer, x[i : i + 1], weights[i : i + 1], ids[i : i + 1], None, None)
+         for i in range(tokens)]
+    )  # fmt: skip
+    assert torch.equal(alone, first)

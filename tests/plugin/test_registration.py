@@ -1,0 +1,124 @@
+"""Registration is cheap, repeatable, and changes nothing for anyone who does not ask for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def python(code: str, **env: str) -> str:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_nothing_heavy() -> None:
+    """In a fresh process: no torch, no vLLM, no transformers, until vLLM asks for methods."""
+    out = python(
+        "import sys, vllm_nvfp4_moe\n"
+        "vllm_nvfp4_moe.register(); vllm_nvfp4_moe.register()\n"
+        "heavy = ('torch', 'vllm', 'transformers', 'numba', 'numpy', 'quantize')\n"
+        "print([m for m in heavy if m in sys.modules])\n"
+    )
+    assert out.strip() == "[]"
+
+
+def test_vllm_finds_it_through_the_entry_point() -> None:
+    """Loaded as vLLM loads plugins, known by name; our modules beyond the config stay unloaded."""
+    out = python(
+        "import sys\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "from vllm.model_executor.layers import quantization as q\n"
+        "print(q.get_quantization_config('nvfp4_moe').__module__)\n"
+        "print(q.QUANTIZATION_METHODS.count('nvfp4_moe'))\n"
+        "print([m for m in sys.modules if m.startswith(('vllm_nvfp4_moe.b', 'quantize'))])\n"
+    )
+    assert out.split("\n")[-4:-1] == ["vllm_nvfp4_moe.config", "1", "[]"]
+
+
+def test_registering_after_the_import_works_too() -> None:
+    out = python(
+        "from vllm.model_executor.layers import quantization as q\n"
+        "import vllm_nvfp4_moe\n"
+        "vllm_nvfp4_moe.register(); vllm_nvfp4_moe.register()\n"
+        "print(q.QUANTIZATION_METHODS.count('nvfp4_moe'))\n",
+        VLLM_PLUGINS="",
+    )
+    assert out.split()[-1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("found", "accepted"),
+    [("0.32.0", True), ("0.32.5+cpu", True), ("0.33.1", True), ("0.31.2", False), ("1.0", False),
+     ("0.34.0rc1", False), (None, False)],
+)  # fmt: skip
+def test_versions(monkeypatch, caplog, found: str | None, accepted: bool) -> None:
+    import vllm_nvfp4_moe
+    from vllm_nvfp4_moe import compat
+
+    waiting: list[str] = []
+    monkeypatch.setattr(compat, "installed_version", lambda: found)
+    monkeypatch.setattr(compat, "when_imported", lambda name, callback: waiting.append(name))
+    monkeypatch.setattr(vllm_nvfp4_moe.logger, "propagate", True)
+    vllm_nvfp4_moe.register()
+    assert bool(waiting) == accepted
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert len(errors) == (0 if accepted else 1)
+    if errors:
+        assert "needs vLLM 0.32 or 0.33" in errors[0]
+        assert str(found) in errors[0] or found is None
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_claims_only_when_asked(quantized: dict[str, Path], layout: str) -> None:
+    """Without ``--quantization nvfp4_moe``, vLLM resolves our folders to its own methods."""
+    import json
+
+    from vllm_nvfp4_moe.config import NvFp4MoEConfig
+
+    config = json.loads((quantized[layout] / "config.json").read_text())["quantization_config"]
+    claim = NvFp4MoEConfig.override_quantization_method
+    assert claim(config, "nvfp4_moe") == "nvfp4_moe"
+    for asked in (None, "modelopt_fp4", "compressed-tensors", "fp8"):
+        assert claim(config, asked) is None
+    assert claim({"quant_method": "fp8"}, "fp8") is None
+    assert claim(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [("modelopt", "modelopt_fp4"), ("compressed-tensors", "compressed-tensors")],
+)
+def test_vllm_itself_recognises_the_folders(
+    quantized: dict[str, Path], layout: str, expected: str
+) -> None:
+    """vLLM's own resolution, without and with the flag."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = str(quantized[layout])
+    assert EngineArgs(model=folder).create_model_config().quantization == expected
+    ours = EngineArgs(model=folder, quantization="nvfp4_moe").create_model_config()
+    assert ours.quantization == "nvfp4_moe"
+
+
+def test_everything_but_experts_is_stock(load, shallow: dict[str, Path]) -> None:
+    """With the plugin asked for, every linear layer has vLLM's own unquantized method."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    for folder in shallow.values():
+        model = load(folder)["model"]
+        linear = [m for m in model.modules() if isinstance(m, LinearBase)]
+        assert len(linear) >= 8
+        assert all(isinstance(m.quant_method, UnquantizedLinearMethod) for m in linear)

@@ -1,0 +1,158 @@
+"""Small checkpoints, written by Transformers' save_pretrained or by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from tests.quantize.reference import INDEX
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+EXPERTS, HIDDEN, INTERMEDIATE = 4, 32, 48
+
+
+def qwen3_moe(**more: Any) -> transformers.PreTrainedConfig:
+    return transformers.Qwen3MoeConfig(
+        **SIZES | {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2} | more,
+        head_dim=16,
+        intermediate_size=64,
+        decoder_sparse_step=1,
+    )
+
+
+def mixtral(**more: Any) -> transformers.PreTrainedConfig:
+    return transformers.MixtralConfig(
+        **SIZES | {"intermediate_size": 48, "num_local_experts": 4} | more
+    )
+
+
+def deepseek_v3(**more: Any) -> transformers.PreTrainedConfig:
+    return transformers.DeepseekV3Config(
+        **SIZES | {"moe_intermediate_size": 48, "n_routed_experts": 4} | more,
+        intermediate_size=64,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
+
+
+def minimax_m3(**more: Any) -> transformers.PreTrainedConfig:
+    from transformers.models.minimax_m3_vl import MiniMaxM3VLTextConfig
+
+    return MiniMaxM3VLTextConfig(
+        **SIZES | {"intermediate_size": 48, "num_local_experts": 4} | more,
+        head_dim=16,
+        rotary_dim=8,
+        dense_intermediate_size=64,
+        shared_intermediate_size=48,
+        num_experts_per_tok=2,
+        index_n_heads=2,
+        index_head_dim=16,
+        layer_types=["full_attention"] * 2,
+        mlp_layer_types=["dense", "sparse"],
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def gpt_oss(**more: Any) -> transformers.PreTrainedConfig:
+    return transformers.GptOssConfig(
+        **SIZES | {"intermediate_size": 48, "num_local_experts": 4} | more,
+        head_dim=16,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+
+
+def llama(**more: Any) -> transformers.PreTrainedConfig:
+    return transformers.LlamaConfig(**SIZES | {"intermediate_size": 48} | more)
+
+
+CONFIGS: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
+    "qwen3_moe": qwen3_moe,
+    "mixtral": mixtral,
+    "deepseek_v3": deepseek_v3,
+    "minimax_m3": minimax_m3,
+    "gpt_oss": gpt_oss,
+    "llama": llama,
+}
+
+
+def build(name: str, **more: Any) -> transformers.PreTrainedModel:
+    """A random model in bfloat16, every parameter different from every other."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        CONFIGS[name](**more), dtype=torch.bfloat16
+    )
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.05)
+    return model
+
+
+def save(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    shard_of: Callable[[str], int] | None = None,
+) -> Path:
+    """Write a checkpoint; ``shard_of`` gives each tensor's file (then there is an index)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if shard_of is None:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    numbers = sorted({shard_of(name) for name in tensors})
+    files = {n: f"model-{i:05d}-of-{len(numbers):05d}.safetensors" for i, n in enumerate(numbers)}
+    for number, file in files.items():
+        part = {name: t for name, t in tensors.items() if shard_of(name) == number}
+        save_file(part, folder / file, {"format": "pt"})
+    write_index(folder, {name: files[shard_of(name)] for name in tensors})
+    return folder
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def per_expert(
+    fused: dict[str, torch.Tensor],
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> dict[str, torch.Tensor]:
+    """Split concatenated ``gate_up_proj`` and ``down_proj`` into one tensor per expert."""
+    gate_name, up_name, down_name = names
+    out = {}
+    for name, tensor in fused.items():
+        prefix, _, kind = name.rpartition(".")
+        for expert in range(len(tensor)) if prefix.endswith(".experts") else ():
+            module = f"{prefix}.{expert}"
+            if kind == "gate_up_proj":
+                half = tensor.shape[1] // 2
+                out[f"{module}.{gate_name}.weight"] = tensor[expert, :half].clone()
+                out[f"{module}.{up_name}.weight"] = tensor[expert, half:].clone()
+            else:
+                out[f"{module}.{down_name}.weight"] = tensor[expert].clone()
+        if not prefix.endswith(".experts"):
+            out[name] = tensor
+    return out

@@ -1,0 +1,40 @@
+"""Fixtures of tests/quantize: tiny random models, saved by Transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.quantize import checkpoints
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``saved(name)``: a tiny model of ``checkpoints.CONFIGS``, as save_pretrained writes it."""
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("saved") / name
+            checkpoints.build(name).save_pretrained(folders[name])
+        return folders[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def stacked(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """``stacked(name)``: the same weights under the names that Transformers' modules have."""
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            model = checkpoints.build(name)
+            tensors: dict[str, torch.Tensor] = dict(model.state_dict())
+            config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+            folders[name] = tmp_path_factory.mktemp("stacked") / name
+            checkpoints.save(folders[name], tensors, config)
+        return folders[name]
+
+    return get

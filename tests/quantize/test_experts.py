@@ -1,0 +1,398 @@
+"""Finding routed experts by names and shapes: every known layout, and what must be refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts import ExpertGroup, find
+from tests.quantize import checkpoints
+from tests.quantize.checkpoints import EXPERTS, HIDDEN, INTERMEDIATE
+
+Folders = Callable[[str], Path]
+
+PREFIXES = {
+    "qwen3_moe": ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"],
+    "mixtral": [
+        "model.layers.0.block_sparse_moe.experts",
+        "model.layers.1.block_sparse_moe.experts",
+    ],
+    "deepseek_v3": ["model.layers.1.mlp.experts"],
+    "minimax_m3": ["model.layers.1.mlp.experts"],
+}
+
+
+def groups(folder: Path) -> list[ExpertGroup]:
+    with Checkpoint(folder) as checkpoint:
+        return find(checkpoint)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(QuantizeError) as caught, Checkpoint(folder) as checkpoint:
+        find(checkpoint)
+    return str(caught.value)
+
+
+def all_weights(folder: Path, interleaved: bool = False) -> dict[str, torch.Tensor]:
+    """What the groups say that each expert's gate, up and down are."""
+    out = {}
+    with Checkpoint(folder) as checkpoint:
+        for group in find(checkpoint):
+            for expert in range(group.num_experts):
+                gate, up = group.gate_up(checkpoint, expert, interleaved)
+                down = group.down(checkpoint, expert)
+                assert gate.shape == up.shape == (group.intermediate, group.hidden)
+                assert down.shape == (group.hidden, group.intermediate)
+                for name, tensor in zip(group.modules(expert), (gate, up, down), strict=True):
+                    out[f"{name}.weight"] = tensor.clone()
+    return out
+
+
+def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert set(got) == set(want)
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def routed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in tensors.items() if ".experts." in n}
+
+
+# -- what is found ---------------------------------------------------------------------------------
+
+
+def test_m3_nano_as_transformers_writes_it(m3_nano: Path) -> None:
+    found = groups(m3_nano)
+    assert [g.prefix for g in found] == [f"model.layers.{i}.mlp.experts" for i in range(1, 6)]
+    for group in found:
+        assert (group.num_experts, group.hidden, group.intermediate) == (32, 384, 128)
+        assert (group.fused, group.transposed) == (True, False)
+        assert group.sources == (f"{group.prefix}.gate_up_proj", f"{group.prefix}.down_proj")
+        assert group.parameters == 32 * 3 * 384 * 128
+
+
+def test_m3_nano_as_the_hub_publishes_it(m3_nano: Path, m3_nano_hub: Path) -> None:
+    found = groups(m3_nano_hub)
+    prefix = "model.layers.{}.block_sparse_moe.experts"
+    assert [g.prefix for g in found] == [prefix.format(i) for i in range(1, 6)]
+    for group in found:
+        assert (group.num_experts, group.hidden, group.intermediate) == (32, 384, 128)
+        assert not group.fused
+        assert group.names == ("w1", "w3", "w2")
+        assert len(group.sources) == 96
+    # The same weights, whichever layout they are read from.
+    with (
+        safe_open(m3_nano / "model.safetensors", "pt") as fused,
+        Checkpoint(m3_nano_hub) as hub,
+    ):
+        both = fused.get_slice("model.layers.4.mlp.experts.gate_up_proj")[17]
+        gate, up = found[3].gate_up(hub, 17, False)
+        assert torch.equal(torch.cat((gate, up)), both)
+        down = fused.get_slice("model.layers.4.mlp.experts.down_proj")[17]
+        assert torch.equal(found[3].down(hub, 17), down)
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_as_save_pretrained_writes_it(name: str, saved: Folders) -> None:
+    found = groups(saved(name))
+    assert [g.prefix for g in found] == PREFIXES[name]
+    for group in found:
+        assert (group.num_experts, group.hidden, group.intermediate) == (
+            EXPERTS,
+            HIDDEN,
+            INTERMEDIATE,
+        )
+        assert group.fused == (name == "minimax_m3")  # Transformers splits the others on saving
+        assert not group.transposed
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_weights_of_separate_experts(name: str, saved: Folders) -> None:
+    stored = load_file(saved(name) / "model.safetensors")
+    assert_equal(all_weights(saved(name)), routed(stored))
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_weights_of_stacked_experts(name: str, stacked: Folders) -> None:
+    found = groups(stacked(name))
+    assert all(group.fused and not group.transposed for group in found)
+    stored = load_file(stacked(name) / "model.safetensors")
+    assert_equal(all_weights(stacked(name)), routed(checkpoints.per_expert(stored)))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_stacked_and_separate_are_the_same_model(
+    name: str, saved: Folders, stacked: Folders
+) -> None:
+    """``saved`` and ``stacked`` come from one seed: Transformers itself split the first."""
+    one, other = all_weights(saved(name)), all_weights(stacked(name))
+    assert len(one) == len(other)
+    for ours, theirs in zip(one.values(), other.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_minimax_m3_with_one_tensor_per_expert(stacked: Folders, tmp_path: Path) -> None:
+    stored = load_file(stacked("minimax_m3") / "model.safetensors")
+    split = checkpoints.per_expert(stored, ("w1", "w3", "w2"))
+    config = json.loads((stacked("minimax_m3") / "config.json").read_text())
+    folder = checkpoints.save(tmp_path / "split", split, config)
+    assert groups(folder)[0].names == ("w1", "w3", "w2")
+    assert_equal(all_weights(folder), routed(split))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_transposed_stacked_experts(interleaved: bool, tmp_path: Path) -> None:
+    """``[experts, in, out]``, as GPT-OSS and Llama 4 have it."""
+    gate, up = torch.randn(2, EXPERTS, INTERMEDIATE, HIDDEN).unbind()
+    down = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE)
+    both = torch.stack((gate, up), 2).flatten(1, 2) if interleaved else torch.cat((gate, up), 1)
+    tensors = {"l.experts.gate_up_proj": both.mT, "l.experts.down_proj": down.mT}
+    folder = checkpoints.save(tmp_path / "t", tensors, {"hidden_size": HIDDEN})
+    (group,) = groups(folder)
+    assert group.transposed
+    assert (group.hidden, group.intermediate) == (HIDDEN, INTERMEDIATE)
+    got = all_weights(folder, interleaved)
+    for expert in range(EXPERTS):
+        assert torch.equal(got[f"l.experts.{expert}.gate_proj.weight"], gate[expert])
+        assert torch.equal(got[f"l.experts.{expert}.up_proj.weight"], up[expert])
+        assert torch.equal(got[f"l.experts.{expert}.down_proj.weight"], down[expert])
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 16), (32, 32), (32, 64), (64, 32)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sizes_that_could_be_confused(
+    hidden: int, intermediate: int, transposed: bool, tmp_path: Path
+) -> None:
+    """hidden = 2 * intermediate and the like leave the square matrices' orientation to the others.
+
+    Where hidden = intermediate, ``down_proj`` is square, but ``gate_up_proj`` is not.
+    """
+    both, down = torch.randn(2, 2 * intermediate, hidden), torch.randn(2, hidden, intermediate)
+    tensors = {"l.experts.gate_up_proj": both, "l.experts.down_proj": down}
+    if transposed:
+        tensors = {name: t.mT for name, t in tensors.items()}
+    folder = checkpoints.save(tmp_path / "x", tensors, {"hidden_size": hidden})
+    (group,) = groups(folder)
+    assert (group.transposed, group.hidden, group.intermediate) == (
+        transposed,
+        hidden,
+        intermediate,
+    )
+    got = all_weights(folder)
+    assert torch.equal(got["l.experts.1.down_proj.weight"], down[1])
+    assert torch.equal(got["l.experts.1.gate_proj.weight"], both[1, :intermediate])
+
+
+def test_layers_come_in_numeric_order(tmp_path: Path) -> None:
+    tensors = {}
+    for layer in (10, 2, 1):
+        tensors[f"m.{layer}.experts.gate_up_proj"] = torch.zeros(2, 64, 16)
+        tensors[f"m.{layer}.experts.down_proj"] = torch.zeros(2, 16, 32)
+    folder = checkpoints.save(tmp_path / "x", tensors, {})
+    assert [g.prefix for g in groups(folder)] == ["m.1.experts", "m.2.experts", "m.10.experts"]
+
+
+def test_shared_experts_and_routers_are_no_routed_experts(saved: Folders) -> None:
+    with Checkpoint(saved("deepseek_v3")) as checkpoint:
+        sources = {name for group in find(checkpoint) for name in group.sources}
+        assert any(".shared_experts." in name for name in checkpoint.tensors)
+    assert not any("shared" in name or name.endswith("gate.weight") for name in sources)
+
+
+def test_no_activation_is_needed(tmp_path: Path) -> None:
+    """Structure alone: a config without hidden_act, and no model class at all."""
+    tensors = {
+        "x.experts.gate_up_proj": torch.zeros(3, 64, 16),
+        "x.experts.down_proj": torch.zeros(3, 16, 32),
+    }
+    (group,) = groups(checkpoints.save(tmp_path / "x", tensors, {}))
+    assert group.num_experts == 3
+
+
+def test_expert_count_in_a_nested_text_config(stacked: Folders, tmp_path: Path) -> None:
+    stored = load_file(stacked("qwen3_moe") / "model.safetensors")
+    folder = checkpoints.save(tmp_path / "x", stored, {"text_config": {"num_experts": EXPERTS}})
+    assert len(groups(folder)) == 2
+    (folder / "config.json").write_text(json.dumps({"text_config": {"num_experts": 5}}))
+    assert "num_experts = 5" in refusal(folder)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of ``source`` whose tensors ``change`` has edited in place."""
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    return checkpoints.save(target, tensors, json.loads((source / "config.json").read_text()))
+
+
+def test_gpt_oss_is_refused_for_its_biases(saved: Folders) -> None:
+    message = refusal(saved("gpt_oss"))
+    assert "biases" in message
+    assert "not supported" in message
+    assert "mlp.experts.gate_up_proj_bias" in message or "mlp.experts.down_proj_bias" in message
+
+
+def test_biases_of_separate_experts_are_refused(saved: Folders, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.0.up_proj.bias"
+    folder = changed(
+        saved("qwen3_moe"), tmp_path / "x", lambda t: t.update({name: torch.zeros(48)})
+    )
+    message = refusal(folder)
+    assert name in message
+    assert "biases" in message
+
+
+def test_a_dense_model_lists_what_was_looked_at(saved: Folders) -> None:
+    message = refusal(saved("llama"))
+    assert "no routed experts" in message
+    for pattern in ("experts.gate_up_proj", "experts.down_proj", "w1|w3|w2"):
+        assert pattern in message
+    assert "model.layers.N.mlp.gate_proj.weight" in message
+    assert str(saved("llama")) in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.experts.2.up_proj.weight",
+        "model.layers.0.mlp.experts.0.gate_proj.weight",
+        "model.layers.1.mlp.experts.3.down_proj.weight",
+    ],
+)
+def test_a_missing_tensor_of_an_expert(name: str, saved: Folders, tmp_path: Path) -> None:
+    folder = changed(saved("qwen3_moe"), tmp_path / "x", lambda t: t.pop(name))
+    message = refusal(folder)
+    assert name in message
+    assert "missing" in message
+
+
+def test_a_missing_last_expert_shows_in_the_count(saved: Folders, tmp_path: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if "layers.1.mlp.experts.3." in n]:
+            del tensors[name]
+
+    message = refusal(changed(saved("qwen3_moe"), tmp_path / "x", drop))
+    assert "model.layers.1.mlp.experts has 3 experts" in message
+    assert "= 4" in message
+
+
+@pytest.mark.parametrize("kind", ["gate_up_proj", "down_proj"])
+def test_half_of_a_stacked_layer(kind: str, stacked: Folders, tmp_path: Path) -> None:
+    name = f"model.layers.1.mlp.experts.{kind}"
+    folder = changed(stacked("qwen3_moe"), tmp_path / "x", lambda t: t.pop(name))
+    message = refusal(folder)
+    assert name in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("gate_proj", (64, 32)), ("up_proj", (48, 16)), ("down_proj", (48, 32)), ("w", (48, 32, 1))],
+)
+def test_a_separate_expert_of_another_shape(
+    kind: str, shape: tuple[int, ...], saved: Folders, tmp_path: Path
+) -> None:
+    name = f"model.layers.1.mlp.experts.2.{kind if kind != 'w' else 'up_proj'}.weight"
+    folder = changed(
+        saved("qwen3_moe"), tmp_path / "x", lambda t: t.update({name: torch.zeros(shape)})
+    )
+    message = refusal(folder)
+    assert name in message
+    assert str(list(shape)) in message
+
+
+def test_one_dimensional_experts(tmp_path: Path) -> None:
+    tensors = {f"x.experts.0.{n}.weight": torch.zeros(64) for n in ("w1", "w2", "w3")}
+    message = refusal(checkpoints.save(tmp_path / "x", tensors, {}))
+    assert "x.experts.0.w1.weight" in message
+    assert "[64]" in message
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        ((4, 96, 32), (4, 32, 64)),  # another intermediate size
+        ((4, 96, 32), (3, 32, 48)),  # another number of experts
+        ((4, 32, 96), (4, 32, 48)),  # one transposed, the other not
+        ((4, 95, 32), (4, 32, 48)),
+    ],
+)
+def test_stacked_shapes_that_do_not_fit_together(
+    up: tuple[int, ...], down: tuple[int, ...], tmp_path: Path
+) -> None:
+    tensors = {"x.experts.gate_up_proj": torch.zeros(up), "x.experts.down_proj": torch.zeros(down)}
+    message = refusal(checkpoints.save(tmp_path / "x", tensors, {}))
+    assert "x.experts.gate_up_proj" in message
+    assert str(list(up)) in message
+    assert str(list(down)) in message
+
+
+@pytest.mark.parametrize("kind", ["gate_up_proj", "down_proj"])
+def test_a_stacked_tensor_of_two_dimensions(kind: str, stacked: Folders, tmp_path: Path) -> None:
+    name = f"model.layers.0.mlp.experts.{kind}"
+    folder = changed(
+        stacked("qwen3_moe"), tmp_path / "x", lambda t: t.update({name: t[name].flatten(0, 1)})
+    )
+    message = refusal(folder)
+    assert name in message
+    assert "three dimensions" in message
+
+
+def test_an_expert_count_that_disagrees_with_the_config(stacked: Folders, tmp_path: Path) -> None:
+    folder = changed(stacked("mixtral"), tmp_path / "x", lambda _: None)
+    config = json.loads((folder / "config.json").read_text()) | {"num_local_experts": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refusal(folder)
+    assert "has 4 experts" in message
+    assert "num_local_experts = 8" in message
+
+
+@pytest.mark.parametrize("layout", ["saved", "stacked"])
+def test_an_fp8_source_is_refused(
+    layout: str, saved: Folders, stacked: Folders, tmp_path: Path
+) -> None:
+    folder = (saved if layout == "saved" else stacked)("qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    name = sorted(routed(tensors))[0]
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    message = refusal(tmp_path)
+    assert name in message
+    assert "F8_E4M3" in message
+    assert "model.safetensors" in message
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(24, 32), (32, 24), (40, 8)])
+@pytest.mark.parametrize("stack", [True, False])
+def test_sizes_that_are_no_multiple_of_the_block(
+    hidden: int, intermediate: int, stack: bool, tmp_path: Path
+) -> None:
+    tensors = {
+        "x.experts.gate_up_proj": torch.zeros(2, 2 * intermediate, hidden),
+        "x.experts.down_proj": torch.zeros(2, hidden, intermediate),
+    }
+    if not stack:
+        tensors = checkpoints.per_expert(tensors)
+    message = refusal(checkpoints.save(tmp_path / "x", tensors, {}))
+    assert "x.experts" in message
+    assert "not a multiple of 16" in message
+
+
+def test_mixed_projection_names(saved: Folders, tmp_path: Path) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.experts.1.up_proj.weight"
+        tensors[name.replace("up_proj", "w3")] = tensors.pop(name)
+
+    message = refusal(changed(saved("qwen3_moe"), tmp_path / "x", rename))
+    assert "model.layers.0.mlp.experts" in message
+    assert "mixes" in message

@@ -1,0 +1,691 @@
+"""Checkpoint to checkpoint: what comes out, and what a failed run leaves behind."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.gates import Gate
+from quantize.layouts import LAYOUTS
+from quantize.pipeline import Summary, execute, plan
+from quantize.shards import parse_size
+from tests.quantize import checkpoints, reference
+from tests.quantize.reference import INDEX, Raw
+
+Folders = Callable[[str], Path]
+SUFFIXES = {
+    "modelopt": ("weight", "weight_scale", "weight_scale_2"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale"),
+}
+
+
+def convert(
+    source: Path, target: Path, *args: Any, overwrite: bool = False, **more: Any
+) -> Summary:
+    with Checkpoint(source) as checkpoint:
+        return execute(
+            checkpoint, plan(checkpoint, *args, **more), target, overwrite, lambda _: None
+        )
+
+
+def is_routed(name: str) -> bool:
+    return ".experts." in name
+
+
+def source_weights(source: Path) -> dict[str, np.ndarray]:
+    """float32 weights of the routed experts, one per expert, by module path."""
+    split = {}
+    for name, raw in reference.read_folder(source).items():
+        if is_routed(name):
+            split[name] = torch.from_numpy(raw.array().astype(np.float32))
+    return {
+        n.removesuffix(".weight"): t.numpy() for n, t in checkpoints.per_expert(split).items()
+    } | {n.removesuffix(".weight"): t.numpy() for n, t in split.items() if n.endswith(".weight")}
+
+
+def assert_experts_follow_the_max_rule(
+    source: Path, out: dict[str, Raw], layout: str, every: int = 1
+) -> None:
+    weights = {n: w for n, w in source_weights(source).items() if not n.endswith("_up_proj")}
+    kinds = {name.rpartition(".")[2] for name in weights} - {"gate_up_proj"}
+    gate, up, down = ("w1", "w3", "w2") if "w1" in kinds else checkpoints.PROJECTIONS
+    experts = sorted({n.rpartition(".")[0] for n in weights if n.rpartition(".")[2] in (gate, up)})
+    assert experts
+    for expert in experts[::every]:
+        for together in ((gate, up), (down,)):
+            names = [f"{expert}.{kind}" for kind in together]
+            scale, wanted = reference.max_rule(*(weights[name] for name in names))
+            for name, (codes, scales) in zip(names, wanted, strict=True):
+                packed, block, factor = (out[f"{name}.{s}"].array() for s in SUFFIXES[layout])
+                np.testing.assert_array_equal(reference.unpack(packed), codes, err_msg=name)
+                np.testing.assert_array_equal(block, scales, err_msg=name)
+                assert factor == (scale if layout == "modelopt" else np.float32(1) / scale), name
+
+
+def assert_the_rest_is_untouched(source: Path, out: dict[str, Raw]) -> None:
+    original = {n: raw for n, raw in reference.read_folder(source).items() if not is_routed(n)}
+    assert {name: raw for name, raw in out.items() if not is_routed(name)} == original
+
+
+# -- what comes out --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "minimax_m3"])
+@pytest.mark.parametrize("form", ["saved", "stacked"])
+def test_tiny_models(
+    form: str, name: str, layout: str, saved: Folders, stacked: Folders, tmp_path: Path
+) -> None:
+    source = {"saved": saved, "stacked": stacked}[form](name)
+    summary = convert(source, tmp_path / "out", layout)
+    out = reference.read_folder(tmp_path / "out")
+    assert_the_rest_is_untouched(source, out)
+    assert_experts_follow_the_max_rule(source, out, layout)
+    routed = [name for name in out if is_routed(name)]
+    assert len(routed) == 4 * len({name.rpartition(".")[0] for name in routed})
+    assert summary.bytes_before == sum(
+        len(raw.data) for raw in reference.read_folder(source).values()
+    )
+    assert summary.bytes_after == sum(len(raw.data) for raw in out.values())
+    assert summary.shards == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_m3_nano_in_both_layouts(m3_nano: Path, quantized: dict[str, Path], layout: str) -> None:
+    out = reference.read_folder(quantized[layout])
+    assert_the_rest_is_untouched(m3_nano, out)
+    assert_experts_follow_the_max_rule(m3_nano, out, layout, every=9)
+    assert len(out) == 5 * 32 * 3 * 4 + len(
+        [name for name in reference.read_folder(m3_nano) if not is_routed(name)]
+    )
+
+
+def test_m3_nano_from_the_hub_layout(m3_nano_hub: Path, tmp_path: Path) -> None:
+    convert(m3_nano_hub, tmp_path / "out")
+    out = reference.read_folder(tmp_path / "out")
+    assert_the_rest_is_untouched(m3_nano_hub, out)
+    assert_experts_follow_the_max_rule(m3_nano_hub, out, "modelopt", every=20)
+    assert "model.layers.3.block_sparse_moe.experts.7.w3.weight_scale_2" in out
+
+
+def test_mse_is_closer_than_max(saved: Folders, tmp_path: Path) -> None:
+    errors = {}
+    for rule in ("max", "mse"):
+        convert(saved("qwen3_moe"), tmp_path / rule, "modelopt", rule)
+        out = reference.read_folder(tmp_path / rule)
+        errors[rule] = sum(
+            ((reference.weight(out, name) - weight) ** 2).sum()
+            for name, weight in source_weights(saved("qwen3_moe")).items()
+        )
+        assert_the_rest_is_untouched(saved("qwen3_moe"), out)
+    assert errors["mse"] < 0.95 * errors["max"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_float_dtypes(dtype: torch.dtype, stacked: Folders, tmp_path: Path) -> None:
+    source = stacked("qwen3_moe")
+    tensors = {n: t.to(dtype) for n, t in load_file(source / "model.safetensors").items()}
+    config = json.loads((source / "config.json").read_text())
+    checkpoints.save(tmp_path / "source", tensors, config)
+    convert(tmp_path / "source", tmp_path / "out")
+    out = reference.read_folder(tmp_path / "out")
+    assert_the_rest_is_untouched(tmp_path / "source", out)
+    assert_experts_follow_the_max_rule(tmp_path / "source", out, "modelopt")
+
+
+def test_interleaved_and_transposed_experts_come_out_as_plain_ones(
+    stacked: Folders, tmp_path: Path
+) -> None:
+    """The same numbers in GPT-OSS's order give the same output, if the gate says so."""
+    source = stacked("qwen3_moe")
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            tensors[name] = torch.stack(tensor.chunk(2, 1), 2).flatten(1, 2).mT
+        elif name.endswith("experts.down_proj"):
+            tensors[name] = tensor.mT
+    checkpoints.save(tmp_path / "interleaved", tensors, config)
+    convert(source, tmp_path / "plain")
+    convert(tmp_path / "interleaved", tmp_path / "out", gate=Gate("silu", interleaved=True))
+    assert reference.read_folder(tmp_path / "out") == reference.read_folder(tmp_path / "plain")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["nvfp4_moe"]["gate"]["interleaved"] is False  # gate and up are apart now
+
+
+def test_tensors_of_every_dtype_and_shape_pass_through(saved: Folders, tmp_path: Path) -> None:
+    """Odd lengths also put all that follows at odd addresses."""
+    source = saved("qwen3_moe")
+    tensors = load_file(source / "model.safetensors") | {
+        "a.bool": torch.tensor([True, False, True]),
+        "a.scalar": torch.tensor(2.5, dtype=torch.float64),
+        "a.empty": torch.empty(0, 4),
+        "b.int": torch.arange(5),
+        "b.byte": torch.arange(7, dtype=torch.uint8),
+        "b.nan": torch.tensor([float("nan"), -0.0, float("inf")]),
+    }
+    config = json.loads((source / "config.json").read_text())
+    checkpoints.save(tmp_path / "source", tensors, config)
+    convert(tmp_path / "source", tmp_path / "out")
+    assert_the_rest_is_untouched(tmp_path / "source", reference.read_folder(tmp_path / "out"))
+    loaded = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if not is_routed(name):
+            assert torch.equal(
+                loaded[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)
+            )
+
+
+def test_config_keeps_everything_and_says_what_was_done(m3_nano: Path, quantized: Any) -> None:
+    before = json.loads((m3_nano / "config.json").read_text())
+    for folder in quantized.values():
+        after = json.loads((folder / "config.json").read_text())
+        assert after.pop("nvfp4_moe") == {
+            "version": 1,
+            "gate": {
+                "form": "swiglu_oai",
+                "alpha": 1.702,
+                "beta": 1.0,
+                "limit": 7.0,
+                "interleaved": False,
+            },
+        }
+        assert after.pop("quantization_config")["quant_method"]
+        assert after == before
+
+
+def test_other_files_are_copied_and_weights_are_not(saved: Folders, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(saved("qwen3_moe"), source)
+    (tmp_path / "blob").write_text('{"from": "the hub cache"}')
+    (source / "tokenizer.json").symlink_to(tmp_path / "blob")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "tokenizer.model").write_bytes(bytes(range(256)))
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    (source / "original").mkdir()
+    (source / "original" / "params.json").write_text("{}")
+    convert(source, tmp_path / "out")
+    out = tmp_path / "out"
+    assert not (out / "tokenizer.json").is_symlink()
+    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    generation = source / "generation_config.json"
+    assert (out / generation.name).read_bytes() == generation.read_bytes()
+    assert not (out / "pytorch_model.bin").exists()
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+
+def job_of(name: str) -> str:
+    """What is written in one go: one expert's gate and up, one expert's down, any other tensor."""
+    if not is_routed(name):
+        return name
+    expert, kind, _ = name.rsplit(".", 2)
+    return f"{expert}.{'down' if kind in ('down_proj', 'w2') else 'gate and up'}"
+
+
+@pytest.mark.parametrize("limit", [1, 1500, 3000, 20_000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards(limit: int, layout: str, saved: Folders, tmp_path: Path) -> None:
+    source, out = saved("qwen3_moe"), tmp_path / "out"
+    convert(source, tmp_path / "whole", layout)
+    summary = convert(source, out, layout, max_shard_size=limit)
+    index = json.loads((out / INDEX).read_text())
+    files = sorted(out.glob("*.safetensors"))
+    count = len(files)
+    assert count == summary.shards > 1
+    assert [f.name for f in files] == [
+        f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+    ]
+    assert set(index["weight_map"].values()) == {f.name for f in files}
+    total = 0
+    for file in files:
+        raw = reference.read_file(file)
+        assert set(load_file(file)) == set(raw)  # safetensors' own loader takes it
+        assert {name for name, f in index["weight_map"].items() if f == file.name} == set(raw)
+        size = sum(len(tensor.data) for tensor in raw.values())
+        assert size <= limit or len({job_of(name) for name in raw}) == 1
+        total += size
+    assert index["metadata"]["total_size"] == total
+    assert reference.read_folder(out) == reference.read_folder(tmp_path / "whole")
+
+
+def test_one_shard_has_no_index(saved: Folders, tmp_path: Path) -> None:
+    convert(saved("qwen3_moe"), tmp_path / "out")
+    assert [f.name for f in tmp_path.glob("out/*.safetensors*")] == ["model.safetensors"]
+
+
+SHARDINGS: dict[str, Callable[[str], int]] = {
+    "gate, up and down apart": lambda n: (
+        1 + ["gate_", "up_", "down_"].index(n.split(".")[-2][:-4]) if is_routed(n) else 0
+    ),
+    "one tensor a file": lambda n: hash(n),
+    "by last expert digit": lambda n: int(n.split(".")[-3]) if is_routed(n) else 9,
+}
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_the_sharding_of_the_source_changes_nothing(
+    sharding: str, saved: Folders, tmp_path: Path
+) -> None:
+    source = saved("qwen3_moe")
+    tensors = load_file(source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    spread = checkpoints.save(tmp_path / "spread", tensors, config, SHARDINGS[sharding])
+    assert len(list(spread.glob("*.safetensors"))) > 3
+    convert(source, tmp_path / "one")
+    convert(spread, tmp_path / "two", max_shard_size=4000)
+    assert reference.read_folder(tmp_path / "two") == reference.read_folder(tmp_path / "one")
+
+
+def test_stacked_halves_in_different_shards(stacked: Folders, tmp_path: Path) -> None:
+    source = stacked("minimax_m3")
+    tensors = load_file(source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    spread = checkpoints.save(
+        tmp_path / "spread", tensors, config, lambda name: int(name.endswith("gate_up_proj"))
+    )
+    convert(source, tmp_path / "one")
+    convert(spread, tmp_path / "two")
+    assert reference.read_folder(tmp_path / "two") == reference.read_folder(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500 MB", 500 * 10**6),
+        ("2GiB", 2 * 2**30),
+        ("1.5kb", 1500),
+        ("123", 123),
+        (" 7 b ", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5 XB", "0", "-1GB", "nan", "inf", "1e999", "5 5GB"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(QuantizeError, match="size|larger"):
+        parse_size(text)
+
+
+# -- the target ------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_target_with_files_is_refused_and_left_alone(saved: Folders, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(QuantizeError, match=r"out is not empty.*--overwrite"):
+        convert(saved("qwen3_moe"), tmp_path / "out")
+    assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
+
+
+def test_an_empty_or_missing_target_is_taken(saved: Folders, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "empty", tmp_path / "a" / "b"):
+        convert(saved("qwen3_moe"), target)
+        assert (target / "config.json").exists()
+
+
+def test_a_file_as_target(saved: Folders, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(QuantizeError, match="out is a file"):
+        convert(saved("qwen3_moe"), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_overwriting_leaves_nothing_of_the_old_checkpoint(saved: Folders, tmp_path: Path) -> None:
+    convert(saved("mixtral"), tmp_path / "out", "modelopt", max_shard_size=3000)
+    (tmp_path / "out" / ".model-00001-of-00003.safetensors.partial").write_bytes(b"old")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    convert(saved("qwen3_moe"), tmp_path / "out", "compressed-tensors", overwrite=True)
+    convert(saved("qwen3_moe"), tmp_path / "fresh", "compressed-tensors")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh") | {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("way", ["itself", "a link", "a detour"])
+def test_the_source_as_target(way: str, overwrite: bool, saved: Folders, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(saved("qwen3_moe"), source)
+    before = contents(source)
+    (tmp_path / "link").symlink_to(source)
+    ways = {
+        "itself": source,
+        "a link": tmp_path / "link",
+        "a detour": tmp_path / "link" / ".." / "source",
+    }
+    with pytest.raises(QuantizeError, match="is the source"):
+        convert(source, ways[way], overwrite=overwrite)
+    assert contents(source) == before
+
+
+# -- failures on the way ---------------------------------------------------------------------------
+
+
+def assert_not_a_checkpoint(folder: Path) -> None:
+    """Nothing that an engine would load, nothing half-written."""
+    names = [f.name for f in folder.iterdir()] if folder.exists() else []
+    assert "config.json" not in names
+    assert INDEX not in names
+    assert not [name for name in names if name.endswith(".partial")]
+    for name in names:
+        if name.endswith(".safetensors"):
+            reference.read_file(folder / name)  # what has its name is complete
+
+
+def with_value(source: Path, target: Path, name: str, value: float, at: tuple[int, ...]) -> Path:
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][at] = value
+    config = json.loads((source / "config.json").read_text())
+    return checkpoints.save(target, tensors, config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("scales", ["max", "mse"])
+def test_a_damaged_weight(
+    kind: str, value: float, scales: str, saved: Folders, tmp_path: Path
+) -> None:
+    name = f"model.layers.1.mlp.experts.2.{kind}.weight"
+    source = with_value(saved("qwen3_moe"), tmp_path / "source", name, value, (5, 7))
+    with pytest.raises(QuantizeError) as caught:
+        convert(source, tmp_path / "out", "modelopt", scales, max_shard_size=3000)
+    assert name in str(caught.value)
+    assert "NaN or infinite" in str(caught.value)
+    assert_not_a_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("row", "named"), [(3, "gate_proj"), (60, "up_proj")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_in_a_stack(
+    row: int, named: str, value: float, stacked: Folders, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    source = with_value(stacked("qwen3_moe"), tmp_path / "source", name, value, (2, row, 7))
+    with pytest.raises(QuantizeError) as caught:
+        convert(source, tmp_path / "out")
+    assert name in str(caught.value)
+    assert f"model.layers.1.mlp.experts.2.{named}" in str(caught.value)
+    assert_not_a_checkpoint(tmp_path / "out")
+
+
+def test_a_failed_overwrite_does_not_leave_the_old_config(saved: Folders, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    source = with_value(saved("qwen3_moe"), tmp_path / "source", name, float("inf"), (0, 0))
+    convert(saved("qwen3_moe"), tmp_path / "out", max_shard_size=3000)
+    with pytest.raises(QuantizeError):
+        convert(source, tmp_path / "out", max_shard_size=3000, overwrite=True)
+    assert_not_a_checkpoint(tmp_path / "out")
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Writes beyond ``nbytes`` of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("nbytes", [10, 5_000, 20_000])
+def test_a_full_disk(nbytes: int, saved: Folders, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File too large"), largest_file(nbytes):
+        convert(saved("qwen3_moe"), tmp_path / "out")
+    assert_not_a_checkpoint(tmp_path / "out")
+
+
+def test_a_killed_run_can_be_repeated(m3_nano: Path, quantized: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "quantize", str(m3_nano), str(out), "--max-shard-size=1MB"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    assert not (out / "config.json").exists()
+    assert not (out / INDEX).exists()
+    for file in out.glob("*.safetensors"):
+        reference.read_file(file)
+    convert(m3_nano, out, overwrite=True)
+    assert contents(out) == contents(quantized["modelopt"])
+
+
+# -- damaged or foreign sources --------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(saved: Folders, tmp_path: Path) -> Path:
+    """A source in two files with an index."""
+    source = saved("qwen3_moe")
+    tensors = load_file(source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    return checkpoints.save(tmp_path / "source", tensors, config, lambda n: int("layers.1" in n))
+
+
+def refusal(source: Path, tmp_path: Path) -> str:
+    with pytest.raises(QuantizeError) as caught:
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    change(weight_map)
+    checkpoints.write_index(folder, weight_map)
+
+
+def test_an_index_that_names_a_tensor_that_is_not_there(sharded: Path, tmp_path: Path) -> None:
+    first = min(f.name for f in sharded.glob("*.safetensors"))
+    change_index(sharded, lambda m: m.update({"model.ghost.weight": first}))
+    message = refusal(sharded, tmp_path)
+    assert "model.ghost.weight" in message
+    assert first in message
+
+
+def test_an_index_that_puts_a_tensor_into_the_wrong_file(sharded: Path, tmp_path: Path) -> None:
+    first, second = sorted(f.name for f in sharded.glob("*.safetensors"))
+    change_index(sharded, lambda m: m.update({"lm_head.weight": second}))
+    message = refusal(sharded, tmp_path)
+    assert "lm_head.weight" in message
+    assert second in message
+
+
+def test_a_missing_shard(sharded: Path, tmp_path: Path) -> None:
+    second = max(sharded.glob("*.safetensors"))
+    second.unlink()
+    message = refusal(sharded, tmp_path)
+    assert second.name in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize("path", ["../x.safetensors", "/etc/x", "sub/x.safetensors", "..", ""])
+def test_an_index_that_leaves_its_folder(path: str, sharded: Path, tmp_path: Path) -> None:
+    shutil.copyfile(min(sharded.glob("*.safetensors")), tmp_path / "x.safetensors")
+    change_index(sharded, lambda m: m.update({"lm_head.weight": path}))
+    message = refusal(sharded, tmp_path)
+    assert INDEX in message
+    assert repr(path) in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{}"])
+def test_a_malformed_index(text: str, sharded: Path, tmp_path: Path) -> None:
+    (sharded / INDEX).write_text(text)
+    assert INDEX in refusal(sharded, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_shard(keep: int, sharded: Path, tmp_path: Path) -> None:
+    file = max(sharded.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:keep])
+    message = refusal(sharded, tmp_path)
+    assert file.name in message
+    assert "not a complete safetensors file" in message
+
+
+def test_a_tensor_in_two_files(sharded: Path, tmp_path: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))
+    tensors = load_file(second) | {"lm_head.weight": load_file(first)["lm_head.weight"]}
+    save_file(tensors, second)
+    message = refusal(sharded, tmp_path)
+    assert "lm_head.weight" in message
+    assert first.name in message
+    assert second.name in message
+
+
+@pytest.mark.parametrize("text", ["{not json", "[]", "", "\xff\xfe"])
+def test_a_config_that_is_no_json_object(text: str, sharded: Path, tmp_path: Path) -> None:
+    (sharded / "config.json").write_text(text, encoding="latin-1")
+    assert "config.json" in refusal(sharded, tmp_path)
+
+
+def test_a_missing_config(sharded: Path, tmp_path: Path) -> None:
+    (sharded / "config.json").unlink()
+    assert "config.json does not exist" in refusal(sharded, tmp_path)
+
+
+def test_a_folder_without_safetensors(saved: Folders, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    shutil.copy(saved("qwen3_moe") / "config.json", tmp_path / "source")
+    (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"pickle")
+    message = refusal(tmp_path / "source", tmp_path)
+    assert "safetensors" in message
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_already_quantized_source(layout: str, saved: Folders, tmp_path: Path) -> None:
+    convert(saved("qwen3_moe"), tmp_path / "first", layout)
+    message = refusal(tmp_path / "first", tmp_path)
+    assert "already quantized" in message
+    assert layout in message
+    assert "config.json" in message
+
+
+def test_a_null_quantization_config_means_none(sharded: Path, tmp_path: Path) -> None:
+    config = json.loads((sharded / "config.json").read_text()) | {"quantization_config": None}
+    (sharded / "config.json").write_text(json.dumps(config))
+    convert(sharded, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_unknown_gate_stops_before_anything_is_written(sharded: Path, tmp_path: Path) -> None:
+    config = json.loads((sharded / "config.json").read_text()) | {"model_type": "brand_new"}
+    (sharded / "config.json").write_text(json.dumps(config))
+    message = refusal(sharded, tmp_path)
+    assert "gate" in message
+    assert "--gate" in message
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+MEASURE = """
+import re, sys, threading, time
+from pathlib import Path
+from quantize.checkpoint import Checkpoint
+from quantize.pipeline import execute, plan
+
+def anonymous():
+    # Memory of this process's own; pages of mapped files, which the kernel can drop, do not count.
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+def convert(source, target):
+    with Checkpoint(Path(source)) as checkpoint:
+        steps = plan(checkpoint, max_shard_size=20_000_000)
+        execute(checkpoint, steps, Path(target), False, lambda _: None)
+
+small, large, out = sys.argv[1:]
+convert(small, out + "/small")  # so that imports, threads and caches are in the baseline
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+convert(large, out + "/large")
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+def write_large(folder: Path, config: dict[str, Any], stack: bool) -> int:
+    """About 400 MB in one file, written from one buffer; returns its size."""
+    hidden, inner, experts, layers = 1024, 512, 8, 12
+    shapes = {"lm_head.weight": (50_000, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        if stack:
+            shapes[f"{prefix}.gate_up_proj"] = (experts, 2 * inner, hidden)
+            shapes[f"{prefix}.down_proj"] = (experts, hidden, inner)
+            continue
+        for expert in range(experts):
+            shapes[f"{prefix}.{expert}.gate_proj.weight"] = (inner, hidden)
+            shapes[f"{prefix}.{expert}.up_proj.weight"] = (inner, hidden)
+            shapes[f"{prefix}.{expert}.down_proj.weight"] = (hidden, inner)
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        start = end
+    encoded = json.dumps(header).encode()
+    pattern = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    chunk = pattern.view(torch.uint8).numpy().tobytes()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": experts}))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for _ in range(start // len(chunk)):
+            file.write(chunk)
+        file.write(chunk[: start % len(chunk)])
+    return start
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("stack", [True, False], ids=["stacked", "separate"])
+def test_memory_does_not_grow_with_the_checkpoint(
+    stack: bool, saved: Folders, tmp_path: Path
+) -> None:
+    config = json.loads((saved("qwen3_moe") / "config.json").read_text())
+    size = write_large(tmp_path / "large", config, stack)
+    assert size > 390e6
+    (tmp_path / "out").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, saved("qwen3_moe"), tmp_path / "large", tmp_path / "out"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    assert int(result.stdout) < 60e6  # one expert's gate and up are 2 MB here, lm_head 102 MB
+    assert len(list((tmp_path / "out" / "large").glob("*.safetensors"))) >= 9
+    shutil.rmtree(tmp_path)
