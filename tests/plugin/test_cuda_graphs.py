@@ -41,12 +41,11 @@ def test_piecewise_graphs_are_given_up_only_where_they_are_wrong(
     monkeypatch, mode: str, breakable: bool, armed: bool, after: str
 ) -> None:
     from vllm.config import CUDAGraphMode
+
     from vllm_nvfp4_moe import compat
 
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", str(int(breakable)))
     monkeypatch.setattr(compat, "attention_break_is_armed", lambda: armed)
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode])
-    )
+    config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]))
     compat.avoid_frozen_attention(config)
     assert config.compilation_config.cudagraph_mode == CUDAGraphMode[after]

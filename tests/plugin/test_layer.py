@@ -96,8 +96,7 @@ def test_expert_map_and_weight_on_input() -> None:
         for field in ("codes", "block_scale", "global_scale")
     ]
     plain = [
-        [*dequantize(*a).chunk(2), dequantize(*b)]
-        for a, b in zip(weights13, weights2, strict=True)
+        [*dequantize(*a).chunk(2), dequantize(*b)] for a, b in zip(weights13, weights2, strict=True)
     ]
     expert_map = torch.tensor([-1, 0, -1, 1, 2], dtype=torch.int32)
     for tokens in (5, 400):

@@ -114,7 +114,9 @@ def test_differing_global_scales_are_folded(
     inner = same.w13_weight.shape[1] // 2
     for side, factor in ((slice(0, inner), 0.25), (slice(inner, None), 1.0)):
         before = same.w13_weight_scale[:, side].float() * same.w13_weight_scale_2[:, None, None]
-        after = changed.w13_weight_scale[:, side].float() * changed.w13_weight_scale_2[:, None, None]
+        after = (
+            changed.w13_weight_scale[:, side].float() * changed.w13_weight_scale_2[:, None, None]
+        )
         # Up went down to a quarter and stays there; gate is folded by a quarter. Powers of two are
         # exact but for what falls among E4M3's subnormals, half a step of 2 ** -9.
         step = changed.w13_weight_scale_2[:, None, None] * 2.0**-10
@@ -161,7 +163,7 @@ def test_gate_that_no_kernel_has_names_both(load, damage) -> None:
 
 
 def test_checkpoint_that_is_not_quantized(load, m3_nano: Path) -> None:
-    with pytest.raises(ValueError, match="this one is not quantized.*nvfp4-moe quantize"):
+    with pytest.raises(ValueError, match=r"this one is not quantized.*nvfp4-moe quantize"):
         load(m3_nano)
 
 
@@ -180,7 +182,7 @@ def test_published_layout_on_a_cpu(load, m3_nano_hub: Path, tmp_path: Path) -> N
 
     with Checkpoint(m3_nano_hub) as source:
         execute(source, plan(source), tmp_path / "hub", False, lambda _: None)
-    with pytest.raises(ValueError, match="GPU-only model.*serve the Transformers layout"):
+    with pytest.raises(ValueError, match=r"GPU-only model.*serve the Transformers layout"):
         load(tmp_path / "hub")
 
 

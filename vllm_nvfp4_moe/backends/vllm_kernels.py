@@ -53,6 +53,7 @@ class VllmKernelsMethod(NvFp4MoEMethod):
         return True
 
     def prepare(self, layer: RoutedExperts) -> None:
+        compat.route_with_float32_bias(layer)
         converted = convert_to_nvfp4_moe_kernel_format(
             nvfp4_backend=self.backend,
             layer=layer,
