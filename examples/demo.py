@@ -63,7 +63,7 @@ def run_tool(*arguments: str) -> None:
 
 def own_model(work: Path) -> str:
     """The small MiniMax-M3 made on the spot; one made by an earlier demo is used again."""
-    out = work / "m3-tiny"
+    out = work.resolve() / "m3-tiny"
     if (out / "config.json").exists():
         console.print(f"{out} is there already")
     else:
