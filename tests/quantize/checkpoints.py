@@ -136,9 +136,11 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
 def per_expert(
-    fused: dict[str, torch.Tensor],
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    fused: dict[str, torch.Tensor], names: tuple[str, str, str] = PROJECTIONS
 ) -> dict[str, torch.Tensor]:
     """Split concatenated ``gate_up_proj`` and ``down_proj`` into one tensor per expert."""
     gate_name, up_name, down_name = names

@@ -64,9 +64,7 @@ def max_rule(*weights: np.ndarray) -> tuple[np.float32, list[tuple[np.ndarray, n
     """The documented ``max`` rule in float32: (global scale, [(codes, block scale bits), ...])."""
     weights = tuple(np.asarray(w, np.float32) for w in weights)
     amax = np.float32(max(np.abs(w).max() for w in weights))
-    scale = amax / np.float32(6 * 448)
-    if not scale > 0:
-        scale = np.float32(1)
+    scale = amax / np.float32(6 * 448) if amax > 0 else np.float32(1)
     results = []
     for weight in weights:
         blocks = weight.reshape(weight.shape[0], -1, 16)
