@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from quantize.errors import QuantizeError
@@ -127,7 +126,7 @@ class Checkpoint:
         names = set(self._weight_map(index).values())
         for name in sorted(names):
             # An index is data from somewhere else: it must not point out of its folder.
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", ".."):
                 raise QuantizeError(f"{index}: shard name {name!r} is not a plain file name")
             if not (self.folder / name).exists():
                 raise QuantizeError(f"{index} names {name}, which is missing; download it again")
@@ -179,10 +178,15 @@ def resolve(source: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+                source,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=["*/*"],  # only the top level is read
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (
+        Exception
+    ) as error:  # the hub's own, OSErrors, and those of whichever HTTP library it uses
         raise QuantizeError(
-            f"{source} is not a folder here, and downloading it from the hub failed: {error}"
+            f"{source} is not a folder here, and downloading it from the hub failed: "
+            + " ".join(str(error).split())
         ) from error

@@ -90,8 +90,8 @@ def quantize(
         with _progress("Quantizing", checkpoint.nbytes) as advance:
             done = execute(checkpoint, steps, target, overwrite, advance)
         out.print(
-            f"{target}: {_size(done.bytes_before)} -> {_size(done.bytes_after)} in {done.shards} "
-            f"file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
+            f"{escape(str(target))}: {_size(done.bytes_before)} -> {_size(done.bytes_after)} "
+            f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
             f"{done.bytes_before / done.seconds / 1e9:.2f} GB/s",
             soft_wrap=True,
             highlight=False,
@@ -103,12 +103,14 @@ def inspect(source: Source, layout: LayoutOption = MODELOPT, gate: GateOption = 
     """Show what SRC's routed experts are, their gate, and what quantizing would save."""
     with _reporting_errors(), Checkpoint(resolve(source)) as checkpoint:
         steps = plan(checkpoint, layout.value, gate=_gate(gate))
-        table = Table(title=f"Routed experts of {source}", caption=f"gate: {steps.gate}")
+        table = Table(title=f"Routed experts of {escape(source)}", caption=f"gate: {steps.gate}")
         for name in ("experts", "layers", "per layer", "hidden", "intermediate", "now", "NVFP4"):
-            table.add_column(name, justify="left" if name == "experts" else "right")
+            table.add_column(
+                name, justify="left" if name == "experts" else "right", overflow="fold"
+            )
         for row in inspection.expert_rows(checkpoint, steps):
             table.add_row(
-                row.pattern,
+                escape(row.pattern),
                 *map(str, (row.layers, row.experts, row.hidden, row.intermediate)),
                 _size(row.bytes_now),
                 _size(row.bytes_after),
@@ -116,9 +118,11 @@ def inspect(source: Source, layout: LayoutOption = MODELOPT, gate: GateOption = 
         out.print(table)
         stays = Table(title="Stays as it is")
         for name in ("tensors", "count", "dtype", "bytes"):
-            stays.add_column(name, justify="left" if name == "tensors" else "right")
+            stays.add_column(
+                name, justify="left" if name == "tensors" else "right", overflow="fold"
+            )
         for other in inspection.other_rows(checkpoint, steps):
-            stays.add_row(other.pattern, str(other.count), other.dtype, _size(other.nbytes))
+            stays.add_row(escape(other.pattern), str(other.count), other.dtype, _size(other.nbytes))
         out.print(stays)
         out.print(f"Whole checkpoint: {_size(checkpoint.nbytes)} -> {_size(steps.nbytes)}")
 
@@ -133,11 +137,13 @@ def verify(source: Source, target: Target, gate: GateOption = None) -> None:
     ):
         with _progress("Verifying", original.nbytes) as advance:
             report = verify_checkpoint(original, quantized, _gate(gate), advance)
-        table = Table(title=f"{target} against {source}")
+        table = Table(title=escape(f"{target} against {source}"))
         for name in ("experts", "relative error", "SQNR (dB)"):
-            table.add_column(name, justify="left" if name == "experts" else "right")
+            table.add_column(
+                name, justify="left" if name == "experts" else "right", overflow="fold"
+            )
         for layer in report.layers:
-            table.add_row(layer.prefix, f"{layer.relative:.4f}", f"{layer.sqnr:.2f}")
+            table.add_row(escape(layer.prefix), f"{layer.relative:.4f}", f"{layer.sqnr:.2f}")
         out.print(table)
         for problem in report.problems:
             err.print("[red]problem:[/]", escape(problem), soft_wrap=True, highlight=False)
@@ -202,6 +208,9 @@ def _reporting_errors() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         err.print(
-            "[red]error:[/]", escape(f"{where}{error.strerror}"), soft_wrap=True, highlight=False
+            "[red]error:[/]",
+            escape(f"{where}{error.strerror or error}"),
+            soft_wrap=True,
+            highlight=False,
         )
         sys.exit(1)

@@ -119,7 +119,7 @@ def find(checkpoint: Checkpoint) -> list[ExpertGroup]:
         elif match := _SINGLE.fullmatch(name):
             single[match["prefix"]][int(match["expert"]), match["kind"]] = info
 
-    groups = [_fused_group(prefix, parts, checkpoint) for prefix, parts in fused.items()]
+    groups = [_fused_group(prefix, parts) for prefix, parts in fused.items()]
     groups += [_single_group(prefix, parts) for prefix, parts in single.items()]
     if not groups:
         raise QuantizeError(_nothing_found(checkpoint))
@@ -132,7 +132,7 @@ def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _fused_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpoint) -> ExpertGroup:
+def _fused_group(prefix: str, parts: dict[str, TensorInfo]) -> ExpertGroup:
     for kind in ("gate_up_proj", "down_proj"):
         if kind not in parts:
             raise QuantizeError(f"{prefix}.{kind} is missing, though its counterpart exists")
@@ -146,14 +146,11 @@ def _fused_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpoi
     if up.shape != (experts, 2 * intermediate, hidden):
         intermediate, hidden, transposed = down.shape[1], down.shape[2], True
     expected = (experts, hidden, 2 * intermediate) if transposed else up.shape
-    configured = checkpoint.text_config().get("hidden_size")
     if up.shape != expected or down.shape[0] != experts:
         raise QuantizeError(
             f"{up.name} {list(up.shape)} and {down.name} {list(down.shape)} do not fit together; "
             "expected [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]"
         )
-    if hidden == 2 * intermediate and configured not in (None, hidden):
-        raise QuantizeError(f"{up.name}: hidden_size is {configured} in config.json, not {hidden}")
     return ExpertGroup(
         prefix,
         experts,

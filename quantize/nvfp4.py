@@ -56,8 +56,10 @@ def global_scale(*weights: torch.Tensor) -> torch.Tensor:
     """
     amax = torch.stack([w.abs().amax().float() for w in weights]).amax()
     scale = amax / (E2M1_MAX * E4M3_MAX)
-    # An amax so small that the quotient underflows counts as zero too.
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    # Never subnormal: it would lose digits, and its reciprocal, which compressed-tensors stores,
+    # would be infinite. NaN stays NaN, for the caller to see.
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(amax == 0, torch.ones_like(scale), scale.clamp_min(tiny))
 
 
 def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
@@ -113,3 +115,20 @@ def dequantize(
     """
     step = block_scale.float() * scale
     return (decode(packed).unflatten(-1, (-1, BLOCK)) * step.unsqueeze(-1)).flatten(-2)
+
+
+def bad_scales(scales: torch.Tensor) -> str | None:
+    """What is wrong with scales of any kind, shape and float dtype; None if nothing.
+
+    Good ones are positive and finite; :func:`round_to_e4m3` and :func:`global_scale` make no others.
+    """
+    values = scales.float()
+    for bad, what in (
+        (values.isnan(), "NaN"),
+        (values.isinf(), "infinite"),
+        (values == 0, "zero"),
+        (values < 0, "negative"),
+    ):
+        if bad.any():
+            return f"{int(bad.sum())} of {values.numel()} scales are {what}"
+    return None

@@ -90,8 +90,11 @@ def plan(
         QuantizeError: see ``quantize.experts.find`` and ``quantize.identify.identify``; also for a
             source that is quantized already.
     """
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
         raise QuantizeError(
             f"{checkpoint.folder / 'config.json'}: it is already quantized ({method}); "
             "start from the original one"
@@ -134,7 +137,8 @@ def execute(
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(target / INDEX, index)
     for file in sorted(checkpoint.folder.iterdir()):
-        if file.is_file() and file.suffix not in _WEIGHTS and file.name not in _REWRITTEN:
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in _REWRITTEN:
             shutil.copyfile(file, target / file.name)  # follows the hub cache's symbolic links
     for name, value in plan.layout.extra_files(plan.ignore).items():
         write_json(target / name, value)
@@ -154,8 +158,10 @@ def _jobs(
     experts = {name for group in groups for name in group.sources}
     for name, info in checkpoint.tensors.items():
         if name in first:
-            for expert in range(first[name].num_experts):
-                yield from _expert_jobs(checkpoint, first[name], expert, gate, layout, scales)
+            group = first[name]
+            size = sum(checkpoint.tensors[n].nbytes for n in group.sources) // group.num_experts
+            for expert in range(group.num_experts):
+                yield from _expert_jobs(checkpoint, group, expert, size, gate, layout, scales)
         elif name not in experts:
             output = Output(name, info.dtype, info.shape)
             yield Job((output,), info.nbytes, lambda n=name: [checkpoint.load(n)])  # type: ignore[misc]
@@ -165,12 +171,12 @@ def _expert_jobs(
     checkpoint: Checkpoint,
     group: ExpertGroup,
     expert: int,
+    size: int,
     gate: Gate,
     layout: Layout,
     scales: str,
 ) -> Iterator[Job]:
     wide = (group.intermediate, group.hidden)
-    size = sum(checkpoint.tensors[name].nbytes for name in group.sources) // group.num_experts
     gate_name, up_name, down_name = group.modules(expert)
 
     def store(weights: list[torch.Tensor], modules: tuple[str, ...]) -> list[torch.Tensor]:

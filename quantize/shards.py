@@ -62,7 +62,11 @@ class ShardWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._file = self._partial.open("wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        try:
+            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor: contiguous, of the dtype and shape announced."""
@@ -82,15 +86,14 @@ class ShardWriter:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self._partial.replace(self.path)
         finally:
-            self._file.close()
-        if kind is None:
-            self._partial.replace(self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)  # gone already if it got its name
 
 
 def write_json(path: Path, value: object) -> None:

@@ -14,11 +14,11 @@ from quantize.experts import ExpertGroup, find
 from quantize.gates import KEY, Gate, from_contract
 from quantize.identify import identify
 from quantize.layouts import Layout, detect
-from quantize.nvfp4 import BLOCK
+from quantize.nvfp4 import BLOCK, bad_scales
 from quantize.shards import DTYPES
 
 IMPLAUSIBLE = 0.5
-"""Relative error above which a layer cannot be the source's: NVFP4 leaves about 0.1."""
+"""Relative error above which a weight cannot be the source's: NVFP4 leaves about 0.1."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def verify(
         )
         return report
     groups = find(source)
-    _check_gate(source, target, gate, report)
     truth = gate or identify(source.folder)
+    _check_gate(target, truth, report)
 
     expected: set[str] = set()
     for group in groups:
@@ -89,18 +89,17 @@ def verify(
     return report
 
 
-def _check_gate(source: Checkpoint, target: Checkpoint, gate: Gate | None, report: Report) -> None:
+def _check_gate(target: Checkpoint, truth: Gate, report: Report) -> None:
     where = str(target.folder / "config.json")
     if KEY not in target.config:
         report.problems.append(f"{where}: no gate contract ({KEY})")
         return
     try:
         written = from_contract(target.config[KEY], where)
-        truth = (gate or identify(source.folder)).concatenated()
     except QuantizeError as error:
         report.problems.append(str(error))
         return
-    if written != truth:
+    if written != truth.concatenated():
         report.problems.append(f"{where}: the gate is {written}, but the source's is {truth}")
 
 
@@ -123,16 +122,18 @@ def _layer(
             names = tuple(f"{module}.{suffix}" for suffix in layout.suffixes)
             expected.update(names)
             restored = _restore(target, names, weight.shape, layout, report)
-            if restored is not None:
-                original = weight.float()
-                noise += float((restored - original).square().sum(dtype=torch.float64))
-                signal += float(original.square().sum(dtype=torch.float64))
-    relative = math.sqrt(noise / signal) if signal else 0.0
-    if not relative < IMPLAUSIBLE:
-        report.problems.append(
-            f"{group.prefix}: relative error {relative:.3g}; these are not the source's weights"
-        )
-    return LayerError(group.prefix, relative)
+            if restored is None:
+                continue
+            original = weight.float()
+            lost = float((restored - original).square().sum(dtype=torch.float64))
+            whole = float(original.square().sum(dtype=torch.float64))
+            if not lost <= IMPLAUSIBLE**2 * whole:
+                error = math.sqrt(lost / whole) if whole else math.inf
+                report.problems.append(
+                    f"{module}: relative error {error:.3g}; these are not the source's weights"
+                )
+            noise, signal = noise + lost, signal + whole
+    return LayerError(group.prefix, math.sqrt(noise / signal) if signal else 0.0)
 
 
 def _restore(
@@ -164,18 +165,8 @@ def _restore(
         return None
     tensors = tuple(target.load(name) for name in names)
     for name, tensor in zip(names[1:], tensors[1:], strict=True):
-        values = tensor.float()
-        for bad, what in (
-            (values.isnan(), "NaN"),
-            (values.isinf(), "infinite"),
-            (values == 0, "zero"),
-            (values < 0, "negative"),
-        ):
-            if bad.any():
-                report.problems.append(
-                    f"{target.tensors[name].file.name}: {name}: {int(bad.sum())} of "
-                    f"{values.numel()} scales are {what}"
-                )
+        if problem := bad_scales(tensor):
+            report.problems.append(f"{target.tensors[name].file.name}: {name}: {problem}")
     if len(report.problems) > before:
         return None
     weight, _ = layout.restore(tensors)

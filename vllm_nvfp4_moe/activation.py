@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.platforms import current_platform
 
 from quantize.gates import Gate
 
@@ -44,7 +45,9 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
     """
     before = engine_gate(layer)
     activation = _VLLM_NAME.get(gate.form)
-    if activation is None or gate.interleaved or not layer.moe_config.is_act_and_mul:
+    # vLLM's kernels for the clamped form insist on a clamp.
+    unclamped = gate.form == "swiglu_oai" and gate.limit is None and not current_platform.is_cpu()
+    if activation is None or gate.interleaved or unclamped or not layer.moe_config.is_act_and_mul:
         raise ValueError(
             f"{layer.layer_name}: the checkpoint's experts apply {gate}, vLLM's layer would apply "
             f"{before}, and vLLM has no kernels for the former in this layer: refusing to serve it"

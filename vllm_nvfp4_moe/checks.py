@@ -8,12 +8,13 @@ tensor.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from vllm.logger import init_logger
 
-from quantize.nvfp4 import BLOCK, round_to_e4m3
+from quantize.nvfp4 import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -43,7 +44,8 @@ class ExpertLoads:
     """
 
     def __init__(self, layer: RoutedExperts, layout: Layout, kinds: tuple[int, ...]) -> None:
-        self.layer = layer
+        # Weakly: vLLM keeps weight loaders for reloading, and they must not keep the weights.
+        self._layer = weakref.ref(layer)
         self.layout = layout
         self.kinds = kinds
         self.seen: set[tuple[int, str, int]] = set()
@@ -62,6 +64,13 @@ class ExpertLoads:
             (CODES, "w1"): (inner, hidden // 2),
             (BLOCK_SCALE, "w1"): (inner, hidden // BLOCK),
         }
+
+    @property
+    def layer(self) -> RoutedExperts:
+        """The layer, which lives as long as anything is loaded into it."""
+        layer = self._layer()
+        assert layer is not None
+        return layer
 
     def refuse(self, problem: str) -> NoReturn:
         raise RefusedError(f"{self.layer.layer_name}: {problem}")
@@ -86,17 +95,8 @@ class ExpertLoads:
             expected = self._shapes[kind, "w2" if shard == "w2" else "w1"]
             if tuple(tensor.shape) != expected:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
-        if kind != CODES:
-            values = tensor.float()
-            for bad, what in (
-                (values.isnan(), "NaN"),
-                (values.isinf(), "infinite"),
-                (values == 0, "zero"),
-                (values < 0, "negative"),
-            ):
-                if bad.any():
-                    count = int(bad.sum())
-                    self.refuse(f"{name}: {count} of {values.numel()} scales are {what}")
+        if kind != CODES and (problem := bad_scales(tensor)):
+            self.refuse(f"{name}: {problem}")
         self.seen.add((kind, shard, expert))
 
     def complete(self) -> None:
@@ -116,6 +116,7 @@ class ExpertLoads:
         if missing:
             more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
             self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
+        self.seen.clear()  # a reload is counted anew
 
 
 def fold_global_scales(layer: Any) -> None:
@@ -139,7 +140,14 @@ def fold_global_scales(layer: Any) -> None:
     for expert in differs.nonzero().flatten().tolist():
         for side in range(2):
             rows = blocks[expert, side * half : (side + 1) * half]
-            rows.copy_(round_to_e4m3(rows.float() * ratio[expert, side]))
+            folded = rows.float() * ratio[expert, side]
+            if folded.amin() < E4M3_MIN:
+                raise RefusedError(
+                    f"{layer.layer_name}: expert {expert}: the global scales of gate and up differ "
+                    f"by a factor of {1 / float(ratio[expert, side]):.3g}, too much for one to be "
+                    "folded into E4M3 block scales; quantize again with one scale for both"
+                )
+            rows.copy_(round_to_e4m3(folded))
     scales.copy_(larger.expand_as(scales))
     logger.warning(
         "%s: gate and up have different global scales in %d of %d experts (smallest ratio %.4g); "

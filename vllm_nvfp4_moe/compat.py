@@ -56,24 +56,38 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
         self.name = name
         self.callback = callback
+        self.busy = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.busy:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.busy = True  # the search below comes past here again
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.busy = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self.callback()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                _guarded(self.callback)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def _guarded(callback: Callable[[], None]) -> None:
+    """A fault of ours must not stop vLLM from importing its own modules, for other models too."""
+    try:
+        callback()
+    except Exception:
+        logger.exception("vllm-nvfp4-moe could not register; vLLM goes on without it")
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:
@@ -83,7 +97,7 @@ def when_imported(name: str, callback: Callable[[], None]) -> None:
     slow every start and import torch in processes that need none of it.
     """
     if name in sys.modules:
-        callback()
+        _guarded(callback)
     elif not any(isinstance(f, _AfterImport) and f.name == name for f in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(name, callback))
 

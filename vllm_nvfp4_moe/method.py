@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.nvfp4_moe.method")
 
-_CANONICAL = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+CANONICAL = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
 
 class _Loader:
@@ -57,6 +57,7 @@ class _Loader:
     supports_moe_loading = True
 
     def __init__(self, loads: ExpertLoads, kind: int, global_input_scales: bool) -> None:
+        self.__name__ = "nvfp4_moe_weight_loader"  # vLLM's reloading logs it
         self.loads = loads
         self.kind = kind
         self.global_index = kind == INPUT_SCALE and global_input_scales
@@ -128,7 +129,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         if not self.weight_only:
             kinds = (*kinds, INPUT_SCALE)
         load_format = get_current_vllm_config().load_config.load_format
-        self.loads: ExpertLoads | None = ExpertLoads(layer, self.config.layout, kinds)
+        self.loads = ExpertLoads(layer, self.config.layout, kinds)
         self._dummy = load_format == "dummy"
 
         inner = intermediate_size_per_partition
@@ -163,12 +164,11 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
                 "add this model's shared expert once per rank (in bf16 too). Use "
                 "--tensor-parallel-size 1, or a layout that vLLM has a model of its own for"
             )
-        if self.loads is not None and not self._dummy:
+        if not self._dummy:
             self.loads.complete()
         self._canonicalize(layer)
         if not self._dummy:
             fold_global_scales(layer)
-        self.loads = None
         self.prepare(layer)
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
@@ -176,7 +176,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         reciprocal = layout.name == "compressed-tensors"
         for prefix in ("w13", "w2"):
             for kind, (suffix, canonical) in enumerate(
-                zip(layout.suffixes, _CANONICAL, strict=True)
+                zip(layout.suffixes, CANONICAL, strict=True)
             ):
                 param = getattr(layer, f"{prefix}_{suffix}", None)
                 if param is None:

@@ -11,7 +11,6 @@ A new form is one file here and one entry in ``FORMS``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -28,7 +27,13 @@ VERSION = 1
 
 
 class Form(Protocol):
-    """A formula with up to three numbers."""
+    """A formula, elementwise on gate and up.
+
+    Attributes:
+        numbers: whether alpha, beta and limit mean anything to it.
+    """
+
+    numbers: bool
 
     @staticmethod
     def apply(
@@ -77,8 +82,12 @@ class Gate:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise QuantizeError(f"gate {name} must be a number, not {value!r}")
-            if not math.isfinite(value):
+            if not abs(value) < 1e300:  # also refuses NaN, infinity and integers beyond floats
                 raise QuantizeError(f"gate {name} must be finite, not {value!r}")
+        if not isinstance(self.interleaved, bool):
+            raise QuantizeError(f"gate interleaved must be true or false, not {self.interleaved!r}")
+        if not FORMS[self.form].numbers and (self.alpha, self.beta, self.limit) != (1, 0, None):
+            raise QuantizeError(f"gate form {self.form!r} has no alpha, beta or limit")
         if self.limit is not None and self.limit <= 0:
             raise QuantizeError(f"gate limit must be positive, not {self.limit!r}")
 

@@ -13,6 +13,8 @@ from quantize.gates.probe import Probe
 class Gelu:
     """No numbers."""
 
+    numbers = False
+
     @staticmethod
     def apply(
         gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float, limit: float | None
@@ -26,6 +28,8 @@ class Gelu:
 
 class GeluTanh:
     """No numbers."""
+
+    numbers = False
 
     @staticmethod
     def apply(

@@ -13,6 +13,8 @@ from quantize.gates.probe import Probe
 class Silu:
     """No numbers: alpha 1, beta 0, no limit."""
 
+    numbers = False
+
     @staticmethod
     def apply(
         gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float, limit: float | None

@@ -16,6 +16,8 @@ from quantize.gates.probe import Probe, logit
 class SwigluOai:
     """Numbers: alpha, beta, limit."""
 
+    numbers = True
+
     @staticmethod
     def apply(
         gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float, limit: float | None

@@ -45,6 +45,19 @@ def test_bfloat16_loses_only_roundings_of_activations(load, shallow: dict[str, P
         assert relative(out, routed(x, truth_weights, weights, ids)) < 6e-3, tokens
 
 
+def test_float16_does_not_overflow(load, shallow: dict[str, Path]) -> None:
+    """Before the global scale, products leave float16's range; on either path they must not."""
+    layer = load(shallow["modelopt"], dtype="float16")[LAYER].routed_experts
+    truth_weights = experts_of(shallow["modelopt"], LAYER, "modelopt", 32)
+    torch.manual_seed(5)
+    for tokens in (1, 300):
+        x = (torch.randn(tokens, 384) * 8).half()
+        weights, ids = routing(tokens)
+        out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+        assert out.dtype == torch.float16
+        assert relative(out, routed(x, truth_weights, weights, ids)) < 2e-3, tokens
+
+
 def test_weights_stay_four_bit(load, shallow: dict[str, Path]) -> None:
     """Bytes of all the layer's parameters and buffers: 4.5 bits a weight and a few scalars."""
     layer = load(shallow["modelopt"])[LAYER].routed_experts

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.plugin.conftest import Damage
-
 LAYER = "model.layers.1.mlp.experts"
 LAYOUTS = ("modelopt", "compressed-tensors")
 CODES = {"modelopt": "weight", "compressed-tensors": "weight_packed"}
@@ -123,6 +121,16 @@ def test_differing_global_scales_are_folded(
         assert torch.all((after - before).abs() <= step), factor
 
 
+def test_global_scales_too_far_apart_are_refused(load, damage) -> None:
+    """Folding a factor of a million into E4M3 would flatten every block scale."""
+
+    def rescale(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.9.up_proj.weight_scale_2"] *= 1e6
+
+    with pytest.raises(ValueError, match=r"expert 9: the global scales .* differ by a factor of"):
+        load(damage("modelopt").tensors(rescale))
+
+
 def test_no_contract_and_unknown_class(load, damage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a contract, the model's class decides; if that fails, nothing is guessed."""
     import quantize.identify
@@ -188,5 +196,5 @@ def test_published_layout_on_a_cpu(load, m3_nano_hub: Path, tmp_path: Path) -> N
 
 def test_damage_is_what_is_refused(load, damage) -> None:
     """The other side of every test above: the same copy, rewritten without damage, loads."""
-    assert isinstance(damage("modelopt"), Damage)
-    assert LAYER in load(damage("compressed-tensors").tensors(lambda t: None))
+    for layout in LAYOUTS:
+        assert LAYER in load(damage(layout).tensors(lambda t: None))

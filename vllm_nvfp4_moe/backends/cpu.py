@@ -2,8 +2,8 @@
 
 With few tokens an expert, decoding is the work, and ``cpu_numba`` does everything. With many, the
 matrix product is: each routed expert's weights are expanded, used once, and dropped. An E2M1 value
-times an E4M3 scale has at most five significant bits, so it is exact in bfloat16 (and in float16
-up to its range); the global scale multiplies the product, in float32.
+times an E4M3 scale has at most five significant bits, so it is exact in bfloat16; the global scale
+multiplies the product, in float32.
 """
 
 from __future__ import annotations
@@ -81,13 +81,17 @@ def experts_forward(
     gate = Gate(form, alpha, beta, limit)
     ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
     weights = topk_weights.float()
+    dtype = x.dtype
+    if dtype == torch.float16:
+        # Before the global scale a weight may be 2688, and sums of those leave float16's range.
+        x = x.float()
     routed = [expert for expert in ids.unique().tolist() if expert >= 0]
     if ids.numel() <= MANY * len(routed):
         few = cpu_numba.forward(
             x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, weights, ids, gate,
             weight_on_input,
         )  # fmt: skip
-        return few.to(x.dtype)
+        return few.to(dtype)
     output = torch.zeros(x.shape, dtype=torch.float32)
     for expert in routed:
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
@@ -95,12 +99,12 @@ def experts_forward(
         inputs = x[tokens]
         if weight_on_input:
             inputs = inputs * factor.to(x.dtype)
-        hidden = inputs @ _expand(w13[expert], w13_scale[expert], x.dtype).T
+        hidden = inputs @ _expand(w13[expert], w13_scale[expert], inputs.dtype).T
         middle = gate.apply_stacked(hidden.float() * w13_global[expert]).to(x.dtype)
         result = (middle @ _expand(w2[expert], w2_scale[expert], x.dtype).T).float()
         result *= w2_global[expert] if weight_on_input else w2_global[expert] * factor
         output.index_add_(0, tokens, result)
-    return output.to(x.dtype)
+    return output.to(dtype)
 
 
 _LIBRARY = torch.library.Library("vllm_nvfp4_moe", "FRAGMENT")
@@ -151,8 +155,9 @@ class CpuMethod(NvFp4MoEMethod):
         layer.w13_weight_scale_2 = torch.nn.Parameter(
             layer.w13_weight_scale_2.data[:, 0].contiguous(), requires_grad=False
         )
-        # Compile (or load from numba's cache) now, not in the first request.
-        for tokens in (1, 1 + MANY * layer.local_num_experts):
+        # Compile (or load from numba's cache) now, not in the first request. All tokens go to one
+        # expert, so that the second size is just enough for the other path.
+        for tokens in (1, 1 + MANY):
             x = torch.zeros(tokens, layer.hidden_size, dtype=layer.params_dtype)
             ids = torch.zeros(tokens, 1, dtype=torch.int32)
             self.apply(layer, x, torch.zeros(tokens, 1, dtype=torch.float32), ids, None, None)

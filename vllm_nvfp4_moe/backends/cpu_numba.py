@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -141,8 +142,11 @@ class Team:
 
 def _cores() -> set[int]:
     """All cores that any thread of this process may use; vLLM pins each of its threads to one."""
-    tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
-    return set().union(*(os.sched_getaffinity(task) for task in tasks))
+    cores: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # a thread that has just ended
+            cores |= os.sched_getaffinity(int(task.name))
+    return cores
 
 
 def _spread(cores: set[int]) -> None:

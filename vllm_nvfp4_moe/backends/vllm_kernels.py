@@ -22,7 +22,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_nvfp4_moe import compat
-from vllm_nvfp4_moe.method import NvFp4MoEMethod
+from vllm_nvfp4_moe.method import CANONICAL, NvFp4MoEMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -69,9 +69,8 @@ class VllmKernelsMethod(NvFp4MoEMethod):
             is_act_and_mul=self.moe.is_act_and_mul,
             use_a16=self.weight_only,
         )
-        names = ("weight", "weight_scale", "weight_scale_2", "input_scale")
         for i, tensor in enumerate(converted):
-            name = f"{'w13' if i < 4 else 'w2'}_{names[i % 4]}"
+            name = f"{'w13' if i < 4 else 'w2'}_{CANONICAL[i % 4]}"
             if hasattr(layer, name):
                 replace_parameter(layer, name, tensor)
             else:

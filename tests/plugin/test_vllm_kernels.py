@@ -1,0 +1,121 @@
+"""What the GPU backend hands to vLLM's oracle, with its conversion and kernel taken out.
+
+The conversions and kernels themselves need a GPU; docs/evidence.md has what ran on one.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+LAYER = "model.layers.1.mlp.experts"
+Calls = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """The oracle's functions record their arguments; weights pass through unconverted."""
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+
+    from vllm_nvfp4_moe.backends import vllm_kernels
+
+    seen: Calls = {}
+
+    def select(**kwargs: Any) -> tuple[NvFp4MoeBackend, Any]:
+        seen["select"] = kwargs | {"activation": kwargs["config"].activation.value}
+        return NvFp4MoeBackend.MARLIN, SimpleNamespace(is_monolithic=lambda: False)
+
+    def convert(**kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        seen["convert"] = kwargs
+        names = ("", "_scale", "_scale_2")
+        first, second = ([kwargs[f"{w}{n}"] for n in names] for w in ("w13", "w2"))
+        return (*first, kwargs["a13_scale"], *second, kwargs["a2_scale"])
+
+    def kernel(**kwargs: Any) -> SimpleNamespace:
+        seen["kernel"] = kwargs
+        experts = SimpleNamespace(process_weights_after_loading=lambda layer: None)
+        return SimpleNamespace(fused_experts=experts, is_monolithic=False)
+
+    monkeypatch.setattr(vllm_kernels, "select_nvfp4_moe_backend", select)
+    monkeypatch.setattr(vllm_kernels, "convert_to_nvfp4_moe_kernel_format", convert)
+    monkeypatch.setattr(vllm_kernels, "make_nvfp4_moe_kernel", kernel)
+    monkeypatch.setattr(
+        vllm_kernels.VllmKernelsMethod, "unsupported", classmethod(lambda cls, layer: None)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_gate_and_weights_reach_the_oracle(
+    load: Callable, shallow: dict[str, Path], calls: Calls, layout: str
+) -> None:
+    layer = load(shallow[layout])[LAYER].routed_experts
+    # The gate is set before kernels are chosen by it, and its numbers reach the kernels' config.
+    assert calls["select"]["activation"] == "swigluoai_uninterleave"
+    config = calls["kernel"]["moe_quant_config"]
+    assert (config.gemm1_alpha, config.gemm1_beta, config.gemm1_clamp_limit) == (1.702, 1.0, 7.0)
+    assert calls["kernel"]["moe_config"].swiglu_limit == 7.0
+
+    # Gate above up, in the checkpoint's own numbers, whatever it calls them.
+    tensors = load_file(shallow[layout] / "model.safetensors")
+    codes = "weight" if layout == "modelopt" else "weight_packed"
+    given = calls["convert"]
+    for expert in (0, 31):
+        base = f"{LAYER}.{expert}."
+        for name, rows in (("gate_proj", slice(0, 128)), ("up_proj", slice(128, 256))):
+            assert torch.equal(given["w13"][expert, rows], tensors[f"{base}{name}.{codes}"])
+            scale = tensors[f"{base}{name}.weight_scale"]
+            assert torch.equal(given["w13_scale"][expert, rows].float(), scale.float())
+        assert torch.equal(given["w2"][expert], tensors[f"{base}down_proj.{codes}"])
+        for mine, name in (("w13_scale_2", "up_proj"), ("w2_scale_2", "down_proj")):
+            if layout == "modelopt":
+                truth = tensors[f"{base}{name}.weight_scale_2"]
+            else:
+                truth = 1 / tensors[f"{base}{name}.weight_global_scale"][0]
+            torch.testing.assert_close(given[mine][expert], truth, rtol=1e-6, atol=0)
+    assert given["w13_scale_2"].shape == given["w2_scale_2"].shape == (32,)
+    assert torch.all(given["a13_scale"] == 1) and given["a13_scale"].shape == (32, 2)
+    assert torch.all(given["a2_scale"] == 1) and given["a2_scale"].shape == (32,)
+    assert layer.e_score_correction_bias.dtype == torch.float32  # which vLLM's CUDA router demands
+
+
+def test_weight_only_checkpoints_have_no_input_scales(
+    load: Callable, damage: Callable, calls: Calls
+) -> None:
+    """As llm-compressor's NVFP4A16 and ModelOpt's W4A16_NVFP4 write them."""
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if "input_" in n]:
+            del tensors[name]
+
+    def w4a16(config: dict[str, Any]) -> None:
+        config["quantization_config"]["quant_algo"] = "W4A16_NVFP4"
+
+    def no_activations(config: dict[str, Any]) -> None:
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] = None
+
+    for layout, change in (("modelopt", w4a16), ("compressed-tensors", no_activations)):
+        copy = damage(layout)
+        copy.tensors(drop)
+        load(copy.config(change))
+        assert calls["select"]["activation_key"] is None
+        assert calls["convert"]["a13_scale"] is None
+        assert calls["convert"]["use_a16"] is True
+
+
+def test_vllm_can_let_go_of_a_model(load: Callable, shallow: dict[str, Path]) -> None:
+    """vLLM keeps weight loaders of every model for reloading; ours must not keep the weights."""
+    runners = load(shallow["modelopt"])
+    layer = weakref.ref(runners[LAYER].routed_experts)
+    runners.clear()
+    gc.collect()
+    assert layer() is None
