@@ -120,7 +120,7 @@ def dequantize(
 def bad_scales(scales: torch.Tensor) -> str | None:
     """What is wrong with scales of any kind, shape and float dtype; None if nothing.
 
-    Good ones are positive and finite; :func:`round_to_e4m3` and :func:`global_scale` make no others.
+    Good ones are positive and finite; this module makes no others.
     """
     values = scales.float()
     for bad, what in (
