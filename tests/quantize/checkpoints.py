@@ -1,6 +1,7 @@
 """Small checkpoints, written by Transformers' save_pretrained or by hand."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from quantize.checkpoint import Checkpoint
+from quantize.pipeline import Summary, execute, plan
 from tests.quantize.reference import INDEX
 
 SIZES = {
@@ -20,6 +23,9 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 32, 48
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+"""For processes of their own: threads that spin for each other are slow on a busy machine."""
 
 
 def qwen3_moe(**more: Any) -> transformers.PreTrainedConfig:
@@ -158,3 +164,16 @@ def per_expert(
         if not prefix.endswith(".experts"):
             out[name] = tensor
     return out
+
+
+def convert(
+    source: Path, target: Path, *args: Any, overwrite: bool = False, **more: Any
+) -> Summary:
+    with Checkpoint(source) as checkpoint:
+        return execute(
+            checkpoint, plan(checkpoint, *args, **more), target, overwrite, lambda _: None
+        )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}

@@ -1,50 +1,31 @@
-"""Checkpoint to checkpoint: what comes out, and what a failed run leaves behind."""
+"""Checkpoint to checkpoint: what comes out."""
 
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.gates import Gate
 from quantize.layouts import LAYOUTS
-from quantize.pipeline import Summary, execute, plan
 from quantize.shards import parse_size
 from tests.quantize import checkpoints, reference
+from tests.quantize.checkpoints import contents, convert
 from tests.quantize.reference import INDEX, Raw
 
 Folders = Callable[[str], Path]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-"""For processes of their own: threads that spin for each other are slow on a busy machine."""
 
 SUFFIXES = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2"),
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale"),
 }
-
-
-def convert(
-    source: Path, target: Path, *args: Any, overwrite: bool = False, **more: Any
-) -> Summary:
-    with Checkpoint(source) as checkpoint:
-        return execute(
-            checkpoint, plan(checkpoint, *args, **more), target, overwrite, lambda _: None
-        )
 
 
 def is_routed(name: str) -> bool:
@@ -334,10 +315,6 @@ def test_bad_sizes(text: str) -> None:
 # -- the target ------------------------------------------------------------------------------------
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
 def test_a_target_with_files_is_refused_and_left_alone(saved: Folders, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -384,315 +361,3 @@ def test_the_source_as_target(way: str, overwrite: bool, saved: Folders, tmp_pat
     with pytest.raises(QuantizeError, match="is the source"):
         convert(source, ways[way], overwrite=overwrite)
     assert contents(source) == before
-
-
-# -- failures on the way ---------------------------------------------------------------------------
-
-
-def assert_not_a_checkpoint(folder: Path) -> None:
-    """Nothing that an engine would load, nothing half-written."""
-    names = [f.name for f in folder.iterdir()] if folder.exists() else []
-    assert "config.json" not in names
-    assert INDEX not in names
-    assert not [name for name in names if name.endswith(".partial")]
-    for name in names:
-        if name.endswith(".safetensors"):
-            reference.read_file(folder / name)  # what has its name is complete
-
-
-def with_value(source: Path, target: Path, name: str, value: float, at: tuple[int, ...]) -> Path:
-    tensors = load_file(source / "model.safetensors")
-    tensors[name][at] = value
-    config = json.loads((source / "config.json").read_text())
-    return checkpoints.save(target, tensors, config)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", ["gate_proj", "up_proj", "down_proj"])
-@pytest.mark.parametrize("scales", ["max", "mse"])
-def test_a_damaged_weight(
-    kind: str, value: float, scales: str, saved: Folders, tmp_path: Path
-) -> None:
-    name = f"model.layers.1.mlp.experts.2.{kind}.weight"
-    source = with_value(saved("qwen3_moe"), tmp_path / "source", name, value, (5, 7))
-    with pytest.raises(QuantizeError) as caught:
-        convert(source, tmp_path / "out", "modelopt", scales, max_shard_size=3000)
-    assert name in str(caught.value)
-    assert "NaN or infinite" in str(caught.value)
-    assert_not_a_checkpoint(tmp_path / "out")
-
-
-@pytest.mark.parametrize(("row", "named"), [(3, "gate_proj"), (60, "up_proj")])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_weight_in_a_stack(
-    row: int, named: str, value: float, stacked: Folders, tmp_path: Path
-) -> None:
-    name = "model.layers.1.mlp.experts.gate_up_proj"
-    source = with_value(stacked("qwen3_moe"), tmp_path / "source", name, value, (2, row, 7))
-    with pytest.raises(QuantizeError) as caught:
-        convert(source, tmp_path / "out")
-    assert name in str(caught.value)
-    assert f"model.layers.1.mlp.experts.2.{named}" in str(caught.value)
-    assert_not_a_checkpoint(tmp_path / "out")
-
-
-def test_a_failed_overwrite_does_not_leave_the_old_config(saved: Folders, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.experts.3.down_proj.weight"
-    source = with_value(saved("qwen3_moe"), tmp_path / "source", name, float("inf"), (0, 0))
-    convert(saved("qwen3_moe"), tmp_path / "out", max_shard_size=3000)
-    with pytest.raises(QuantizeError):
-        convert(source, tmp_path / "out", max_shard_size=3000, overwrite=True)
-    assert_not_a_checkpoint(tmp_path / "out")
-
-
-@contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
-    """Writes beyond ``nbytes`` of a file fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("nbytes", [10, 5_000, 20_000])
-def test_a_full_disk(nbytes: int, saved: Folders, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="File too large"), largest_file(nbytes):
-        convert(saved("qwen3_moe"), tmp_path / "out")
-    assert_not_a_checkpoint(tmp_path / "out")
-
-
-def test_a_killed_run_can_be_repeated(m3_nano: Path, quantized: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "quantize", str(m3_nano), str(out), "--max-shard-size=1MB"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ONE_THREAD) as process:
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
-    assert not (out / "config.json").exists()
-    assert not (out / INDEX).exists()
-    for file in out.glob("*.safetensors"):
-        reference.read_file(file)
-    convert(m3_nano, out, overwrite=True)
-    assert contents(out) == contents(quantized["modelopt"])
-
-
-# -- damaged or foreign sources --------------------------------------------------------------------
-
-
-@pytest.fixture
-def sharded(saved: Folders, tmp_path: Path) -> Path:
-    """A source in two files with an index."""
-    source = saved("qwen3_moe")
-    tensors = load_file(source / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
-    return checkpoints.save(tmp_path / "source", tensors, config, lambda n: int("layers.1" in n))
-
-
-def refusal(source: Path, tmp_path: Path) -> str:
-    with pytest.raises(QuantizeError) as caught:
-        convert(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    return str(caught.value)
-
-
-def change_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
-    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    change(weight_map)
-    checkpoints.write_index(folder, weight_map)
-
-
-def test_an_index_that_names_a_tensor_that_is_not_there(sharded: Path, tmp_path: Path) -> None:
-    first = min(f.name for f in sharded.glob("*.safetensors"))
-    change_index(sharded, lambda m: m.update({"model.ghost.weight": first}))
-    message = refusal(sharded, tmp_path)
-    assert "model.ghost.weight" in message
-    assert first in message
-
-
-def test_an_index_that_puts_a_tensor_into_the_wrong_file(sharded: Path, tmp_path: Path) -> None:
-    second = max(f.name for f in sharded.glob("*.safetensors"))
-    change_index(sharded, lambda m: m.update({"lm_head.weight": second}))
-    message = refusal(sharded, tmp_path)
-    assert "lm_head.weight" in message
-    assert second in message
-
-
-def test_a_missing_shard(sharded: Path, tmp_path: Path) -> None:
-    second = max(sharded.glob("*.safetensors"))
-    second.unlink()
-    message = refusal(sharded, tmp_path)
-    assert second.name in message
-    assert "missing" in message
-
-
-@pytest.mark.parametrize("path", ["../x.safetensors", "/etc/x", "sub/x.safetensors", "..", ""])
-def test_an_index_that_leaves_its_folder(path: str, sharded: Path, tmp_path: Path) -> None:
-    shutil.copyfile(min(sharded.glob("*.safetensors")), tmp_path / "x.safetensors")
-    change_index(sharded, lambda m: m.update({"lm_head.weight": path}))
-    message = refusal(sharded, tmp_path)
-    assert INDEX in message
-    assert repr(path) in message
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{}"])
-def test_a_malformed_index(text: str, sharded: Path, tmp_path: Path) -> None:
-    (sharded / INDEX).write_text(text)
-    assert INDEX in refusal(sharded, tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_truncated_shard(keep: int, sharded: Path, tmp_path: Path) -> None:
-    file = max(sharded.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:keep])
-    message = refusal(sharded, tmp_path)
-    assert file.name in message
-    assert "not a complete safetensors file" in message
-
-
-def test_a_tensor_in_two_files(sharded: Path, tmp_path: Path) -> None:
-    first, second = sorted(sharded.glob("*.safetensors"))
-    tensors = load_file(second) | {"lm_head.weight": load_file(first)["lm_head.weight"]}
-    save_file(tensors, second)
-    message = refusal(sharded, tmp_path)
-    assert "lm_head.weight" in message
-    assert first.name in message
-    assert second.name in message
-
-
-@pytest.mark.parametrize("text", ["{not json", "[]", "", "\xff\xfe"])
-def test_a_config_that_is_no_json_object(text: str, sharded: Path, tmp_path: Path) -> None:
-    (sharded / "config.json").write_text(text, encoding="latin-1")
-    assert "config.json" in refusal(sharded, tmp_path)
-
-
-def test_a_missing_config(sharded: Path, tmp_path: Path) -> None:
-    (sharded / "config.json").unlink()
-    assert "config.json does not exist" in refusal(sharded, tmp_path)
-
-
-def test_a_folder_without_safetensors(saved: Folders, tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()
-    shutil.copy(saved("qwen3_moe") / "config.json", tmp_path / "source")
-    (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"pickle")
-    message = refusal(tmp_path / "source", tmp_path)
-    assert "safetensors" in message
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_already_quantized_source(layout: str, saved: Folders, tmp_path: Path) -> None:
-    convert(saved("qwen3_moe"), tmp_path / "first", layout)
-    message = refusal(tmp_path / "first", tmp_path)
-    assert "already quantized" in message
-    assert layout in message
-    assert "config.json" in message
-
-
-def test_a_null_quantization_config_means_none(sharded: Path, tmp_path: Path) -> None:
-    config = json.loads((sharded / "config.json").read_text()) | {"quantization_config": None}
-    (sharded / "config.json").write_text(json.dumps(config))
-    convert(sharded, tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").exists()
-
-
-def test_an_unknown_gate_stops_before_anything_is_written(sharded: Path, tmp_path: Path) -> None:
-    config = json.loads((sharded / "config.json").read_text()) | {"model_type": "brand_new"}
-    (sharded / "config.json").write_text(json.dumps(config))
-    message = refusal(sharded, tmp_path)
-    assert "gate" in message
-    assert "--gate" in message
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-MEASURE = """
-import re, sys, threading, time
-from pathlib import Path
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute, plan
-
-def anonymous():
-    # Memory of this process's own; pages of mapped files, which the kernel can drop, do not count.
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.004)
-
-def convert(source, target):
-    with Checkpoint(Path(source)) as checkpoint:
-        steps = plan(checkpoint, max_shard_size=20_000_000)
-        execute(checkpoint, steps, Path(target), False, lambda _: None)
-
-small, large, out = sys.argv[1:]
-convert(small, out + "/small")  # so that imports, threads and caches are in the baseline
-before = anonymous()
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
-convert(large, out + "/large")
-done = True
-thread.join()
-print(peak - before)
-"""
-
-
-def write_large(folder: Path, config: dict[str, Any], stack: bool) -> int:
-    """About 400 MB in one file, written from one buffer; returns its size."""
-    hidden, inner, experts, layers = 1024, 512, 8, 12
-    shapes = {"lm_head.weight": (50_000, hidden)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        if stack:
-            shapes[f"{prefix}.gate_up_proj"] = (experts, 2 * inner, hidden)
-            shapes[f"{prefix}.down_proj"] = (experts, hidden, inner)
-            continue
-        for expert in range(experts):
-            shapes[f"{prefix}.{expert}.gate_proj.weight"] = (inner, hidden)
-            shapes[f"{prefix}.{expert}.up_proj.weight"] = (inner, hidden)
-            shapes[f"{prefix}.{expert}.down_proj.weight"] = (hidden, inner)
-    header, start = {}, 0
-    for name, shape in shapes.items():
-        end = start + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-        start = end
-    encoded = json.dumps(header).encode()
-    pattern = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).bfloat16()
-    chunk = pattern.view(torch.uint8).numpy().tobytes()
-    folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps(config | {"num_local_experts": experts, "hidden_size": hidden})
-    )
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for _ in range(start // len(chunk)):
-            file.write(chunk)
-        file.write(chunk[: start % len(chunk)])
-    return start
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("stack", [True, False], ids=["stacked", "separate"])
-def test_memory_does_not_grow_with_the_checkpoint(
-    stack: bool, saved: Folders, tmp_path: Path
-) -> None:
-    config = json.loads((saved("qwen3_moe") / "config.json").read_text())
-    size = write_large(tmp_path / "large", config, stack)
-    assert size > 390e6
-    (tmp_path / "out").mkdir()
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, saved("qwen3_moe"), tmp_path / "large", tmp_path / "out"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=300,
-        env=ONE_THREAD,
-    )
-    assert int(result.stdout) < 60e6  # one expert's gate and up are 2 MB here, lm_head 102 MB
-    assert len(list((tmp_path / "out" / "large").glob("*.safetensors"))) >= 5
-    shutil.rmtree(tmp_path)

@@ -122,23 +122,8 @@ def _register_op() -> None:
         )
 
 
-def _fake(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w13_global: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    w2_global: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    form: str,
-    alpha: float,
-    beta: float,
-    limit: float | None,
-    weight_on_input: bool,
-) -> torch.Tensor:
+def _fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    """The result's shape and dtype, for tracing."""
     return torch.empty_like(x)
 
 
