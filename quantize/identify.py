@@ -31,8 +31,8 @@ _SIZES = {"intermediate_size", "ffn_dim"}
 """Constructor arguments of experts classes that cannot change the gate."""
 
 
-def identify(folder: Path) -> Gate:
-    """The gate of the experts of the checkpoint in ``folder``.
+def identify(source: Path | str) -> Gate:
+    """The gate of the experts of the checkpoint ``source``, a folder or a hub id.
 
     Code from the checkpoint is never run: the class must be one of Transformers' own.
 
@@ -41,10 +41,10 @@ def identify(folder: Path) -> Gate:
             kinds of experts with different gates.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
-            f"{folder / 'config.json'}: Transformers does not know this model, so its gate is "
+            f"{source}/config.json: Transformers does not know this model, so its gate is "
             f"unknown ({_first_line(error)}). {_HELP}"
         ) from error
     return identify_config(config)

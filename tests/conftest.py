@@ -10,6 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that load models into this process through vLLM come last: its Transformers backend
+    changes Transformers' own classes for good, which the others use as references."""
+    items.sort(key=lambda item: item.path.is_relative_to(ROOT / "tests" / "plugin"))
+
+
 @pytest.fixture(scope="session")
 def m3_nano() -> Path:
     """m3-nano as Transformers writes it (experts fused). ``M3_NANO`` says where else it is."""

@@ -116,7 +116,7 @@ class NvFp4MoEConfig(QuantizationConfig):
 
         from quantize.errors import QuantizeError
         from quantize.gates import KEY, from_contract
-        from quantize.identify import identify_config
+        from quantize.identify import identify, identify_config
         from vllm_nvfp4_moe import compat
 
         if current_platform.is_cpu() and (problem := compat.gpu_only_model(hf_config)):
@@ -126,7 +126,12 @@ class NvFp4MoEConfig(QuantizationConfig):
             if contract is not None:
                 self.gate = from_contract(contract, f"{model_name}/config.json")
             else:
-                self.gate = identify_config(hf_config).concatenated()
+                try:
+                    gate = identify_config(hf_config)
+                except QuantizeError:
+                    # vLLM has config classes of its own, MiniMax-M3's among them.
+                    gate = identify(model_name)
+                self.gate = gate.concatenated()
                 logger.info("%s has no gate contract; its class applies %s", model_name, self.gate)
         except QuantizeError as error:
             raise ValueError(

@@ -142,6 +142,22 @@ def test_no_contract_and_unknown_class(load, damage, monkeypatch: pytest.MonkeyP
         load(folder)
 
 
+def test_no_contract_and_a_config_class_of_vllms_own(shallow, m3_nano_hub: Path) -> None:
+    """Others' NVFP4 files of a published MiniMax-M3: vLLM's config class says nothing of the gate,
+    Transformers' class for the same config.json does."""
+    import json
+
+    from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3Config
+
+    from vllm_nvfp4_moe.config import NvFp4MoEConfig
+
+    stored = json.loads((shallow["modelopt"] / "config.json").read_text())
+    config = NvFp4MoEConfig.from_config(stored["quantization_config"])
+    theirs = MiniMaxM3Config(text_config={"hidden_size": 384})
+    config.maybe_update_config(str(m3_nano_hub), theirs)
+    assert str(config.gate) == "swiglu_oai(alpha=1.702, beta=1, limit=7)"
+
+
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
