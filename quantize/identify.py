@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from quantize.errors import QuantizeError
@@ -41,7 +43,9 @@ def identify(source: Path | str) -> Gate:
             kinds of experts with different gates.
     """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        raw, _ = PreTrainedConfig.get_config_dict(source)
+        # Not AutoConfig: in a process of vLLM's, it gives vLLM's own class for some models.
+        config = getattr(transformers, CONFIG_MAPPING_NAMES[raw["model_type"]]).from_dict(raw)
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
