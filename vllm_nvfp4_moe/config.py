@@ -16,6 +16,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from vllm_nvfp4_moe import NAME
+
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.nvfp4_moe.config")
 
-NAME = "nvfp4_moe"
 _NOT_OURS = (
     "--quantization nvfp4_moe needs a checkpoint whose routed experts are NVFP4, in ModelOpt's or "
     "compressed-tensors' layout, and {found}. Make one with: nvfp4-moe quantize SOURCE TARGET"
@@ -119,6 +120,12 @@ class NvFp4MoEConfig(QuantizationConfig):
         from quantize.identify import identify, identify_config
         from vllm_nvfp4_moe import compat
 
+        online = self.online_quantization_config  # from the user's --quantization-config
+        if online is not None and online.args.moe is not None:
+            raise ValueError(
+                "--quantization nvfp4_moe takes the experts as the checkpoint has them; "
+                "remove 'moe' from --quantization-config"
+            )
         if current_platform.is_cpu() and (problem := compat.gpu_only_model(hf_config)):
             raise ValueError(problem)
         contract = getattr(hf_config, KEY, None)

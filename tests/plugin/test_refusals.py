@@ -199,6 +199,11 @@ def test_checkpoint_quantized_otherwise(load, damage) -> None:
         load(damage("modelopt").config(change))
 
 
+def test_a_request_to_quantize_the_experts_otherwise(load, shallow: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="remove 'moe' from --quantization-config"):
+        load(shallow["modelopt"], quantization_config={"moe": {"activation": "nvfp4_per_token"}})
+
+
 def test_published_layout_on_a_cpu(load, m3_nano_hub: Path, tmp_path: Path) -> None:
     """vLLM's native MiniMax-M3 is GPU-only; on a CPU that is one clear error."""
     from quantize.checkpoint import Checkpoint
