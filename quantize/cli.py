@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import filesize
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -90,7 +90,7 @@ def quantize(
         with _progress("Quantizing", checkpoint.nbytes) as advance:
             done = execute(checkpoint, steps, target, overwrite, advance)
         out.print(
-            f"{escape(str(target))}: {_size(done.bytes_before)} -> {_size(done.bytes_after)} "
+            f"{escape(str(target))}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
             f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
             f"{done.bytes_before / done.seconds / 1e9:.2f} GB/s",
             soft_wrap=True,
@@ -103,28 +103,26 @@ def inspect(source: Source, layout: LayoutOption = MODELOPT, gate: GateOption = 
     """Show what SRC's routed experts are, their gate, and what quantizing would save."""
     with _reporting_errors(), Checkpoint(resolve(source)) as checkpoint:
         steps = plan(checkpoint, layout.value, gate=_gate(gate))
-        table = Table(title=f"Routed experts of {escape(source)}", caption=f"gate: {steps.gate}")
-        for name in ("experts", "layers", "per layer", "hidden", "intermediate", "now", "NVFP4"):
-            table.add_column(
-                name, justify="left" if name == "experts" else "right", overflow="fold"
-            )
+        table = _table(
+            f"Routed experts of {source}",
+            *("experts", "layers", "per layer", "hidden", "intermediate", "now", "NVFP4"),
+        )
+        table.caption = f"gate: {steps.gate}"
         for row in inspection.expert_rows(checkpoint, steps):
             table.add_row(
                 escape(row.pattern),
                 *map(str, (row.layers, row.experts, row.hidden, row.intermediate)),
-                _size(row.bytes_now),
-                _size(row.bytes_after),
+                decimal(row.bytes_now),
+                decimal(row.bytes_after),
             )
         out.print(table)
-        stays = Table(title="Stays as it is")
-        for name in ("tensors", "count", "dtype", "bytes"):
-            stays.add_column(
-                name, justify="left" if name == "tensors" else "right", overflow="fold"
-            )
+        stays = _table("Stays as it is", "tensors", "count", "dtype", "bytes")
         for other in inspection.other_rows(checkpoint, steps):
-            stays.add_row(escape(other.pattern), str(other.count), other.dtype, _size(other.nbytes))
+            stays.add_row(
+                escape(other.pattern), str(other.count), other.dtype, decimal(other.nbytes)
+            )
         out.print(stays)
-        out.print(f"Whole checkpoint: {_size(checkpoint.nbytes)} -> {_size(steps.nbytes)}")
+        out.print(f"Whole checkpoint: {decimal(checkpoint.nbytes)} -> {decimal(steps.nbytes)}")
 
 
 @app.command()
@@ -137,16 +135,12 @@ def verify(source: Source, target: Target, gate: GateOption = None) -> None:
     ):
         with _progress("Verifying", original.nbytes) as advance:
             report = verify_checkpoint(original, quantized, _gate(gate), advance)
-        table = Table(title=escape(f"{target} against {source}"))
-        for name in ("experts", "relative error", "SQNR (dB)"):
-            table.add_column(
-                name, justify="left" if name == "experts" else "right", overflow="fold"
-            )
+        table = _table(f"{target} against {source}", "experts", "relative error", "SQNR (dB)")
         for layer in report.layers:
             table.add_row(escape(layer.prefix), f"{layer.relative:.4f}", f"{layer.sqnr:.2f}")
         out.print(table)
         for problem in report.problems:
-            err.print("[red]problem:[/]", escape(problem), soft_wrap=True, highlight=False)
+            _complain("problem", problem)
         if report.problems:
             raise typer.Exit(1)
         out.print("No problems found.")
@@ -174,8 +168,17 @@ def _summary(steps: Plan) -> str:
     return f"{len(steps.groups)} MoE layers, {experts} experts, gate {steps.gate}"
 
 
-def _size(nbytes: int) -> str:
-    return filesize.decimal(nbytes)
+def _table(title: str, first: str, *others: str) -> Table:
+    """Names in the first column, figures in the others; nothing is cut off."""
+    table = Table(title=escape(title))
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def _complain(kind: str, text: str) -> None:
+    err.print(f"[red]{kind}:[/]", escape(text), soft_wrap=True, highlight=False)
 
 
 class _Speed(ProgressColumn):
@@ -203,14 +206,9 @@ def _reporting_errors() -> Iterator[None]:
     try:
         yield
     except QuantizeError as error:
-        err.print("[red]error:[/]", escape(str(error)), soft_wrap=True, highlight=False)
+        _complain("error", str(error))
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        err.print(
-            "[red]error:[/]",
-            escape(f"{where}{error.strerror or error}"),
-            soft_wrap=True,
-            highlight=False,
-        )
+        _complain("error", f"{where}{error.strerror or error}")
         sys.exit(1)

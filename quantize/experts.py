@@ -128,6 +128,11 @@ def find(checkpoint: Checkpoint) -> list[ExpertGroup]:
     return sorted(groups, key=lambda g: _natural(g.prefix))
 
 
+def source_names(groups: list[ExpertGroup]) -> set[str]:
+    """The source tensors of all ``groups``: every other tensor stays as it is."""
+    return {name for group in groups for name in group.sources}
+
+
 def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
@@ -170,10 +175,8 @@ def _single_group(prefix: str, parts: dict[tuple[int, str], TensorInfo]) -> Expe
         raise QuantizeError(f"{prefix}: mixes names of projections: {', '.join(sorted(kinds))}")
     experts = 1 + max(expert for expert, _ in parts)
     sources: list[str] = []
-    shape: tuple[int, ...] = next(iter(parts.values())).shape
     first = parts.get((0, names[0]))
-    if first is not None:
-        shape = first.shape
+    shape = first.shape if first else ()  # without it, the loop stops before it looks at shapes
     for expert in range(experts):
         for kind in names:
             info = parts.get((expert, kind))

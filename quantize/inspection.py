@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from quantize.checkpoint import Checkpoint
-from quantize.experts import ExpertGroup
+from quantize.experts import ExpertGroup, source_names
 from quantize.pipeline import Plan
 
 
@@ -61,7 +61,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
 
 def other_rows(checkpoint: Checkpoint, plan: Plan) -> list[OtherRow]:
     """One row for each kind of tensor that stays as it is, largest first."""
-    experts = {name for group in plan.groups for name in group.sources}
+    experts = source_names(plan.groups)
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         if name not in experts:

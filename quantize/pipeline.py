@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 
 from quantize.checkpoint import INDEX, Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find
+from quantize.experts import ExpertGroup, find, source_names
 from quantize.gates import KEY, Gate, to_contract
 from quantize.identify import identify
 from quantize.layouts import LAYOUTS, Layout
@@ -102,7 +103,7 @@ def plan(
     groups = find(checkpoint)
     gate = gate or identify(checkpoint.folder)
     chosen = LAYOUTS[layout]
-    experts = {name for group in groups for name in group.sources}
+    experts = source_names(groups)
     ignore = sorted(
         name.removesuffix(".weight")
         for name, info in checkpoint.tensors.items()
@@ -126,9 +127,9 @@ def execute(
     names = _shard_names(len(plan.shards))
     weight_map: dict[str, str] = {}
     for name, jobs in zip(names, plan.shards, strict=True):
-        outputs = [out for job in jobs for out in job.outputs]
-        weight_map |= {out.name: name for out in outputs}
-        with ShardWriter(target / name, outputs) as writer:
+        contents = [out for job in jobs for out in job.outputs]
+        weight_map |= {out.name: name for out in contents}
+        with ShardWriter(target / name, contents) as writer:
             for job in jobs:
                 for out, tensor in zip(job.outputs, job.run(), strict=True):
                     writer.write(out.name, tensor)
@@ -155,7 +156,7 @@ def _jobs(
 ) -> Iterator[Job]:
     """In the source's order of files and tensors, so that reading stays sequential."""
     first = {group.sources[0]: group for group in groups}
-    experts = {name for group in groups for name in group.sources}
+    experts = source_names(groups)
     for name, info in checkpoint.tensors.items():
         if name in first:
             group = first[name]
@@ -189,14 +190,14 @@ def _expert_jobs(
         return [tensor for result in results for tensor in layout.store(result, INPUT_SCALE)]
 
     yield Job(
-        (*_outputs(gate_name, wide, layout), *_outputs(up_name, wide, layout)),
+        (*outputs(gate_name, wide, layout), *outputs(up_name, wide, layout)),
         size * 2 // 3,
         lambda: store(
             list(group.gate_up(checkpoint, expert, gate.interleaved)), (gate_name, up_name)
         ),
     )
     yield Job(
-        _outputs(down_name, wide[::-1], layout),
+        outputs(down_name, wide[::-1], layout),
         size - size * 2 // 3,
         lambda: store([group.down(checkpoint, expert)], (down_name,)),
     )
@@ -206,9 +207,19 @@ def _origin(group: ExpertGroup, expert: int) -> tuple[str, ...]:
     return group.sources if group.fused else group.sources[3 * expert : 3 * expert + 3]
 
 
-def _outputs(module: str, shape: tuple[int, int], layout: Layout) -> tuple[Output, ...]:
+def outputs(module: str, shape: tuple[int, int], layout: Layout) -> tuple[Output, ...]:
+    """The tensors that one quantized weight of ``shape`` ``[out, in]`` is written as."""
+    return tuple(
+        Output(f"{module}.{suffix}", dtype, dims)
+        for suffix, (dtype, dims) in zip(layout.suffixes, _stored(shape, layout.name), strict=True)
+    )
+
+
+@cache
+def _stored(shape: tuple[int, int], layout: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """dtype and shape of each tensor that a layout makes of a weight; alike for all experts."""
     rows, columns = shape
-    example = layout.store(
+    example = LAYOUTS[layout].store(
         NvFp4(
             torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"),
             torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn, device="meta"),
@@ -216,10 +227,7 @@ def _outputs(module: str, shape: tuple[int, int], layout: Layout) -> tuple[Outpu
         ),
         INPUT_SCALE,
     )
-    return tuple(
-        Output(f"{module}.{suffix}", DTYPES[tensor.dtype], tuple(tensor.shape))
-        for suffix, tensor in zip(layout.suffixes, example, strict=True)
-    )
+    return tuple((DTYPES[tensor.dtype], tuple(tensor.shape)) for tensor in example)
 
 
 def _into_shards(jobs: list[Job], max_size: int) -> list[list[Job]]:
@@ -252,8 +260,8 @@ def _prepare(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
                 f"{target} is not empty; pass --overwrite to replace its checkpoint"
             )
         # What makes the old checkpoint look whole goes first.
-        for file in (target / "config.json", target / INDEX, *target.glob("*.safetensors")):
-            file.unlink(missing_ok=True)
-        for file in (target / "hf_quant_config.json", *target.glob(".*.partial")):
+        first = (target / "config.json", target / INDEX)
+        rest = (*target.glob("*.safetensors"), *target.glob(".*.partial"))
+        for file in (*first, *rest, target / "hf_quant_config.json"):
             file.unlink(missing_ok=True)
     target.mkdir(parents=True, exist_ok=True)

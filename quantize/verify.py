@@ -10,12 +10,13 @@ import torch
 
 from quantize.checkpoint import Checkpoint, TensorInfo
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find
+from quantize.experts import ExpertGroup, find, source_names
 from quantize.gates import KEY, Gate, from_contract
 from quantize.identify import identify
 from quantize.layouts import Layout, detect
-from quantize.nvfp4 import BLOCK, bad_scales
-from quantize.shards import DTYPES
+from quantize.nvfp4 import bad_scales
+from quantize.pipeline import outputs
+from quantize.shards import Output
 
 IMPLAUSIBLE = 0.5
 """Relative error above which a weight cannot be the source's: NVFP4 leaves about 0.1."""
@@ -75,7 +76,7 @@ def verify(
     for group in groups:
         report.layers.append(_layer(source, target, group, truth, layout, expected, report))
         progress(sum(source.tensors[name].nbytes for name in group.sources))
-    experts = {name for group in groups for name in group.sources}
+    experts = source_names(groups)
     for name, info in source.tensors.items():
         if name not in experts:
             expected.add(name)
@@ -119,9 +120,9 @@ def _layer(
             group.down(source, expert),
         )
         for module, weight in zip(group.modules(expert), weights, strict=True):
-            names = tuple(f"{module}.{suffix}" for suffix in layout.suffixes)
-            expected.update(names)
-            restored = _restore(target, names, weight.shape, layout, report)
+            wanted = outputs(module, (weight.shape[0], weight.shape[1]), layout)
+            expected.update(out.name for out in wanted)
+            restored = _restore(target, wanted, layout, report)
             if restored is None:
                 continue
             original = weight.float()
@@ -137,22 +138,11 @@ def _layer(
 
 
 def _restore(
-    target: Checkpoint,
-    names: tuple[str, ...],
-    shape: torch.Size,
-    layout: Layout,
-    report: Report,
+    target: Checkpoint, wanted: tuple[Output, ...], layout: Layout, report: Report
 ) -> torch.Tensor | None:
     """The dequantized weight; None, with the problems noted, if its tensors are not sane."""
-    rows, columns = shape
-    wanted = (
-        (DTYPES[torch.uint8], (rows, columns // 2)),
-        (DTYPES[torch.float8_e4m3fn], (rows, columns // BLOCK)),
-        (DTYPES[torch.float32], layout.scale_shape),
-        (DTYPES[torch.float32], layout.scale_shape),
-    )
     before = len(report.problems)
-    for name, (dtype, dims) in zip(names, wanted, strict=True):
+    for name, dtype, dims in wanted:
         info = target.tensors.get(name)
         if info is None:
             report.problems.append(f"{name} is missing")
@@ -163,10 +153,10 @@ def _restore(
             )
     if len(report.problems) > before:
         return None
-    tensors = tuple(target.load(name) for name in names)
-    for name, tensor in zip(names[1:], tensors[1:], strict=True):
+    tensors = tuple(target.load(out.name) for out in wanted)
+    for out, tensor in zip(wanted[1:], tensors[1:], strict=True):
         if problem := bad_scales(tensor):
-            report.problems.append(f"{target.tensors[name].file.name}: {name}: {problem}")
+            report.problems.append(f"{target.tensors[out.name].file.name}: {out.name}: {problem}")
     if len(report.problems) > before:
         return None
     weight, _ = layout.restore(tensors)

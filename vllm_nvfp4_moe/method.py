@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEMethodBase,
     FusedMoeWeightScaleSupported,
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
-
-logger = init_logger("vllm.nvfp4_moe.method")
 
 CANONICAL = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
@@ -173,7 +170,6 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
         layout = self.config.layout
-        reciprocal = layout.name == "compressed-tensors"
         for prefix in ("w13", "w2"):
             for kind, (suffix, canonical) in enumerate(
                 zip(layout.suffixes, CANONICAL, strict=True)
@@ -183,7 +179,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
                     continue
                 delattr(layer, f"{prefix}_{suffix}")
                 data = param.data
-                if reciprocal and kind in (GLOBAL_SCALE, INPUT_SCALE):
+                if layout.reciprocal and kind in (GLOBAL_SCALE, INPUT_SCALE):
                     data = data.reciprocal()
                 layer.register_parameter(
                     f"{prefix}_{canonical}", torch.nn.Parameter(data, requires_grad=False)

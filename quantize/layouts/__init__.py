@@ -20,12 +20,12 @@ class Layout(Protocol):
     Attributes:
         name: as ``--layout`` takes it.
         suffixes: of the four tensors of one weight: codes, block scale, global scale, input scale.
-        scale_shape: shape of the global and input scales on disk.
+        reciprocal: global and input scales are stored as what divides, not what multiplies.
     """
 
     name: str
     suffixes: tuple[str, str, str, str]
-    scale_shape: tuple[int, ...]
+    reciprocal: bool
 
     def store(self, weight: NvFp4, input_scale: float) -> tuple[torch.Tensor, ...]:
         """The four tensors, in the order of ``suffixes``."""

@@ -24,7 +24,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     suffixes = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
-    scale_shape: tuple[int, ...] = (1,)
+    reciprocal = True
 
     def store(self, weight: NvFp4, input_scale: float) -> tuple[torch.Tensor, ...]:
         scale = torch.tensor([1 / input_scale], dtype=torch.float32)

@@ -19,7 +19,7 @@ class ModelOpt:
 
     name = "modelopt"
     suffixes = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-    scale_shape: tuple[int, ...] = ()
+    reciprocal = False
 
     def store(self, weight: NvFp4, input_scale: float) -> tuple[torch.Tensor, ...]:
         scale = torch.tensor(input_scale, dtype=torch.float32)
