@@ -1,18 +1,26 @@
-"""A checkpoint on disk: its config, and where each tensor lies. Nothing is loaded until asked."""
+"""A checkpoint on disk: its config, and where each tensor lies. Nothing is loaded until asked.
+
+Files are read with ``pread``, not mapped into memory: a file that is cut off, or a disk that fails,
+is then an error message instead of the signal that kills a process, and memory holds what was
+asked for and no more.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
+import os
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from quantize import sources
 from quantize.errors import QuantizeError
+from quantize.memory import Arena
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,13 +33,31 @@ BYTES = {
 """Bytes an element, by safetensors' names of dtypes."""
 
 
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
+"""PyTorch's dtypes, by safetensors' names of them."""
+
+_MAX_OPEN = 256
+"""Files kept open; those beyond are opened for each read, so that no limit is ever met."""
+
+
 class TensorInfo(NamedTuple):
-    """What a safetensors header says of one tensor."""
+    """What a safetensors header says of one tensor.
+
+    Attributes:
+        offset: bytes before its data in ``file``.
+    """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -41,10 +67,15 @@ class TensorInfo(NamedTuple):
 class Checkpoint:
     """A folder of safetensors files with a ``config.json``.
 
-    Use as a context manager: files stay open (memory-mapped) until it ends.
+    Use as a context manager: files stay open until it ends. Reading is safe from several threads.
 
     Args:
         folder: must hold ``config.json`` and ``*.safetensors``, with or without an index.
+
+    Attributes:
+        stored: every tensor in the files.
+        tensors: every tensor of the model: those of ``stored``, but with each weight that a known
+            format splits into codes and scales (``quantize.sources``) as one tensor, ``BF16``.
 
     Raises:
         QuantizeError: naming the file or tensor that is missing or malformed.
@@ -53,70 +84,147 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
-        self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, int] = {}
+        self._lock = Lock()
         self.files = self._find_files()
-        self.tensors: dict[str, TensorInfo] = {}
+        self.stored: dict[str, TensorInfo] = {}
         for file in self.files:
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                if name in self.tensors:
-                    other = self.tensors[name].file.name
-                    raise QuantizeError(f"{name} is in both {other} and {file.name}")
-                view = handle.get_slice(name)
-                dtype = view.get_dtype()
-                if dtype not in BYTES:
-                    raise QuantizeError(f"{file}: {name} has dtype {dtype}, which is not supported")
-                self.tensors[name] = TensorInfo(name, file, dtype, tuple(view.get_shape()))
+            for info in _read_header(file):
+                if info.name in self.stored:
+                    other = self.stored[info.name].file.name
+                    raise QuantizeError(f"{info.name} is in both {other} and {file.name}")
+                self.stored[info.name] = info
         self._check_index()
+        self._encoded = sources.find_encoded(self.stored, self.config)
+        self.tensors = self._decoded_view()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.clear()
-        self._stack.close()
+        while self._open:
+            os.close(self._open.popitem()[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors.values())
+        """Bytes of all tensors, as stored."""
+        return sum(t.nbytes for t in self.stored.values())
+
+    @property
+    def formats(self) -> set[str]:
+        """Names of the quantized formats (``quantize.sources``) that some tensors are stored in."""
+        return {encoded.format for encoded in self._encoded.values()}
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that ``tensors[name]`` consists of: mostly just itself."""
+        encoded = self._encoded.get(name)
+        return encoded.parts if encoded else (name,)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes in the files of ``tensors[name]``."""
+        return sum(self.stored[part].nbytes for part in self.parts(name))
 
     def text_config(self) -> dict[str, Any]:
         """The language model's part of the config: nested in a multimodal one."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
-    def load(self, name: str) -> torch.Tensor:
-        """One whole tensor, as stored."""
-        return self._read(name, lambda handle: handle.get_tensor(name))
+    def load(self, name: str, arena: Arena | None = None) -> torch.Tensor:
+        """One whole tensor: as stored, or dequantized to float32.
 
-    def load_expert(self, name: str, expert: int) -> torch.Tensor:
+        Args:
+            arena: where its memory comes from; else it is new.
+        """
+        encoded = self._encoded.get(name)
+        if encoded is None:
+            return self._read(self.stored[name], None, arena)
+        parts = [self._read(self.stored[part], None, arena) for part in encoded.parts]
+        return encoded.decode(*parts)
+
+    def load_expert(self, name: str, expert: int, arena: Arena | None = None) -> torch.Tensor:
         """``tensor[expert]`` of a stacked tensor, without reading the rest of it."""
-        return self._read(name, lambda handle: handle.get_slice(name)[expert])
+        encoded = self._encoded.get(name)
+        if encoded is None:
+            return self._read(self.stored[name], expert, arena)
+        parts = [self._read(self.stored[part], expert, arena) for part in encoded.parts]
+        return encoded.decode(*parts)
 
-    def _read(self, name: str, read: Any) -> torch.Tensor:
-        file = self.tensors[name].file
+    def read_into(self, buffer: torch.Tensor, info: TensorInfo, start: int = 0) -> None:
+        """Fill ``buffer`` (uint8) with the data of ``info`` from byte ``start`` on.
+
+        Raises:
+            QuantizeError: if the file cannot be read, or ends early.
+        """
+        view = memoryview(buffer.numpy())
+        done = 0
+        descriptor, keep = self._descriptor(info.file)
         try:
-            return read(self._handle(file))
-        except (SafetensorError, OSError) as error:
-            raise QuantizeError(f"{file}: cannot read {name}: {error}") from error
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], info.offset + start + done)
+                if count == 0:
+                    raise QuantizeError(
+                        f"{info.file}: ends within {info.name}; it was cut off while being read"
+                    )
+                done += count
+        except OSError as error:
+            raise QuantizeError(
+                f"{info.file}: cannot read {info.name}: {error.strerror or error}"
+            ) from error
+        finally:
+            if not keep:
+                os.close(descriptor)
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
+    def will_need(self, name: str, expert: int | None = None) -> None:
+        """Ask the system to read a tensor (or an expert of it) from disk ahead of time."""
+        for info in (self.stored[part] for part in self.parts(name)):
+            start, size = _extent(info, expert)
+            descriptor, keep = self._descriptor(info.file)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, info.offset + start, size, os.POSIX_FADV_WILLNEED)
+            if not keep:
+                os.close(descriptor)
+
+    def _read(self, info: TensorInfo, expert: int | None, arena: Arena | None) -> torch.Tensor:
+        start, size = _extent(info, expert)
+        buffer = arena.take(size) if arena else torch.empty(size, dtype=torch.uint8)
+        self.read_into(buffer, info, start)
+        shape = info.shape if expert is None else info.shape[1:]
+        return buffer.view(DTYPES[info.dtype]).view(shape)
+
+    def _descriptor(self, file: Path) -> tuple[int, bool]:
+        """An open file, and whether it stays open."""
+        with self._lock:
+            descriptor = self._open.get(file)
+            if descriptor is not None:
+                return descriptor, True
             try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise QuantizeError(
-                    f"{file}: not a complete safetensors file ({error}); download it again"
-                ) from error
-            self._open[file] = self._stack.enter_context(handle)
-        return self._open[file]
+                descriptor = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise QuantizeError(f"{file}: {error.strerror or error}") from error
+            if len(self._open) < _MAX_OPEN:
+                self._open[file] = descriptor
+                return descriptor, True
+            return descriptor, False
+
+    def _decoded_view(self) -> dict[str, TensorInfo]:
+        view: dict[str, TensorInfo] = {}
+        owner = {part: name for name, enc in self._encoded.items() for part in enc.parts}
+        for name, info in self.stored.items():
+            logical = owner.get(name)
+            if logical is None:
+                view[name] = info
+            elif logical not in view:
+                shape = self._encoded[logical].shape
+                view[logical] = TensorInfo(logical, info.file, "BF16", shape)
+        return view
 
     def _find_files(self) -> list[Path]:
         index = self.folder / INDEX
         if not index.exists():
             files = sorted(self.folder.glob("*.safetensors"))
+            single = self.folder / "model.safetensors"
+            if single in files:  # what lies beside it (an adapter, a consolidated copy) is not it
+                return [single]
             if not files:
                 raise QuantizeError(
                     f"{self.folder} holds no *.safetensors files; convert the weights to "
@@ -137,7 +245,7 @@ class Checkpoint:
         if not index.exists():
             return
         for name, file in self._weight_map(index).items():
-            info = self.tensors.get(name)
+            info = self.stored.get(name)
             if info is None or info.file.name != file:
                 raise QuantizeError(f"{index} says that {name} is in {file}, but it is not there")
 
@@ -151,6 +259,39 @@ class Checkpoint:
         return weight_map
 
 
+def _read_header(file: Path) -> list[TensorInfo]:
+    """All tensors of a safetensors file, in the order of their data."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # the library's checks: sizes, offsets, dtypes, the header's own length
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        tensors = []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in BYTES:
+                raise QuantizeError(
+                    f"{file}: {name} has dtype {entry['dtype']}, which is not supported"
+                )
+            offset = 8 + length + entry["data_offsets"][0]
+            tensors.append(TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), offset))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise QuantizeError(
+            f"{file}: not a complete safetensors file ({error}); download it again"
+        ) from error
+    return sorted(tensors, key=lambda tensor: tensor.offset)
+
+
+def _extent(info: TensorInfo, expert: int | None) -> tuple[int, int]:
+    """Where in a tensor's data an expert's begins, and its size, both in bytes."""
+    if expert is None:
+        return 0, info.nbytes
+    size = info.nbytes // info.shape[0]
+    return expert * size, size
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from ``file``.
 
@@ -161,7 +302,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise QuantizeError(f"{file} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise QuantizeError(f"{file}: expected a JSON object, found {type(value).__name__}")
