@@ -49,13 +49,18 @@ class NvFp4(NamedTuple):
 
 
 def global_scale(*weights: torch.Tensor) -> torch.Tensor:
-    """The float32 scalar global scale that ``weights`` (any shapes) can share.
+    """The float32 scalar global scale that ``weights`` (any shapes) can share."""
+    return global_scale_of(torch.stack([w.abs().amax().float() for w in weights]).amax())
+
+
+def global_scale_of(amax: torch.Tensor) -> torch.Tensor:
+    """The float32 scalar global scale for weights whose largest magnitude is ``amax`` (scalar).
 
     ``amax / (6 * 448)``, the rule of ModelOpt's ``NVFP4QTensor``. Weights that are all zero get 1,
     since a zero scale would make NaN of them in most kernels.
     """
-    amax = torch.stack([w.abs().amax().float() for w in weights]).amax()
-    scale = amax / (E2M1_MAX * E4M3_MAX)
+    # A tensor: by a plain number, PyTorch divides on GPUs through its rounded reciprocal.
+    scale = amax.float() / torch.tensor(E2M1_MAX * E4M3_MAX, device=amax.device)
     # Never subnormal: it would lose digits, and its reciprocal, which compressed-tensors stores,
     # would be infinite. NaN stays NaN, for the caller to see.
     tiny = torch.finfo(torch.float32).tiny

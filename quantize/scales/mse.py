@@ -14,27 +14,34 @@ import torch
 from quantize.nvfp4 import BLOCK, E2M1_VALUES, round_to_e2m1
 from quantize.scales.max import max_scale
 
-# The max rule's own scale first: it keeps a tie.
-_OFFSETS = (0, *(k for k in range(-8, 9) if k))
-_LOWEST, _HIGHEST = 1, 126
+OFFSETS = (0, *(k for k in range(-8, 9) if k))
+"""The ``max`` rule's own scale first: it keeps a tie."""
+LOWEST, HIGHEST = 1, 126
 """Bits of E4M3's smallest and largest positive finite values."""
 
 
 def mse_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """E4M3 ``[out, in / 16]``: least ``sum((weight - dequantized) ** 2)`` in each block."""
-    blocks = weight.float().unflatten(-1, (-1, BLOCK))
+    """E4M3 ``[out, in / 16]``: least ``sum((weight - dequantized) ** 2)`` in each block.
+
+    Everything is in units of the global scale, so that squares stay within float32 whatever the
+    weights. The order of operations is part of the rule, since faster kernels must give the same
+    bits: the value is divided by the global scale, multiplied by the candidate's reciprocal and
+    rounded; squares are summed from the block's first weight to its last.
+    """
+    blocks = weight.float().unflatten(-1, (-1, BLOCK)).abs() / global_scale
     start = max_scale(weight, global_scale).view(torch.uint8).to(torch.int16)
     values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=weight.device)
 
     best = torch.full(start.shape, torch.inf, dtype=torch.float32, device=weight.device)
     chosen = start.clone()
-    for offset in _OFFSETS:
-        bits = (start + offset).clamp(_LOWEST, _HIGHEST)
-        scale = bits.to(torch.uint8).view(torch.float8_e4m3fn)
-        step = (scale.float() * global_scale).unsqueeze(-1)
-        magnitude = values[(round_to_e2m1(blocks.abs() / step) & 7).int()] * step
-        # In units of the global scale, so that squares stay within float32 whatever the weights.
-        error = ((blocks.abs() - magnitude) / global_scale).square().sum(-1)
+    for offset in OFFSETS:
+        bits = (start + offset).clamp(LOWEST, HIGHEST)
+        scale = bits.to(torch.uint8).view(torch.float8_e4m3fn).float().unsqueeze(-1)
+        nearest = values[round_to_e2m1(blocks * scale.reciprocal()).int()] * scale
+        squares = (blocks - nearest).square()
+        error = squares[..., 0]
+        for k in range(1, BLOCK):
+            error = error + squares[..., k]
         better = error < best
         best = torch.where(better, error, best)
         chosen = torch.where(better, bits, chosen)
