@@ -113,7 +113,8 @@ class Checkpoint:
     @property
     def formats(self) -> set[str]:
         """Names of the quantized formats (``quantize.sources``) that some tensors are stored in."""
-        return {encoded.format for encoded in self._encoded.values()}
+        decoded = {encoded.format for encoded in self._encoded.values()}
+        return decoded | sources.undecodable(self.stored)
 
     def parts(self, name: str) -> tuple[str, ...]:
         """The stored tensors that ``tensors[name]`` consists of: mostly just itself."""

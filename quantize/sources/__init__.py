@@ -7,34 +7,19 @@ format is one file here, with a class like :class:`SourceFormat`, and one entry 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+from quantize.sources.encoded import Encoded as Encoded
+from quantize.sources.fp8_block import Fp8Block
+from quantize.sources.mxfp4 import MxFp4
+from quantize.sources.mxfp8 import MxFp8
+from quantize.sources.refusals import check_complete
+from quantize.sources.refusals import check_config as check_config
+from quantize.sources.refusals import undecodable as undecodable
 
 if TYPE_CHECKING:
     from quantize.checkpoint import TensorInfo
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One weight that is stored as several tensors.
-
-    Attributes:
-        format: name of its :class:`SourceFormat`.
-        name: what the weight is called in an unquantized checkpoint.
-        shape: of the weight; stacked experts have a leading dimension, in the parts too.
-        parts: names of the stored tensors.
-        decode: from the parts, in that order (or from one expert's slice of each), to the float32
-            weight.
-    """
-
-    format: str
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[str, ...]
-    decode: Callable[..., torch.Tensor]
 
 
 class SourceFormat(Protocol):
@@ -46,11 +31,11 @@ class SourceFormat(Protocol):
         """All weights in this format.
 
         Raises:
-            QuantizeError: naming the tensor, if one is incomplete or of the wrong shape.
+            QuantizeError: naming the tensor, if one is of the wrong shape or dtype.
         """
 
 
-FORMATS: dict[str, SourceFormat] = {}
+FORMATS: dict[str, SourceFormat] = {fmt.name: fmt for fmt in (Fp8Block(), MxFp8(), MxFp4())}
 
 
 def find_encoded(stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> dict[str, Encoded]:
@@ -59,6 +44,10 @@ def find_encoded(stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> di
     Args:
         stored: every tensor in the checkpoint's files.
         config: its ``config.json``.
+
+    Raises:
+        QuantizeError: naming a tensor that does not fit, or that lacks its counterpart.
     """
     found = [e for fmt in FORMATS.values() for e in fmt.find(stored, config)]
+    check_complete(stored, found)
     return {encoded.name: encoded for encoded in found}

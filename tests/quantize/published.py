@@ -1,0 +1,327 @@
+"""Weights as published checkpoints store them quantized, with what they mean, for tests of sources.
+
+The meaning is float64 arithmetic on the formats' definitions, none of it the package's.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+EXPERTS = 3
+
+
+# The formats' definitions: OCP 8-bit Floating Point 1.0, OCP Microscaling Formats 1.0.
+
+
+def e4m3(codes: np.ndarray) -> np.ndarray:
+    sign = np.where(codes >> 7, -1.0, 1.0)
+    exponent, mantissa = (codes >> 3 & 15).astype(int), (codes & 7).astype(float)
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    value = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    return sign * np.where(codes & 0x7F == 0x7F, np.nan, value)
+
+
+def e2m1(nibbles: np.ndarray) -> np.ndarray:
+    sign = np.where(nibbles >> 3, -1.0, 1.0)
+    exponent, mantissa = (nibbles >> 1 & 3).astype(int), (nibbles & 1).astype(float)
+    return sign * np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+
+
+def e2m1_pairs(packed: np.ndarray) -> np.ndarray:
+    both = np.stack((e2m1(packed & 15), e2m1(packed >> 4)), -1)
+    return both.reshape(*packed.shape[:-1], -1)
+
+
+def e8m0(codes: np.ndarray) -> np.ndarray:
+    return np.where(codes == 255, np.nan, 2.0 ** (codes.astype(float) - 127))
+
+
+def spread(scale: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """A scale for each weight of a matrix (or of each of several)."""
+    wide = np.repeat(np.repeat(scale, block[0], -2), block[1], -1)
+    return wide[..., : shape[-2], : shape[-1]]
+
+
+def product(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rounded once: no product of these formats and float32 needs more than float64's digits."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (values * scale).astype(np.float32)
+
+
+def assert_same(actual: torch.Tensor, expected: np.ndarray) -> None:
+    assert actual.dtype == torch.float32
+    assert tuple(actual.shape) == expected.shape
+    nan = np.isnan(expected)
+    assert np.array_equal(np.isnan(actual.numpy()), nan)
+    bits = actual.contiguous().numpy().view(np.uint32)[~nan]
+    assert np.array_equal(bits, np.ascontiguousarray(expected).view(np.uint32)[~nan])
+
+
+# What is published: stored tensors, config, and the weights that they mean.
+
+
+class Published(NamedTuple):
+    stored: dict[str, torch.Tensor]
+    quantization: dict[str, Any] | None
+    weights: dict[str, np.ndarray]
+    format: str
+
+
+RNG = np.random.default_rng(0)
+
+
+def random_bytes(*shape: int, low: int = 0, high: int = 256) -> np.ndarray:
+    return RNG.integers(low, high, shape, np.uint8)
+
+
+def tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    whole = torch.from_numpy(np.ascontiguousarray(array))
+    return whole if dtype is None else whole.view(dtype)
+
+
+def fp8(
+    name: str,
+    scale_name: str,
+    shape: tuple[int, ...],
+    grid: tuple[int, ...],
+    block: tuple[int, int],
+    quantization: dict[str, Any] | None,
+    dtype: torch.dtype = torch.float32,
+    spread_shape: tuple[int, ...] | None = None,
+) -> Published:
+    """``spread_shape``: of the matrices that are cut into blocks, if not ``shape``."""
+    codes = random_bytes(*shape)
+    scale = torch.from_numpy(RNG.uniform(1e-4, 1e-2, grid)).to(dtype)
+    cut = spread_shape or shape
+    values = e4m3(codes).reshape(cut)
+    per_matrix = (*cut[:-2], -(-cut[-2] // block[0]), -(-cut[-1] // block[1]))
+    wide = spread(scale.double().numpy().reshape(per_matrix), block, cut)
+    stored = {name: tensor(codes, E4M3), scale_name: scale}
+    return Published(stored, quantization, {name: product(values, wide).reshape(shape)}, "fp8")
+
+
+def mx(
+    stored: dict[str, torch.Tensor],
+    quantization: dict[str, Any] | None,
+    name: str,
+    values: np.ndarray,
+    scale: np.ndarray,
+    fmt: str,
+) -> Published:
+    wide = np.repeat(e8m0(scale), 32, -1)
+    return Published(stored, quantization, {name: product(values, wide)}, fmt)
+
+
+def deepseek_v3() -> Published:
+    config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    name = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    return fp8(name, f"{name}_scale_inv", (200, 300), (2, 3), (128, 128), config)
+
+
+def fp8_without_block_size() -> Published:
+    name = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    return fp8(name, f"{name}_scale_inv", (129, 128), (2, 1), (128, 128), None)
+
+
+def deepseek_v4_dense() -> Published:
+    config = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    codes, scale = random_bytes(256, 160), random_bytes(2, 2, low=90, high=150)
+    weight = product(e4m3(codes), spread(e8m0(scale), (128, 128), codes.shape))
+    stored = {"layers.0.attn.wo_a.weight": tensor(codes, E4M3)}
+    stored["layers.0.attn.wo_a.scale"] = tensor(scale, E8M0)
+    return Published(stored, config, {"layers.0.attn.wo_a.weight": weight}, "fp8")
+
+
+def deepseek_v41_dense() -> Published:
+    config = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [32, 32]}
+    codes, scale = random_bytes(64, 96), random_bytes(2, 3, low=90, high=150)
+    weight = product(e4m3(codes), spread(e8m0(scale), (32, 32), codes.shape))
+    stored = {"layers.0.attn.wq_a.weight": tensor(codes, E4M3)}
+    stored["layers.0.attn.wq_a.scale"] = tensor(scale, E8M0)
+    return Published(stored, config, {"layers.0.attn.wq_a.weight": weight}, "fp8")
+
+
+def transformers_fp8_down() -> Published:
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    name = "model.layers.0.mlp.experts.down_proj"
+    grid = (EXPERTS, 2, 2)
+    return fp8(name, f"{name}_scale_inv", (EXPERTS, 160, 256), grid, (128, 128), config)
+
+
+def transformers_fp8_gate_up() -> Published:
+    """Gate and up have rows of scales of their own: Transformers' ``min_sf_out=2``."""
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    return fp8(
+        name,
+        f"{name}_scale_inv",
+        (EXPERTS, 2 * 48, 256),
+        (EXPERTS, 2, 2),
+        (128, 128),
+        config,
+        spread_shape=(EXPERTS, 2, 48, 256),
+    )
+
+
+def compressed_tensors_group(
+    fmt: str, weights: dict[str, Any] | None = None, overall: str | None = None
+) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float"} | (weights or {})
+    groups = {"group_0": {"weights": weights, "format": fmt, "targets": ["Linear"]}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": overall or fmt,
+        "config_groups": groups,
+    }
+
+
+def compressed_tensors_block() -> Published:
+    config = compressed_tensors_group("float-quantized", {"block_structure": [64, 32]})
+    name = "model.layers.0.self_attn.q_proj.weight"
+    grid = (2, 4)
+    return fp8(name, f"{name}_scale", (100, 100), grid, (64, 32), config, torch.bfloat16)
+
+
+def compressed_tensors_row() -> Published:
+    config = compressed_tensors_group("float-quantized")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return fp8(name, f"{name}_scale", (200, 160), (200, 1), (1, 160), config, torch.float16)
+
+
+def quark_row() -> Published:
+    config = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return fp8(name, f"{name}_scale", (200, 160), (200,), (1, 160), config)
+
+
+def modelopt_tensor() -> Published:
+    config = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    whole = fp8(name, f"{name}_scale", (200, 160), (), (200, 160), config)
+    whole.stored["model.layers.0.self_attn.q_proj.input_scale"] = torch.tensor(0.5)
+    return whole
+
+
+def expert_row() -> Published:
+    config = {"quant_method": "fbgemm_fp8"}
+    name = "model.layers.0.mlp.experts.down_proj"
+    shape = (EXPERTS, 16, 40)
+    whole = fp8(name, f"{name}_scale", shape, (EXPERTS, 16, 1), (1, 40), config)
+    whole.stored[f"{name}_activation_scale"] = torch.rand(EXPERTS)
+    return whole
+
+
+def expert_tensor() -> Published:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    shape = (EXPERTS, 16, 40)
+    return fp8(name, f"{name}_scale_inv", shape, (EXPERTS, 1, 1), (16, 40), None)
+
+
+def minimax_m3() -> Published:
+    config = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": ["lm_head"]}
+    name = "language_model.model.layers.3.block_sparse_moe.experts.0.w1.weight"
+    codes, scale = random_bytes(24, 96), random_bytes(24, 3)
+    stored = {name: tensor(codes, E4M3), f"{name}_scale_inv": tensor(scale)}
+    return mx(stored, config, name, e4m3(codes), scale, "mxfp8")
+
+
+def modelopt_mxfp8() -> Published:
+    config = {"quant_method": "modelopt", "quant_algo": "MXFP8", "ignore": ["lm_head"]}
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    codes, scale = random_bytes(24, 96), random_bytes(24, 3)
+    stored = {name: tensor(codes, E4M3), f"{name}_scale": tensor(scale)}
+    return mx(stored, config, name, e4m3(codes), scale, "mxfp8")
+
+
+def compressed_tensors_mxfp8() -> Published:
+    whole = modelopt_mxfp8()
+    return whole._replace(quantization=compressed_tensors_group("mxfp8-quantized"))
+
+
+def stacked_mxfp8() -> Published:
+    config = {"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    codes, scale = random_bytes(EXPERTS, 10, 64), random_bytes(EXPERTS, 10, 2)
+    stored = {name: tensor(codes, E4M3), f"{name}_scale_inv": tensor(scale, E8M0)}
+    return mx(stored, config, name, e4m3(codes), scale, "mxfp8")
+
+
+def gpt_oss(kind: str = "gate_up_proj") -> Published:
+    name = f"model.layers.0.mlp.experts.{kind}"
+    blocks, scale = random_bytes(EXPERTS, 10, 3, 16), random_bytes(EXPERTS, 10, 3)
+    stored = {f"{name}_blocks": tensor(blocks), f"{name}_scales": tensor(scale)}
+    values = e2m1_pairs(blocks.reshape(EXPERTS, 10, 48))
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    return mx(stored, config, name, values, scale, "mxfp4")
+
+
+def gpt_oss_down() -> Published:
+    return gpt_oss("down_proj")
+
+
+def compressed_tensors_mxfp4() -> Published:
+    config = compressed_tensors_group("mxfp4-pack-quantized", {"num_bits": 4})
+    module = "model.layers.0.mlp.experts.0.down_proj"
+    packed, scale = random_bytes(10, 48), random_bytes(10, 3)
+    stored = {f"{module}.weight_packed": tensor(packed), f"{module}.weight_scale": tensor(scale)}
+    return mx(stored, config, f"{module}.weight", e2m1_pairs(packed), scale, "mxfp4")
+
+
+def deepseek_v4_experts() -> Published:
+    config = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    module = "layers.0.ffn.experts.0.w1"
+    packed, scale = random_bytes(10, 48), random_bytes(10, 3)
+    stored = {f"{module}.weight": tensor(packed, torch.int8)}
+    stored[f"{module}.scale"] = tensor(scale, E8M0)
+    return mx(stored, config, f"{module}.weight", e2m1_pairs(packed), scale, "mxfp4")
+
+
+def quark_mxfp4() -> Published:
+    weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+    config = {"quant_method": "quark", "global_quant_config": {"weight": weight}}
+    module = "model.layers.0.mlp.experts.0.w2"
+    packed, scale = random_bytes(10, 48), random_bytes(10, 3)
+    stored = {f"{module}.weight": tensor(packed), f"{module}.weight_scale": tensor(scale)}
+    return mx(stored, config, f"{module}.weight", e2m1_pairs(packed), scale, "mxfp4")
+
+
+def transformers_fp4_experts() -> Published:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    packed, scale = random_bytes(EXPERTS, 10, 48), random_bytes(EXPERTS, 10, 3)
+    stored = {name: tensor(packed, torch.int8), f"{name}_scale_inv": tensor(scale, E8M0)}
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    return mx(stored, config, name, e2m1_pairs(packed), scale, "mxfp4")
+
+
+PUBLISHED: list[Callable[[], Published]] = [
+    deepseek_v3,
+    fp8_without_block_size,
+    deepseek_v4_dense,
+    deepseek_v41_dense,
+    transformers_fp8_down,
+    transformers_fp8_gate_up,
+    compressed_tensors_block,
+    compressed_tensors_row,
+    quark_row,
+    modelopt_tensor,
+    expert_row,
+    expert_tensor,
+    minimax_m3,
+    modelopt_mxfp8,
+    compressed_tensors_mxfp8,
+    stacked_mxfp8,
+    gpt_oss,
+    gpt_oss_down,
+    compressed_tensors_mxfp4,
+    deepseek_v4_experts,
+    quark_mxfp4,
+    transformers_fp4_experts,
+]
+
+
+def config_of(published: Published, nested: bool = False) -> dict[str, Any]:
+    inner = {"quantization_config": published.quantization}
+    return {"text_config": inner} if nested else inner
