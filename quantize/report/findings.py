@@ -1,0 +1,110 @@
+"""What is usual in a run, and what is not: an error is judged by the run's own median.
+
+NVFP4 leaves nearly the same relative error in every weight (0.095 for Gaussian ones under the
+``max`` rule, 0.081 under ``mse``), so a weight far above the others deserves a look whatever its
+model. A projection is compared with the same projection elsewhere: down may differ from gate.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from quantize.report.data import LayerReport, combined
+
+FAR = 0.25
+"""How far above its projection's median an error may be, as a part of the median."""
+
+IMPLAUSIBLE = 0.5
+"""Relative error above which a weight cannot be the source's, as in ``nvfp4-moe verify``."""
+
+COMBINED = "combined"
+
+
+class Kind(Enum):
+    """How a cell is shown; ``Kind.FINE`` ones by colour."""
+
+    FINE = "fine"
+    FAR = "far"
+    ZERO = "zero"
+    EXACT = "exact"
+
+
+NAMES = {Kind.FAR: "far above", Kind.ZERO: "all zero", Kind.EXACT: "exact"}
+"""What the page calls the remarkable kinds, gravest first."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the report: ``row`` is a layer's position, ``column`` an expert's."""
+
+    row: int
+    column: int
+    projection: str
+    error: float
+    kind: Kind
+
+
+class Yardstick:
+    """The medians of ``layers``, and the ends of their colour scale.
+
+    Attributes:
+        median: of all errors but zeros; NaN if there are none.
+        medians: the same, by projection.
+        low: error that gets the first colour.
+        high: error that gets the last.
+    """
+
+    def __init__(self, layers: list[LayerReport]) -> None:
+        by_projection: dict[str, list[float]] = defaultdict(list)
+        for layer in layers:
+            for errors in layer.errors:
+                for projection, error in zip(layer.projections, errors, strict=True):
+                    if math.isfinite(error) and error > 0:
+                        by_projection[projection].append(error)
+        self.medians = {name: statistics.median(found) for name, found in by_projection.items()}
+        every = [error for found in by_projection.values() for error in found]
+        self.median = statistics.median(every) if every else math.nan
+        fine = [
+            abs(error / self.median - 1)
+            for name, found in by_projection.items()
+            for error in found
+            if self.kind(name, error) is Kind.FINE
+        ]
+        # At least 5 %: noise must not look like news. At most FAR: one projection's large errors
+        # must not hide the differences between the others.
+        spread = min(max(0.05 * math.ceil(20 * max(fine, default=0.0) - 1e-9), 0.05), FAR)
+        self.low, self.high = self.median * (1 - spread), self.median * (1 + spread)
+
+    def kind(self, projection: str, error: float) -> Kind:
+        """How to show one projection's ``error``."""
+        if math.isnan(error):
+            return Kind.ZERO
+        if error == 0:
+            return Kind.EXACT
+        median = self.medians.get(projection, math.inf)
+        return Kind.FAR if error > min(median * (1 + FAR), IMPLAUSIBLE) else Kind.FINE
+
+    def cells(self, row: int, layer: LayerReport) -> Iterator[Cell]:
+        """One layer's cells, projection by projection."""
+        for column, errors in enumerate(layer.errors):
+            for projection, error in zip(layer.projections, errors, strict=True):
+                yield Cell(row, column, projection, error, self.kind(projection, error))
+
+    def combined(self, row: int, layer: LayerReport) -> Iterator[Cell]:
+        """One layer's cells, all projections of an expert in one: the most remarkable decides."""
+        for column, errors in enumerate(layer.errors):
+            kinds = {self.kind(*both) for both in zip(layer.projections, errors, strict=True)}
+            kind = next((k for k in (Kind.FAR, Kind.ZERO) if k in kinds), Kind.FINE)
+            if kinds == {Kind.EXACT}:
+                kind = Kind.EXACT
+            yield Cell(row, column, COMBINED, combined(errors), kind)
+
+    def times(self, cell: Cell) -> str:
+        """An error in medians of its projection, as HTML."""
+        median = self.medians.get(cell.projection)
+        return f"{cell.error / median:.2f} &times;" if median else "&ndash;"
