@@ -14,7 +14,7 @@ own, as Transformers' ``_alloc_expert_proj`` (at least two rows of scales) and `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +78,23 @@ def decode(
     grid = (-(-rows // height), -(-inputs // width))
     stacked = weight.view(*lead, groups, rows, inputs)
     scale = scale_values(scale).reshape(*lead, groups, *grid)
-    for row in range(grid[0]):  # only one row of scales is ever as wide as the weight
-        line = scale[..., row : row + 1, :]
-        if grid[1] > 1:
-            line = line.repeat_interleave(width, -1)[..., :inputs]
-        stacked[..., row * height : (row + 1) * height, :] *= line
+    for across, scales_across, high in _pieces(rows, height):
+        for along, scales_along, wide in _pieces(inputs, width):
+            blocks = stacked[..., across, along].unflatten(-2, (-1, high)).unflatten(-1, (-1, wide))
+            blocks.mul_(scale[..., scales_across, scales_along][..., :, None, :, None])
     return weight
+
+
+def _pieces(size: int, block: int) -> Iterator[tuple[slice, slice, int]]:
+    """Weights, their scales, and the block, for all whole blocks of a dimension and for the rest.
+
+    Within a piece blocks are alike, so that scales can be broadcast instead of spread in memory.
+    """
+    whole, rest = divmod(size, block)
+    if whole:
+        yield slice(0, whole * block), slice(0, whole), block
+    if rest:
+        yield slice(whole * block, size), slice(whole, whole + 1), rest
 
 
 def _cut(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> dict[str, Any]:
