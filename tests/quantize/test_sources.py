@@ -29,7 +29,6 @@ from tests.quantize.published import (
     E8M0,
     EXPERTS,
     PUBLISHED,
-    RNG,
     Published,
     assert_same,
     config_of,
@@ -191,6 +190,8 @@ def test_as_transformers_fp8(publish: Callable[[], Published]) -> None:
     published = publish()
     [(name, encoded)] = find(published).items()
     codes, scale = (published.stored[part] for part in encoded.parts)
+    if scale.dtype == torch.uint8:  # as bytes, they do not know the code for NaN
+        scale = scale.clamp(max=254)
     expected = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
     assert_same(encoded.decode(codes, scale), expected.numpy())
     assert encoded.name == name
@@ -241,7 +242,8 @@ def test_plain_sources(dtype: torch.dtype, index: bool, tmp_path: Path) -> None:
     """The same tensors from every dtype and arrangement of files, with an index or without."""
     shapes = {"experts.gate_up_proj": (EXPERTS, 8, 4), "experts.down_proj": (EXPERTS, 4, 4)}
     shapes |= {f"experts.{e}.w1.weight": (4, 4) for e in range(3)}
-    whole = {n: torch.from_numpy(RNG.integers(-99, 99, s) / 64) for n, s in shapes.items()}
+    rng = np.random.default_rng(0)
+    whole = {n: torch.from_numpy(rng.integers(-99, 99, s) / 64) for n, s in shapes.items()}
     for number, (_, arrangement) in enumerate(arrangements(len(whole))):
         folder = tmp_path / str(number)
         save(folder, {n: t.to(dtype) for n, t in whole.items()}, {}, **arrangement)
