@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute, plan
+from quantize.pipeline import execute
+from quantize.plan import plan
 
 
 def run(model: Path, *more: str) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def main(source: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         target = Path(work) / "nvfp4"
         with Checkpoint(source) as checkpoint:
-            execute(checkpoint, plan(checkpoint), target, False, lambda _: None)
+            execute(checkpoint, plan(checkpoint), target)
         grouped = json.dumps({"hf_overrides": {"n_group": 1, "topk_group": 1}})
         bf16 = run(source, "--engine", grouped)
         nvfp4 = run(target, "--quantization", "nvfp4_moe")

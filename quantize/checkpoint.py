@@ -71,6 +71,7 @@ class Checkpoint:
 
     Args:
         folder: must hold ``config.json`` and ``*.safetensors``, with or without an index.
+        decode: whether weights in a known quantized format appear as floats.
 
     Attributes:
         stored: every tensor in the files.
@@ -81,7 +82,7 @@ class Checkpoint:
         QuantizeError: naming the file or tensor that is missing or malformed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, decode: bool = True) -> None:
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self._open: dict[Path, int] = {}
@@ -95,7 +96,7 @@ class Checkpoint:
                     raise QuantizeError(f"{info.name} is in both {other} and {file.name}")
                 self.stored[info.name] = info
         self._check_index()
-        self._encoded = sources.find_encoded(self.stored, self.config)
+        self._encoded = sources.find_encoded(self.stored, self.config) if decode else {}
         self.tensors = self._decoded_view()
 
     def __enter__(self) -> Checkpoint:
@@ -130,25 +131,26 @@ class Checkpoint:
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
-    def load(self, name: str, arena: Arena | None = None) -> torch.Tensor:
+    def load(
+        self, name: str, arena: Arena | None = None, device: torch.device | None = None
+    ) -> torch.Tensor:
         """One whole tensor: as stored, or dequantized to float32.
 
         Args:
-            arena: where its memory comes from; else it is new.
+            arena: where memory for what is read comes from; else it is new.
+            device: where the tensor goes, and where it is dequantized.
         """
-        encoded = self._encoded.get(name)
-        if encoded is None:
-            return self._read(self.stored[name], None, arena)
-        parts = [self._read(self.stored[part], None, arena) for part in encoded.parts]
-        return encoded.decode(*parts)
+        return self._load(name, None, arena, device)
 
-    def load_expert(self, name: str, expert: int, arena: Arena | None = None) -> torch.Tensor:
+    def load_expert(
+        self,
+        name: str,
+        expert: int,
+        arena: Arena | None = None,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
         """``tensor[expert]`` of a stacked tensor, without reading the rest of it."""
-        encoded = self._encoded.get(name)
-        if encoded is None:
-            return self._read(self.stored[name], expert, arena)
-        parts = [self._read(self.stored[part], expert, arena) for part in encoded.parts]
-        return encoded.decode(*parts)
+        return self._load(name, expert, arena, device)
 
     def read_into(self, buffer: torch.Tensor, info: TensorInfo, start: int = 0) -> None:
         """Fill ``buffer`` (uint8) with the data of ``info`` from byte ``start`` on.
@@ -184,6 +186,21 @@ class Checkpoint:
                 os.posix_fadvise(descriptor, info.offset + start, size, os.POSIX_FADV_WILLNEED)
             if not keep:
                 os.close(descriptor)
+
+    def _load(
+        self, name: str, expert: int | None, arena: Arena | None, device: torch.device | None
+    ) -> torch.Tensor:
+        parts = [self._read(self.stored[part], expert, arena) for part in self.parts(name)]
+        if device is not None and device.type != "cpu":
+            parts = [part.to(device, non_blocking=True) for part in parts]
+        encoded = self._encoded.get(name)
+        if encoded is None:
+            return parts[0]
+        out = None
+        if arena and parts[0].device.type == "cpu":  # a GPU's allocator reuses memory by itself
+            count = math.prod(encoded.shape if expert is None else encoded.shape[1:])
+            out = arena.take(4 * count).view(torch.float32)
+        return encoded.decode(*parts, out=out)
 
     def _read(self, info: TensorInfo, expert: int | None, arena: Arena | None) -> torch.Tensor:
         start, size = _extent(info, expert)

@@ -1,8 +1,13 @@
-"""The command ``nvfp4-moe``: parses, calls, prints; nothing else."""
+"""The command ``nvfp4-moe``: parses, calls, prints; nothing else.
+
+Exit codes: 0 for success, 1 for an error (or problems that ``verify`` found), 2 for wrong usage,
+130 when interrupted.
+"""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.filesize import decimal
@@ -31,7 +37,9 @@ from quantize.checkpoint import Checkpoint, resolve
 from quantize.errors import QuantizeError
 from quantize.gates import Gate
 from quantize.layouts import LAYOUTS
-from quantize.pipeline import Plan, execute, plan
+from quantize.pipeline import execute
+from quantize.plan import Options, Plan, plan
+from quantize.record import check_target
 from quantize.scales import RULES
 from quantize.shards import parse_size
 from quantize.verify import verify as verify_checkpoint
@@ -55,7 +63,41 @@ GateOption = Annotated[
         'gelu_tanh, or JSON such as {"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7}.',
     ),
 ]
-LayoutOption = Annotated[LayoutName, typer.Option(help="How tensors are named on disk.")]
+LayoutOption = Annotated[
+    LayoutName, typer.Option(help="How tensors are named on disk, e.g. --layout modelopt.")
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run SRC's own Python code to identify its gate; without this flag, nothing from a "
+        "checkpoint is ever run.",
+    ),
+]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Quantize only modules whose path matches, e.g. --include '*.layers.1?.*'; can be "
+        "given several times.",
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave modules whose path matches as they are, e.g. --exclude '*.layers.3.*'.",
+    ),
+]
+LinearsOption = Annotated[
+    bool,
+    typer.Option(
+        "--all-linears/--experts-only",
+        help="Quantize attention and dense linears of the decoder too, e.g. --all-linears "
+        "--exclude '*.self_attn.*'.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 app = typer.Typer(
     name="nvfp4-moe",
@@ -63,32 +105,96 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
 out = Console()
 err = Console(stderr=True)
 
 
-@app.command()
+@app.command(
+    epilog="Example: nvfp4-moe quantize MiniMaxAI/MiniMax-M3 m3-nvfp4 --scales mse --resume"
+)
 def quantize(
+    context: typer.Context,
     source: Source,
     target: Target,
     layout: LayoutOption = MODELOPT,
     scales: Annotated[
-        RuleName, typer.Option(help="How block scales are chosen; mse is slower and closer.")
+        RuleName,
+        typer.Option(help="How block scales are chosen, e.g. --scales mse: slower and closer."),
     ] = MAX,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest output file, e.g. 500MB or 5GiB.")
+    ] = "5GB",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    all_linears: LinearsOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint in a non-empty DST.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted run in DST, if there is one."),
+    ] = False,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="What computes, e.g. --device cpu or --device cuda:1; all GPUs by default, the "
+            "CPU where there is none.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads, e.g. --threads 16; by default as many as cores, but no more than "
+            "fit in 400 MB. Each needs memory for one expert.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Spread shards over a Ray cluster, e.g. --ray auto or --ray ray://head:10001; "
+            "SRC and DST must be on storage that all its machines share.",
+        ),
+    ] = None,
     gate: GateOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
-    with _reporting_errors(), Checkpoint(resolve(source)) as checkpoint:
-        size = parse_size(max_shard_size)
-        steps = plan(checkpoint, layout.value, scales.value, size, _gate(gate))
-        err.print(_summary(steps))
-        with _progress("Quantizing", checkpoint.nbytes) as advance:
-            done = execute(checkpoint, steps, target, overwrite, advance)
+    with _reporting_errors():
+        if overwrite and resume:
+            raise QuantizeError("--overwrite and --resume exclude each other")
+        options = Options(
+            layout=layout.value,
+            scales=scales.value,
+            max_shard_size=parse_size(max_shard_size),
+            gate=_gate(gate),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            linears=all_linears,
+            trust_remote_code=trust_remote_code,
+        )
+        devices = [_device(name) for name in device] if device else None
+        check_target(target, overwrite, resume)  # before hours of downloading
+        with Checkpoint(resolve(source)) as checkpoint:
+            steps = plan(checkpoint, options)
+            err.print(_summary(steps), highlight=False)
+            with _progress("Quantizing", checkpoint.nbytes) as advance:
+                done = execute(
+                    checkpoint,
+                    steps,
+                    target,
+                    overwrite=overwrite,
+                    resume=resume,
+                    devices=devices,
+                    threads=threads,
+                    ray=ray,
+                    command=_command(context),
+                    progress=advance,
+                )
         out.print(
             f"{escape(str(target))}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
             f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
@@ -98,16 +204,36 @@ def quantize(
         )
 
 
-@app.command()
-def inspect(source: Source, layout: LayoutOption = MODELOPT, gate: GateOption = None) -> None:
+@app.command(epilog="Example: nvfp4-moe inspect MiniMaxAI/MiniMax-M3 --json")
+def inspect(
+    source: Source,
+    layout: LayoutOption = MODELOPT,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    all_linears: LinearsOption = False,
+    gate: GateOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show what SRC's routed experts are, their gate, and what quantizing would save."""
     with _reporting_errors(), Checkpoint(resolve(source)) as checkpoint:
-        steps = plan(checkpoint, layout.value, gate=_gate(gate))
+        options = Options(
+            layout=layout.value,
+            gate=_gate(gate),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            linears=all_linears,
+            trust_remote_code=trust_remote_code,
+        )
+        steps = plan(checkpoint, options)
+        if as_json:
+            _print_json(inspection.as_json(checkpoint, steps))
+            return
         table = _table(
             f"Routed experts of {source}",
             *("experts", "layers", "per layer", "hidden", "intermediate", "now", "NVFP4"),
         )
-        table.caption = f"gate: {steps.gate}"
+        table.caption = f"gate: {steps.gates}"
         for row in inspection.expert_rows(checkpoint, steps):
             table.add_row(
                 escape(row.pattern),
@@ -125,25 +251,37 @@ def inspect(source: Source, layout: LayoutOption = MODELOPT, gate: GateOption = 
         out.print(f"Whole checkpoint: {decimal(checkpoint.nbytes)} -> {decimal(steps.nbytes)}")
 
 
-@app.command()
-def verify(source: Source, target: Target, gate: GateOption = None) -> None:
+@app.command(epilog="Example: nvfp4-moe verify MiniMaxAI/MiniMax-M3 m3-nvfp4 --json")
+def verify(
+    source: Source,
+    target: Target,
+    gate: GateOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Reread SRC and DST; print each layer's error; exit 1 if anything is missing or wrong."""
     with (
         _reporting_errors(),
         Checkpoint(resolve(source)) as original,
-        Checkpoint(target) as quantized,
+        Checkpoint(target, decode=False) as quantized,
     ):
         with _progress("Verifying", original.nbytes) as advance:
-            report = verify_checkpoint(original, quantized, _gate(gate), advance)
-        table = _table(f"{target} against {source}", "experts", "relative error", "SQNR (dB)")
-        for layer in report.layers:
-            table.add_row(escape(layer.prefix), f"{layer.relative:.4f}", f"{layer.sqnr:.2f}")
-        out.print(table)
+            report = verify_checkpoint(
+                original, quantized, _gate(gate), advance, trust_remote_code=trust_remote_code
+            )
+        if as_json:
+            _print_json(report.as_json())
+        else:
+            table = _table(f"{target} against {source}", "experts", "relative error", "SQNR (dB)")
+            for layer in report.layers:
+                table.add_row(escape(layer.prefix), f"{layer.relative:.4f}", f"{layer.sqnr:.2f}")
+            out.print(table)
         for problem in report.problems:
             _complain("problem", problem)
         if report.problems:
             raise typer.Exit(1)
-        out.print("No problems found.")
+        if not as_json:
+            out.print("No problems found.")
 
 
 def main() -> None:
@@ -163,9 +301,47 @@ def _gate(text: str | None) -> Gate | None:
         ) from None
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise QuantizeError(f"--device {name!r} is neither cpu, nor cuda, nor cuda:0 or the like")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise QuantizeError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs"
+        )
+    return device
+
+
+def _command(context: typer.Context) -> str:
+    """The command line that determines the output, without what only says how it is made."""
+    how = {"overwrite", "resume", "device", "threads", "ray", "source", "target"}
+    words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name in how or not value or value == parameter.default:
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words.append(parameter.opts[0])
+            if one is not True:
+                words.append(getattr(one, "value", str(one)))
+    return shlex.join(words)
+
+
+def _print_json(value: object) -> None:
+    # Not rich's: it would wrap and colour.
+    print(json.dumps(value, indent=2))
+
+
 def _summary(steps: Plan) -> str:
     experts = sum(g.num_experts for g in steps.groups)
-    return f"{len(steps.groups)} MoE layers, {experts} experts, gate {steps.gate}"
+    linears = sum(map(len, steps.dense))
+    also = f", {linears} dense linears" if linears else ""
+    return (
+        f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {escape(str(steps.gates))}"
+    )
 
 
 def _table(title: str, first: str, *others: str) -> Table:
@@ -208,6 +384,9 @@ def _reporting_errors() -> Iterator[None]:
     except QuantizeError as error:
         _complain("error", str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        _complain("interrupted", "run the same command with --resume to go on")
+        sys.exit(130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _complain("error", f"{where}{error.strerror or error}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from quantize.checkpoint import Checkpoint
 from quantize.experts import ExpertGroup, source_names
-from quantize.pipeline import Plan
+from quantize.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
         key = (_pattern(group.prefix), group.num_experts, group.hidden, group.intermediate)
         alike[key].append(group)
     after: dict[str, int] = defaultdict(int)
-    for out in (out for jobs in plan.shards for job in jobs for out in job.outputs):
+    for out in (out for shard in range(len(plan.shards)) for out in plan.outputs(shard)):
         prefix, found, _ = out.name.rpartition("experts.")
         if found:
             after[f"{prefix}experts"] += out.nbytes
@@ -52,7 +53,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
             experts,
             hidden,
             intermediate,
-            sum(checkpoint.tensors[name].nbytes for g in groups for name in g.sources),
+            sum(checkpoint.stored_bytes(name) for g in groups for name in g.sources),
             sum(after[g.prefix] for g in groups),
         )
         for (pattern, experts, hidden, intermediate), groups in alike.items()
@@ -61,13 +62,30 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
 
 def other_rows(checkpoint: Checkpoint, plan: Plan) -> list[OtherRow]:
     """One row for each kind of tensor that stays as it is, largest first."""
-    experts = source_names(plan.groups)
+    quantized = source_names(plan.groups) | {name for names in plan.dense for name in names}
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, info in checkpoint.tensors.items():
-        if name not in experts:
-            kinds[_pattern(name), info.dtype].append(info.nbytes)
+        if name not in quantized:
+            kinds[_pattern(name), info.dtype].append(checkpoint.stored_bytes(name))
     rows = [OtherRow(name, len(n), dtype, sum(n)) for (name, dtype), n in kinds.items()]
     return sorted(rows, key=lambda row: -row.nbytes)
+
+
+def as_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """Everything that the tables show, and each layer's gate, for programs; sizes in bytes."""
+    gates = plan.gates
+    return {
+        "source": str(checkpoint.folder),
+        "gate": asdict(gates.default),
+        "layer_gates": {str(number): asdict(gate) for number, gate in gates.layers.items()},
+        "source_formats": sorted(checkpoint.formats),
+        "layers": [group.prefix for group in plan.groups],
+        "experts": [asdict(row) for row in expert_rows(checkpoint, plan)],
+        "dense_linears": sum(map(len, plan.dense)),
+        "unchanged": [asdict(row) for row in other_rows(checkpoint, plan)],
+        "bytes_before": checkpoint.nbytes,
+        "bytes_after": plan.nbytes,
+    }
 
 
 def _pattern(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Memory that is taken again and again: large buffers cost more to get from the system than to fill."""
+"""Memory that is used again and again: getting it from the system costs as much as filling it."""
 
 from __future__ import annotations
 

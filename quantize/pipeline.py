@@ -1,65 +1,47 @@
-"""Checkpoint in, NVFP4 checkpoint out: a list of small jobs over a stream of shards.
+"""Carrying out a plan: threads that read, quantize and write, each one job after another.
 
-The whole output is planned from the source's headers: which tensors, in which shards, at which
-offsets. Then one job at a time reads, quantizes and writes, so that memory holds one expert's
-weights whatever the model's size. ``config.json`` comes last: until it is there, no engine takes
-the folder for a checkpoint.
+While one thread computes, another's data is read ahead by the system and a third's is written, so
+the three overlap without queues between them. Memory is a job's, times the threads.
+``config.json`` comes last: until it is there, no engine takes the folder for a checkpoint.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
 
 import torch
 
 from quantize.checkpoint import INDEX, Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find, source_names
-from quantize.gates import KEY, Gate, to_contract
-from quantize.identify import identify
-from quantize.layouts import LAYOUTS, Layout
-from quantize.nvfp4 import BLOCK, NvFp4
-from quantize.scales import quantize_weights
-from quantize.shards import DTYPES, Output, ShardWriter, write_json
+from quantize.gates import KEY, to_contract
+from quantize.jobs import Job, WeightError, Worker
+from quantize.plan import Plan
+from quantize.record import Record
+from quantize.report import render
+from quantize.results import collect
+from quantize.shards import ShardWriter, write_json
 
-INPUT_SCALE = 1.0
-"""Scale of the experts' inputs until they are calibrated."""
+MEMORY = 384 * 2**20
+"""Bytes that the threads' jobs may need together, if not one of them alone needs more."""
+
+PER_GPU = 4
+"""Threads a GPU: while it computes for one, others read, copy and write."""
+
+REPORT = "nvfp4_moe_report.html"
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 _REWRITTEN = {"config.json", "hf_quant_config.json", INDEX}
 
 Progress = Callable[[int], None]
 """Told how many bytes of the source have just been done."""
-
-
-class Job(NamedTuple):
-    """A step that makes ``outputs`` from ``nbytes`` of the source when ``run`` is called."""
-
-    outputs: tuple[Output, ...]
-    nbytes: int
-    run: Callable[[], list[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a run that is known before it."""
-
-    groups: list[ExpertGroup]
-    gate: Gate
-    layout: Layout
-    ignore: list[str]
-    shards: list[list[Job]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensors in the output."""
-        return sum(out.nbytes for jobs in self.shards for job in jobs for out in job.outputs)
 
 
 @dataclass(frozen=True)
@@ -72,196 +54,238 @@ class Summary:
     shards: int
 
 
-def plan(
-    checkpoint: Checkpoint,
-    layout: str = "modelopt",
-    scales: str = "max",
-    max_shard_size: int = 5 * 10**9,
-    gate: Gate | None = None,
-) -> Plan:
-    """Plan the quantization of ``checkpoint``; reads headers only.
-
-    Args:
-        layout: a key of ``quantize.layouts.LAYOUTS``.
-        scales: a key of ``quantize.scales.RULES``.
-        max_shard_size: bytes; a shard exceeds it only if a single expert does.
-        gate: the experts' gate, if the user states it; else it is identified.
-
-    Raises:
-        QuantizeError: see ``quantize.experts.find`` and ``quantize.identify.identify``; also for a
-            source that is quantized already.
-    """
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
-        raise QuantizeError(
-            f"{checkpoint.folder / 'config.json'}: it is already quantized ({method}); "
-            "start from the original one"
-        )
-    groups = find(checkpoint)
-    gate = gate or identify(checkpoint.folder)
-    chosen = LAYOUTS[layout]
-    experts = source_names(groups)
-    ignore = sorted(
-        name.removesuffix(".weight")
-        for name, info in checkpoint.tensors.items()
-        if name not in experts and name.endswith(".weight") and len(info.shape) >= 2
-    )
-    jobs = list(_jobs(checkpoint, groups, gate, chosen, scales))
-    return Plan(groups, gate, chosen, ignore, _into_shards(jobs, max_shard_size))
-
-
 def execute(
-    checkpoint: Checkpoint, plan: Plan, target: Path, overwrite: bool, progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    target: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    devices: Sequence[torch.device] | None = None,
+    threads: int | None = None,
+    ray: str | None = None,
+    command: str = "",
+    progress: Progress = lambda _: None,
 ) -> Summary:
     """Carry out ``plan`` into the folder ``target``.
 
+    Args:
+        overwrite: replace a checkpoint, or an interrupted run, in ``target``.
+        resume: go on with an interrupted run; start one if ``target`` is empty.
+        devices: what computes; by default :func:`all_devices`.
+        threads: how many, on CPUs; by default as many as cores, within ``MEMORY``.
+        ray: address of a Ray cluster that makes the shards instead of this machine.
+        command: how the run was started, for the report.
+
     Raises:
-        QuantizeError: if ``target`` is the source, or holds files and ``overwrite`` is not set; if
-            a weight is NaN or infinite.
+        QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if a
+            weight is NaN or infinite; if there is not enough space, or a file cannot be read or
+            written. Then ``target`` holds no ``config.json``, and a run can be resumed.
     """
     started = time.perf_counter()
-    _prepare(checkpoint, target, overwrite)
-    names = _shard_names(len(plan.shards))
-    weight_map: dict[str, str] = {}
-    for name, jobs in zip(names, plan.shards, strict=True):
-        contents = [out for job in jobs for out in job.outputs]
-        weight_map |= {out.name: name for out in contents}
-        with ShardWriter(target / name, contents) as writer:
-            for job in jobs:
-                for out, tensor in zip(job.outputs, job.run(), strict=True):
-                    writer.write(out.name, tensor)
-                progress(job.nbytes)
-    if len(names) > 1:
-        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        write_json(target / INDEX, index)
-    for file in sorted(checkpoint.folder.iterdir()):
-        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in _REWRITTEN:
-            shutil.copyfile(file, target / file.name)  # follows the hub cache's symbolic links
-    for name, value in plan.layout.extra_files(plan.ignore).items():
-        write_json(target / name, value)
-    config = checkpoint.config | {
-        KEY: to_contract(plan.gate.concatenated()),
-        "quantization_config": plan.layout.quantization_config(plan.ignore),
-    }
-    write_json(target / "config.json", config)
+    if target.exists() and target.resolve() == checkpoint.folder.resolve():
+        raise QuantizeError(f"{target} is the source; choose another folder")
+    record = Record(target, plan.fingerprint(checkpoint), command)
+    record.begin(overwrite, resume)
+    try:
+        missing = record.missing(plan)
+        progress(
+            sum(
+                job.nbytes for i, jobs in enumerate(plan.shards) if i not in missing for job in jobs
+            )
+        )
+        _check_space(target, sum(out.nbytes for i in missing for out in plan.outputs(i)))
+        if ray is not None:
+            from quantize.cluster import make_shards_on_ray
+
+            make_shards_on_ray(ray, checkpoint, plan, record, missing, threads, progress)
+        else:
+            make_shards(
+                checkpoint, plan, record, missing, devices or all_devices(), threads, progress
+            )
+    except BaseException:
+        record.abandon()
+        raise
+    _finish(checkpoint, plan, record)
     return Summary(time.perf_counter() - started, checkpoint.nbytes, plan.nbytes, len(plan.shards))
 
 
-def _jobs(
-    checkpoint: Checkpoint, groups: list[ExpertGroup], gate: Gate, layout: Layout, scales: str
-) -> Iterator[Job]:
-    """In the source's order of files and tensors, so that reading stays sequential."""
-    first = {group.sources[0]: group for group in groups}
-    experts = source_names(groups)
-    for name, info in checkpoint.tensors.items():
-        if name in first:
-            group = first[name]
-            size = sum(checkpoint.tensors[n].nbytes for n in group.sources) // group.num_experts
-            for expert in range(group.num_experts):
-                yield from _expert_jobs(checkpoint, group, expert, size, gate, layout, scales)
-        elif name not in experts:
-            output = Output(name, info.dtype, info.shape)
-            yield Job((output,), info.nbytes, lambda n=name: [checkpoint.load(n)])  # type: ignore[misc]
-
-
-def _expert_jobs(
+def make_shards(
     checkpoint: Checkpoint,
-    group: ExpertGroup,
-    expert: int,
-    size: int,
-    gate: Gate,
-    layout: Layout,
-    scales: str,
-) -> Iterator[Job]:
-    wide = (group.intermediate, group.hidden)
-    gate_name, up_name, down_name = group.modules(expert)
+    plan: Plan,
+    record: Record,
+    shards: Sequence[int],
+    devices: Sequence[torch.device],
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Write some of the plan's shards, and to ``record`` what their weights lost."""
+    if not shards:
+        return
+    jobs = [(shard, job) for shard in shards for job in plan.shards[shard]]
+    team = _team(checkpoint, [job for _, job in jobs], devices, threads)
+    open_shards = _OpenShards(plan, record)
+    numbers = iter(range(len(jobs)))
+    failed: list[bool] = []
+    lock = Lock()
 
-    def store(weights: list[torch.Tensor], modules: tuple[str, ...]) -> list[torch.Tensor]:
-        results = quantize_weights(weights, scales)
-        if not torch.isfinite(results[0].global_scale):
-            raise QuantizeError(
-                f"{' and '.join(modules)} ({', '.join(_origin(group, expert))}) hold NaN or "
-                "infinite weights; the source is damaged"
-            )
-        return [tensor for result in results for tensor in layout.store(result, INPUT_SCALE)]
+    def work(worker: Worker) -> None:
+        with torch.inference_mode():
+            while not failed:
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                shard, job = jobs[number]
+                ahead = number + len(team)
+                if ahead < len(jobs):
+                    jobs[ahead][1].will_need(checkpoint)
+                worker.arena.reset()
+                errors = job.run(worker, open_shards.writer(shard))
+                open_shards.done(shard, errors)
+                progress(job.nbytes)
 
-    yield Job(
-        (*outputs(gate_name, wide, layout), *outputs(up_name, wide, layout)),
-        size * 2 // 3,
-        lambda: store(
-            list(group.gate_up(checkpoint, expert, gate.interleaved)), (gate_name, up_name)
-        ),
-    )
-    yield Job(
-        outputs(down_name, wide[::-1], layout),
-        size - size * 2 // 3,
-        lambda: store([group.down(checkpoint, expert)], (down_name,)),
-    )
+    def guarded(worker: Worker) -> None:
+        try:
+            work(worker)
+        except BaseException:
+            failed.append(True)  # the others stop after their job
+            raise
 
-
-def _origin(group: ExpertGroup, expert: int) -> tuple[str, ...]:
-    return group.sources if group.fused else group.sources[3 * expert : 3 * expert + 3]
-
-
-def outputs(module: str, shape: tuple[int, int], layout: Layout) -> tuple[Output, ...]:
-    """The tensors that one quantized weight of ``shape`` ``[out, in]`` is written as."""
-    return tuple(
-        Output(f"{module}.{suffix}", dtype, dims)
-        for suffix, (dtype, dims) in zip(layout.suffixes, _stored(shape, layout.name), strict=True)
-    )
-
-
-@cache
-def _stored(shape: tuple[int, int], layout: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """dtype and shape of each tensor that a layout makes of a weight; alike for all experts."""
-    rows, columns = shape
-    example = LAYOUTS[layout].store(
-        NvFp4(
-            torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"),
-            torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn, device="meta"),
-            torch.empty((), device="meta"),
-        ),
-        INPUT_SCALE,
-    )
-    return tuple((DTYPES[tensor.dtype], tuple(tensor.shape)) for tensor in example)
+    # PyTorch's own threads would compete with ours; what it does here is small.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(team), "quantize") as pool:
+            futures = [pool.submit(guarded, worker) for worker in team]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                failed.append(True)
+                raise
+        open_shards.wait()
+    finally:
+        torch.set_num_threads(before)
+        open_shards.close()
 
 
-def _into_shards(jobs: list[Job], max_size: int) -> list[list[Job]]:
-    shards: list[list[Job]] = [[]]
-    size = 0
-    for job in jobs:
-        nbytes = sum(out.nbytes for out in job.outputs)
-        if shards[-1] and size + nbytes > max_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(job)
-        size += nbytes
-    return shards
+def all_devices() -> list[torch.device]:
+    """Every GPU of this machine; its CPU if it has none."""
+    if torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu")]
 
 
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+class _OpenShards:
+    """The shards that threads are writing; each is finished once its last job is done."""
+
+    def __init__(self, plan: Plan, record: Record) -> None:
+        self._plan = plan
+        self._record = record
+        self._writers: dict[int, ShardWriter] = {}
+        self._errors: dict[int, list[WeightError]] = {}
+        self._left = {i: len(jobs) for i, jobs in enumerate(plan.shards)}
+        self._lock = Lock()
+        # Bringing a shard to the disk takes a while; the threads go on with the next meanwhile.
+        self._finisher = ThreadPoolExecutor(1, "finish")
+        self._finishing: list[Future[None]] = []
+
+    def writer(self, shard: int) -> ShardWriter:
+        """The shard's writer."""
+        with self._lock:
+            if shard not in self._writers:
+                name = self._plan.names[shard]
+                self._writers[shard] = ShardWriter(
+                    self._record.target / name,
+                    self._plan.outputs(shard),
+                    self._record.partial(name),
+                )
+                self._errors[shard] = []
+            return self._writers[shard]
+
+    def done(self, shard: int, errors: list[WeightError]) -> None:
+        """A job of the shard is done."""
+        with self._lock:
+            self._errors[shard] += errors
+            self._left[shard] -= 1
+            if not self._left[shard]:
+                writer, every = self._writers.pop(shard), self._errors.pop(shard)
+                self._finishing.append(self._finisher.submit(self._finish, writer, every))
+
+    def wait(self) -> None:
+        """Until all shards are finished; raises what went wrong."""
+        for future in self._finishing:
+            future.result()
+
+    def close(self) -> None:
+        """Remove what is unfinished."""
+        self._finisher.shutdown()
+        for writer in self._writers.values():
+            with suppress(OSError):
+                writer.abort()
+
+    def _finish(self, writer: ShardWriter, errors: list[WeightError]) -> None:
+        self._record.save_errors(writer.path.name, errors)
+        writer.finish()
 
 
-def _prepare(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise QuantizeError(f"{target} is a file; the target must be a folder")
-    if target.exists() and target.resolve() == checkpoint.folder.resolve():
-        raise QuantizeError(f"{target} is the source; choose another folder")
-    if target.exists() and any(target.iterdir()):
-        if not overwrite:
-            raise QuantizeError(
-                f"{target} is not empty; pass --overwrite to replace its checkpoint"
-            )
-        # What makes the old checkpoint look whole goes first.
-        first = (target / "config.json", target / INDEX)
-        rest = (*target.glob("*.safetensors"), *target.glob(".*.partial"))
-        for file in (*first, *rest, target / "hf_quant_config.json"):
-            file.unlink(missing_ok=True)
-    target.mkdir(parents=True, exist_ok=True)
+def _team(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    devices: Sequence[torch.device],
+    threads: int | None,
+) -> list[Worker]:
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus:
+        return [Worker(checkpoint, device) for _ in range(PER_GPU) for device in gpus]
+    if threads is None:
+        largest = max(job.memory for job in jobs)
+        threads = max(1, min(_cores(), MEMORY // max(1, largest), len(jobs)))
+    return [Worker(checkpoint, devices[0]) for _ in range(threads)]
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise QuantizeError(
+            f"{target}: {needed / 1e9:.1f} GB are still to be written, but its disk has "
+            f"{free / 1e9:.1f} GB free; free some space or choose another folder"
+        )
+
+
+def _finish(checkpoint: Checkpoint, plan: Plan, record: Record) -> None:
+    target = record.target
+    if len(plan.shards) > 1:
+        weight_map = {
+            out.name: name for i, name in enumerate(plan.names) for out in plan.outputs(i)
+        }
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        write_json(target / INDEX, index)
+    for file in _other_files(checkpoint.folder):
+        shutil.copyfile(file, target / file.name)  # follows the hub cache's symbolic links
+    for name, value in plan.layout.extra_files(plan.ignore).items():
+        write_json(target / name, value)
+    report = render(collect(checkpoint, plan, record))
+    (target / REPORT).write_text(report, encoding="utf-8")
+    config = checkpoint.config | {
+        KEY: to_contract(plan.gates.concatenated()),
+        "quantization_config": plan.layout.quantization_config(plan.ignore),
+    }
+    write_json(target / "config.json", config)
+    record.end()
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    """What is copied beside the weights: tokenizer, generation settings, licence and so on."""
+    for file in sorted(folder.iterdir()):
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in _REWRITTEN:
+            yield file

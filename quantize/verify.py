@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from threading import local
+from typing import Any
 
 import torch
 
+from quantize import linears
 from quantize.checkpoint import Checkpoint, TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup, find, source_names
-from quantize.gates import KEY, Gate, from_contract
+from quantize.gates import KEY, Gate, Gates, from_contract
 from quantize.identify import identify
+from quantize.jobs import Worker, outputs
 from quantize.layouts import Layout, detect
-from quantize.nvfp4 import bad_scales
-from quantize.pipeline import outputs
+from quantize.nvfp4 import E4M3_MAX, NvFp4, bad_scales
 from quantize.shards import Output
 
 IMPLAUSIBLE = 0.5
 """Relative error above which a weight cannot be the source's: NVFP4 leaves about 0.1."""
+
+_PIECE = 16 * 2**20
+"""Bytes of copied tensors compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,47 @@ class Report:
     layers: list[LayerError] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    def as_json(self) -> dict[str, Any]:
+        """For programs; an infinite SQNR (nothing lost) is null."""
+        return {
+            "ok": not self.problems,
+            "problems": self.problems,
+            "layers": [
+                {
+                    "prefix": layer.prefix,
+                    "relative_error": layer.relative,
+                    "sqnr_db": layer.sqnr if math.isfinite(layer.sqnr) else None,
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+@dataclass
+class _Part:
+    """What one task found."""
+
+    prefix: str | None = None
+    noise: float = 0.0
+    signal: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+_Task = Callable[[Worker], tuple[_Part, int]]
+"""Compares something; also says how many bytes of the source it was."""
+
 
 def verify(
     source: Checkpoint,
     target: Checkpoint,
     gate: Gate | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    trust_remote_code: bool = False,
 ) -> Report:
-    """Compare the quantized ``target`` with ``source``, tensor by tensor.
+    """Compare the quantized ``target`` with ``source``, tensor by tensor, on all cores.
 
     Args:
+        target: opened with ``decode=False``.
         gate: the experts' gate, if the user states it; else it is identified from the source.
         progress: told how many bytes of the source have just been compared.
     """
@@ -68,29 +109,216 @@ def verify(
             f"{target.folder / 'config.json'}: no NVFP4 quantization_config in a known layout"
         )
         return report
-    groups = find(source)
-    truth = gate or identify(source.folder)
-    _check_gate(target, truth, report)
-
-    expected: set[str] = set()
-    for group in groups:
-        report.layers.append(_layer(source, target, group, truth, layout, expected, report))
-        progress(sum(source.tensors[name].nbytes for name in group.sources))
-    experts = source_names(groups)
-    for name, info in source.tensors.items():
-        if name not in experts:
-            expected.add(name)
-            _check_copy(source, target, info, report)
-            progress(info.nbytes)
+    gates = Gates.uniform(gate) if gate else identify(source.folder, trust_remote_code)
+    _check_gate(target, gates, report)
+    comparison = _Comparison(source, target, layout, gates)
+    lost: dict[str, tuple[float, float]] = {}
+    for part, nbytes in _on_all_cores(source, comparison.tasks()):
+        report.problems += part.problems
+        if part.prefix is not None:
+            noise, signal = lost.get(part.prefix, (0.0, 0.0))
+            lost[part.prefix] = (noise + part.noise, signal + part.signal)
+        progress(nbytes)
+    report.layers = [
+        LayerError(prefix, math.sqrt(noise / signal) if signal else 0.0)
+        for prefix, (noise, signal) in lost.items()
+    ]
     report.problems += [
         f"{target.tensors[name].file.name}: {name} is not in the source"
         for name in target.tensors
-        if name not in expected
+        if name not in comparison.expected
     ]
     return report
 
 
-def _check_gate(target: Checkpoint, truth: Gate, report: Report) -> None:
+def _on_all_cores(source: Checkpoint, tasks: Iterator[_Task]) -> Iterator[tuple[_Part, int]]:
+    """Results in the order of ``tasks``, of which only a few are held at a time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    thread = local()
+
+    def run(task: _Task) -> tuple[_Part, int]:
+        if not hasattr(thread, "worker"):
+            thread.worker = Worker(source, torch.device("cpu"))
+        thread.worker.arena.reset()
+        return task(thread.worker)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's own threads would compete with these
+    try:
+        with ThreadPoolExecutor(count, "verify") as pool:
+            pending = [pool.submit(run, task) for task in islice(tasks, 2 * count)]
+            while pending:
+                yield pending.pop(0).result()
+                pending += [pool.submit(run, task) for task in islice(tasks, 1)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class _Comparison:
+    source: Checkpoint
+    target: Checkpoint
+    layout: Layout
+    gates: Gates
+    expected: set[str] = field(default_factory=set)
+
+    def tasks(self) -> Iterator[_Task]:
+        groups = find(self.source)
+        quantized = [group for group in groups if self._is_quantized(group)]
+        dense = [
+            name
+            for names in linears.find(self.source, groups)
+            for name in names
+            if name not in self.target.tensors
+            or self.target.tensors[name].dtype != self.source.tensors[name].dtype
+        ]
+        for group in quantized:
+            for expert in range(group.num_experts):
+                wanted = [
+                    outputs(module, shape, self.layout)
+                    for module, shape in zip(group.modules(expert), _shapes(group), strict=True)
+                ]
+                self.expected.update(out.name for outs in wanted for out in outs)
+                yield partial(self._expert, group, expert, wanted)
+                if group.bias_names:
+                    modules = group.modules(expert)
+                    self.expected.update(f"{module}.bias" for module in modules)
+                    yield partial(self._biases, group, expert)
+        for name in dense:
+            rows, columns = self.source.tensors[name].shape
+            outs = outputs(name.removesuffix(".weight"), (rows, columns), self.layout)
+            self.expected.update(out.name for out in outs)
+            yield partial(self._linear, name, outs)
+        done = source_names(quantized) | set(dense)
+        for name, info in self.source.tensors.items():
+            if name not in done:
+                self.expected.add(name)
+                yield partial(self._copy, info)
+
+    def _is_quantized(self, group: ExpertGroup) -> bool:
+        """Whether the target has the layer's experts in NVFP4: not if all its tensors are there."""
+        return any(name not in self.target.tensors for name in group.sources) or any(
+            self.target.tensors[name].dtype != self.source.tensors[name].dtype
+            for name in group.sources
+        )
+
+    def _expert(
+        self, group: ExpertGroup, expert: int, wanted: list[tuple[Output, ...]], worker: Worker
+    ) -> tuple[_Part, int]:
+        part = _Part(group.prefix)
+        interleaved = self.gates.of(group.prefix).interleaved
+        weights = (*group.inputs(worker, expert, interleaved), group.down(worker, expert))
+        for module, weight, outs in zip(group.modules(expert), weights, wanted, strict=True):
+            self._weight(module, weight, outs, worker, part)
+        share = group.num_experts if group.fused else 1
+        sources = group.sources if group.fused else group.sources_of(expert)
+        return part, sum(self.source.stored_bytes(name) for name in sources) // share
+
+    def _linear(self, name: str, outs: tuple[Output, ...], worker: Worker) -> tuple[_Part, int]:
+        part = _Part("dense linears")
+        self._weight(name.removesuffix(".weight"), worker.load(name), outs, worker, part)
+        return part, self.source.stored_bytes(name)
+
+    def _weight(
+        self,
+        module: str,
+        weight: torch.Tensor,
+        wanted: tuple[Output, ...],
+        worker: Worker,
+        part: _Part,
+    ) -> None:
+        restored = self._restore(wanted, worker, part)
+        if restored is None:
+            return
+        noise, signal = worker.kernel.compare(weight, restored)
+        if not noise <= IMPLAUSIBLE**2 * signal:
+            error = math.sqrt(noise / signal) if signal else math.inf
+            part.problems.append(
+                f"{module}: relative error {error:.3g}; these are not the source's weights"
+            )
+        part.noise += noise
+        part.signal += signal
+
+    def _restore(self, wanted: tuple[Output, ...], worker: Worker, part: _Part) -> NvFp4 | None:
+        """The stored weight; None, with the problems noted, if its tensors are not sane."""
+        before = len(part.problems)
+        for name, dtype, dims in wanted:
+            info = self.target.tensors.get(name)
+            if info is None:
+                part.problems.append(f"{name} is missing")
+            elif (info.dtype, info.shape) != (dtype, dims):
+                part.problems.append(
+                    f"{info.file.name}: {name} is {info.dtype} {list(info.shape)}, "
+                    f"expected {dtype} {list(dims)}"
+                )
+        if len(part.problems) > before:
+            return None
+        tensors = tuple(self.target.load(out.name, worker.arena) for out in wanted)
+        for out, tensor in zip(wanted[1:], tensors[1:], strict=True):
+            if not _clearly_good(tensor) and (problem := bad_scales(tensor)):
+                file = self.target.tensors[out.name].file.name
+                part.problems.append(f"{file}: {out.name}: {problem}")
+        if len(part.problems) > before:
+            return None
+        return self.layout.restore(tensors)[0]
+
+    def _biases(self, group: ExpertGroup, expert: int, worker: Worker) -> tuple[_Part, int]:
+        part = _Part()
+        interleaved = self.gates.of(group.prefix).interleaved
+        for module, bias in group.biases(worker, expert, interleaved).items():
+            name = f"{module}.bias"
+            if name not in self.target.tensors:
+                part.problems.append(f"{name} is missing")
+            elif not torch.equal(self.target.load(name), bias):
+                file = self.target.tensors[name].file.name
+                part.problems.append(f"{file}: {name} differs from the source")
+        return part, 0
+
+    def _copy(self, info: TensorInfo, worker: Worker) -> tuple[_Part, int]:
+        part = _Part()
+        copy = self.target.tensors.get(info.name)
+        if copy is None:
+            part.problems.append(f"{info.name} is missing")
+        elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
+            part.problems.append(
+                f"{copy.file.name}: {info.name} is {copy.dtype} {list(copy.shape)}, "
+                f"the source's {info.dtype} {list(info.shape)}"
+            )
+        elif not self._same(info, copy, worker):
+            part.problems.append(f"{copy.file.name}: {info.name} differs from the source")
+        return part, self.source.stored_bytes(info.name)
+
+    def _same(self, info: TensorInfo, copy: TensorInfo, worker: Worker) -> bool:
+        if self.source.parts(info.name) != (info.name,):
+            decoded = worker.load(info.name).bfloat16()
+            ours, theirs = self.target.load(info.name), decoded
+            return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        size = min(_PIECE, info.nbytes)
+        left, right = worker.arena.take(size), worker.arena.take(size)
+        for start in range(0, info.nbytes, _PIECE):
+            count = min(_PIECE, info.nbytes - start)
+            self.source.read_into(left[:count], info, start)
+            self.target.read_into(right[:count], copy, start)
+            if not torch.equal(left[:count], right[:count]):
+                return False
+        return True
+
+
+def _shapes(group: ExpertGroup) -> list[tuple[int, int]]:
+    wide = (group.intermediate, group.hidden)
+    return [wide] * (len(group.names) - 1) + [wide[::-1]]
+
+
+def _clearly_good(scales: torch.Tensor) -> bool:
+    """Whether block scales are all positive and finite, judged quickly by their bits."""
+    if scales.dtype != torch.float8_e4m3fn:
+        return False
+    highest = int(torch.tensor(E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8))
+    bits = scales.view(torch.uint8)
+    return bool(bits.amin() >= 1 and bits.amax() <= highest)
+
+
+def _check_gate(target: Checkpoint, truth: Gates, report: Report) -> None:
     where = str(target.folder / "config.json")
     if KEY not in target.config:
         report.problems.append(f"{where}: no gate contract ({KEY})")
@@ -102,77 +330,3 @@ def _check_gate(target: Checkpoint, truth: Gate, report: Report) -> None:
         return
     if written != truth.concatenated():
         report.problems.append(f"{where}: the gate is {written}, but the source's is {truth}")
-
-
-def _layer(
-    source: Checkpoint,
-    target: Checkpoint,
-    group: ExpertGroup,
-    gate: Gate,
-    layout: Layout,
-    expected: set[str],
-    report: Report,
-) -> LayerError:
-    noise = signal = 0.0
-    for expert in range(group.num_experts):
-        weights = (
-            *group.gate_up(source, expert, gate.interleaved),
-            group.down(source, expert),
-        )
-        for module, weight in zip(group.modules(expert), weights, strict=True):
-            wanted = outputs(module, (weight.shape[0], weight.shape[1]), layout)
-            expected.update(out.name for out in wanted)
-            restored = _restore(target, wanted, layout, report)
-            if restored is None:
-                continue
-            original = weight.float()
-            lost = float((restored - original).square().sum(dtype=torch.float64))
-            whole = float(original.square().sum(dtype=torch.float64))
-            if not lost <= IMPLAUSIBLE**2 * whole:
-                error = math.sqrt(lost / whole) if whole else math.inf
-                report.problems.append(
-                    f"{module}: relative error {error:.3g}; these are not the source's weights"
-                )
-            noise, signal = noise + lost, signal + whole
-    return LayerError(group.prefix, math.sqrt(noise / signal) if signal else 0.0)
-
-
-def _restore(
-    target: Checkpoint, wanted: tuple[Output, ...], layout: Layout, report: Report
-) -> torch.Tensor | None:
-    """The dequantized weight; None, with the problems noted, if its tensors are not sane."""
-    before = len(report.problems)
-    for name, dtype, dims in wanted:
-        info = target.tensors.get(name)
-        if info is None:
-            report.problems.append(f"{name} is missing")
-        elif (info.dtype, info.shape) != (dtype, dims):
-            report.problems.append(
-                f"{info.file.name}: {name} is {info.dtype} {list(info.shape)}, "
-                f"expected {dtype} {list(dims)}"
-            )
-    if len(report.problems) > before:
-        return None
-    tensors = tuple(target.load(out.name) for out in wanted)
-    for out, tensor in zip(wanted[1:], tensors[1:], strict=True):
-        if problem := bad_scales(tensor):
-            report.problems.append(f"{target.tensors[out.name].file.name}: {out.name}: {problem}")
-    if len(report.problems) > before:
-        return None
-    weight, _ = layout.restore(tensors)
-    return weight.dequantize()
-
-
-def _check_copy(source: Checkpoint, target: Checkpoint, info: TensorInfo, report: Report) -> None:
-    copy = target.tensors.get(info.name)
-    if copy is None:
-        report.problems.append(f"{info.name} is missing")
-    elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
-        report.problems.append(
-            f"{copy.file.name}: {info.name} is {copy.dtype} {list(copy.shape)}, "
-            f"the source's {info.dtype} {list(info.shape)}"
-        )
-    else:
-        ours, theirs = (c.load(info.name).reshape(-1).view(torch.uint8) for c in (target, source))
-        if not torch.equal(ours, theirs):
-            report.problems.append(f"{copy.file.name}: {info.name} differs from the source")

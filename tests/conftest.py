@@ -41,11 +41,12 @@ def quantized(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """m3-nano quantized by this package, in each layout; treat as read-only."""
     from quantize.checkpoint import Checkpoint
     from quantize.layouts import LAYOUTS
-    from quantize.pipeline import execute, plan
+    from quantize.pipeline import execute
+    from quantize.plan import Options, plan
 
     folders = {}
     for layout in LAYOUTS:
         folders[layout] = tmp_path_factory.mktemp("quantized") / layout
         with Checkpoint(m3_nano) as source:
-            execute(source, plan(source, layout), folders[layout], False, lambda _: None)
+            execute(source, plan(source, Options(layout=layout)), folders[layout])
     return folders

@@ -42,6 +42,9 @@ class Kernel(Protocol):
             rule: a key of ``quantize.scales.RULES``.
         """
 
+    def compare(self, weight: torch.Tensor, stored: NvFp4) -> tuple[float, float]:
+        """Noise and signal, as :class:`Quantized` has them, of a weight that is stored so."""
+
 
 class NotFiniteError(ArithmeticError):
     """Some weights are NaN or infinite."""

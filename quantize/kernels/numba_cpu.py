@@ -16,7 +16,7 @@ from numba import njit
 
 from quantize.kernels import Quantized
 from quantize.kernels.reference import ReferenceKernel
-from quantize.nvfp4 import BLOCK, NvFp4
+from quantize.nvfp4 import BLOCK, NvFp4, decode
 from quantize.scales.mse import HIGHEST, LOWEST, OFFSETS
 
 _CHUNK = 256
@@ -31,6 +31,8 @@ _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F8
 _VALUES = torch.arange(127, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 _E4M3 = _VALUES.numpy()
 """float32 [127]: the value of each E4M3 bit pattern that is not negative."""
+_PAIRS = decode(torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(1)).numpy()
+"""float32 [256, 2]: both values of each packed byte."""
 _RECIPROCALS = _VALUES.reciprocal().numpy()
 
 _F, _I, _U = np.float32, np.int32, np.uint32
@@ -183,6 +185,33 @@ def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scal
     return noise, signal
 
 
+@_compiled
+def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: ignore[no-untyped-def]
+    """Noise and signal in units of the squared global scale."""
+    bits = np.empty(BLOCK * _CHUNK, np.uint32)
+    x = bits.view(np.float32)
+    sums = np.zeros((2, BLOCK), np.float32)
+    noise = signal = 0.0
+    inverse = _F(1) / global_scale
+    for first in range(0, scale.shape[0], _CHUNK):
+        last = min(first + _CHUNK, scale.shape[0])
+        _widen(source[BLOCK * first : BLOCK * last], half, bits)
+        for b in range(first, last):
+            value = e4m3[scale[b]]
+            for j in range(BLOCK // 2):
+                byte = packed[BLOCK // 2 * b + j]
+                for k in range(2):
+                    whole = x[BLOCK * (b - first) + 2 * j + k] * inverse
+                    lost = pairs[byte, k] * value - whole
+                    sums[0, 2 * j + k] += lost * lost
+                    sums[1, 2 * j + k] += whole * whole
+        for j in range(BLOCK):
+            noise += sums[0, j]
+            signal += sums[1, j]
+        sums[:] = 0
+    return noise, signal
+
+
 class NumbaKernel(ReferenceKernel):
     """See ``quantize.kernels.Kernel``; rules and dtypes without a kernel go to the reference."""
 
@@ -220,6 +249,21 @@ class NumbaKernel(ReferenceKernel):
             signal * scale * scale,
             counts,
         )
+
+    def compare(self, weight: torch.Tensor, stored: NvFp4) -> tuple[float, float]:
+        if weight.dtype not in _BITS:
+            return super().compare(weight, stored)
+        scale = float(stored.global_scale)
+        noise, signal = _compare(
+            _flat_bits(weight),
+            weight.dtype == torch.float16,
+            np.float32(scale),
+            _PAIRS,
+            _E4M3,
+            stored.codes.contiguous().view(-1).numpy(),
+            stored.block_scale.contiguous().view(-1).view(torch.uint8).numpy(),
+        )
+        return noise * scale * scale, signal * scale * scale
 
 
 def _flat_bits(weight: torch.Tensor) -> Any:

@@ -34,3 +34,17 @@ class ReferenceKernel:
         counts = torch.bincount(block_scale.view(torch.uint8).flatten().cpu(), minlength=127)
         weight_ = nvfp4.NvFp4(torch.cat(codes), block_scale, global_scale)
         return Quantized(weight_, noise, signal, counts)
+
+    def compare(self, weight: torch.Tensor, stored: nvfp4.NvFp4) -> tuple[float, float]:
+        noise = signal = 0.0
+        parts = zip(
+            weight.split(_ROWS),
+            stored.codes.split(_ROWS),
+            stored.block_scale.split(_ROWS),
+            strict=True,
+        )
+        for part, codes, block_scale in parts:
+            restored = nvfp4.dequantize(codes, block_scale, stored.global_scale)
+            noise += float((restored.double() - part.double()).square().sum())
+            signal += float(part.double().square().sum())
+        return noise, signal

@@ -87,7 +87,8 @@ def test_experts_are_sharded(tmp_path: Path) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from quantize.checkpoint import Checkpoint
-    from quantize.pipeline import execute, plan
+    from quantize.pipeline import execute
+    from quantize.plan import plan
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
@@ -98,7 +99,7 @@ def test_experts_are_sharded(tmp_path: Path) -> None:
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
     with Checkpoint(tmp_path / "source") as source:
-        execute(source, plan(source), tmp_path / "nvfp4", False, lambda _: None)
+        execute(source, plan(source), tmp_path / "nvfp4")
 
     scores = []
     for more in (

@@ -137,7 +137,7 @@ def test_no_contract_and_unknown_class(load, damage, monkeypatch: pytest.MonkeyP
 
     folder = damage("modelopt").config(lambda c: c.pop("nvfp4_moe"))
     assert load(folder)[LAYER].routed_experts.activation.value == "swigluoai_uninterleave"
-    monkeypatch.setattr(quantize.identify, "_experts_classes", lambda config: [])
+    monkeypatch.setattr(quantize.identify, "_sites", lambda model: iter(()))
     with pytest.raises(ValueError, match="cannot establish which gate its experts apply"):
         load(folder)
 
@@ -155,7 +155,7 @@ def test_no_contract_and_a_config_class_of_vllms_own(shallow, m3_nano_hub: Path)
     config = NvFp4MoEConfig.from_config(stored["quantization_config"])
     theirs = MiniMaxM3Config(text_config={"hidden_size": 384})
     config.maybe_update_config(str(m3_nano_hub), theirs)
-    assert str(config.gate) == "swiglu_oai(alpha=1.702, beta=1, limit=7)"
+    assert str(config.gates) == "swiglu_oai(alpha=1.702, beta=1, limit=7)"
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,55 @@ def test_bad_contract(load, damage, gate: dict, message: str) -> None:
     folder = damage("modelopt").config(lambda c: c["nvfp4_moe"].update(gate=gate))
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("layer", "activation", "limit"),
+    [("1", "swiglustep", 5.0), ("2", "swigluoai_uninterleave", 7.0)],
+)
+def test_contract_with_layers_that_differ(
+    load, damage, layer: str, activation: str, limit: float
+) -> None:
+    """Layer 1 is the only one with experts here; layer 2 is beyond the model."""
+    layers = {layer: {"form": "swiglu_step", "limit": 5.0}}
+    folder = damage("modelopt").config(lambda c: c["nvfp4_moe"].update(version=2, layers=layers))
+    experts = load(folder)[LAYER].routed_experts
+    assert experts.activation.value == activation
+    assert experts.quant_method.gate.limit == limit
+
+
+def test_experts_without_a_gate(load, damage) -> None:
+    folder = damage("modelopt").config(lambda c: c["nvfp4_moe"].update(gate={"form": "relu2"}))
+    with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint's experts apply relu2, vLLM's"):
+        load(folder)
+
+
+def test_experts_with_biases(load, shallow: dict[str, Path]) -> None:
+    """vLLM's own GPT-OSS layers say so of themselves."""
+    from quantize.gates import Gate
+    from vllm_nvfp4_moe.activation import apply_contract
+
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    layer.moe_config.has_bias = True
+    with pytest.raises(ValueError, match=rf"{LAYER}: its experts have biases.*refusing"):
+        apply_contract(layer, Gate("silu"))
+
+
+@pytest.mark.parametrize(("limit", "runs"), [(7.0, True), (5.0, False)])
+def test_a_clamp_that_gpu_kernels_have_fixed(
+    load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch, limit: float, runs: bool
+) -> None:
+    from quantize.gates import Gate
+    from vllm_nvfp4_moe import activation
+
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    monkeypatch.setattr(activation.current_platform, "is_cpu", lambda: False)
+    if runs:
+        activation.apply_contract(layer, Gate("swiglu_step", limit=limit))
+        assert layer.moe_config.activation.value == "swiglustep"
+        return
+    with pytest.raises(ValueError, match=r"swiglu_step\(limit=5\).*no kernels"):
+        activation.apply_contract(layer, Gate("swiglu_step", limit=limit))
 
 
 def test_newer_contract(load, damage) -> None:
@@ -207,10 +256,11 @@ def test_a_request_to_quantize_the_experts_otherwise(load, shallow: dict[str, Pa
 def test_published_layout_on_a_cpu(load, m3_nano_hub: Path, tmp_path: Path) -> None:
     """vLLM's native MiniMax-M3 is GPU-only; on a CPU that is one clear error."""
     from quantize.checkpoint import Checkpoint
-    from quantize.pipeline import execute, plan
+    from quantize.pipeline import execute
+    from quantize.plan import plan
 
     with Checkpoint(m3_nano_hub) as source:
-        execute(source, plan(source), tmp_path / "hub", False, lambda _: None)
+        execute(source, plan(source), tmp_path / "hub")
     with pytest.raises(ValueError, match=r"GPU-only model.*serve the Transformers layout"):
         load(tmp_path / "hub")
 

@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import save_file
 
 from quantize.checkpoint import Checkpoint
-from quantize.pipeline import Summary, execute, plan
+from quantize.pipeline import REPORT, Summary, execute
+from quantize.plan import Options, plan
 from tests.quantize.reference import INDEX
 
 SIZES = {
@@ -167,13 +168,23 @@ def per_expert(
 
 
 def convert(
-    source: Path, target: Path, *args: Any, overwrite: bool = False, **more: Any
+    source: Path,
+    target: Path,
+    layout: str = "modelopt",
+    scales: str = "max",
+    overwrite: bool = False,
+    resume: bool = False,
+    **more: Any,
 ) -> Summary:
     with Checkpoint(source) as checkpoint:
-        return execute(
-            checkpoint, plan(checkpoint, *args, **more), target, overwrite, lambda _: None
-        )
+        steps = plan(checkpoint, Options(layout=layout, scales=scales, **more))
+        return execute(checkpoint, steps, target, overwrite=overwrite, resume=resume)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    """All files but the report, which tells where source and target are."""
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in folder.rglob("*")
+        if f.is_file() and f.name != REPORT
+    }

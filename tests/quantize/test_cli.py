@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from quantize.cli import app
 from tests.quantize import reference
+from tests.quantize.checkpoints import contents
 
 Folders = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
@@ -56,10 +57,7 @@ def test_python_m_quantize(saved: Folders, tmp_path: Path) -> None:
     assert "GB/s" in result.stdout
     again = run("quantize", source, tmp_path / "two", "--max-shard-size", "20KB")
     assert again.exit_code == 0
-    one, two = (
-        {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two")
-    )
-    assert one == two
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(one) > 5
 
 
@@ -115,7 +113,6 @@ def test_refusals_are_one_line_without_a_traceback(saved: Folders, tmp_path: Pat
     assert "is the source" in refusal("quantize", source, source, "--overwrite")
     assert "not a size" in refusal("quantize", source, out, "--max-shard-size", "big")
     assert "neither a folder nor a hub id" in refusal("quantize", tmp_path / "nowhere", out)
-    assert "biases" in refusal("quantize", saved("gpt_oss"), out)
     assert not out.exists()
 
 

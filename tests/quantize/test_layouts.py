@@ -19,7 +19,8 @@ from quantize import layouts
 from quantize.checkpoint import Checkpoint
 from quantize.layouts import LAYOUTS
 from quantize.nvfp4 import NvFp4
-from quantize.pipeline import execute, plan
+from quantize.pipeline import execute
+from quantize.plan import Options, plan
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import EXPERTS, HIDDEN, INTERMEDIATE
 
@@ -41,7 +42,7 @@ def written(
     folders = {name: tmp_path_factory.mktemp("layouts") / name for name in LAYOUTS}
     for name, folder in folders.items():
         with Checkpoint(saved("minimax_m3")) as source:
-            execute(source, plan(source, name), folder, False, lambda _: None)
+            execute(source, plan(source, Options(layout=name)), folder)
     return folders
 
 
@@ -172,8 +173,8 @@ def test_the_library_decompresses_exactly_where_bfloat16_can(
     config = json.loads((saved("minimax_m3") / "config.json").read_text())
     checkpoints.save(tmp_path / "source", tensors, config)
     with Checkpoint(tmp_path / "source") as source:
-        steps = plan(source, "compressed-tensors")
-        execute(source, steps, tmp_path / "out", False, lambda _: None)
+        steps = plan(source, Options(layout="compressed-tensors"))
+        execute(source, steps, tmp_path / "out")
     written = reference.read_folder(tmp_path / "out")
     for module in MODULES:
         assert written[f"{module}.weight_global_scale"].array() == 2.0**12

@@ -21,7 +21,8 @@ MEASURE = """
 import re, sys, threading, time
 from pathlib import Path
 from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute, plan
+from quantize.pipeline import execute
+from quantize.plan import Options, plan
 
 def anonymous():
     # Memory of this process's own; pages of mapped files, which the kernel can drop, do not count.
@@ -36,8 +37,8 @@ def watch():
 
 def convert(source, target):
     with Checkpoint(Path(source)) as checkpoint:
-        steps = plan(checkpoint, max_shard_size=20_000_000)
-        execute(checkpoint, steps, Path(target), False, lambda _: None)
+        steps = plan(checkpoint, Options(max_shard_size=20_000_000))
+        execute(checkpoint, steps, Path(target))
 
 small, large, out = sys.argv[1:]
 convert(small, out + "/small")  # so that imports, threads and caches are in the baseline

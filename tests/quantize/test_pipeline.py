@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from quantize.errors import QuantizeError
 from quantize.gates import Gate
 from quantize.layouts import LAYOUTS
+from quantize.record import FOLDER
 from quantize.shards import parse_size
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import contents, convert
@@ -339,7 +340,8 @@ def test_a_file_as_target(saved: Folders, tmp_path: Path) -> None:
 
 def test_overwriting_leaves_nothing_of_the_old_checkpoint(saved: Folders, tmp_path: Path) -> None:
     convert(saved("mixtral"), tmp_path / "out", "modelopt", max_shard_size=3000)
-    (tmp_path / "out" / ".model-00001-of-00003.safetensors.partial").write_bytes(b"old")
+    (tmp_path / "out" / FOLDER).mkdir()
+    (tmp_path / "out" / FOLDER / "model-00001-of-00003.safetensors.partial").write_bytes(b"old")
     (tmp_path / "out" / "notes.txt").write_text("mine")
     convert(saved("qwen3_moe"), tmp_path / "out", "compressed-tensors", overwrite=True)
     convert(saved("qwen3_moe"), tmp_path / "fresh", "compressed-tensors")

@@ -184,7 +184,7 @@ CONFIG_DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "alpha=1.702",
     ),
     "no gate": (lambda c: c.pop("nvfp4_moe"), "no gate contract"),
-    "a later contract": (lambda c: c["nvfp4_moe"].update(version=2), "version is 2"),
+    "a later contract": (lambda c: c["nvfp4_moe"].update(version=99), "version is 99"),
     "no quantization_config": (lambda c: c.pop("quantization_config"), "quantization_config"),
     "another method": (
         lambda c: c.update(quantization_config={"quant_method": "fp8"}),

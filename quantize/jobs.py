@@ -1,0 +1,281 @@
+"""The steps that a run consists of: each makes some of the output's tensors from some of the source.
+
+A job is independent of all others, so they run in any order, on any thread, device or machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import torch
+
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts import ExpertGroup
+from quantize.kernels import Kernel, NotFiniteError, for_device, quantize_weights
+from quantize.layouts import LAYOUTS, Layout
+from quantize.memory import Arena
+from quantize.nvfp4 import BLOCK, NvFp4
+from quantize.shards import DTYPES, Output, ShardWriter
+
+INPUT_SCALE = 1.0
+"""Scale of quantized layers' inputs until they are calibrated."""
+
+_PIECE = 16 * 2**20
+"""Bytes copied at a time."""
+
+
+class WeightError(NamedTuple):
+    """What one weight lost: see ``quantize.kernels.Quantized``."""
+
+    module: str
+    noise: float
+    signal: float
+    counts: list[int]
+
+
+class Worker:
+    """What one thread needs to run jobs: memory, a device and its kernel.
+
+    Tensors that it loads are on ``device``, and valid until the job ends.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.kernel: Kernel = for_device(device)
+        self.arena = Arena(pinned=device.type == "cuda")
+
+    def load(self, name: str) -> torch.Tensor:
+        """See ``Checkpoint.load``."""
+        return self.checkpoint.load(name, self.arena, self.device)
+
+    def load_expert(self, name: str, expert: int) -> torch.Tensor:
+        """See ``Checkpoint.load_expert``."""
+        return self.checkpoint.load_expert(name, expert, self.arena, self.device)
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor's bytes, uint8, in main memory."""
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        return flat if flat.device.type == "cpu" else self.arena.take(flat.numel()).copy_(flat)
+
+
+class Job(Protocol):
+    """One step.
+
+    Attributes:
+        outputs: the tensors it makes.
+        nbytes: of the source, as stored.
+        memory: bytes that it needs while it runs, at most.
+    """
+
+    @property
+    def outputs(self) -> tuple[Output, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        """Have the system read what the job will ask for."""
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        """Write ``outputs``."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that stays as it is, byte for byte; one in a quantized format becomes bfloat16."""
+
+    output: Output
+    nbytes: int
+    decoded: bool
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return (self.output,)
+
+    @property
+    def memory(self) -> int:
+        return 4 * self.output.nbytes if self.decoded else min(_PIECE, self.nbytes)
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        checkpoint.will_need(self.output.name)
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        name = self.output.name
+        if self.decoded:
+            writer.write(name, worker.to_host(worker.load(name).bfloat16()))
+            return []
+        info = worker.checkpoint.stored[name]
+        buffer = worker.arena.take(min(_PIECE, self.nbytes))
+        for start in range(0, self.nbytes, _PIECE):
+            piece = buffer[: min(_PIECE, self.nbytes - start)]
+            worker.checkpoint.read_into(piece, info, start)
+            writer.write(name, piece, start)
+        return []
+
+
+@dataclass(frozen=True)
+class QuantizeExpert:
+    """One expert's gate and up (``inputs``), which share a global scale, or its down."""
+
+    group: ExpertGroup
+    expert: int
+    inputs: bool
+    interleaved: bool
+    layout: Layout
+    rule: str
+    nbytes: int
+    decoded: bool
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The written weights' module paths."""
+        modules = self.group.modules(self.expert)
+        return modules[:-1] if self.inputs else modules[-1:]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors that are read."""
+        weights = self.group.weights_of(self.expert)
+        return weights[:-1] if self.inputs else weights[-1:]
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        wide = (self.group.intermediate, self.group.hidden)
+        shape = wide if self.inputs else wide[::-1]
+        return tuple(out for name in self.modules for out in outputs(name, shape, self.layout))
+
+    @property
+    def memory(self) -> int:
+        weights = self.group.intermediate * self.group.hidden * len(self.modules)
+        copies = self.interleaved or self.group.transposed
+        source = self.nbytes * (1 + copies) + 4 * weights * self.decoded
+        return source + sum(out.nbytes for out in self.outputs)
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        for name in self.sources:
+            checkpoint.will_need(name, self.expert if self.group.fused else None)
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        group, expert = self.group, self.expert
+        weights = (
+            list(group.inputs(worker, expert, self.interleaved))
+            if self.inputs
+            else [group.down(worker, expert)]
+        )
+        return _quantize(
+            weights, self.modules, self.sources, self.rule, self.layout, worker, writer
+        )
+
+
+@dataclass(frozen=True)
+class QuantizeLinears:
+    """Dense linears that an engine may fuse into one: they share a global scale."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    layout: Layout
+    rule: str
+    nbytes: int
+    decoded: bool
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The written weights' module paths."""
+        return tuple(name.removesuffix(".weight") for name in self.names)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        pairs = zip(self.modules, self.shapes, strict=True)
+        return tuple(out for name, shape in pairs for out in outputs(name, shape, self.layout))
+
+    @property
+    def memory(self) -> int:
+        weights = sum(rows * columns for rows, columns in self.shapes)
+        return self.nbytes + 4 * weights * self.decoded + sum(out.nbytes for out in self.outputs)
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        for name in self.names:
+            checkpoint.will_need(name)
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        weights = [worker.load(name) for name in self.names]
+        return _quantize(weights, self.modules, self.names, self.rule, self.layout, worker, writer)
+
+
+@dataclass(frozen=True)
+class Biases:
+    """One expert's biases, split and named as its weights are."""
+
+    group: ExpertGroup
+    expert: int
+    interleaved: bool
+    outputs: tuple[Output, ...]
+    nbytes: int
+
+    @property
+    def memory(self) -> int:
+        return 4 * self.nbytes
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        """Too small to be worth asking."""
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        biases = self.group.biases(worker, self.expert, self.interleaved)
+        for module, bias in biases.items():
+            if not torch.isfinite(bias).all():
+                raise QuantizeError(f"{module}.bias holds NaN or infinite values")
+            writer.write(f"{module}.bias", worker.to_host(bias))
+        return []
+
+
+def outputs(module: str, shape: tuple[int, int], layout: Layout) -> tuple[Output, ...]:
+    """The tensors that one quantized weight of ``shape`` ``[out, in]`` is written as."""
+    return tuple(
+        Output(f"{module}.{suffix}", dtype, dims)
+        for suffix, (dtype, dims) in zip(layout.suffixes, _stored(shape, layout.name), strict=True)
+    )
+
+
+@cache
+def _stored(shape: tuple[int, int], layout: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """dtype and shape of each tensor that a layout makes of a weight; alike for all experts."""
+    rows, columns = shape
+    example = LAYOUTS[layout].store(
+        NvFp4(
+            torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"),
+            torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn, device="meta"),
+            torch.empty((), device="meta"),
+        ),
+        INPUT_SCALE,
+    )
+    return tuple((DTYPES[tensor.dtype], tuple(tensor.shape)) for tensor in example)
+
+
+def _quantize(
+    weights: list[torch.Tensor],
+    modules: tuple[str, ...],
+    sources: tuple[str, ...],
+    rule: str,
+    layout: Layout,
+    worker: Worker,
+    writer: ShardWriter,
+) -> list[WeightError]:
+    try:
+        results = quantize_weights(weights, rule, worker.kernel)
+    except NotFiniteError:
+        raise QuantizeError(
+            f"{' and '.join(modules)} ({', '.join(sources)}) hold NaN or infinite weights; "
+            "the source is damaged"
+        ) from None
+    lost = []
+    for module, result in zip(modules, results, strict=True):
+        stored = layout.store(result.weight, INPUT_SCALE)
+        for suffix, tensor in zip(layout.suffixes, stored, strict=True):
+            writer.write(f"{module}.{suffix}", worker.to_host(tensor))
+        lost.append(WeightError(module, result.noise, result.signal, result.counts.tolist()))
+    return lost

@@ -1,0 +1,246 @@
+"""Planning a run: everything about the output that follows from the source's headers.
+
+Which tensors it has, of which shapes, in which shards, at which offsets, and the independent jobs
+that make them. The same source and options always give the same plan, on every machine.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from quantize import linears, sources
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts import ExpertGroup, find, source_names
+from quantize.gates import Gate, Gates
+from quantize.identify import identify
+from quantize.jobs import Biases, Copy, Job, QuantizeExpert, QuantizeLinears
+from quantize.layouts import LAYOUTS, Layout
+from quantize.shards import Output
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user decides about the output.
+
+    Attributes:
+        layout: a key of ``quantize.layouts.LAYOUTS``.
+        scales: a key of ``quantize.scales.RULES``.
+        max_shard_size: bytes; a shard exceeds it only if a single tensor does.
+        gate: the experts' gate, if the user states it; else it is identified.
+        include: patterns of module paths (``fnmatch``); if there are any, only layers' experts and
+            linears that match one are quantized.
+        exclude: patterns of module paths that are not quantized, though included.
+        linears: quantize dense linears too (``quantize.linears``).
+        trust_remote_code: run a checkpoint's own Python code to identify its gate.
+    """
+
+    layout: str = "modelopt"
+    scales: str = "max"
+    max_shard_size: int = 5 * 10**9
+    gate: Gate | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    linears: bool = False
+    trust_remote_code: bool = False
+
+    def takes(self, module: str) -> bool:
+        """Whether ``include`` and ``exclude`` leave ``module`` to be quantized."""
+        wanted = not self.include or _matches(module, self.include)
+        return wanted and not _matches(module, self.exclude)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that is known before it.
+
+    Attributes:
+        groups: the routed experts that are quantized.
+        dense: the linears that are, in sets that share a global scale.
+        ignore: modules with a weight of two or more dimensions that stay.
+        shards: jobs, in the order of their outputs in each shard.
+    """
+
+    options: Options
+    groups: list[ExpertGroup]
+    dense: list[tuple[str, ...]]
+    gates: Gates
+    layout: Layout
+    ignore: list[str]
+    shards: list[list[Job]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors in the output."""
+        return sum(out.nbytes for i in range(len(self.shards)) for out in self.outputs(i))
+
+    @property
+    def names(self) -> list[str]:
+        """The shards' file names."""
+        count = len(self.shards)
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+    def outputs(self, shard: int) -> list[Output]:
+        """The tensors of one shard, in the file's order."""
+        return [out for job in self.shards[shard] for out in job.outputs]
+
+    def fingerprint(self, checkpoint: Checkpoint) -> str:
+        """Equal for two runs only if all their output's files are."""
+        what: dict[str, Any] = {
+            "version": package_version(),
+            "options": asdict(self.options),
+            "gates": str(self.gates),
+            "config": checkpoint.config,
+            "source": [
+                (t.name, t.file.name, t.dtype, t.shape, t.offset)
+                for t in checkpoint.stored.values()
+            ],
+            "outputs": [self.outputs(i) for i in range(len(self.shards))],
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def plan(
+    checkpoint: Checkpoint, options: Options | None = None, gates: Gates | None = None
+) -> Plan:
+    """Plan the quantization of ``checkpoint``; reads headers only.
+
+    Args:
+        gates: if they are known already; else they are identified.
+
+    Raises:
+        QuantizeError: see ``quantize.experts.find``, ``quantize.identify.identify`` and
+            ``quantize.sources.check_config``; also if the patterns leave nothing.
+    """
+    options = options or Options()
+    where = str(checkpoint.folder / "config.json")
+    sources.check_config(checkpoint.config, checkpoint.formats, where)
+    found = find(checkpoint)
+    if options.gate:
+        gates = Gates.uniform(options.gate)
+    gates = gates or identify(checkpoint.folder, options.trust_remote_code)
+    groups = [group for group in found if options.takes(group.prefix)]
+    candidates = linears.find(checkpoint, found) if options.linears else []
+    # Siblings stay together: an engine that fuses them needs all of them in one format.
+    dense = [
+        names
+        for names in candidates
+        if all(options.takes(name.removesuffix(".weight")) for name in names)
+    ]
+    if not groups and not dense:
+        raise QuantizeError(
+            "--include and --exclude leave nothing to quantize; their patterns are compared with "
+            f"module paths such as {found[0].prefix}"
+        )
+    quantized = source_names(groups) | {name for names in dense for name in names}
+    left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
+    left |= {group.prefix for group in found if group not in groups}
+    jobs = _jobs(checkpoint, groups, dense, gates, LAYOUTS[options.layout], options.scales)
+    shards = _into_shards(jobs, options.max_shard_size)
+    return Plan(options, groups, dense, gates, LAYOUTS[options.layout], sorted(left), shards)
+
+
+def package_version() -> str:
+    """This package's version."""
+    try:
+        return version("vllm-nvfp4-moe")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return "unknown"
+
+
+def _matches(module: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
+
+
+def _linear_weights(checkpoint: Checkpoint) -> set[str]:
+    return {
+        name
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(info.shape) >= 2
+    }
+
+
+def _jobs(
+    checkpoint: Checkpoint,
+    groups: list[ExpertGroup],
+    dense: list[tuple[str, ...]],
+    gates: Gates,
+    layout: Layout,
+    rule: str,
+) -> Iterator[Job]:
+    """In the source's order of files and tensors, so that reading stays sequential."""
+    first = {group.sources[0]: group for group in groups}
+    sets = {names[0]: names for names in dense}
+    done = source_names(groups) | {name for names in dense for name in names}
+    for name, info in checkpoint.tensors.items():
+        if name in first:
+            group = first[name]
+            interleaved = gates.of(group.prefix).interleaved
+            for expert in range(group.num_experts):
+                yield from _expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
+        elif name in sets:
+            shapes = tuple(checkpoint.tensors[n].shape for n in sets[name])
+            yield QuantizeLinears(
+                sets[name],
+                tuple((rows, columns) for rows, columns in shapes),
+                layout,
+                rule,
+                sum(checkpoint.stored_bytes(n) for n in sets[name]),
+                any(len(checkpoint.parts(n)) > 1 for n in sets[name]),
+            )
+        elif name not in done:
+            decoded = checkpoint.parts(name) != (name,)
+            output = Output(name, info.dtype, info.shape)
+            yield Copy(output, checkpoint.stored_bytes(name), decoded)
+
+
+def _expert_jobs(
+    checkpoint: Checkpoint,
+    group: ExpertGroup,
+    expert: int,
+    interleaved: bool,
+    layout: Layout,
+    rule: str,
+) -> Iterator[Job]:
+    share = group.num_experts if group.fused else 1
+    for inputs in (True, False):
+        job = QuantizeExpert(group, expert, inputs, interleaved, layout, rule, 0, False)
+        yield QuantizeExpert(
+            group,
+            expert,
+            inputs,
+            interleaved,
+            layout,
+            rule,
+            nbytes=sum(checkpoint.stored_bytes(n) for n in job.sources) // share,
+            decoded=any(checkpoint.parts(n) != (n,) for n in job.sources),
+        )
+    if group.bias_names:
+        sizes = [group.intermediate] * (len(group.names) - 1) + [group.hidden]
+        dtype = checkpoint.tensors[group.bias_names[0]].dtype
+        outputs = tuple(
+            Output(f"{module}.bias", dtype, (size,))
+            for module, size in zip(group.modules(expert), sizes, strict=True)
+        )
+        yield Biases(group, expert, interleaved, outputs, sum(out.nbytes for out in outputs))
+
+
+def _into_shards(jobs: Iterator[Job], max_size: int) -> list[list[Job]]:
+    shards: list[list[Job]] = [[]]
+    size = 0
+    for job in jobs:
+        nbytes = sum(out.nbytes for out in job.outputs)
+        if shards[-1] and size + nbytes > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(job)
+        size += nbytes
+    return shards

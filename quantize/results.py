@@ -1,0 +1,84 @@
+"""What a finished run tells its report: the weights' errors, put together by layer."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+
+from quantize.checkpoint import Checkpoint
+from quantize.experts import ExpertGroup
+from quantize.jobs import WeightError, outputs
+from quantize.plan import Plan, package_version
+from quantize.record import Record
+from quantize.report import LayerReport, RunReport
+
+
+def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
+    """The report's contents; the same for a run in one go and one that was resumed."""
+    lost = record.errors(plan)
+    return RunReport(
+        source=str(checkpoint.folder),
+        target=record.target.name,
+        command=record.command,
+        layout=plan.layout.name,
+        scales=plan.options.scales,
+        versions={
+            "vllm-nvfp4-moe": package_version(),
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        },
+        bytes_before=checkpoint.nbytes,
+        bytes_after=plan.nbytes,
+        layers=[_layer(checkpoint, plan, group, lost) for group in plan.groups],
+        dense=_dense(checkpoint, plan, lost) if plan.dense else None,
+    )
+
+
+def _layer(
+    checkpoint: Checkpoint, plan: Plan, group: ExpertGroup, lost: dict[str, WeightError]
+) -> LayerReport:
+    experts = [
+        [lost[module] for module in group.modules(expert)] for expert in range(group.num_experts)
+    ]
+    wide = (group.intermediate, group.hidden)
+    shapes = [wide] * (len(group.names) - 1) + [wide[::-1]]
+    written = sum(
+        out.nbytes
+        for module, shape in zip(group.modules(0), shapes, strict=True)
+        for out in outputs(module, shape, plan.layout)
+    )
+    return LayerReport(
+        prefix=group.prefix,
+        gate=str(plan.gates.of(group.prefix)),
+        projections=("gate", "up", "down")[-len(group.names) :],
+        errors=[tuple(map(_relative, weights)) for weights in experts],
+        scale_counts=_total([weight for weights in experts for weight in weights]),
+        bytes_before=sum(checkpoint.stored_bytes(name) for name in group.sources),
+        bytes_after=written * group.num_experts,
+    )
+
+
+def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> LayerReport:
+    names = [name for names in plan.dense for name in names]
+    modules = [name.removesuffix(".weight") for name in names]
+    written = 0
+    for name, module in zip(names, modules, strict=True):
+        rows, columns = checkpoint.tensors[name].shape
+        written += sum(out.nbytes for out in outputs(module, (rows, columns), plan.layout))
+    return LayerReport(
+        prefix="dense linears",
+        gate="",
+        projections=("weight",),
+        errors=[(_relative(lost[module]),) for module in modules],
+        scale_counts=_total([lost[module] for module in modules]),
+        bytes_before=sum(checkpoint.stored_bytes(name) for name in names),
+        bytes_after=written,
+        names=tuple(modules),
+    )
+
+
+def _relative(weight: WeightError) -> float:
+    return math.sqrt(weight.noise / weight.signal) if weight.signal else math.nan
+
+
+def _total(weights: list[WeightError]) -> list[int]:
+    return [sum(column) for column in zip(*(w.counts for w in weights), strict=True)]
