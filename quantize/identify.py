@@ -1,74 +1,108 @@
-"""Establishing a model's gate from its Transformers class: by running it, never by its name.
+"""Establishing a model's gates from its Transformers class: by running it, never by its name.
 
-The class's own gating code is driven with a grid of numbers and matched to the known forms, with
-alpha, beta and limit read off the outputs. So a new model with a known gate needs no new code, and
-a gate that is not exactly one of the forms is an error.
+The model is built on the meta device, which takes no memory; the gating code of each of its layers
+is driven with a grid of numbers and matched to the known forms, with alpha, beta and limit read
+off the outputs. So a new model with a known gate needs no new code, and a gate that is not exactly
+one of the forms is an error.
+
+Code from a checkpoint runs only if the user said so (``--trust-remote-code``), and only for a model
+that Transformers does not have itself.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import copy
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, initialization
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 from quantize.errors import QuantizeError
-from quantize.gates import FORMS, Gate
+from quantize.gates import FORMS, Gate, Gates
+from quantize.gates.drive import CannotDriveError, drive
 from quantize.gates.probe import FAR, Probe
 
 _HELP = (
     "If you know the gate, pass it: --gate silu, or --gate "
     '\'{"form": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0}\''
 )
+_REMOTE = (
+    "The checkpoint has Python code of its own; if you trust it, --trust-remote-code lets it be "
+    "run to find the gate. "
+)
 # Around every kink and clamp that the forms have, and far outside.
 _GRID = (-FAR, -33.0, -9.0, -7.5, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 6.5, 7.5, 10.5, 40.0, FAR)
 
-_SIZES = {"intermediate_size", "ffn_dim"}
-"""Constructor arguments of experts classes that cannot change the gate."""
+_MODELS = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-def identify(source: Path | str) -> Gate:
-    """The gate of the experts of the checkpoint ``source``, a folder or a hub id.
+def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
+    """The gates of the experts of the checkpoint ``source``, a folder or a hub id.
 
-    Code from the checkpoint is never run: the class must be one of Transformers' own.
+    Args:
+        trust_remote_code: run the checkpoint's own code if Transformers does not know the model.
 
     Raises:
-        QuantizeError: if the class is unknown, its gate is no known form, or the model has several
-            kinds of experts with different gates.
+        QuantizeError: if the model is unknown, a gate is no known form, or experts of one layer
+            have different gates.
     """
+    remote = ""
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source)
-        # Not AutoConfig: in a process of vLLM's, it gives vLLM's own class for some models.
-        config = getattr(transformers, CONFIG_MAPPING_NAMES[raw["model_type"]]).from_dict(raw)
+        model_type = raw.get("model_type")
+        native = CONFIG_MAPPING_NAMES.get(model_type)
+        if native is None and "auto_map" in raw:
+            remote = "" if trust_remote_code else _REMOTE
+        if native is None and "auto_map" in raw and trust_remote_code:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+        else:
+            # Not AutoConfig: in a process of vLLM's, it gives vLLM's own class for some models.
+            config = getattr(transformers, CONFIG_MAPPING_NAMES[model_type]).from_dict(raw)
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
-            f"unknown ({_first_line(error)}). {_HELP}"
+            f"unknown ({_first_line(error)}). {remote}{_HELP}"
         ) from error
-    return identify_config(config)
+    return identify_config(config, trust_remote_code)
 
 
-def identify_config(config: PreTrainedConfig) -> Gate:
-    """The gate of the model that ``config`` describes; raises as :func:`identify`."""
-    text = config.get_text_config()
-    gates: dict[Gate, str] = {}
-    for cls in _experts_classes(text) or _experts_classes(config):
-        gates.setdefault(_gate_of(cls, text), cls.__name__)
-    if not gates:
+def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Gates:
+    """The gates of the model that ``config`` describes; raises as :func:`identify`."""
+    model = _build(config, trust_remote_code)
+    layers: dict[int, Gate] = {}
+    first: dict[int, str] = {}
+    for path, module in _sites(model):
+        try:
+            gate = _gate_of(module)
+        except NotImplementedError:
+            continue  # a part of something else: JetMoE's attention is made of experts too
+        found = _LAYER.search(path)
+        number = int(found[1]) if found else -1
+        if layers.setdefault(number, gate) != gate:
+            raise QuantizeError(
+                f"model type {config.model_type!r} has several gates in one layer "
+                f"({first[number]}: {layers[number]}; {path}: {gate}). {_HELP}"
+            )
+        first.setdefault(number, path)
+    if not layers:
         raise QuantizeError(
-            f"model type {text.model_type!r}: its Transformers module has no '…Experts' class with "
-            f"gating code, so the gate is unknown. {_HELP}"
+            f"model type {config.model_type!r}: its Transformers class has no '…Experts' module, "
+            f"so the gate is unknown. {_HELP}"
         )
-    if len(gates) > 1:
-        found = "; ".join(f"{name}: {gate}" for gate, name in gates.items())
-        raise QuantizeError(f"model type {text.model_type!r} has several gates ({found}). {_HELP}")
-    return next(iter(gates))
+    return Gates.of_layers(layers)
 
 
 def match(probe: Probe) -> Gate | None:
@@ -77,59 +111,93 @@ def match(probe: Probe) -> Gate | None:
     gate, up = (axis.flatten() for axis in torch.meshgrid(points, points, indexing="ij"))
     truth = probe.function(gate, up)
     for name, form in FORMS.items():
-        numbers = form.recover(probe)
+        numbers = form.recover(probe) if form.gated == probe.gated else None
         if numbers is None:
             continue
         candidate = Gate(name, **numbers)
-        if torch.allclose(candidate.apply(gate, up), truth, rtol=1e-6, atol=1e-9):
+        applied = candidate.apply(gate, up) if form.gated else candidate.apply(up)
+        if torch.allclose(applied, truth, rtol=1e-6, atol=1e-9):
             return candidate
     return None
 
 
-def _experts_classes(config: PreTrainedConfig) -> list[type[torch.nn.Module]]:
-    """Classes named ``*Experts`` with gating code, in the modeling module of ``config``'s class."""
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+def _build(config: PreTrainedConfig, trust_remote_code: bool) -> torch.nn.Module:
+    """The model on the meta device; only the language model if the whole cannot be built."""
+    errors: list[Exception] = []
+    text = config.get_text_config()
+    for part in (config,) if text is config else (config, text):
+        for cls in _model_classes(part, trust_remote_code):
+            try:
+                with torch.device("meta"), initialization.no_init_weights():
+                    model: torch.nn.Module = cls(copy.deepcopy(part))
+                return model
+            except Exception as error:  # any code may be in there
+                errors.append(error)
+    if errors:
+        raise QuantizeError(
+            f"model type {config.model_type!r} cannot be built from its config "
+            f"({_first_line(errors[0])}). {_HELP}"
+        ) from errors[0]
+    raise QuantizeError(
+        f"model type {config.model_type!r}: Transformers has no model for "
+        f"{type(config).__name__}, so the gate is unknown. {_HELP}"
+    )
+
+
+def _model_classes(config: PreTrainedConfig, trust_remote_code: bool) -> Iterator[Any]:
+    for mapping in _MODELS:
         model = mapping.get(type(config), None)
-        if model is None:
+        if model is not None:
+            yield model[0] if isinstance(model, tuple | list) else model
+            return
+    auto_map = getattr(config, "auto_map", None) or {}
+    for name in _AUTO_CLASSES:
+        if trust_remote_code and name in auto_map:
+            yield get_class_from_dynamic_module(auto_map[name], config.name_or_path)
+            return
+
+
+def _sites(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules that hold a layer's routed experts, or the first of them, with their paths."""
+    inside = ""
+    for path, module in model.named_modules():
+        named = path.rpartition(".")[2]
+        listed = isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
+        experts = type(module).__name__.endswith("Experts") or (listed and named == "experts")
+        if not experts or "shared" in named or (inside and path.startswith(inside)):
             continue
-        model = model[0] if isinstance(model, tuple | list) else model
-        module = importlib.import_module(model.__module__)
-        classes: list[tuple[str, Any]] = inspect.getmembers(module, inspect.isclass)
-        return [
-            cls
-            for name, cls in classes
-            if name.endswith("Experts")
-            and cls.__module__ == module.__name__
-            and hasattr(cls, "_apply_gate")
-        ]
-    return []
+        if listed:
+            inside = f"{path}."
+            children = list(module.children())
+            if children:
+                yield path, children[0]
+        elif [name for name, _ in module.named_parameters()] == ["weight"]:
+            # One GEMM of two, as JetMoE has them: what is between is its owner's.
+            parent = path.rpartition(".")[0]
+            inside = f"{parent}."
+            yield parent, model.get_submodule(parent)
+        else:
+            inside = f"{path}."
+            yield path, module
 
 
-def _gate_of(cls: type[torch.nn.Module], config: PreTrainedConfig) -> Gate:
-    where = f"{cls.__module__}.{cls.__name__}"
-    extra = set(inspect.signature(cls).parameters) - {"config"} - _SIZES
-    if extra:
-        # Step-3.7 passes each layer its own limit: one gate for the whole model would be a guess.
-        raise QuantizeError(
-            f"{where} takes {', '.join(sorted(extra))} beside the config, so its gate may differ "
-            "from layer to layer; not supported yet"
-        )
+def _gate_of(module: torch.nn.Module) -> Gate:
+    where = f"{type(module).__module__}.{type(module).__name__}"
     try:
-        with torch.device("meta"):  # no memory, whatever the model's size
-            experts: Any = cls(config)
-    except Exception as error:
+        driven = drive(module)
+    except CannotDriveError as error:
         raise QuantizeError(
-            f"{where} cannot be built from the config alone ({_first_line(error)}). {_HELP}"
+            f"{where}: its gating code cannot be driven: {error}. {_HELP}"
         ) from error
-    if not getattr(experts, "has_gate", True):
-        raise QuantizeError(f"{where} has no gate (up and down only); not supported yet")
 
     def stacked(gate: torch.Tensor, up: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        if not driven.gated:
+            return driven.run(up)
         order = torch.stack((gate, up), dim=-1) if interleaved else torch.stack((gate, up))
-        return experts._apply_gate(order.flatten().unsqueeze(0)).flatten()
+        return driven.run(order.flatten())
 
-    for interleaved in (False, True):
-        probe = Probe(lambda g, u, i=interleaved: stacked(g, u, i))  # type: ignore[misc]
+    for interleaved in (False, True) if driven.joined else (False,):
+        probe = Probe(lambda g, u, i=interleaved: stacked(g, u, i), driven.gated)  # type: ignore[misc]
         try:
             found = match(probe)
         except Exception as error:
@@ -138,7 +206,9 @@ def _gate_of(cls: type[torch.nn.Module], config: PreTrainedConfig) -> Gate:
             ) from error
         if found is not None:
             return Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
-    raise QuantizeError(f"{where}: its gate is none of {', '.join(FORMS)}. {_HELP}")
+    known = ", ".join(name for name, form in FORMS.items() if form.gated == driven.gated)
+    what = "gate" if driven.gated else "activation (it has no gate)"
+    raise QuantizeError(f"{where}: its {what} is none of {known}. {_HELP}")
 
 
 def _first_line(error: Exception) -> str:

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.nvfp4_moe.activation")
 
+STEP_LIMIT = 7.0
+"""The only limit of ``swiglu_step`` in vLLM's GPU kernels, which do not look at a layer's."""
+
 # vLLM 0.32: w13 is loaded as all of gate, then all of up, which these variants read.
 _VLLM_NAME = {
     "silu": MoEActivation.SILU,
     "swiglu_oai": MoEActivation.SWIGLUOAI_UNINTERLEAVE,
+    "swiglu_step": MoEActivation.SWIGLUSTEP,
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
 }
@@ -42,12 +46,21 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
 
     Raises:
         ValueError: if vLLM has no name for the gate, or the layer is not a gated one; names both.
+            Also if the layer's experts have biases.
     """
+    if layer.moe_config.has_bias:
+        raise ValueError(
+            f"{layer.layer_name}: its experts have biases, which this plugin's kernels do not add "
+            "yet: refusing to serve them without"
+        )
     before = engine_gate(layer)
     activation = _VLLM_NAME.get(gate.form)
-    # vLLM's kernels for the clamped form insist on a clamp.
-    unclamped = gate.form == "swiglu_oai" and gate.limit is None and not current_platform.is_cpu()
-    if activation is None or gate.interleaved or unclamped or not layer.moe_config.is_act_and_mul:
+    if (
+        activation is None
+        or gate.interleaved
+        or not _has_kernel(gate)
+        or not layer.moe_config.is_act_and_mul
+    ):
         raise ValueError(
             f"{layer.layer_name}: the checkpoint's experts apply {gate}, vLLM's layer would apply "
             f"{before}, and vLLM has no kernels for the former in this layer: refusing to serve it"
@@ -62,3 +75,12 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
             str(gate),
             before,
         )
+
+
+def _has_kernel(gate: Gate) -> bool:
+    """Whether this platform's kernels can apply the gate's numbers."""
+    if current_platform.is_cpu():  # ours
+        return True
+    if gate.form == "swiglu_step":
+        return gate.limit == STEP_LIMIT
+    return gate.form != "swiglu_oai" or gate.limit is not None

@@ -21,7 +21,7 @@ from vllm_nvfp4_moe import NAME
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-    from quantize.gates import Gate
+    from quantize.gates import Gates
     from quantize.layouts import Layout
 
 logger = init_logger("vllm.nvfp4_moe.config")
@@ -53,7 +53,7 @@ class NvFp4MoEConfig(QuantizationConfig):
         self.layout = layout
         self.stock = stock
         self.weight_only = weight_only
-        self.gate: Gate | None = None
+        self.gates: Gates | None = None
         super().__init__()
 
     def get_name(self) -> str:
@@ -112,7 +112,7 @@ class NvFp4MoEConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Establish the gate: the checkpoint's contract, else the model's Transformers class."""
+        """Establish the gates: the checkpoint's contract, else the model's Transformers class."""
         from vllm.platforms import current_platform
 
         from quantize.errors import QuantizeError
@@ -131,15 +131,15 @@ class NvFp4MoEConfig(QuantizationConfig):
         contract = getattr(hf_config, KEY, None)
         try:
             if contract is not None:
-                self.gate = from_contract(contract, f"{model_name}/config.json")
+                self.gates = from_contract(contract, f"{model_name}/config.json")
             else:
                 try:
-                    gate = identify_config(hf_config)
+                    gates = identify_config(hf_config)
                 except QuantizeError:
                     # vLLM has config classes of its own, MiniMax-M3's among them.
-                    gate = identify(model_name)
-                self.gate = gate.concatenated()
-                logger.info("%s has no gate contract; its class applies %s", model_name, self.gate)
+                    gates = identify(model_name)
+                self.gates = gates.concatenated()
+                logger.info("%s has no gate contract; its class applies %s", model_name, self.gates)
         except QuantizeError as error:
             raise ValueError(
                 f"{model_name}: cannot establish which gate its experts apply, and a wrong one "

@@ -98,6 +98,8 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.config = config
         self.weight_only = config.weight_only
+        assert config.gates is not None  # backends.choose has applied it to the layer
+        self.gate = config.gates.of(layer.layer_name)
 
     @classmethod
     @abstractmethod

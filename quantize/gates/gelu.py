@@ -13,7 +13,8 @@ from quantize.gates.probe import Probe
 class Gelu:
     """No numbers."""
 
-    numbers = False
+    gated = True
+    numbers: tuple[str, ...] = ()
 
     @staticmethod
     def apply(
@@ -29,7 +30,8 @@ class Gelu:
 class GeluTanh:
     """No numbers."""
 
-    numbers = False
+    gated = True
+    numbers: tuple[str, ...] = ()
 
     @staticmethod
     def apply(

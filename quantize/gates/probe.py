@@ -16,10 +16,16 @@ class Probe:
 
     Every known gate is ``(clamp(up) + beta) * h(clamp(gate))``: linear in up within the clamp, so
     three evaluations give beta, the clamp of up, and h.
+
+    Attributes:
+        gated: False: the function is of up alone, and gate is ignored.
     """
 
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], gated: bool = True
+    ) -> None:
         self.function = function
+        self.gated = gated
 
     def __call__(self, gate: float, up: float) -> float:
         as_tensor = [torch.tensor([v], dtype=torch.float64) for v in (gate, up)]

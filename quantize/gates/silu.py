@@ -13,7 +13,8 @@ from quantize.gates.probe import Probe
 class Silu:
     """No numbers: alpha 1, beta 0, no limit."""
 
-    numbers = False
+    gated = True
+    numbers: tuple[str, ...] = ()
 
     @staticmethod
     def apply(

@@ -16,7 +16,8 @@ from quantize.gates.probe import Probe, logit
 class SwigluOai:
     """Numbers: alpha, beta, limit."""
 
-    numbers = True
+    gated = True
+    numbers: tuple[str, ...] = ("alpha", "beta", "limit")
 
     @staticmethod
     def apply(

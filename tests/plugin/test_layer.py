@@ -134,7 +134,7 @@ def test_expert_map_and_weight_on_input() -> None:
             assert relative(out, truth) < 1e-5, (tokens, on_input)
 
 
-@pytest.mark.parametrize("form", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("form", ["silu", "gelu", "gelu_tanh", "swiglu_step"])
 def test_other_gates(form: str) -> None:
     from quantize.scales import quantize_weights
     from tests.plugin.reference import dequantize
@@ -144,7 +144,10 @@ def test_other_gates(form: str) -> None:
         "silu": torch.nn.functional.silu,
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
+        "swiglu_step": lambda v: torch.nn.functional.silu(v).clamp(max=7.0),
     }[form]
+    limit = 7.0 if form == "swiglu_step" else None
+    widest = limit or torch.inf
     torch.manual_seed(3)
     w13, w2 = quantize_weights([torch.randn(64, 48)])[0], quantize_weights([torch.randn(48, 32)])[0]
     gate, up = dequantize(*w13).chunk(2)
@@ -153,9 +156,9 @@ def test_other_gates(form: str) -> None:
         x = torch.randn(tokens, 48)
         ones, ids = torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32)
         out = cpu.experts_forward(
-            x, *(t[None] for t in (*w13, *w2)), ones, ids, None, form, 1.0, 0.0, None, False
+            x, *(t[None] for t in (*w13, *w2)), ones, ids, None, form, 1.0, 0.0, limit, False
         )
-        truth = routed(x, plain, ones, ids, lambda g, u: function(g) * u)
+        truth = routed(x, plain, ones, ids, lambda g, u: function(g) * u.clamp(-widest, widest))
         assert relative(out, truth) < 1e-5, tokens
 
 

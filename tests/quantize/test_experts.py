@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find
+from quantize.experts import ExpertGroup, find, left_as_is
+from quantize.gates import Gate
 from tests.quantize import checkpoints
 from tests.quantize.checkpoints import EXPERTS, HIDDEN, INTERMEDIATE
 
@@ -46,7 +47,7 @@ def all_weights(folder: Path, interleaved: bool = False) -> dict[str, torch.Tens
     with Checkpoint(folder) as checkpoint:
         for group in find(checkpoint):
             for expert in range(group.num_experts):
-                gate, up = group.gate_up(checkpoint, expert, interleaved)
+                gate, up = group.inputs(checkpoint, expert, interleaved)
                 down = group.down(checkpoint, expert)
                 assert gate.shape == up.shape == (group.intermediate, group.hidden)
                 assert down.shape == (group.hidden, group.intermediate)
@@ -93,7 +94,7 @@ def test_m3_nano_as_the_hub_publishes_it(m3_nano: Path, m3_nano_hub: Path) -> No
         Checkpoint(m3_nano_hub) as hub,
     ):
         both = fused.get_slice("model.layers.4.mlp.experts.gate_up_proj")[17]
-        gate, up = found[3].gate_up(hub, 17, False)
+        gate, up = found[3].inputs(hub, 17)
         assert torch.equal(torch.cat((gate, up)), both)
         down = fused.get_slice("model.layers.4.mlp.experts.down_proj")[17]
         assert torch.equal(found[3].down(hub, 17), down)
@@ -224,6 +225,122 @@ def test_expert_count_in_a_nested_text_config(stacked: Folders, tmp_path: Path) 
     assert "num_experts = 5" in refusal(folder)
 
 
+# -- biases, experts without a gate, layers that are left ------------------------------------------
+
+
+def test_biases_of_gpt_oss(saved: Folders) -> None:
+    """Split as their weights are: gate and up alternate."""
+    stored = load_file(saved("gpt_oss") / "model.safetensors")
+    with Checkpoint(saved("gpt_oss")) as checkpoint:
+        for group in find(checkpoint):
+            both = stored[f"{group.prefix}.gate_up_proj_bias"]
+            down = stored[f"{group.prefix}.down_proj_bias"]
+            assert group.bias_names == (
+                f"{group.prefix}.gate_up_proj_bias",
+                f"{group.prefix}.down_proj_bias",
+            )
+            assert set(group.bias_names) <= set(group.sources)
+            for expert in range(EXPERTS):
+                assert_equal(
+                    group.biases(checkpoint, expert, True),
+                    {
+                        f"{group.prefix}.{expert}.gate_proj": both[expert, 0::2],
+                        f"{group.prefix}.{expert}.up_proj": both[expert, 1::2],
+                        f"{group.prefix}.{expert}.down_proj": down[expert],
+                    },
+                )
+                assert group.sources_of(expert) == group.sources
+
+
+def test_biases_of_separate_experts(saved: Folders, tmp_path: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(routed(tensors)):
+            rows = tensors[name].shape[0]
+            tensors[name.replace(".weight", ".bias")] = torch.randn(rows).bfloat16()
+
+    folder = changed(saved("mixtral"), tmp_path / "x", add)
+    stored = load_file(folder / "model.safetensors")
+    with Checkpoint(folder) as checkpoint:
+        group = find(checkpoint)[1]
+        modules = group.modules(2)
+        assert_equal(
+            group.biases(checkpoint, 2), {name: stored[f"{name}.bias"] for name in modules}
+        )
+        assert group.sources_of(2) == tuple(
+            f"{name}.{what}" for what in ("weight", "bias") for name in modules
+        )
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_experts_without_a_gate(stack: bool, tmp_path: Path) -> None:
+    up, down = torch.randn(4, 48, 32), torch.randn(4, 32, 48)
+    tensors = {"x.experts.up_proj": up, "x.experts.down_proj": down}
+    if not stack:
+        tensors = {
+            f"x.experts.{e}.{name}.weight": tensors[f"x.experts.{name}"][e]
+            for e in range(4)
+            for name in ("up_proj", "down_proj")
+        }
+    with Checkpoint(checkpoints.save(tmp_path / "x", tensors, {})) as checkpoint:
+        (group,) = find(checkpoint)
+        assert (group.gated, group.names) == (False, ("up_proj", "down_proj"))
+        assert group.parameters == 4 * 2 * 48 * 32
+        assert group.modules(3) == ("x.experts.3.up_proj", "x.experts.3.down_proj")
+        (got,) = group.inputs(checkpoint, 3)
+        assert torch.equal(got, up[3])
+        assert torch.equal(group.down(checkpoint, 3), down[3])
+        group.check_gate(Gate("relu2"))
+        with pytest.raises(
+            QuantizeError, match=r"x.experts: its experts have no gate.*silu.*takes"
+        ):
+            group.check_gate(Gate("silu"))
+
+
+def test_an_activation_without_a_gate_for_experts_with_one(saved: Folders) -> None:
+    (group, _) = groups(saved("mixtral"))
+    group.check_gate(Gate("swiglu_oai", limit=7.0))
+    with pytest.raises(QuantizeError, match=r"its experts have a gate, .*relu2, takes none"):
+        group.check_gate(Gate("relu2"))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.layers.2.mlp.experts",
+        "model.language_model.layers.17.mlp.experts",
+        "mtp.layers.0.mlp.experts",
+        "mtp.0.ffn.experts",
+        "model.mtp_layers.0.mlp.experts",
+        "model.mtp.layers.1.mtp_block.mlp.experts",
+        "model.nextn_predict.0.mlp.experts",
+    ],
+)
+@pytest.mark.parametrize("stack", [True, False])
+def test_layers_that_predict_several_tokens_are_left(
+    prefix: str, stack: bool, stacked: Folders, tmp_path: Path
+) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        extra = {
+            f"{prefix}.gate_up_proj": torch.zeros(EXPERTS, 96, 32),
+            f"{prefix}.down_proj": torch.zeros(EXPERTS, 32, 48),
+        }
+        tensors.update(extra if stack else checkpoints.per_expert(extra))
+
+    folder = changed(stacked("qwen3_moe"), tmp_path / "x", add)
+    with Checkpoint(folder) as checkpoint:
+        assert [g.prefix for g in find(checkpoint)] == PREFIXES["qwen3_moe"]
+        assert left_as_is(checkpoint) == [prefix]
+
+
+def test_only_layers_that_predict_several_tokens(tmp_path: Path) -> None:
+    tensors = {
+        "mtp.experts.gate_up_proj": torch.zeros(2, 64, 16),
+        "mtp.experts.down_proj": torch.zeros(2, 16, 32),
+    }
+    message = refusal(checkpoints.save(tmp_path / "x", tensors, {}))
+    assert "Multi-token-prediction layers stay as they are: mtp.experts." in message
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -234,21 +351,46 @@ def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor
     return checkpoints.save(target, tensors, json.loads((source / "config.json").read_text()))
 
 
-def test_gpt_oss_is_refused_for_its_biases(saved: Folders) -> None:
-    message = refusal(saved("gpt_oss"))
-    assert "biases" in message
-    assert "not supported" in message
-    assert "mlp.experts.gate_up_proj_bias" in message or "mlp.experts.down_proj_bias" in message
-
-
-def test_biases_of_separate_experts_are_refused(saved: Folders, tmp_path: Path) -> None:
+def test_biases_that_only_some_experts_have(saved: Folders, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.0.up_proj.bias"
     folder = changed(
         saved("qwen3_moe"), tmp_path / "x", lambda t: t.update({name: torch.zeros(48)})
     )
+    assert "model.layers.0.mlp.experts.0.gate_proj.bias is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["gate_up_proj", "down_proj"])
+def test_biases_that_only_some_weights_have(kind: str, saved: Folders, tmp_path: Path) -> None:
+    name = f"model.layers.0.mlp.experts.{kind}_bias"
+    folder = changed(saved("gpt_oss"), tmp_path / "x", lambda t: t.pop(name))
     message = refusal(folder)
-    assert name in message
-    assert "biases" in message
+    assert "model.layers.0.mlp.experts: only some of its weights have biases" in message
+
+
+def test_biases_of_another_shape(saved: Folders, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.down_proj_bias"
+    folder = changed(
+        saved("gpt_oss"), tmp_path / "x", lambda t: t.update({name: torch.zeros(4, 48)})
+    )
+    assert f"{name} has shape [4, 48], expected [4, 32]" in refusal(folder)
+
+
+def test_rows_whose_order_is_not_known(tmp_path: Path) -> None:
+    tensors = {
+        "x.experts.w13_weight": torch.zeros(2, 64, 16),
+        "x.experts.w2_weight": torch.zeros(2, 16, 32),
+    }
+    message = refusal(checkpoints.save(tmp_path / "x", tensors, {"model_type": "new"}))
+    assert "x.experts.w13_weight" in message
+    assert "known only for Inkling, not for model type 'new'" in message
+
+
+def test_flat_experts_without_a_count(tmp_path: Path) -> None:
+    tensors = {f"x.experts.mlp.{name}": torch.zeros(64, 16) for name in ("w1", "v1", "w2")}
+    for ffn in ({}, {"moe_num_experts": 3}, {"moe_num_experts": 0}):
+        message = refusal(checkpoints.save(tmp_path / "x", tensors, {"ffn_config": ffn}))
+        assert "x.experts.mlp.w1 [64, 16]" in message
+        assert "ffn_config.moe_num_experts" in message
 
 
 def test_a_dense_model_lists_what_was_looked_at(saved: Folders) -> None:

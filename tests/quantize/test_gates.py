@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.nn.functional import linear
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from quantize.errors import QuantizeError
-from quantize.gates import FORMS, Gate, from_contract, to_contract
+from quantize.gates import FORMS, Gate, Gates, from_contract, to_contract
 from quantize.gates.probe import Probe
 from quantize.identify import identify, identify_config, match
 from tests.quantize import checkpoints
@@ -117,13 +116,13 @@ def outputs(
 @pytest.mark.parametrize("case", CASES)
 def test_identified_gate_and_numbers(case: str) -> None:
     config, want = CASES[case]
-    assert identify_config(config) == want
+    assert identify_config(config) == Gates.uniform(want)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_identified_gate_computes_what_the_module_does(case: str) -> None:
     config, _ = CASES[case]
-    theirs, ours = outputs(config, identify_config(config))
+    theirs, ours = outputs(config, identify_config(config).default)
     assert theirs.abs().max() > 1
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
@@ -135,84 +134,142 @@ def test_another_gate_would_be_noticed(case: str) -> None:
     assert (ours - theirs).norm() > 0.01 * theirs.norm()
 
 
-def types_with_experts() -> list[str]:
-    """Model types whose own modeling file has experts that Transformers can dispatch."""
-    models = Path(transformers.__file__).parent / "models"
-    files = {name: models / name / f"modeling_{name}.py" for name in transformers.CONFIG_MAPPING}
-    return [
-        name
-        for name, file in files.items()
-        if file.exists() and re.search(r"def _apply_gate|@use_experts_impl", file.read_text())
-    ]
-
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 48,
-    "ffn_dim": 48,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-}
-
-REFUSED = {
-    "step3p7": "layer to layer",
-    "nemotron_h": "has no gate",
-    "qwen3_omni_moe": "no '…Experts' class",  # its language model is one part of several
-    "ernie4_5_vl_moe": "cannot be built",  # its sizes are lists, one for text and one for vision
-}
-
-
-@pytest.mark.parametrize("model_type", types_with_experts())
-def test_every_model_that_transformers_has(model_type: str) -> None:
-    config = transformers.CONFIG_MAPPING[model_type]()
-    text = config.get_text_config()
-    for name, value in SMALL.items():
-        if hasattr(text, name) and not isinstance(getattr(text, name), list):
-            setattr(text, name, value)
-    if model_type in REFUSED:
-        with pytest.raises(QuantizeError, match=REFUSED[model_type]):
-            identify_config(config)
-        return
-    theirs, ours = outputs(config, identify_config(config))
-    assert theirs.abs().max() > 1
-    # Some modules compute in float32.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_there_are_models_to_go_through() -> None:
-    assert {"qwen3_moe", "minimax_m3_vl", "gpt_oss", *REFUSED} <= set(types_with_experts())
-
-
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "minimax_m3", "gpt_oss"])
 def test_identify_from_a_saved_folder(name: str, saved: Callable[[str], Path]) -> None:
-    assert identify(saved(name)) == CASES[name][1]
+    assert identify(saved(name)) == Gates.uniform(CASES[name][1])
 
 
 def test_identify_m3_nano(m3_nano: Path) -> None:
-    assert identify(m3_nano) == Gate(**OAI)
+    assert identify(m3_nano) == Gates.uniform(Gate(**OAI))
 
 
 def test_identify_the_hub_layout_of_minimax_m3(m3_nano_hub: Path) -> None:
     """Its config is the multimodal one, with the text model's nested."""
-    assert identify(m3_nano_hub) == Gate(**OAI)
+    assert identify(m3_nano_hub) == Gates.uniform(Gate(**OAI))
+
+
+def test_limits_that_differ_by_layer() -> None:
+    """Step-3.7's lists: 0 or nothing is no limit; dense layers have no experts."""
+    config = transformers.CONFIG_MAPPING["step3p7"]()
+    text = config.get_text_config()
+    text.num_hidden_layers = 8
+    text.layer_types = ["full_attention"] * 8
+    text.mlp_layer_types = ["dense"] * 2 + ["sparse"] * 6
+    text.swiglu_limits = [0.0] * 5 + [None, 7.0, 5.0]
+    gates = identify_config(config)
+    assert gates.default == Gate("silu")
+    assert gates.layers == {
+        6: Gate("swiglu_step", limit=7.0),
+        7: Gate("swiglu_step", limit=5.0),
+    }
+
+
+def test_experts_without_a_gate() -> None:
+    """By their own forward: Nemotron-H's class has no gating code that could be called."""
+    config = transformers.CONFIG_MAPPING["nemotron_h"]()
+    assert identify_config(config) == Gates.uniform(Gate("relu2"))
+    config.mlp_hidden_act = "silu"
+    with pytest.raises(
+        QuantizeError, match=r"activation \(it has no gate\) is none of relu, relu2"
+    ):
+        identify_config(config)
+
+
+# -- code from the checkpoint ----------------------------------------------------------------------
+
+REMOTE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+open({marker!r}, "a").write("ran")
+
+
+class OddConfig(PreTrainedConfig):
+    model_type = "odd_moe"
+
+
+class OddMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.moe_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.moe_size, bias=False)
+        self.down_proj = nn.Linear(config.moe_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate = self.gate_proj(x).clamp(max=3.0)
+        up = self.up_proj(x).clamp(-3.0, 3.0)
+        return self.down_proj((up + 0.5) * gate * torch.sigmoid(1.3 * gate))
+
+
+class OddExperts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(4, 2 * config.moe_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(4, config.hidden_size, config.moe_size))
+
+    def forward(self, x, index, weights):
+        out = torch.zeros_like(x)
+        for token, experts in enumerate(index.tolist()):
+            for slot, expert in enumerate(experts):
+                both = x[token] @ self.gate_up_proj[expert].T
+                gate, up = both[0::2].clamp(max=3.0), both[1::2].clamp(-3.0, 3.0)
+                act = (up + 0.5) * gate * torch.sigmoid(1.3 * gate)
+                out[token] += act @ self.down_proj[expert].T * weights[token, slot]
+        return out
+
+
+class OddModel(PreTrainedModel):
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        make = OddExperts if config.stacked else lambda c: nn.ModuleList([OddMLP(c)] * 4)
+        layer = lambda: nn.ModuleDict({{"mlp": nn.ModuleDict({{"experts": make(config)}})}})
+        self.layers = nn.ModuleList([layer() for _ in range(2)])
+        self.post_init()
+"""
+
+
+def remote_checkpoint(folder: Path, stacked: bool) -> Path:
+    """A model that only its own code describes; that code leaves ``ran`` behind when it runs."""
+    (folder / "odd.py").write_text(REMOTE.format(marker=str(folder / "ran")))
+    config = {
+        "model_type": "odd_moe",
+        "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"},
+        "hidden_size": 32,
+        "moe_size": 48,
+        "stacked": stacked,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_code_of_the_checkpoint_runs_only_when_trusted(stacked: bool, tmp_path: Path) -> None:
+    folder = remote_checkpoint(tmp_path, stacked)
+    with pytest.raises(QuantizeError, match=r"does not know.*--trust-remote-code.*--gate"):
+        identify(folder)
+    assert not (folder / "ran").exists()
+    gates = identify(folder, trust_remote_code=True)
+    assert (folder / "ran").exists()
+    assert gates == Gates.uniform(Gate("swiglu_oai", 1.3, 0.5, 3.0, interleaved=stacked))
+
+
+def test_code_of_the_checkpoint_is_not_needed_for_a_known_model(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Published folders often still carry the code that Transformers has taken over since."""
+    folder = remote_checkpoint(tmp_path, True)
+    config = json.loads((saved("mixtral") / "config.json").read_text())
+    auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    for trust in (False, True):
+        assert identify(folder, trust) == Gates.uniform(Gate("silu"))
+    assert not (folder / "ran").exists()
 
 
 # -- refusals --------------------------------------------------------------------------------------
-
-
-def test_limits_that_differ_by_layer_are_refused() -> None:
-    config = transformers.CONFIG_MAPPING["step3p7"]()
-    with pytest.raises(QuantizeError, match=r"Step3p7Experts.*layer to layer.*not supported"):
-        identify_config(config)
-
-
-def test_experts_without_a_gate_are_refused() -> None:
-    config = transformers.CONFIG_MAPPING["nemotron_h"]()
-    with pytest.raises(QuantizeError, match=r"NemotronHExperts has no gate"):
-        identify_config(config)
 
 
 def test_an_activation_of_no_known_form_is_refused() -> None:
@@ -229,15 +286,6 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "brand_new_moe"}))
     with pytest.raises(QuantizeError, match=r"config\.json: Transformers does not know.*--gate"):
         identify(tmp_path)
-
-
-def test_code_of_the_checkpoint_is_not_run(tmp_path: Path) -> None:
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(QuantizeError, match="does not know"):
-        identify(tmp_path)
-    assert not (tmp_path / "ran").exists()
 
 
 # -- matching --------------------------------------------------------------------------------------
@@ -267,6 +315,31 @@ def test_no_limit_is_recovered(alpha: float) -> None:
     assert found == Gate("swiglu_oai", alpha, 1.0, None)
 
 
+@pytest.mark.parametrize("limit", [1.5, 7.0, 10.0])
+def test_a_clamp_after_silu_is_told_from_one_before(limit: float) -> None:
+    after = match(
+        Probe(lambda g, u: torch.nn.functional.silu(g).clamp(max=limit) * u.clamp(-limit, limit))
+    )
+    assert after == Gate("swiglu_step", limit=limit)
+    assert match(Probe(oai(1.0, 0.0, limit))) == Gate("swiglu_oai", limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (lambda up: up.clamp(min=0) ** 2, "relu2"),
+        (lambda up: up.clamp(min=0), "relu"),
+        (lambda up: up.clamp(min=0) ** 2 * 1.001, None),
+        (torch.nn.functional.silu, None),
+    ],
+)
+def test_activations_without_a_gate(
+    function: Callable[[torch.Tensor], torch.Tensor], want: str | None
+) -> None:
+    found = match(Probe(lambda _, up: function(up), gated=False))
+    assert found == (Gate(want) if want else None)
+
+
 UNKNOWN: dict[str, Function] = {
     "relu": lambda g, u: torch.relu(g) * u,
     "squared relu": lambda g, u: torch.relu(g) ** 2 * u,
@@ -279,7 +352,9 @@ UNKNOWN: dict[str, Function] = {
     "up not clamped": lambda g, u: (u + 1) * g.clamp(max=7) * torch.sigmoid(1.702 * g.clamp(max=7)),
     "up clamped from above alone": lambda g, u: oai(1.702, 1.0, 7.0)(g, u.clamp(max=7).abs()),
     "different limits": lambda g, u: oai(1.702, 1.0, 7.0)(g.clamp(max=5.0), u),
-    "clamped after silu": lambda g, u: torch.nn.functional.silu(g).clamp(max=7) * u.clamp(-7, 7),
+    "gate clamped after silu, up at another limit": lambda g, u: (
+        torch.nn.functional.silu(g).clamp(max=7) * u.clamp(-6, 6)
+    ),
     "scaled": lambda g, u: 2 * torch.nn.functional.silu(g) * u,
     "a small constant added": lambda g, u: torch.nn.functional.silu(g) * u + 1e-3,
     "gelu by sigmoid times 1.01": lambda g, u: g * torch.sigmoid(1.702 * g) * u * 1.01,
@@ -341,15 +416,55 @@ def test_interleaved_and_concatenated_orders() -> None:
         Gate("gelu_tanh"),
         Gate(**OAI),
         Gate("swiglu_oai", 1.3, 0.0, None, True),
+        Gate("swiglu_step", limit=7.0),
+        Gate("relu"),
+        Gate("relu2"),
     ],
     ids=str,
 )
 def test_contract_round_trip_through_json(gate: Gate) -> None:
-    assert from_contract(json.loads(json.dumps(to_contract(gate)))) == gate
+    gates = Gates.uniform(gate)
+    assert from_contract(json.loads(json.dumps(to_contract(gates)))) == gates
 
 
 def test_contract_is_what_the_design_says() -> None:
-    assert to_contract(Gate(**OAI)) == {"version": 1, "gate": OAI | {"interleaved": False}}
+    gates = Gates.uniform(Gate(**OAI))
+    assert to_contract(gates) == {"version": 1, "gate": OAI | {"interleaved": False}}
+
+
+STEP = {"form": "swiglu_step", "alpha": 1.0, "beta": 0.0, "limit": 7.0, "interleaved": False}
+PLAIN_SILU = {"form": "silu", "alpha": 1.0, "beta": 0.0, "limit": None, "interleaved": False}
+
+
+def test_contract_of_layers_that_differ() -> None:
+    gates = Gates.of_layers(
+        {2: Gate("silu"), 3: Gate("silu"), 43: Gate(**STEP), 44: Gate(**STEP), 5: Gate("silu")}
+    )
+    contract = json.loads(json.dumps(to_contract(gates)))
+    assert contract == {"version": 2, "gate": PLAIN_SILU, "layers": {"43": STEP, "44": STEP}}
+    assert from_contract(contract) == gates
+    assert str(gates) == "silu; in layers 43, 44: swiglu_step(limit=7)"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "form"),
+    [
+        ("model.layers.43.mlp.experts", "swiglu_step"),
+        ("model.language_model.layers.43.moe.experts", "swiglu_step"),
+        ("transformer.blocks.43.ffn.experts", "swiglu_step"),
+        ("model.layers.4.mlp.experts", "silu"),
+        ("model.layers.143.mlp.experts", "silu"),
+        ("model.layers.4.mlp.experts.43", "silu"),
+        ("mlp43.experts", "silu"),
+    ],
+)
+def test_the_gate_of_a_module(prefix: str, form: str) -> None:
+    gates = Gates(Gate("silu"), {43: Gate(**STEP)})
+    assert gates.of(prefix).form == form
+
+
+def test_a_layer_that_does_not_differ_is_no_difference() -> None:
+    assert Gates(Gate("silu"), {3: Gate("silu")}) == Gates.uniform(Gate("silu"))
 
 
 def contract(**gate: Any) -> dict[str, Any]:
@@ -359,7 +474,18 @@ def contract(**gate: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"version": 2, "gate": OAI}, "version is 2.*knows 1"),
+        ({"version": 3, "gate": OAI}, "version is 3.*knows 1 and 2"),
+        ({"version": True, "gate": OAI}, "version is True"),
+        ({"version": [1], "gate": OAI}, r"version is \[1\]"),
+        ({"version": 2, "gate": OAI}, "'layers' belongs to version 2"),
+        ({"version": 1, "gate": OAI, "layers": {}}, "'layers' belongs to version 2"),
+        ({"version": 2, "gate": OAI, "layers": []}, "not a gate contract"),
+        ({"version": 2, "gate": OAI, "layers": ["3"]}, "not a gate contract"),
+        ({"version": 2, "gate": OAI, "layers": None}, "not a gate contract"),
+        ({"version": 2, "gate": OAI, "layers": {"x": OAI}}, "not a gate contract.*'x'"),
+        ({"version": 2, "gate": OAI, "layers": {"-1": OAI}}, "not a gate contract.*'-1'"),
+        ({"version": 2, "gate": OAI, "layers": {"3": None}}, "not a gate contract"),
+        ({"version": 2, "gate": OAI, "layers": {"3": {"form": "swish9"}}}, "unknown gate form"),
         ({"version": "1", "gate": OAI}, "version is '1'"),
         ({"gate": OAI}, "not a gate contract"),
         ({"version": 1}, "not a gate contract"),
@@ -386,6 +512,9 @@ def contract(**gate: Any) -> dict[str, Any]:
         # Numbers that the form would silently ignore.
         (contract(form="silu", limit=7.0), "silu.*limit|limit.*silu"),
         (contract(form="gelu", alpha=1.702), "gelu.*alpha|alpha.*gelu"),
+        (contract(form="relu2", beta=1.0), "relu2.*beta|beta.*relu2"),
+        (contract(form="swiglu_step", limit=7.0, alpha=1.702), "swiglu_step.*alpha"),
+        (contract(form="relu2", interleaved=True), "relu2.*interleave"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -395,4 +524,6 @@ def test_bad_contracts(value: Any, message: str) -> None:
 
 
 def test_every_form_has_a_name_that_the_contract_takes() -> None:
-    assert set(FORMS) == {"silu", "swiglu_oai", "gelu", "gelu_tanh"}
+    gated = {"silu", "swiglu_oai", "swiglu_step", "gelu", "gelu_tanh"}
+    assert {name for name, form in FORMS.items() if form.gated} == gated
+    assert set(FORMS) - gated == {"relu", "relu2"}

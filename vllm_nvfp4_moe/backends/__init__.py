@@ -30,8 +30,8 @@ def choose(config: NvFp4MoEConfig, layer: RoutedExperts) -> NvFp4MoEMethod:
     Raises:
         ValueError: if no backend supports the layer; gives each one's reason.
     """
-    assert config.gate is not None, "vLLM calls maybe_update_config before it builds layers"
-    apply_contract(layer, config.gate)
+    assert config.gates is not None, "vLLM calls maybe_update_config before it builds layers"
+    apply_contract(layer, config.gates.of(layer.layer_name))
     reasons = []
     for method in _methods():
         reason = method.unsupported(layer)

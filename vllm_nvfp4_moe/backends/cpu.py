@@ -159,8 +159,7 @@ class CpuMethod(NvFp4MoEMethod):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        gate = self.config.gate
-        assert gate is not None
+        gate = self.gate
         return torch.ops.vllm_nvfp4_moe.cpu_experts(
             x,
             layer.w13_weight,

@@ -26,7 +26,7 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """Lets sums be vectorised; NaN and infinity keep their meaning. Fixed at compile time, so equal
 inputs give equal outputs."""
 
-_FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2}
+_FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3}
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
 
@@ -63,6 +63,9 @@ def _activate(gate: Any, up: Any, form: Any, alpha: Any, beta: Any, limit: Any) 
         return (up + beta) * gate / (np.float32(1) + math.exp(-alpha * gate))
     if form == 1:
         return up * np.float32(0.5) * gate * (1 + math.erf(gate * np.float32(0.7071067811865476)))
+    if form == 3:
+        up = min(max(up, -limit), limit)
+        return up * min(gate / (np.float32(1) + math.exp(-gate)), limit)
     inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
     return up * np.float32(0.5) * gate * (1 + math.tanh(inner))
 
