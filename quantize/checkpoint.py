@@ -158,7 +158,7 @@ class Checkpoint:
         Raises:
             QuantizeError: if the file cannot be read, or ends early.
         """
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy().data)
         done = 0
         descriptor, keep = self._descriptor(info.file)
         try:

@@ -7,6 +7,7 @@ at any time, since it depends on nothing but the plan and its output gets its na
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Sequence
 from functools import lru_cache
@@ -49,7 +50,7 @@ def make_shards_on_ray(
     ours = not ray.is_initialized()
     try:
         if ours:
-            ray.init(address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise QuantizeError(f"--ray {address}: no cluster there ({_first_line(error)})") from error
     try:
