@@ -4,8 +4,8 @@
 
 In DIR it makes, where they are missing, ``slice`` (``benchmarks.m3_slice``: a MiniMax-M3 layer at
 true expert sizes, 1.8 GB) and with ``--peer`` a virtual environment for each version of
-llm-compressor. The source is read once beforehand, so that all find it in the page cache. Then all
-take turns, round by round; the table has the medians and, in brackets, each round.
+llm-compressor. All take turns, round by round; the table has the medians and, in brackets, each
+round. Before each run the source is read once, so that all find it in the page cache.
 
 Every command runs in a process of its own, and its time is that of the whole command, imports
 included; "work" is the part after them, as the command itself tells it. A "first run" finds no
@@ -156,6 +156,10 @@ def run(contestant: Contestant, source: Path, target: Path) -> Run | None:
     """Run it once into ``target``, which is gone afterwards as it was before; None if it fails."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()  # what others wrote is not to be waited for in this run
+    for file in source.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(2**24):
+                pass
     try:
         environment = os.environ | contestant.environment
         measured = measure(contestant.command(source, target), environment)
@@ -253,10 +257,6 @@ def main() -> None:
     peers = {version: peer_python(work / f"peer-{version}", version) for version in wanted}
     cache = work / "numba-cache"
     shutil.rmtree(cache, ignore_errors=True)
-    for file in source.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as stream:
-            while stream.read(2**24):
-                pass
     nbytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
 
     own = [ours(rule, cache, args.more) for rule in args.scales]
