@@ -1,8 +1,8 @@
 """Past one machine: a run's shards as tasks of a Ray cluster, the engine's own way to scale.
 
 Every machine reads the source and writes into the target itself, so both must be on storage that
-all share, and every machine must have this package. A task is one shard. It can be repeated anywhere
-at any time, since it depends on nothing but the plan and its output gets its name in one step.
+all share, and every machine must have this package. A task is one shard. It can be repeated
+anywhere at any time: it depends on nothing but the plan, and its output gets its name in one step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The steps that a run consists of: each makes some of the output's tensors from some of the source.
+"""The steps that a run consists of: each makes some tensors of the output from some of the source.
 
 A job is independent of all others, so they run in any order, on any thread, device or machine.
 """

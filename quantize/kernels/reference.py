@@ -1,4 +1,4 @@
-"""The judge: ``quantize.nvfp4`` and ``quantize.scales`` as they are, on any device, for any rule."""
+"""The judge: ``quantize.nvfp4`` and ``quantize.scales`` as they are; any device, any rule."""
 
 from __future__ import annotations
 
