@@ -1,0 +1,351 @@
+"""Every ``*Experts`` class of Transformers, each with a tiny model that has it.
+
+``python -m tests.quantize.families`` writes docs/families.md, which a test keeps current.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from quantize.checkpoint import Checkpoint
+from quantize.experts import ExpertGroup, find
+from quantize.gates import Gates
+from quantize.identify import identify_config
+from tests.conftest import ROOT
+from tests.quantize import checkpoints
+
+MAPPINGS = (
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_MAPPING,
+)
+
+SMALL: dict[str, Any] = {
+    # the language model
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size": 32,
+    "d_model": 32,
+    "intermediate_size": 48,
+    "ffn_hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layers": 2,
+    "num_attention_heads": 2,
+    "n_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "v_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "max_position_embeddings": 64,
+    # its experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_top_k": 2,
+    "top_k_experts": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "moe_intermediate_size": 48,
+    "expert_ffn_hidden_size": 48,
+    "shared_expert_intermediate_size": 48,
+    "shared_intermediate_size": 48,
+    "dense_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "num_dense_layers": 0,
+    "pad_token_id": 0,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "d_ff": 48,
+    "encoder_sparse_step": 1,
+    "decoder_sparse_step": 1,
+    # towers
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "image_size": 16,
+}
+"""Sizes, wherever a config has them."""
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+OF_LAYERS = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "rope_parameters",
+    "per_layer_config",
+    "num_attention_heads_per_layer",
+    "moe_layers",
+    "no_rope_layers",
+    "output_attentions",
+    "_name_or_path",
+)
+"""What follows from the number of layers, or of heads, and is left to be derived again."""
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["sparse"] * 2}},
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "moe_intermediate_size": 48, "top_k_experts": 2},
+        "vision_config": {"model_type": "gemma4_vision"} | TOWER,
+    },
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [48, 32],
+            "rope_parameters": {"rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+        },
+    },
+    "gemma4": {"text_config": {"enable_moe_block": True}},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "mlp_layer_types": ["sparse"] * 2}},
+    "granitemoehybrid": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "lfm2_moe": {"layer_types": ["full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 2},
+    "minimax_m3_vl": {"projector_hidden_size": 32},
+    "qwen3_omni_moe": {
+        "thinker_config": {"audio_config": {"encoder_attention_heads": 2, "output_dim": 32}},
+        "talker_config": {
+            "spatial_merge_size": 2,
+            "text_config": {"shared_expert_intermediate_size": 48},
+        },
+    },
+    "step3p7": {
+        "text_config": {"mlp_layer_types": ["sparse"] * 2, "swiglu_limits": [0.0, 7.0]},
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What a family needs beside."""
+
+
+_DICTIONARY = "a dictionary of dense layers, not fused, in an encoder-decoder model that vLLM lacks"
+
+UNSUPPORTED = {
+    "InklingSharedExperts": "shared, not routed: every token goes through them, and engines run "
+    "them as dense layers; they stay as they are",
+    "NllbMoeExperts": _DICTIONARY,
+    "SwitchTransformersExperts": _DICTIONARY,
+}
+"""Classes that are not quantized, and why."""
+
+
+@cache
+def classes() -> dict[str, str]:
+    """Every class named ``*Experts`` in Transformers' modeling files, with its family's folder."""
+    found = {}
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Experts"):
+                found[node.name] = file.parent.name
+    return found
+
+
+def config(family: str) -> PreTrainedConfig:
+    """A tiny config of the family's top-level class."""
+    cls = transformers.CONFIG_MAPPING[
+        {"nllb_moe": "nllb-moe", "inkling": "inkling_text"}.get(family, family)
+    ]
+    values = shrunk(cls().to_dict())
+    return cls(**merged(values, SPECIAL.get(family, {})))
+
+
+def shrunk(values: dict[str, Any]) -> dict[str, Any]:
+    out = {}
+    for name, value in values.items():
+        if name in OF_LAYERS:
+            continue
+        if isinstance(value, dict):
+            out[name] = shrunk(value)
+        elif name in SMALL and not isinstance(value, list):
+            out[name] = SMALL[name]
+        else:
+            out[name] = value
+    return out
+
+
+def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    for name, value in more.items():
+        nested = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = merged(values[name], value) if nested else value
+    return values
+
+
+def build(family: str) -> torch.nn.Module:
+    """The tiny model, in bfloat16, every parameter different from every other."""
+    torch.manual_seed(0)
+    small = config(family)
+    model: Any = next(mapping[type(small)] for mapping in MAPPINGS if type(small) in mapping)
+    model = (model[0] if isinstance(model, tuple) else model)(small)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, dtype=torch.bfloat16) / 2
+    return model.eval()
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _inkling(tensors: Tensors) -> Tensors:
+    """Gate and up row by row; from Transformers' conversion of the published names."""
+    out = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            rows = torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+            out[name.replace("gate_up_proj", "w13_weight")] = rows
+        elif name.endswith(".experts.down_proj"):
+            out[name.replace("down_proj", "w2_weight")] = tensor
+        else:
+            out[name] = tensor
+    return out
+
+
+def _transposed(tensors: Tensors) -> Tensors:
+    return {n: t.mT if re.search(r"\.experts\.\w+$", n) else t for n, t in tensors.items()}
+
+
+LAYOUTS = ("saved by Transformers", "names of the modules")
+PUBLISHED: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {
+    "inkling": {"published": _inkling},
+    "qwen3_vl_moe": {"published": _transposed},
+}
+"""Layouts of the hub that ``save_pretrained`` does not write."""
+
+
+def save(model: Any, family: str, layout: str, folder: Path) -> Path:
+    """Write ``model`` in one of ``LAYOUTS``, or of the family's ``PUBLISHED``."""
+    model.save_pretrained(folder)
+    if layout == LAYOUTS[0]:
+        return folder
+    config = json.loads((folder / "config.json").read_text())
+    tensors = {name: p.data.clone() for name, p in model.named_parameters()}  # tied ones once
+    buffers = dict(model.named_buffers())
+    tensors |= {name: t for name, t in model.state_dict().items() if name in buffers}
+    change = PUBLISHED.get(family, {}).get(layout)
+    return checkpoints.save(folder, change(tensors) if change else tensors, config)
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+PAGE = """# Expert families
+
+Generated by `python -m tests.quantize.families`; a test keeps it current. It lists every class
+named `*Experts` in Transformers {version}. For each supported one,
+`tests/quantize/test_families.py` builds a tiny model from its config class, saves it, quantizes it
+without loading it, puts the dequantized weights back into Transformers' module, and compares what
+that computes with GEMM, gate, GEMM in plain floats.
+
+The gate is the one that the tiny model's config gives: numbers such as limits are read off the
+class's code for each checkpoint. `E` is an expert's number; `[in, out]` marks transposed tensors.
+
+| class | folder | gate | source tensors |
+| --- | --- | --- | --- |
+{supported}
+
+## Not supported
+
+| class | folder | why |
+| --- | --- | --- |
+{unsupported}
+
+## Rules
+
+- **Experts are found by tensor names and shapes**, so a new class with known names needs no code.
+  A class with a known gate needs none either: its own gating code is run (on the meta device,
+  without weights) and matched to the known forms. One that fits none is refused; `--gate` states
+  it.
+- **Multi-token-prediction layers stay as they are**: experts below a module called `mtp…` or
+  `nextn…`, and those of layers numbered `num_hidden_layers` and above. They only draft what the
+  model then checks, and engines build them apart from it.
+- **Vision and audio towers stay as they are**, bit for bit, as does all else but routed experts.
+- **Biases are kept** in the source's dtype, as `<module>.bias` beside each expert's weight. The
+  plugin does not add them yet, and refuses to serve experts with biases rather than leave them out.
+- **Experts without a gate** (up and down only) are quantized; the plugin refuses to serve them yet.
+- **Sizes that are no multiple of 16 are an error**: NVFP4 has one scale for 16 inputs, and a padded
+  tensor would no longer have the shape that engines expect from the config.
+- **LongCat's zero experts** have no weights of their own: rows or tensors that a checkpoint holds
+  for them are dropped.
+- **Code from a checkpoint never runs**, unless `--trust-remote-code` is given and Transformers does
+  not know the model.
+"""
+
+
+@cache
+def gates(family: str) -> Gates:
+    """The gates of the tiny model, from its config alone."""
+    return identify_config(config(family))
+
+
+def page() -> str:
+    """docs/families.md."""
+    supported, unsupported = [], []
+    for name, family in sorted(classes().items(), key=lambda item: item[::-1]):
+        if name in UNSUPPORTED:
+            unsupported.append(f"| {name} | {family} | {UNSUPPORTED[name]} |")
+        else:
+            sources = "; ".join(_sources(family))
+            supported.append(f"| {name} | {family} | {gates(family)} | {sources} |")
+    return PAGE.format(
+        version=".".join(transformers.__version__.split(".")[:2]),
+        supported="\n".join(supported),
+        unsupported="\n".join(unsupported),
+    )
+
+
+@cache
+def _sources(family: str) -> list[str]:
+    """What the experts' tensors are called, in each layout."""
+    model = build(family)
+    kinds: dict[str, None] = {}
+    for layout in (*LAYOUTS, *PUBLISHED.get(family, {})):
+        with (
+            TemporaryDirectory() as folder,
+            Checkpoint(save(model, family, layout, Path(folder))) as checkpoint,
+        ):
+            kinds |= dict.fromkeys(_names(group) for group in find(checkpoint))
+    return list(kinds)
+
+
+def _names(group: ExpertGroup) -> str:
+    prefix = group.prefix.removesuffix(".experts")
+    names = [name.removeprefix(f"{prefix}.") for name in group.sources_of(0)]
+    shown = ", ".join(f"`{re.sub(r'(?<=experts.)[0-9]+', 'E', name)}`" for name in names)
+    interleaved = " (gate and up row by row)" if group.interleaved else ""
+    return shown + " `[in, out]`" * group.transposed + interleaved
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "families.md").write_text(page(), encoding="utf-8")
