@@ -40,13 +40,18 @@ class Worker:
     """What one thread needs to run jobs: memory, a device and its kernel.
 
     Tensors that it loads are on ``device``, and valid until the job ends.
+
+    Args:
+        memory: bytes that its largest job needs, taken at once if they are to be page-locked, which
+            is slow.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, memory: int = 0) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.kernel: Kernel = for_device(device)
-        self.arena = Arena(pinned=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self.arena = Arena(memory if pinned else 0, pinned)
 
     def load(self, name: str) -> torch.Tensor:
         """See ``Checkpoint.load``."""

@@ -13,12 +13,13 @@ class Arena:
     For one thread. Pieces are invalid after ``reset``.
 
     Args:
+        nbytes: to begin with.
         pinned: page-locked, so that a GPU copies from and to it by itself (needs CUDA).
     """
 
-    def __init__(self, pinned: bool = False) -> None:
+    def __init__(self, nbytes: int = 0, pinned: bool = False) -> None:
         self._pinned = pinned
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = self._allocate(nbytes)
         self._used = 0
         self._wanted = 0
 

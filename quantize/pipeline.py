@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from threading import Lock
 
@@ -122,8 +123,8 @@ def make_shards(
     """Write some of the plan's shards, and to ``record`` what their weights lost."""
     if not shards:
         return
-    jobs = [(shard, job) for shard in shards for job in plan.shards[shard]]
-    team = _team(checkpoint, [job for _, job in jobs], devices, threads)
+    team = _team(checkpoint, [job for i in shards for job in plan.shards[i]], devices, threads)
+    jobs = list(_interleaved(plan, shards, len(team)))
     open_shards = _OpenShards(plan, record)
     numbers = iter(range(len(jobs)))
     failed: list[bool] = []
@@ -175,6 +176,15 @@ def all_devices() -> list[torch.device]:
     if torch.cuda.is_available():
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [torch.device("cpu")]
+
+
+def _interleaved(plan: Plan, shards: Sequence[int], count: int) -> Iterator[tuple[int, Job]]:
+    """All jobs, in turn from ``count`` shards: a file takes one write at a time."""
+    for first in range(0, len(shards), count):
+        rows = zip_longest(
+            *([(i, job) for job in plan.shards[i]] for i in shards[first : first + count])
+        )
+        yield from (job for row in rows for job in row if job is not None)
 
 
 class _OpenShards:
@@ -236,11 +246,11 @@ def _team(
     devices: Sequence[torch.device],
     threads: int | None,
 ) -> list[Worker]:
+    largest = max(job.memory for job in jobs)
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
-        return [Worker(checkpoint, device) for _ in range(PER_GPU) for device in gpus]
+        return [Worker(checkpoint, device, largest) for _ in range(PER_GPU) for device in gpus]
     if threads is None:
-        largest = max(job.memory for job in jobs)
         threads = max(1, min(_cores(), MEMORY // max(1, largest), len(jobs)))
     return [Worker(checkpoint, devices[0]) for _ in range(threads)]
 
