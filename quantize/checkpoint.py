@@ -7,9 +7,13 @@ asked for and no more.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -41,6 +45,13 @@ DTYPES = {
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
 """PyTorch's dtypes, by safetensors' names of them."""
+
+_NUMBERED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,9})\.safetensors")
+_MAX_DEPTH = 100
+"""Levels of nesting in a JSON file; Python's own functions fail at some hundreds."""
+
+_SAMPLES, _SAMPLE = 16, 256
+"""Tensors a file of which the middle is looked at to tell checkpoints apart, and bytes of each."""
 
 _MAX_OPEN = 256
 """Files kept open; those beyond are opened for each read, so that no limit is ever met."""
@@ -183,9 +194,23 @@ class Checkpoint:
             start, size = _extent(info, expert)
             descriptor, keep = self._descriptor(info.file)
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, info.offset + start, size, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError):  # it is only advice; reading says what is wrong
+                    os.posix_fadvise(descriptor, info.offset + start, size, os.POSIX_FADV_WILLNEED)
             if not keep:
                 os.close(descriptor)
+
+    def sample(self) -> str:
+        """A digest of a little of every file's data: other weights of the same shapes differ."""
+        digest = hashlib.sha256()
+        tensors: dict[Path, list[TensorInfo]] = {file: [] for file in self.files}
+        for info in self.stored.values():
+            tensors[info.file].append(info)
+        for infos in tensors.values():
+            for info in infos[:: -(-len(infos) // _SAMPLES) or 1]:
+                buffer = torch.empty(min(_SAMPLE, info.nbytes), dtype=torch.uint8)
+                self.read_into(buffer, info, (info.nbytes - len(buffer)) // 2)
+                digest.update(buffer.numpy().data)
+        return digest.hexdigest()
 
     def _load(
         self, name: str, expert: int | None, arena: Arena | None, device: torch.device | None
@@ -238,7 +263,7 @@ class Checkpoint:
 
     def _find_files(self) -> list[Path]:
         index = self.folder / INDEX
-        if not index.exists():
+        if not os.path.lexists(index):  # a broken link is an error, not a checkpoint without one
             files = sorted(self.folder.glob("*.safetensors"))
             single = self.folder / "model.safetensors"
             if single in files:  # what lies beside it (an adapter, a consolidated copy) is not it
@@ -248,6 +273,7 @@ class Checkpoint:
                     f"{self.folder} holds no *.safetensors files; convert the weights to "
                     "safetensors first (pickle files are never opened)"
                 )
+            _check_numbers(files)
             return files
         names = set(self._weight_map(index).values())
         for name in sorted(names):
@@ -260,7 +286,7 @@ class Checkpoint:
 
     def _check_index(self) -> None:
         index = self.folder / INDEX
-        if not index.exists():
+        if not os.path.lexists(index):
             return
         for name, file in self._weight_map(index).items():
             info = self.stored.get(name)
@@ -275,6 +301,21 @@ class Checkpoint:
         ):
             raise QuantizeError(f"{index} has no 'weight_map' of tensor names to file names")
         return weight_map
+
+
+def _check_numbers(files: list[Path]) -> None:
+    """Without an index, only ``-of-00007`` in the names says how many files there should be."""
+    found = Counter(
+        (match["stem"], int(match["count"]))
+        for file in files
+        if (match := _NUMBERED.fullmatch(file.name))
+    )
+    for (stem, count), there in found.items():
+        if there < count:
+            raise QuantizeError(
+                f"{files[0].parent}: of the {count} files {stem}-*-of-*.safetensors only {there} "
+                "are there; download it again"
+            )
 
 
 def _read_header(file: Path) -> list[TensorInfo]:
@@ -324,7 +365,18 @@ def read_json(file: Path) -> dict[str, Any]:
         raise QuantizeError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise QuantizeError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    if _nests_deeper(value, _MAX_DEPTH):
+        raise QuantizeError(f"{file}: nested more than {_MAX_DEPTH} levels deep")
     return value
+
+
+def _nests_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    while level and depth:
+        depth -= 1
+        nested = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in nested for v in values if isinstance(v, dict | list)]
+    return bool(level)
 
 
 def resolve(source: str) -> Path:

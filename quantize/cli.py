@@ -134,7 +134,11 @@ def quantize(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with an interrupted run in DST, if there is one."),
+        typer.Option(
+            "--resume",
+            help="Go on with an interrupted run in DST; start if there is none, and do nothing if "
+            "it is complete already.",
+        ),
     ] = False,
     device: Annotated[
         list[str] | None,
@@ -164,7 +168,8 @@ def quantize(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
-    with _reporting_errors():
+    again = "--resume instead of --overwrite" if overwrite else "--resume"
+    with _reporting_errors(f"run the same command with {again} to go on"):
         if overwrite and resume:
             raise QuantizeError("--overwrite and --resume exclude each other")
         options = Options(
@@ -196,9 +201,9 @@ def quantize(
                     progress=advance,
                 )
         out.print(
-            f"{escape(str(target))}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
+            f"{_plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
             f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
-            f"{done.bytes_before / done.seconds / 1e9:.2f} GB/s",
+            f"{done.bytes_read / done.seconds / 1e9:.2f} GB/s",
             soft_wrap=True,
             highlight=False,
         )
@@ -233,10 +238,10 @@ def inspect(
             f"Routed experts of {source}",
             *("experts", "layers", "per layer", "hidden", "intermediate", "now", "NVFP4"),
         )
-        table.caption = f"gate: {steps.gates}"
+        table.caption = f"gate: {_plain(steps.gates)}"
         for row in inspection.expert_rows(checkpoint, steps):
             table.add_row(
-                escape(row.pattern),
+                _plain(row.pattern),
                 *map(str, (row.layers, row.experts, row.hidden, row.intermediate)),
                 decimal(row.bytes_now),
                 decimal(row.bytes_after),
@@ -245,7 +250,7 @@ def inspect(
         stays = _table("Stays as it is", "tensors", "count", "dtype", "bytes")
         for other in inspection.other_rows(checkpoint, steps):
             stays.add_row(
-                escape(other.pattern), str(other.count), other.dtype, decimal(other.nbytes)
+                _plain(other.pattern), str(other.count), other.dtype, decimal(other.nbytes)
             )
         out.print(stays)
         out.print(f"Whole checkpoint: {decimal(checkpoint.nbytes)} -> {decimal(steps.nbytes)}")
@@ -274,7 +279,7 @@ def verify(
         else:
             table = _table(f"{target} against {source}", "experts", "relative error", "SQNR (dB)")
             for layer in report.layers:
-                table.add_row(escape(layer.prefix), f"{layer.relative:.4f}", f"{layer.sqnr:.2f}")
+                table.add_row(_plain(layer.prefix), f"{layer.relative:.4f}", f"{layer.sqnr:.2f}")
             out.print(table)
         for problem in report.problems:
             _complain("problem", problem)
@@ -339,22 +344,33 @@ def _summary(steps: Plan) -> str:
     experts = sum(g.num_experts for g in steps.groups)
     linears = sum(map(len, steps.dense))
     also = f", {linears} dense linears" if linears else ""
-    return (
-        f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {escape(str(steps.gates))}"
-    )
+    return f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {_plain(steps.gates)}"
 
 
 def _table(title: str, first: str, *others: str) -> Table:
     """Names in the first column, figures in the others; nothing is cut off."""
-    table = Table(title=escape(title))
+    table = Table(title=_plain(title))
     table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right", overflow="fold")
     return table
 
 
+def _plain(text: object) -> str:
+    """``text`` as it is, for rich: no markup, and nothing that only a terminal would understand.
+
+    Names come from checkpoints, and anyone can publish one.
+    """
+    return escape(
+        "".join(
+            c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+            for c in str(text)
+        )
+    )
+
+
 def _complain(kind: str, text: str) -> None:
-    err.print(f"[red]{kind}:[/]", escape(text), soft_wrap=True, highlight=False)
+    err.print(f"[red]{kind}:[/]", _plain(text), soft_wrap=True, highlight=False)
 
 
 class _Speed(ProgressColumn):
@@ -378,14 +394,14 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _reporting_errors() -> Iterator[None]:
+def _reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
     try:
         yield
     except QuantizeError as error:
         _complain("error", str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        _complain("interrupted", "run the same command with --resume to go on")
+        _complain("interrupted", advice)
         sys.exit(130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -75,7 +75,7 @@ def make_shards_on_ray(
                 raise _ours(error.cause) from error
             except ray.exceptions.RayError as error:
                 raise QuantizeError(f"--ray {address}: {_first_line(error)}") from error
-            if shard in record.missing(plan):
+            if not record.is_done(plan, shard):
                 raise QuantizeError(
                     f"{record.target / plan.names[shard]} was written by another machine and is "
                     "not here; the target must be on storage that all machines share"

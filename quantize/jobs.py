@@ -72,12 +72,15 @@ class Job(Protocol):
 
     Attributes:
         outputs: the tensors it makes.
+        modules: module paths of the weights it quantizes.
         nbytes: of the source, as stored.
         memory: bytes that it needs while it runs, at most.
     """
 
     @property
     def outputs(self) -> tuple[Output, ...]: ...
+    @property
+    def modules(self) -> tuple[str, ...]: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -101,6 +104,10 @@ class Copy:
     @property
     def outputs(self) -> tuple[Output, ...]:
         return (self.output,)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def memory(self) -> int:
@@ -221,6 +228,10 @@ class Biases:
     interleaved: bool
     outputs: tuple[Output, ...]
     nbytes: int
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def memory(self) -> int:

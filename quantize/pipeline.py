@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,18 +25,16 @@ from quantize.errors import QuantizeError
 from quantize.gates import KEY, to_contract
 from quantize.jobs import Job, WeightError, Worker
 from quantize.plan import Plan
-from quantize.record import Record
+from quantize.record import REPORT, Record
 from quantize.report import render
 from quantize.results import collect
-from quantize.shards import ShardWriter, write_json
+from quantize.shards import ShardWriter, replacing, sync, write_json
 
 MEMORY = 384 * 2**20
 """Bytes that the threads' jobs may need together, if not one of them alone needs more."""
 
 PER_GPU = 4
 """Threads a GPU: while it computes for one, others read, copy and write."""
-
-REPORT = "nvfp4_moe_report.html"
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 _REWRITTEN = {"config.json", "hf_quant_config.json", INDEX}
@@ -47,9 +45,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did."""
+    """What a run did.
+
+    Attributes:
+        bytes_read: of the source; a resumed run reads only what was missing.
+    """
 
     seconds: float
+    bytes_read: int
     bytes_before: int
     bytes_after: int
     shards: int
@@ -72,7 +75,8 @@ def execute(
 
     Args:
         overwrite: replace a checkpoint, or an interrupted run, in ``target``.
-        resume: go on with an interrupted run; start one if ``target`` is empty.
+        resume: go on with an interrupted run; start one if ``target`` is empty; do nothing if it
+            is complete.
         devices: what computes; by default :func:`all_devices`.
         threads: how many, on CPUs; by default as many as cores, within ``MEMORY``.
         ray: address of a Ray cluster that makes the shards instead of this machine.
@@ -86,15 +90,27 @@ def execute(
     started = time.perf_counter()
     if target.exists() and target.resolve() == checkpoint.folder.resolve():
         raise QuantizeError(f"{target} is the source; choose another folder")
-    record = Record(target, plan.fingerprint(checkpoint), command)
+    others = list(_other_files(checkpoint.folder))
+    record = Record(target, plan.fingerprint(checkpoint), command, str(checkpoint.folder))
+    every = range(len(plan.shards))
+
+    def summary(missing: Sequence[int]) -> Summary:
+        return Summary(
+            time.perf_counter() - started,
+            _source_bytes(plan, missing),
+            checkpoint.nbytes,
+            plan.nbytes,
+            len(plan.shards),
+        )
+
+    if resume and record.is_finished(plan):
+        record.end()  # a kill in the last moments may have left it
+        progress(_source_bytes(plan, every))
+        return summary([])
     record.begin(overwrite, resume)
     try:
         missing = record.missing(plan)
-        progress(
-            sum(
-                job.nbytes for i, jobs in enumerate(plan.shards) if i not in missing for job in jobs
-            )
-        )
+        progress(_source_bytes(plan, [i for i in every if i not in missing]))
         _check_space(target, sum(out.nbytes for i in missing for out in plan.outputs(i)))
         if ray is not None:
             from quantize.cluster import make_shards_on_ray
@@ -104,11 +120,11 @@ def execute(
             make_shards(
                 checkpoint, plan, record, missing, devices or all_devices(), threads, progress
             )
+        _finish(checkpoint, plan, record, others)
     except BaseException:
         record.abandon()
         raise
-    _finish(checkpoint, plan, record)
-    return Summary(time.perf_counter() - started, checkpoint.nbytes, plan.nbytes, len(plan.shards))
+    return summary(missing)
 
 
 def make_shards(
@@ -222,6 +238,10 @@ class _OpenShards:
             if not self._left[shard]:
                 writer, every = self._writers.pop(shard), self._errors.pop(shard)
                 self._finishing.append(self._finisher.submit(self._finish, writer, every))
+            finished = [future for future in self._finishing if future.done()]
+            self._finishing = [future for future in self._finishing if future not in finished]
+        for future in finished:
+            future.result()  # a full disk may show only here: no use in going on
 
     def wait(self) -> None:
         """Until all shards are finished; raises what went wrong."""
@@ -236,7 +256,11 @@ class _OpenShards:
                 writer.abort()
 
     def _finish(self, writer: ShardWriter, errors: list[WeightError]) -> None:
-        self._record.save_errors(writer.path.name, errors)
+        try:
+            self._record.save_errors(writer.path.name, errors)
+        except BaseException:
+            writer.abort()
+            raise
         writer.finish()
 
 
@@ -271,31 +295,42 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _finish(checkpoint: Checkpoint, plan: Plan, record: Record) -> None:
-    target = record.target
+def _source_bytes(plan: Plan, shards: Iterable[int]) -> int:
+    return sum(job.nbytes for shard in shards for job in plan.shards[shard])
+
+
+def _finish(checkpoint: Checkpoint, plan: Plan, record: Record, others: Sequence[Path]) -> None:
+    target, partial = record.target, record.partial("other")
+    for file in others:
+        with file.open("rb") as copied, replacing(target / file.name, partial) as copy:
+            shutil.copyfileobj(copied, copy)
+    for name, value in plan.layout.extra_files(plan.ignore).items():
+        write_json(target / name, value, partial)
+    report = render(collect(checkpoint, plan, record)) + record.mark
+    with replacing(target / REPORT, partial) as page:
+        page.write(report.encode())
     if len(plan.shards) > 1:
         weight_map = {
             out.name: name for i, name in enumerate(plan.names) for out in plan.outputs(i)
         }
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        write_json(target / INDEX, index)
-    for file in _other_files(checkpoint.folder):
-        shutil.copyfile(file, target / file.name)  # follows the hub cache's symbolic links
-    for name, value in plan.layout.extra_files(plan.ignore).items():
-        write_json(target / name, value)
-    report = render(collect(checkpoint, plan, record))
-    (target / REPORT).write_text(report, encoding="utf-8")
+        write_json(target / INDEX, index, partial)
     config = checkpoint.config | {
         KEY: to_contract(plan.gates.concatenated()),
         "quantization_config": plan.layout.quantization_config(plan.ignore),
     }
-    write_json(target / "config.json", config)
+    sync(target)  # all names but the last
+    write_json(target / "config.json", config, partial)
+    sync(target)
     record.end()
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
     """What is copied beside the weights: tokenizer, generation settings, licence and so on."""
     for file in sorted(folder.iterdir()):
-        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in _REWRITTEN:
+        if file.suffix in _WEIGHTS or file.name.endswith(".index.json"):
+            continue
+        if file.is_symlink() and not file.exists():
+            raise QuantizeError(f"{file}: the link leads nowhere; download the checkpoint again")
+        if file.is_file() and file.name not in _REWRITTEN:
             yield file

@@ -93,12 +93,14 @@ class Plan:
         return [out for job in self.shards[shard] for out in job.outputs]
 
     def fingerprint(self, checkpoint: Checkpoint) -> str:
-        """Equal for two runs only if all their output's files are."""
+        """Equal for two runs only if all their output's files are, but for what the report says of
+        where they ran. Of the weights only a little is looked at."""
         what: dict[str, Any] = {
             "version": package_version(),
             "options": asdict(self.options),
             "gates": str(self.gates),
             "config": checkpoint.config,
+            "sample": checkpoint.sample(),
             "source": [
                 (t.name, t.file.name, t.dtype, t.shape, t.offset)
                 for t in checkpoint.stored.values()

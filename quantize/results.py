@@ -17,7 +17,7 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
     """The report's contents; the same for a run in one go and one that was resumed."""
     lost = record.errors(plan)
     return RunReport(
-        source=str(checkpoint.folder),
+        source=record.source,
         target=record.target.name,
         command=record.command,
         layout=plan.layout.name,

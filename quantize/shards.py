@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -129,6 +130,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Remove the unfinished file."""
         os.close(self._file)
+        self._file = -1  # a thread that still writes must not meet another file of that number
         self._partial.unlink(missing_ok=True)
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
@@ -157,11 +159,41 @@ class ShardWriter:
             self.abort()
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write ``value`` to ``path`` in one step: readers see the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+@contextmanager
+def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write; it becomes ``path`` in one step, once all of it is on the disk.
+
+    Whatever ``path`` was, a symbolic link too, is replaced and not written to.
+
+    Args:
+        partial: as for :class:`ShardWriter`.
+    """
+    partial = partial or path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync(folder: Path) -> None:
+    """Bring the names in ``folder`` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object, partial: Path | None = None) -> None:
+    """Write ``value`` to ``path``, as :func:`replacing` does."""
+    encoded = (json.dumps(value, indent=2) + "\n").encode()
+    with replacing(path, partial) as file:
+        file.write(encoded)
 
 
 def parse_size(text: str) -> int:
