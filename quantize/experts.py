@@ -240,6 +240,14 @@ def left_as_is(checkpoint: Checkpoint) -> list[str]:
     return sorted((p for p in (*found.stacked, *found.single) if _drafts(p, config)), key=_natural)
 
 
+def ignored_modules(prefix: str) -> set[str]:
+    """What an ignore list must hold for engines to leave the experts at ``prefix`` unquantized.
+
+    They ask for the module, or for the projections of its expert 0, however those are stored.
+    """
+    return {prefix} | {f"{prefix}.0.{name}" for names in PROJECTIONS for name in names}
+
+
 def source_names(groups: list[ExpertGroup]) -> set[str]:
     """The source tensors of all ``groups``: every other tensor stays as it is."""
     return {name for group in groups for name in group.sources}

@@ -12,7 +12,9 @@ that Transformers does not have itself.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,15 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
 
 def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Gates:
     """The gates of the model that ``config`` describes; raises as :func:`identify`."""
-    model = _build(config, trust_remote_code)
+    try:
+        sites = list(_sites(_build(config, trust_remote_code)))
+    except QuantizeError:
+        sites = _alone(config)
+        if not sites:
+            raise
     layers: dict[int, Gate] = {}
     first: dict[int, str] = {}
-    for path, module in _sites(model):
+    for path, module in sites:
         try:
             gate = _gate_of(module)
         except NotImplementedError:
@@ -179,6 +186,30 @@ def _sites(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
         else:
             inside = f"{path}."
             yield path, module
+
+
+def _alone(config: PreTrainedConfig) -> list[tuple[str, torch.nn.Module]]:
+    """Experts classes of the model's file, built without a model, with their names.
+
+    For models that cannot be built here: a tower lacks its library, or vLLM, after it has loaded a
+    model through its Transformers backend, wants to know its own config in the class's constructor.
+    Empty if a class takes more than the config, since it may then differ from layer to layer.
+    """
+    text = config.get_text_config()
+    models = (*_model_classes(text, False), *_model_classes(config, False))
+    found: list[tuple[str, Any]] = [
+        (name, cls)
+        for file in {sys.modules[model.__module__] for model in models}
+        for name, cls in inspect.getmembers(file, inspect.isclass)
+        if name.endswith("Experts") and hasattr(cls, "_apply_gate")
+    ]
+    if any(set(inspect.signature(cls).parameters) != {"config"} for _, cls in found):
+        return []
+    try:
+        with torch.device("meta"):
+            return [(name, cls(copy.deepcopy(text))) for name, cls in found]
+    except Exception:  # then what kept the whole model from being built is the better message
+        return []
 
 
 def _gate_of(module: torch.nn.Module) -> Gate:

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm_nvfp4_moe import NAME
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
     from quantize.gates import Gates
@@ -160,7 +161,7 @@ class NvFp4MoEConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.stock.apply_vllm_mapper(hf_to_vllm_mapper)
 
-    def _left_as_is(self, layer: torch.nn.Module, prefix: str) -> bool:
+    def _left_as_is(self, layer: RoutedExperts, prefix: str) -> bool:
         """Whether the checkpoint excludes these experts from quantization."""
         stock: Any = self.stock
         if self.layout.name == "modelopt":
@@ -171,6 +172,8 @@ class NvFp4MoEConfig(QuantizationConfig):
 
         return bool(
             should_ignore_layer(
-                f"{prefix}.0.down_proj", stock.ignore, fused_mapping=self.packed_modules_mapping
+                f"{prefix}.0.{layer.ckpt_down_proj_name}",
+                stock.ignore,
+                fused_mapping=self.packed_modules_mapping,
             )
         )

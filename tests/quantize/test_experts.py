@@ -332,6 +332,42 @@ def test_layers_that_predict_several_tokens_are_left(
         assert left_as_is(checkpoint) == [prefix]
 
 
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("stack", [True, False])
+def test_layers_that_are_left_are_copied_and_ignored(
+    layout: str, stack: bool, stacked: Folders, tmp_path: Path
+) -> None:
+    prefix = "model.layers.2.mlp.experts"
+    extra = {
+        f"{prefix}.gate_up_proj": torch.randn(EXPERTS, 96, 32).bfloat16(),
+        f"{prefix}.down_proj": torch.randn(EXPERTS, 32, 48).bfloat16(),
+    }
+    extra = extra if stack else checkpoints.per_expert(extra)
+    folder = changed(stacked("qwen3_moe"), tmp_path / "x", lambda t: t.update(extra))
+    checkpoints.convert(folder, tmp_path / "y", layout)
+    after = load_file(tmp_path / "y" / "model.safetensors")
+    assert_equal({name: after[name] for name in after if name.startswith(prefix)}, extra)
+    config = json.loads((tmp_path / "y" / "config.json").read_text())["quantization_config"]
+    ignored = config["ignore"]
+    # What vLLM asks for: the layer (ModelOpt's), its first expert's projections (the other's).
+    assert {prefix, f"{prefix}.0.gate_proj", f"{prefix}.0.up_proj", f"{prefix}.0.down_proj"} <= {
+        *ignored
+    }
+    assert not any("layers.1.mlp.experts" in name for name in ignored)
+
+
+def test_tensors_and_activation_that_disagree(saved: Folders, tmp_path: Path) -> None:
+    """Without any expert's gate, the tensors look like those of experts that have none."""
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith("gate_proj.weight") and ".experts." in n]:
+            del tensors[name]
+
+    folder = changed(saved("qwen3_moe"), tmp_path / "x", drop)
+    with pytest.raises(QuantizeError, match=r"its experts have no gate, .*tensors are missing"):
+        checkpoints.convert(folder, tmp_path / "y")
+
+
 def test_only_layers_that_predict_several_tokens(tmp_path: Path) -> None:
     tensors = {
         "mtp.experts.gate_up_proj": torch.zeros(2, 64, 16),

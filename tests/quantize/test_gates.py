@@ -175,6 +175,33 @@ def test_experts_without_a_gate() -> None:
         identify_config(config)
 
 
+@pytest.mark.parametrize(
+    ("family", "want"),
+    [
+        ("minimax_m3_vl", Gate(**OAI)),
+        ("mixtral", Gate("silu")),
+        ("nemotron_h", Gate("relu2")),
+        ("step3p7", None),
+        ("llama", None),
+    ],
+)
+def test_a_model_that_cannot_be_built(
+    family: str, want: Gate | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experts' class may do alone, unless it wants to know more than the config."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("No module named 'scipy'")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "__init__", refuse)
+    config = transformers.CONFIG_MAPPING[family]()
+    if want is not None:
+        assert identify_config(config) == Gates.uniform(want)
+        return
+    with pytest.raises(QuantizeError, match=r"cannot be built from its config \(No module.*--gate"):
+        identify_config(config)
+
+
 # -- code from the checkpoint ----------------------------------------------------------------------
 
 REMOTE = """
