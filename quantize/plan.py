@@ -17,7 +17,7 @@ from typing import Any
 from quantize import linears, sources
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find, source_names
+from quantize.experts import ExpertGroup, find, ignored_modules, left_as_is, source_names
 from quantize.gates import Gate, Gates
 from quantize.identify import identify
 from quantize.jobs import Biases, Copy, Job, QuantizeExpert, QuantizeLinears
@@ -129,6 +129,8 @@ def plan(
     if options.gate:
         gates = Gates.uniform(options.gate)
     gates = gates or identify(checkpoint.folder, options.trust_remote_code)
+    for group in found:
+        group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
     candidates = linears.find(checkpoint, found) if options.linears else []
     # Siblings stay together: an engine that fuses them needs all of them in one format.
@@ -144,7 +146,9 @@ def plan(
         )
     quantized = source_names(groups) | {name for names in dense for name in names}
     left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
-    left |= {group.prefix for group in found if group not in groups}
+    unquantized = [group.prefix for group in found if group not in groups]
+    for prefix in (*unquantized, *left_as_is(checkpoint)):
+        left |= ignored_modules(prefix)
     jobs = _jobs(checkpoint, groups, dense, gates, LAYOUTS[options.layout], options.scales)
     shards = _into_shards(jobs, options.max_shard_size)
     return Plan(options, groups, dense, gates, LAYOUTS[options.layout], sorted(left), shards)
