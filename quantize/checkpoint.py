@@ -157,11 +157,19 @@ class Checkpoint:
         self,
         name: str,
         expert: int,
+        experts: int | None = None,
         arena: Arena | None = None,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        """``tensor[expert]`` of a stacked tensor, without reading the rest of it."""
-        return self._load(name, expert, arena, device)
+        """``tensor[expert]`` of a stacked tensor, without reading the rest of it.
+
+        Args:
+            experts: how many lie one after another in the first dimension, where they have none of
+                their own.
+        """
+        if experts and name in self._encoded:  # block scales need not end where experts do
+            return self._load(name, None, arena, device).unflatten(0, (experts, -1))[expert]
+        return self._load(name, (expert, experts), arena, device)
 
     def read_into(self, buffer: torch.Tensor, info: TensorInfo, start: int = 0) -> None:
         """Fill ``buffer`` (uint8) with the data of ``info`` from byte ``start`` on.
@@ -188,10 +196,11 @@ class Checkpoint:
             if not keep:
                 os.close(descriptor)
 
-    def will_need(self, name: str, expert: int | None = None) -> None:
+    def will_need(self, name: str, expert: int | None = None, experts: int | None = None) -> None:
         """Ask the system to read a tensor (or an expert of it) from disk ahead of time."""
+        which = None if expert is None else (expert, experts)
         for info in (self.stored[part] for part in self.parts(name)):
-            start, size = _extent(info, expert)
+            start, size, _ = _extent(info, which)
             descriptor, keep = self._descriptor(info.file)
             if hasattr(os, "posix_fadvise"):
                 with suppress(OSError):  # it is only advice; reading says what is wrong
@@ -213,7 +222,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _load(
-        self, name: str, expert: int | None, arena: Arena | None, device: torch.device | None
+        self, name: str, expert: _Expert | None, arena: Arena | None, device: torch.device | None
     ) -> torch.Tensor:
         parts = [self._read(self.stored[part], expert, arena) for part in self.parts(name)]
         if device is not None and device.type != "cpu":
@@ -227,11 +236,10 @@ class Checkpoint:
             out = arena.take(4 * count).view(torch.float32)
         return encoded.decode(*parts, out=out)
 
-    def _read(self, info: TensorInfo, expert: int | None, arena: Arena | None) -> torch.Tensor:
-        start, size = _extent(info, expert)
+    def _read(self, info: TensorInfo, expert: _Expert | None, arena: Arena | None) -> torch.Tensor:
+        start, size, shape = _extent(info, expert)
         buffer = arena.take(size) if arena else torch.empty(size, dtype=torch.uint8)
         self.read_into(buffer, info, start)
-        shape = info.shape if expert is None else info.shape[1:]
         return buffer.view(DTYPES[info.dtype]).view(shape)
 
     def _descriptor(self, file: Path) -> tuple[int, bool]:
@@ -343,12 +351,18 @@ def _read_header(file: Path) -> list[TensorInfo]:
     return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
-def _extent(info: TensorInfo, expert: int | None) -> tuple[int, int]:
-    """Where in a tensor's data an expert's begins, and its size, both in bytes."""
+_Expert = tuple[int, int | None]
+"""An expert's number, and how many lie one after another without a dimension of their own."""
+
+
+def _extent(info: TensorInfo, expert: _Expert | None) -> tuple[int, int, tuple[int, ...]]:
+    """Where in a tensor's data an expert's begins, its size, both in bytes, and its shape."""
     if expert is None:
-        return 0, info.nbytes
-    size = info.nbytes // info.shape[0]
-    return expert * size, size
+        return 0, info.nbytes, info.shape
+    number, count = expert
+    shape = (info.shape[0] // count, *info.shape[1:]) if count else info.shape[1:]
+    size = math.prod(shape) * BYTES[info.dtype]
+    return number * size, size, shape
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class Source(Protocol):
     def load(self, name: str) -> torch.Tensor:
         """One whole tensor."""
 
-    def load_expert(self, name: str, expert: int) -> torch.Tensor:
-        """``tensor[expert]``."""
+    def load_expert(self, name: str, expert: int, experts: int | None = None) -> torch.Tensor:
+        """``tensor[expert]``; of so many ``experts`` in the first dimension, if given."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ class ExpertGroup:
         interleaved: how the rows of a fused gate_up are ordered, where its name says so; None: as
             in the model's class.
         joined: a fused source has gate and up in one tensor.
-        flat: fused tensors have two dimensions, ``[experts * intermediate, hidden]``; they are read
-            whole for each expert.
+        flat: fused tensors have two dimensions, ``[experts * intermediate, hidden]``.
         first: the number of its first expert in names.
     """
 
@@ -191,9 +190,7 @@ class ExpertGroup:
     def _read(self, source: Source, name: str, expert: int) -> torch.Tensor:
         if not self.fused:
             return source.load(name)
-        if self.flat:
-            return source.load(name).unflatten(0, (self.num_experts, -1))[expert]
-        tensor = source.load_expert(name, expert)
+        tensor = source.load_expert(name, expert, self.num_experts if self.flat else None)
         return tensor.T.contiguous() if self.transposed else tensor
 
     def _split(self, both: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantize.checkpoint import Checkpoint
 from quantize.experts import ExpertGroup, source_names
+from quantize.jobs import Biases, QuantizeExpert
 from quantize.plan import Plan
 
 
@@ -41,11 +42,10 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
     for group in plan.groups:
         key = (_pattern(group.prefix), group.num_experts, group.hidden, group.intermediate)
         alike[key].append(group)
-    after: dict[str, int] = defaultdict(int)
-    for out in (out for shard in range(len(plan.shards)) for out in plan.outputs(shard)):
-        prefix, found, _ = out.name.rpartition("experts.")
-        if found:
-            after[f"{prefix}experts"] += out.nbytes
+    after: dict[tuple[str, int], int] = defaultdict(int)
+    for job in (job for jobs in plan.shards for job in jobs):
+        if isinstance(job, QuantizeExpert | Biases):
+            after[job.group.prefix, job.group.first] += sum(out.nbytes for out in job.outputs)
     return [
         ExpertRow(
             pattern,
@@ -54,7 +54,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
             hidden,
             intermediate,
             sum(checkpoint.stored_bytes(name) for g in groups for name in g.sources),
-            sum(after[g.prefix] for g in groups),
+            sum(after[g.prefix, g.first] for g in groups),
         )
         for (pattern, experts, hidden, intermediate), groups in alike.items()
     ]

@@ -57,9 +57,9 @@ class Worker:
         """See ``Checkpoint.load``."""
         return self.checkpoint.load(name, self.arena, self.device)
 
-    def load_expert(self, name: str, expert: int) -> torch.Tensor:
+    def load_expert(self, name: str, expert: int, experts: int | None = None) -> torch.Tensor:
         """See ``Checkpoint.load_expert``."""
-        return self.checkpoint.load_expert(name, expert, self.arena, self.device)
+        return self.checkpoint.load_expert(name, expert, experts, self.arena, self.device)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's bytes, uint8, in main memory."""
@@ -164,13 +164,15 @@ class QuantizeExpert:
     @property
     def memory(self) -> int:
         weights = self.group.intermediate * self.group.hidden * len(self.modules)
-        copies = self.interleaved or self.group.transposed
+        copies = self.interleaved or self.group.transposed or self.group.flat
         source = self.nbytes * (1 + copies) + 4 * weights * self.decoded
         return source + sum(out.nbytes for out in self.outputs)
 
     def will_need(self, checkpoint: Checkpoint) -> None:
+        group = self.group
+        experts = group.num_experts if group.flat else None
         for name in self.sources:
-            checkpoint.will_need(name, self.expert if self.group.fused else None)
+            checkpoint.will_need(name, self.expert if group.fused else None, experts)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
         group, expert = self.group, self.expert
