@@ -5,6 +5,8 @@ A job is independent of all others, so they run in any order, on any thread, dev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -52,6 +54,16 @@ class Worker:
         self.kernel: Kernel = for_device(device)
         pinned = device.type == "cuda"
         self.arena = Arena(memory if pinned else 0, pinned)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Where the thread that runs jobs must be: kernels start on the thread's GPU and stream."""
+        with torch.inference_mode():
+            if self.device.type != "cuda":
+                yield
+                return
+            with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):
+                yield
 
     def load(self, name: str) -> torch.Tensor:
         """See ``Checkpoint.load``."""

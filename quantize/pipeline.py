@@ -33,7 +33,7 @@ from quantize.shards import ShardWriter, replacing, sync, write_json
 MEMORY = 384 * 2**20
 """Bytes that the threads' jobs may need together, if not one of them alone needs more."""
 
-PER_GPU = 4
+PER_GPU = 8
 """Threads a GPU: while it computes for one, others read, copy and write."""
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -147,7 +147,7 @@ def make_shards(
     lock = Lock()
 
     def work(worker: Worker) -> None:
-        with torch.inference_mode():
+        with worker.at_work():
             while not failed:
                 with lock:
                     number = next(numbers, None)
