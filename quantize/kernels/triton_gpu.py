@@ -123,11 +123,12 @@ class TritonKernel(ReferenceKernel):
         block_scale = torch.empty(rows, columns // BLOCK, dtype=torch.uint8, device=device)
         programs = triton.cdiv(blocks, _LANES)
         sums = torch.empty(programs, 2, dtype=torch.float32, device=device)
-        _encode[(programs,)](
-            weight, global_scale, codes, block_scale, sums, blocks,
-            SIZE=BLOCK, REACH=_REACH[rule], LOWEST=LOWEST, HIGHEST=HIGHEST, LANES=_LANES,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device(device):  # Triton starts kernels on the current one
+            _encode[(programs,)](
+                weight, global_scale, codes, block_scale, sums, blocks,
+                SIZE=BLOCK, REACH=_REACH[rule], LOWEST=LOWEST, HIGHEST=HIGHEST, LANES=_LANES,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
         counts = torch.bincount(block_scale.flatten(), minlength=127)
         # In units of the squared global scale, as float32 has to hold them.
         noise, signal = (sums.double().sum(0) * global_scale.double().square()).tolist()

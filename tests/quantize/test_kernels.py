@@ -13,7 +13,7 @@ from quantize.kernels import Kernel, NotFiniteError, Quantized, for_device, quan
 from quantize.kernels.reference import ReferenceKernel
 from quantize.scales import RULES
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 JUDGE = ReferenceKernel()
 
