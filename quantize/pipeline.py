@@ -174,9 +174,8 @@ def make_shards(
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(len(team), "quantize") as pool:
-            futures = [pool.submit(guarded, worker) for worker in team]
             try:
-                for future in as_completed(futures):
+                for future in as_completed([pool.submit(guarded, worker) for worker in team]):
                     future.result()
             except BaseException:
                 failed.append(True)

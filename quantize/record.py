@@ -125,8 +125,8 @@ class Record:
 
     def end(self) -> None:
         """The run is complete."""
-        self._run.unlink(missing_ok=True)
         if self.folder.exists():
+            self._run.unlink(missing_ok=True)
             shutil.rmtree(self.folder)
 
     def _adopt(self) -> None:

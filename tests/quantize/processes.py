@@ -1,0 +1,91 @@
+"""The command in processes of its own that can be killed at any moment.
+
+They are forked from one that has everything imported, so each starts at once. A moment is the
+number of a call that changes the file system: unlike a time, it is within the run on any machine,
+and there is one between any two states that a run can leave behind.
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantize import cli
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([__name__, "tests.quantize.warm"])
+
+_CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
+
+
+class Ended(NamedTuple):
+    """How a process ended; ``calls``: those that changed the file system, if it was not killed."""
+
+    code: int | None
+    output: str
+    calls: int
+
+
+def run(folder: Path, *args: object, at: int = 0, send: signal.Signals = signal.SIGKILL) -> Ended:
+    """``nvfp4-moe ARGS`` in ``folder``; from 1 on, ``at`` is the moment that ``send`` comes."""
+    words = [str(arg) for arg in args]
+    process = FORKED.Process(target=_run, args=(folder, words, at, send))
+    process.start()
+    process.join(60)
+    calls = folder / "calls"
+    ended = Ended(
+        process.exitcode,
+        (folder / "output").read_text(),
+        int(calls.read_text()) if calls.exists() else 0,
+    )
+    calls.unlink(missing_ok=True)
+    return ended
+
+
+def _run(folder: Path, words: list[str], at: int, send: signal.Signals) -> None:
+    os.chdir(folder)
+    output = os.open("output", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    numbers = _send_within_call(at, send)
+    try:
+        cli.app(words)
+    finally:
+        Path("calls").write_text(str(next(numbers) - 1))
+
+
+def _send_within_call(at: int, send: signal.Signals) -> count:
+    """Count the calls; ``send`` comes before number ``at``, within it if it writes data."""
+    numbers = count(1)
+
+    def counted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(numbers) != at:
+                return function(*args, **kwargs)
+            if name == "pwrite":
+                descriptor, data, position = args
+                function(descriptor, data[: len(data) // 2], position)
+            elif name == "open":
+                function(*args, **kwargs)  # the file is there, but empty
+            os.kill(os.getpid(), send)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in (*_CALLS, "pwrite"):
+        setattr(os, name, counted(getattr(os, name), name))
+    plain = io.open
+    writing = counted(plain, "open")
+
+    def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        return (writing if "w" in mode else plain)(file, mode, *args, **kwargs)
+
+    io.open = opened  # type: ignore[assignment]
+    return numbers

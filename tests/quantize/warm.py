@@ -1,0 +1,10 @@
+"""For the process that others are forked from (``processes.py``): does once what is slow."""
+
+import torch
+
+from quantize import cli
+from quantize.kernels import for_device, quantize_weights
+
+assert cli.app
+torch.set_num_threads(1)
+quantize_weights([torch.ones(16, 16, dtype=torch.bfloat16)], "max", for_device(torch.device("cpu")))
