@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +34,7 @@ from rich.text import Text
 
 from quantize import inspection
 from quantize.checkpoint import Checkpoint, resolve
+from quantize.cluster import connected
 from quantize.errors import QuantizeError
 from quantize.gates import Gate
 from quantize.layouts import LAYOUTS
@@ -183,8 +184,10 @@ def quantize(
             trust_remote_code=trust_remote_code,
         )
         devices = [_device(name) for name in device] if device else None
+        if ray and devices:
+            raise QuantizeError("--device is for this machine, and --ray uses a cluster's devices")
         check_target(target, overwrite, resume)  # before hours of downloading
-        with Checkpoint(resolve(source)) as checkpoint:
+        with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
             with _progress("Quantizing", checkpoint.nbytes) as advance:

@@ -1,28 +1,74 @@
 """Past one machine: a run's shards as tasks of a Ray cluster, the engine's own way to scale.
 
-Every machine reads the source and writes into the target itself, so both must be on storage that
-all share, and every machine must have this package. A task is one shard. It can be repeated
+Every machine of the cluster needs this package, in the same version and for the Python that Ray
+runs there, and the storage that source and target are on, at the same paths. Nothing else: a task
+is one shard, plans for itself, reads the source and writes into the target. It can be repeated
 anywhere at any time: it depends on nothing but the plan, and its output gets its name in one step.
+
+The command is started on one of the machines (``--ray auto``, ``--ray HEAD:6379``), or on another
+that has the storage too, through Ray's client server (``--ray ray://HEAD:10001``).
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 import platform
-from collections.abc import Sequence
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.gates import Gates
 from quantize.pipeline import Progress, all_devices, make_shards
-from quantize.plan import Options, Plan, plan
+from quantize.plan import Plan, plan
 from quantize.record import Record
 
 _RETRIES = 3
 """Times that a task is started again when its machine or process dies."""
+
+_CONNECT = 10.0
+"""Seconds to wait for the cluster's head to answer; Ray's own patience is minutes."""
+
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client begins to talk to Ray; the reply starts with a frame of the same kind, 4."""
+
+_SETTLE = 60.0
+"""Seconds until what one machine wrote can be seen on all: network file systems cache that long."""
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Be a driver of the Ray cluster at ``address``; nothing happens if this process is one.
+
+    Meanwhile standard output goes to standard error: that is where Ray's notices belong.
+
+    Raises:
+        QuantizeError: if Ray is not installed, or not there.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise QuantizeError("--ray needs Ray: pip install 'ray>=2.40'") from None
+    if ray.is_initialized():
+        yield
+        return
+    _check_address(address)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise QuantizeError(f"--ray {address}: no cluster there ({_first_line(error)})") from error
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        ray.shutdown()
 
 
 def make_shards_on_ray(
@@ -43,86 +89,118 @@ def make_shards_on_ray(
     Raises:
         QuantizeError: if Ray is not installed or not there, or a task fails.
     """
-    try:
+    with connected(address):
         import ray
-    except ImportError:
-        raise QuantizeError("--ray needs Ray: pip install 'ray>=2.40'") from None
-    ours = not ray.is_initialized()
-    try:
-        if ours:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise QuantizeError(f"--ray {address}: no cluster there ({_first_line(error)})") from error
-    try:
-        gpus = ray.cluster_resources().get("GPU", 0) > 0
+
         task = ray.remote(_make_shard).options(
-            num_cpus=threads or 1,
-            num_gpus=1 if gpus else 0,
-            max_retries=_RETRIES,
-            scheduling_strategy="SPREAD",
+            **_resources(threads), max_retries=_RETRIES, scheduling_strategy="SPREAD"
         )
-        where = (str(checkpoint.folder.resolve()), str(record.target.resolve()))
-        pending = {
-            task.remote(*where, plan.options, plan.gates, record.fingerprint, shard, threads): shard
-            for shard in shards
-        }
-        while pending:
-            (done, *_), _ = ray.wait(list(pending))
-            shard = pending.pop(done)
-            try:
-                ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise _ours(error.cause) from error
-            except ray.exceptions.RayError as error:
-                raise QuantizeError(f"--ray {address}: {_first_line(error)}") from error
-            if not record.is_done(plan, shard):
-                raise QuantizeError(
-                    f"{record.target / plan.names[shard]} was written by another machine and is "
-                    "not here; the target must be on storage that all machines share"
-                )
-            progress(sum(job.nbytes for job in plan.shards[shard]))
-    finally:
-        if ours:
-            ray.shutdown()
+        where = str(checkpoint.folder.resolve()), str(record.target.resolve())
+        run = pickle.dumps((*where, plan.options, plan.gates, record.fingerprint, threads or 1))
+        pending = {task.remote(run, shard): shard for shard in shards}
+        try:
+            while pending:
+                (done, *_), _ = ray.wait(list(pending))
+                shard = pending.pop(done)
+                try:
+                    ray.get(done)
+                except ray.exceptions.RayTaskError as error:
+                    raise _ours(error.cause) from error
+                except ray.exceptions.RayError as error:
+                    raise QuantizeError(f"--ray {address}: {_first_line(error)}") from error
+                _wait_for(shard, plan, record)
+                progress(sum(job.nbytes for job in plan.shards[shard]))
+        except BaseException:
+            # None may write into the target once the caller hears of it.
+            for one in pending:
+                ray.cancel(one, force=True)
+            ray.wait(list(pending), num_returns=len(pending), timeout=_CONNECT)
+            raise
 
 
-def _make_shard(
-    source: str,
-    target: str,
-    options: Options,
-    gates: Gates,
-    fingerprint: str,
-    shard: int,
-    threads: int | None,
-) -> None:
+def _check_address(address: str) -> None:
+    """Ask the head's port before Ray does, which would try, and complain, for minutes."""
+    scheme, found, rest = address.rpartition("://")
+    if address == "auto" or (found and scheme != "ray"):
+        return
+    host, _, port = rest.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise QuantizeError(
+            f"--ray {address} is neither auto, nor HOST:PORT, nor ray://HOST:PORT of a cluster"
+        )
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT) as connection:
+            connection.sendall(_HTTP2)
+            reply = connection.recv(4)
+    except OSError as error:
+        raise QuantizeError(
+            f"--ray {address}: no cluster there ({error.strerror or error})"
+        ) from error
+    if reply[3:] != b"\4" and "RAY_USE_TLS" not in os.environ:
+        raise QuantizeError(
+            f"--ray {address}: no cluster there (something else than Ray answers; its own port is "
+            "6379 unless it was started with another, that of its client server 10001)"
+        )
+
+
+def _resources(threads: int | None) -> dict[str, int]:
+    """What each task takes of the cluster."""
+    import ray
+
+    if ray.cluster_resources().get("GPU", 0) > 0:
+        return {"num_cpus": 1, "num_gpus": 1}
+    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    # Without any CPUs now, an autoscaler may bring some.
+    if threads and 0 < most < threads:
+        raise QuantizeError(
+            f"--threads {threads}: no machine of the Ray cluster has more than {most:.0f} CPUs"
+        )
+    return {"num_cpus": threads or 1, "num_gpus": 0}
+
+
+def _wait_for(shard: int, plan: Plan, record: Record) -> None:
+    """Until a shard that another machine wrote can be seen on this one."""
+    deadline = time.monotonic() + _SETTLE
+    while not record.is_done(plan, shard):
+        if time.monotonic() > deadline:
+            raise QuantizeError(
+                f"{record.target / plan.names[shard]} was written by another machine and is "
+                "not here; the target must be on storage that all machines share"
+            )
+        time.sleep(0.5)
+
+
+def _make_shard(run: bytes, shard: int) -> None:
     """The task: one shard, on whichever machine it runs."""
-    checkpoint, steps = _planned(source, options, gates)
+    checkpoint, steps, record, threads = _planned(run)
+    make_shards(checkpoint, steps, record, [shard], all_devices(), threads)
+
+
+@lru_cache(maxsize=1)
+def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
+    """Once for all the shards that a process makes."""
+    source, target, options, gates, fingerprint, threads = pickle.loads(run)
+    for folder in (source, target):
+        if not Path(folder).is_dir():
+            raise QuantizeError(
+                f"{platform.node()} does not see {folder}; source and target must be on storage "
+                "that all machines share"
+            )
+    checkpoint = Checkpoint(Path(source))
+    steps = plan(checkpoint, options, gates)
     if steps.fingerprint(checkpoint) != fingerprint:
         raise QuantizeError(
             f"{platform.node()} sees another source in {source}, or has another version of this "
             "package; both must be the same on all machines"
         )
-    record = Record(Path(target), fingerprint)
-    make_shards(checkpoint, steps, record, [shard], all_devices(), threads or 1)
-
-
-@lru_cache(maxsize=1)
-def _planned(source: str, options: Options, gates: Gates) -> tuple[Checkpoint, Plan]:
-    """Once for all the shards that a process makes."""
-    if not Path(source).is_dir():
-        raise QuantizeError(
-            f"{platform.node()} does not see {source}; source and target must be on storage that "
-            "all machines share"
-        )
-    checkpoint = Checkpoint(Path(source))
-    return checkpoint, plan(checkpoint, options, gates)
+    return checkpoint, steps, Record(Path(target), fingerprint), threads
 
 
 def _ours(cause: Any) -> QuantizeError:
     if isinstance(cause, QuantizeError):
         return cause
-    return QuantizeError(f"a task failed: {type(cause).__name__}: {cause}")
+    return QuantizeError(f"a task failed: {type(cause).__name__}: {_first_line(cause)}")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Any) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

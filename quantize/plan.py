@@ -132,17 +132,23 @@ def plan(
     for group in found:
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
-    candidates = linears.find(checkpoint, found) if options.linears else []
+    candidates = linears.find(checkpoint, found)
+    if options.linears and not candidates:
+        raise QuantizeError(
+            "--all-linears: no linears besides the experts that can be quantized; known are "
+            f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers"
+        )
+    _check_patterns(checkpoint, options, found, candidates)
     # Siblings stay together: an engine that fuses them needs all of them in one format.
     dense = [
         names
         for names in candidates
-        if all(options.takes(name.removesuffix(".weight")) for name in names)
+        if options.linears and all(options.takes(name.removesuffix(".weight")) for name in names)
     ]
     if not groups and not dense:
         raise QuantizeError(
-            "--include and --exclude leave nothing to quantize; their patterns are compared with "
-            f"module paths such as {found[0].prefix}"
+            "--include and --exclude leave nothing to quantize; linears that engines fuse (query, "
+            "key and value; gate and up) are quantized only if all of them are included"
         )
     quantized = source_names(groups) | {name for names in dense for name in names}
     left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
@@ -160,6 +166,35 @@ def package_version() -> str:
         return version("vllm-nvfp4-moe")
     except PackageNotFoundError:  # run from a folder that was never installed
         return "unknown"
+
+
+def _check_patterns(
+    checkpoint: Checkpoint,
+    options: Options,
+    groups: list[ExpertGroup],
+    candidates: list[tuple[str, ...]],
+) -> None:
+    """A pattern that changes nothing is a mistake, unless it excludes what stays anyway."""
+    prefixes = {group.prefix for group in groups}
+    dense = {name.removesuffix(".weight") for names in candidates for name in names}
+    others = checkpoint.tensors.keys() - source_names(groups)
+    what = {
+        "--include": (options.include, prefixes | dense if options.linears else prefixes),
+        "--exclude": (options.exclude, prefixes | {name.rpartition(".")[0] for name in others}),
+    }
+    for option, (patterns, modules) in what.items():
+        for pattern in patterns:
+            if any(_matches(module, (pattern,)) for module in modules):
+                continue
+            if any(_matches(module, (pattern,)) for module in dense):
+                raise QuantizeError(
+                    f"{option} {pattern!r} matches only linears, and these are quantized only with "
+                    "--all-linears"
+                )
+            raise QuantizeError(
+                f"{option} {pattern!r} matches nothing; patterns are compared with module paths "
+                f"such as {groups[0].prefix}"
+            )
 
 
 def _matches(module: str, patterns: tuple[str, ...]) -> bool:

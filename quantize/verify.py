@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -164,13 +164,16 @@ class _Comparison:
 
     def tasks(self) -> Iterator[_Task]:
         groups = find(self.source)
-        quantized = [group for group in groups if self._is_quantized(group)]
+        quantized = [
+            group
+            for group in groups
+            if self._has_nvfp4(m for e in range(group.num_experts) for m in group.modules(e))
+        ]
         dense = [
             name
             for names in linears.find(self.source, groups)
             for name in names
-            if name not in self.target.tensors
-            or self.target.tensors[name].dtype != self.source.tensors[name].dtype
+            if self._has_nvfp4([name.removesuffix(".weight")])
         ]
         for group in quantized:
             for expert in range(group.num_experts):
@@ -195,12 +198,16 @@ class _Comparison:
                 self.expected.add(name)
                 yield partial(self._copy, info)
 
-    def _is_quantized(self, group: ExpertGroup) -> bool:
-        """Whether the target has the layer's experts in NVFP4: not if all its tensors are there."""
-        return any(name not in self.target.tensors for name in group.sources) or any(
-            self.target.tensors[name].dtype != self.source.tensors[name].dtype
-            for name in group.sources
-        )
+    def _has_nvfp4(self, modules: Iterable[str]) -> bool:
+        """Whether the target has any tensor of these modules in NVFP4; else they should be copies.
+
+        ModelOpt's codes are called as the source's weights are.
+        """
+        for name in (f"{module}.{end}" for module in modules for end in self.layout.suffixes):
+            found, original = self.target.tensors.get(name), self.source.tensors.get(name)
+            if found and (original is None or found.dtype != original.dtype):
+                return True
+        return False
 
     def _expert(
         self, group: ExpertGroup, expert: int, wanted: list[tuple[Output, ...]], worker: Worker
