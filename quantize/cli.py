@@ -60,19 +60,22 @@ GateOption = Annotated[
     typer.Option(
         "--gate",
         metavar="GATE",
-        help="The experts' gate, for models that Transformers does not know: silu, gelu, "
-        'gelu_tanh, or JSON such as {"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7}.',
+        help="The experts' gate, for models that Transformers does not know, by name or as JSON, "
+        "e.g. --gate silu, --gate gelu_tanh or --gate "
+        '\'{"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7}\'.',
     ),
 ]
 LayoutOption = Annotated[
-    LayoutName, typer.Option(help="How tensors are named on disk, e.g. --layout modelopt.")
+    LayoutName,
+    typer.Option(help="How tensors are named on disk, e.g. --layout compressed-tensors."),
 ]
 TrustOption = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
         help="Run SRC's own Python code to identify its gate; without this flag, nothing from a "
-        "checkpoint is ever run.",
+        "checkpoint is ever run. Needed for models that Transformers does not have, e.g. "
+        "inspect org/brand-new-moe --trust-remote-code.",
     ),
 ]
 IncludeOption = Annotated[
@@ -80,7 +83,7 @@ IncludeOption = Annotated[
     typer.Option(
         metavar="PATTERN",
         help="Quantize only modules whose path matches, e.g. --include '*.layers.1?.*'; can be "
-        "given several times.",
+        "given several times. Linears that engines fuse are taken only together.",
     ),
 ]
 ExcludeOption = Annotated[
@@ -98,7 +101,9 @@ LinearsOption = Annotated[
         "--exclude '*.self_attn.*'.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of tables, e.g. --json > result.json.")
+]
 
 app = typer.Typer(
     name="nvfp4-moe",
@@ -131,14 +136,18 @@ def quantize(
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint in a non-empty DST.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the checkpoint in a non-empty DST, e.g. --scales mse --overwrite.",
+        ),
     ] = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on with an interrupted run in DST; start if there is none, and do nothing if "
-            "it is complete already.",
+            help="Go on with an interrupted run in DST, e.g. by the same command with --resume; "
+            "start if there is none, and do nothing if it is complete already.",
         ),
     ] = False,
     device: Annotated[
@@ -172,11 +181,11 @@ def quantize(
     again = "--resume instead of --overwrite" if overwrite else "--resume"
     with _reporting_errors(f"run the same command with {again} to go on"):
         if overwrite and resume:
-            raise QuantizeError("--overwrite and --resume exclude each other")
+            raise _UsageError("--overwrite and --resume exclude each other")
         options = Options(
             layout=layout.value,
             scales=scales.value,
-            max_shard_size=parse_size(max_shard_size),
+            max_shard_size=_size(max_shard_size),
             gate=_gate(gate),
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
@@ -185,7 +194,7 @@ def quantize(
         )
         devices = [_device(name) for name in device] if device else None
         if ray and devices:
-            raise QuantizeError("--device is for this machine, and --ray uses a cluster's devices")
+            raise _UsageError("--device is for this machine, and --ray uses a cluster's devices")
         check_target(target, overwrite, resume)  # before hours of downloading
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, options)
@@ -256,6 +265,8 @@ def inspect(
                 _plain(other.pattern), str(other.count), other.dtype, decimal(other.nbytes)
             )
         out.print(stays)
+        if steps.dense:
+            out.print(f"Linears quantized too: {sum(map(len, steps.dense))}")
         out.print(f"Whole checkpoint: {decimal(checkpoint.nbytes)} -> {decimal(steps.nbytes)}")
 
 
@@ -297,6 +308,17 @@ def main() -> None:
     app()
 
 
+class _UsageError(QuantizeError):
+    """Options that can never be right, whatever source and target are."""
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except QuantizeError as error:
+        raise _UsageError(f"--max-shard-size {error}") from None
+
+
 def _gate(text: str | None) -> Gate | None:
     if text is None:
         return None
@@ -304,9 +326,11 @@ def _gate(text: str | None) -> Gate | None:
         fields = json.loads(text) if text.lstrip().startswith("{") else {"form": text}
         return Gate(**fields)
     except (ValueError, TypeError) as error:
-        raise QuantizeError(
+        raise _UsageError(
             f"--gate {text!r} is neither a form's name nor its JSON: {error}"
         ) from None
+    except QuantizeError as error:
+        raise _UsageError(f"--gate: {error}") from None
 
 
 def _device(name: str) -> torch.device:
@@ -315,7 +339,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise QuantizeError(f"--device {name!r} is neither cpu, nor cuda, nor cuda:0 or the like")
+        raise _UsageError(f"--device {name!r} is neither cpu, nor cuda, nor cuda:0 or the like")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise QuantizeError(
             f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs"
@@ -402,7 +426,7 @@ def _reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
         yield
     except QuantizeError as error:
         _complain("error", str(error))
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, _UsageError) else 1)
     except KeyboardInterrupt:
         _complain("interrupted", advice)
         sys.exit(130)

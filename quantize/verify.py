@@ -58,14 +58,14 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; an infinite SQNR (nothing lost) is null."""
+        """For programs; what is not finite (the SQNR if nothing was lost) is null."""
         return {
             "ok": not self.problems,
             "problems": self.problems,
             "layers": [
                 {
                     "prefix": layer.prefix,
-                    "relative_error": layer.relative,
+                    "relative_error": layer.relative if math.isfinite(layer.relative) else None,
                     "sqnr_db": layer.sqnr if math.isfinite(layer.sqnr) else None,
                 }
                 for layer in self.layers

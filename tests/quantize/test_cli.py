@@ -1,6 +1,7 @@
 """The command as a user types it: what it prints, where, and its exit code."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from quantize.cli import app
@@ -30,10 +33,10 @@ def run(*args: object, columns: int = 200) -> Result:
     return result
 
 
-def refusal(*args: object) -> str:
+def refusal(*args: object, code: int = 1) -> str:
     """What a command that must fail says, last of all and in one line."""
     result = run(*args)
-    assert result.exit_code == 1
+    assert result.exit_code == code, result.output
     *before, last = [line for line in result.stderr.splitlines() if line.strip()]
     assert last.startswith("error: "), result.stderr
     assert not [line for line in before if "error" in line]
@@ -111,7 +114,6 @@ def test_a_nonempty_target_needs_overwrite(saved: Folders, tmp_path: Path) -> No
 def test_refusals_are_one_line_without_a_traceback(saved: Folders, tmp_path: Path) -> None:
     source, out = saved("qwen3_moe"), tmp_path / "out"
     assert "is the source" in refusal("quantize", source, source, "--overwrite")
-    assert "not a size" in refusal("quantize", source, out, "--max-shard-size", "big")
     assert "neither a folder nor a hub id" in refusal("quantize", tmp_path / "nowhere", out)
     assert not out.exists()
 
@@ -128,6 +130,36 @@ def test_unknown_choices(option: str, value: str, saved: Folders, tmp_path: Path
     result = run("quantize", saved("qwen3_moe"), tmp_path / "out", option, value)
     assert result.exit_code == 2
     assert value in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-shard-size", "big"], "--max-shard-size 'big' is not a size"),
+        (["--overwrite", "--resume"], "exclude each other"),
+        (["--device", "tpu"], "neither cpu, nor cuda"),
+    ],
+)
+def test_wrong_usage(options: list[str], words: str, saved: Folders, tmp_path: Path) -> None:
+    assert words in refusal("quantize", saved("qwen3_moe"), tmp_path / "out", *options, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "verify"])
+def test_every_option_has_an_example(command: str) -> None:
+    options = [p for p in commands()[command].params if p.param_type_name == "option"]
+    assert len(options) >= 3
+    lacking = [option.opts[0] for option in options if "e.g." not in (option.help or "")]
+    assert lacking == []
+    assert f"nvfp4-moe {command} " in commands()[command].epilog
+    shown = run(command, "--help")
+    assert shown.exit_code == 0
+    for option in options:
+        assert option.opts[0] in shown.stdout
 
 
 # -- --gate ----------------------------------------------------------------------------------------
@@ -181,7 +213,8 @@ def test_a_stated_gate(text: str, gate: dict[str, Any], unknown: Path, tmp_path:
     ids=lambda text: text[:40] or "empty",
 )
 def test_a_bad_gate(text: str, saved: Folders, tmp_path: Path) -> None:
-    assert "gate" in refusal("quantize", saved("qwen3_moe"), tmp_path / "out", "--gate", text)
+    words = ("quantize", saved("qwen3_moe"), tmp_path / "out", "--gate", text)
+    assert "gate" in refusal(*words, code=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -232,3 +265,121 @@ def test_inspect_a_dense_model(saved: Folders) -> None:
     assert result.exit_code == 1
     assert "no routed experts" in result.stderr
     assert "model.layers.N.mlp.down_proj.weight" in result.stderr
+
+
+# -- --json ----------------------------------------------------------------------------------------
+
+
+def parsed(result: Result) -> dict[str, Any]:
+    """Standard output, which must be JSON as the standard has it: without NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    return json.loads(result.stdout, parse_constant=refuse)
+
+
+def test_inspect_as_json(m3_nano: Path) -> None:
+    result = run("inspect", m3_nano, "--json", columns=20)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    shown = parsed(result)
+    stays = {row["pattern"]: row for row in shown.pop("unchanged")}
+    before = sum(len(raw.data) for raw in reference.read_folder(m3_nano).values())
+    now = 5 * 32 * 3 * 128 * 384 * 2
+    after = 5 * 32 * 3 * (128 * 384 // 2 + 128 * 384 // 16 + 8)
+    assert shown == {
+        "source": str(m3_nano),
+        "gate": {"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7, "interleaved": False},
+        "layer_gates": {},
+        "source_formats": [],
+        "layers": [f"model.layers.{layer}.mlp.experts" for layer in range(1, 6)],
+        "experts": [
+            {
+                "pattern": "model.layers.N.mlp.experts",
+                "layers": 5,
+                "experts": 32,
+                "hidden": 384,
+                "intermediate": 128,
+                "bytes_now": now,
+                "bytes_after": after,
+            }
+        ],
+        "dense_linears": 0,
+        "bytes_before": before,
+        "bytes_after": before - now + after,
+    }
+    assert stays["model.layers.N.self_attn.o_proj.weight"] == {
+        "pattern": "model.layers.N.self_attn.o_proj.weight",
+        "count": 6,
+        "dtype": "BF16",
+        "nbytes": 6 * 384 * 512 * 2,
+    }
+    assert sum(row["nbytes"] for row in stays.values()) == before - now
+
+
+def test_inspect_counts_linears(saved: Folders) -> None:
+    shown = run("inspect", saved("qwen3_moe"), "--all-linears")
+    assert "Linears quantized too: 8" in shown.stdout
+    assert parsed(run("inspect", saved("qwen3_moe"), "--all-linears", "--json"))[
+        "dense_linears"
+    ] == len(("q", "k", "v", "o")) * len(range(2))
+
+
+def test_verify_as_json(saved: Folders, tmp_path: Path) -> None:
+    source, out = saved("qwen3_moe"), tmp_path / "out"
+    run("quantize", source, out)
+    good = run("verify", source, out, "--json", columns=20)
+    assert good.exit_code == 0
+    shown = parsed(good)
+    assert shown.pop("ok") is True
+    assert shown.pop("problems") == []
+    (layers,) = shown.values()
+    assert list(shown) == ["layers"]
+    assert [layer["prefix"] for layer in layers] == [
+        f"model.layers.{layer}.mlp.experts" for layer in range(2)
+    ]
+    for layer in layers:
+        assert set(layer) == {"prefix", "relative_error", "sqnr_db"}
+        assert 0.05 < layer["relative_error"] < 0.15
+        assert layer["sqnr_db"] == pytest.approx(-20 * math.log10(layer["relative_error"]))
+
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.experts.0.up_proj.weight_scale_2"
+    tensors[name].fill_(float("nan"))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    bad = run("verify", source, out, "--json")
+    assert bad.exit_code == 1
+    shown = parsed(bad)
+    assert shown["ok"] is False
+    (problem,) = shown["problems"]
+    assert name in problem
+    assert f"problem: {problem}" in bad.stderr
+
+
+def test_verify_of_weights_that_are_zero_or_not_numbers(saved: Folders, tmp_path: Path) -> None:
+    """Nothing is lost of zeros, and all of NaNs; JSON has no number for either."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(saved("qwen3_moe"), source)
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if ".layers.0.mlp.experts." in name:
+            tensors[name].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    run("quantize", source, out)
+    tensors["model.layers.1.mlp.experts.0.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    result = run("verify", source, out, "--json")
+    assert result.exit_code == 1
+    zeros, numbers = parsed(result)["layers"]
+    assert (zeros["relative_error"], zeros["sqnr_db"]) == (0, None)
+    assert (numbers["relative_error"], numbers["sqnr_db"]) == (None, None)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_errors_leave_no_json(command: str, saved: Folders, tmp_path: Path) -> None:
+    words = {"inspect": [saved("llama")], "verify": [saved("qwen3_moe"), tmp_path / "nowhere"]}
+    result = run(command, *words[command], "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "error: " in result.stderr
+    assert run(command, *words[command], "--jason").exit_code == 2
