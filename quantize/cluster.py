@@ -27,7 +27,7 @@ from typing import Any
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.pipeline import Progress, all_devices, make_shards
-from quantize.plan import Plan, plan
+from quantize.plan import Plan, package_version, plan
 from quantize.record import Record
 
 _RETRIES = 3
@@ -63,7 +63,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        raise QuantizeError(f"--ray {address}: no cluster there ({_first_line(error)})") from error
+        raise QuantizeError(f"--ray {address}: no cluster there ({_brief(error)})") from error
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -107,7 +107,7 @@ def make_shards_on_ray(
                 except ray.exceptions.RayTaskError as error:
                     raise _ours(error.cause) from error
                 except ray.exceptions.RayError as error:
-                    raise QuantizeError(f"--ray {address}: {_first_line(error)}") from error
+                    raise QuantizeError(f"--ray {address}: {_brief(error)}") from error
                 _wait_for(shard, plan, record)
                 progress(sum(job.nbytes for job in plan.shards[shard]))
         except BaseException:
@@ -199,8 +199,15 @@ def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
 def _ours(cause: Any) -> QuantizeError:
     if isinstance(cause, QuantizeError):
         return cause
-    return QuantizeError(f"a task failed: {type(cause).__name__}: {_first_line(cause)}")
+    if "failed to import on the worker" in str(cause):
+        return QuantizeError(
+            "a machine of the Ray cluster cannot import this package; install it on all of them, "
+            f"in the same version ({package_version()})"
+        )
+    return QuantizeError(f"a task failed: {type(cause).__name__}: {_brief(cause)}")
 
 
-def _first_line(error: Any) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _brief(error: Any) -> str:
+    """One line of a message that may hold a whole traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]

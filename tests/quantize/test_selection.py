@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantize import linears
 from quantize.checkpoint import Checkpoint
@@ -132,6 +132,26 @@ def test_excluded_stacked_experts_stay_stacked(
         f"model.layers.0.mlp.experts.{kind}" for kind in ("gate_up_proj", "down_proj")
     }
     assert run("verify", source, tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_verify_names_what_is_wrong_with_what_was_left(
+    layout: str, stacked: Folders, tmp_path: Path
+) -> None:
+    source, out = stacked("qwen3_moe"), tmp_path / "out"
+    convert(source, out, layout, exclude=("*.layers.0.*",), linears=True)
+    tensors = load_file(out / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.down_proj"]
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 1
+    del tensors[f"model.layers.1.self_attn.o_proj.{SUFFIXES[layout][1]}"]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    result = run("verify", source, out, "--json")
+    assert result.exit_code == 1
+    assert sorted(json.loads(result.stdout)["problems"]) == [
+        "model.layers.0.mlp.experts.down_proj is missing",
+        "model.layers.1.self_attn.o_proj.weight_scale is missing",
+        "model.safetensors: model.layers.0.self_attn.q_proj.weight differs from the source",
+    ]
 
 
 # -- siblings share a global scale -----------------------------------------------------------------
