@@ -47,6 +47,11 @@ DTYPES = {
 """PyTorch's dtypes, by safetensors' names of them."""
 
 _NUMBERED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,9})\.safetensors")
+_COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?)$")
+_MAX_COUNT = 1000
+"""Layers that a config may have in any case; more need as many tensors. All of them are built, if
+only without memory, to find the gate."""
+
 _MAX_DEPTH = 100
 """Levels of nesting in a JSON file; Python's own functions fail at some hundreds."""
 
@@ -107,6 +112,7 @@ class Checkpoint:
                     raise QuantizeError(f"{info.name} is in both {other} and {file.name}")
                 self.stored[info.name] = info
         self._check_index()
+        self._check_counts()
         self._encoded = sources.find_encoded(self.stored, self.config) if decode else {}
         self.tensors = self._decoded_view()
 
@@ -300,6 +306,16 @@ class Checkpoint:
             info = self.stored.get(name)
             if info is None or info.file.name != file:
                 raise QuantizeError(f"{index} says that {name} is in {file}, but it is not there")
+
+    def _check_counts(self) -> None:
+        parts = [self.config, *(v for v in self.config.values() if isinstance(v, dict))]
+        for key, count in (item for part in parts for item in part.items()):
+            limit = max(_MAX_COUNT, len(self.stored))
+            if isinstance(count, int) and count > limit and _COUNT.search(key):
+                raise QuantizeError(
+                    f"{self.folder / 'config.json'}: {key} is {count}, but there are only "
+                    f"{len(self.stored)} tensors"
+                )
 
     @staticmethod
     def _weight_map(index: Path) -> dict[str, str]:

@@ -266,10 +266,12 @@ def _expert_jobs(
         )
     if group.bias_names:
         sizes = [group.intermediate] * (len(group.names) - 1) + [group.hidden]
-        dtype = checkpoint.tensors[group.bias_names[0]].dtype
+        names = group.sources_of(expert)[len(group.weights_of(expert)) :]
+        dtypes = [checkpoint.tensors[name].dtype for name in names]
+        dtypes = dtypes[:1] * group.joined + dtypes
         outputs = tuple(
             Output(f"{module}.bias", dtype, (size,))
-            for module, size in zip(group.modules(expert), sizes, strict=True)
+            for module, dtype, size in zip(group.modules(expert), dtypes, sizes, strict=True)
         )
         yield Biases(group, expert, interleaved, outputs, sum(out.nbytes for out in outputs))
 

@@ -101,7 +101,7 @@ def _cut(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> dict[
     """How ``weight`` is cut into blocks: arguments of :func:`decode`."""
     if scale.dtype not in _SCALES:
         raise QuantizeError(f"{scale.name} has dtype {scale.dtype}, expected one of {_SCALES}")
-    if len(weight.shape) < 2:
+    if len(weight.shape) < 2 or 0 in weight.shape:
         raise QuantizeError(f"{weight.name} has shape {list(weight.shape)}, expected a matrix")
     *lead, rows, columns = weight.shape
     groups = 2 if weight.name.endswith("gate_up_proj") and rows % 2 == 0 else 1
