@@ -301,8 +301,13 @@ def _source_bytes(plan: Plan, shards: Iterable[int]) -> int:
 def _finish(checkpoint: Checkpoint, plan: Plan, record: Record, others: Sequence[Path]) -> None:
     target, partial = record.target, record.partial("other")
     for file in others:
-        with file.open("rb") as copied, replacing(target / file.name, partial) as copy:
-            shutil.copyfileobj(copied, copy)
+        try:
+            with file.open("rb") as copied, replacing(target / file.name, partial) as copy:
+                shutil.copyfileobj(copied, copy)
+        except OSError as error:
+            raise QuantizeError(
+                f"{file} cannot be copied to {target}: {error.strerror or error}"
+            ) from error
     for name, value in plan.layout.extra_files(plan.ignore).items():
         write_json(target / name, value, partial)
     report = render(collect(checkpoint, plan, record)) + record.mark
