@@ -67,7 +67,9 @@ GateOption = Annotated[
 ]
 LayoutOption = Annotated[
     LayoutName,
-    typer.Option(help="How tensors are named on disk, e.g. --layout compressed-tensors."),
+    typer.Option(
+        "--layout", help="How tensors are named on disk, e.g. --layout compressed-tensors."
+    ),
 ]
 TrustOption = Annotated[
     bool,
@@ -81,6 +83,7 @@ TrustOption = Annotated[
 IncludeOption = Annotated[
     list[str] | None,
     typer.Option(
+        "--include",
         metavar="PATTERN",
         help="Quantize only modules whose path matches, e.g. --include '*.layers.1?.*'; can be "
         "given several times. Linears that engines fuse are taken only together.",
@@ -89,6 +92,7 @@ IncludeOption = Annotated[
 ExcludeOption = Annotated[
     list[str] | None,
     typer.Option(
+        "--exclude",
         metavar="PATTERN",
         help="Leave modules whose path matches as they are, e.g. --exclude '*.layers.3.*'.",
     ),
@@ -127,10 +131,15 @@ def quantize(
     layout: LayoutOption = MODELOPT,
     scales: Annotated[
         RuleName,
-        typer.Option(help="How block scales are chosen, e.g. --scales mse: slower and closer."),
+        typer.Option(
+            "--scales", help="How block scales are chosen, e.g. --scales mse: slower and closer."
+        ),
     ] = MAX,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest output file, e.g. 500MB or 5GiB.")
+        str,
+        typer.Option(
+            "--max-shard-size", metavar="SIZE", help="Largest output file, e.g. 500MB or 5GiB."
+        ),
     ] = "5GB",
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -153,6 +162,7 @@ def quantize(
     device: Annotated[
         list[str] | None,
         typer.Option(
+            "--device",
             metavar="DEVICE",
             help="What computes, e.g. --device cpu or --device cuda:1; all GPUs by default, the "
             "CPU where there is none.",
@@ -161,6 +171,7 @@ def quantize(
     threads: Annotated[
         int | None,
         typer.Option(
+            "--threads",
             min=1,
             help="CPU threads, e.g. --threads 16; by default as many as cores, but no more than "
             "fit in 400 MB. Each needs memory for one expert.",
@@ -169,6 +180,7 @@ def quantize(
     ray: Annotated[
         str | None,
         typer.Option(
+            "--ray",
             metavar="ADDRESS",
             help="Spread shards over a Ray cluster, e.g. --ray auto or --ray ray://head:10001; "
             "SRC and DST must be on storage that all its machines share.",
