@@ -47,6 +47,9 @@ DTYPES = {
 """PyTorch's dtypes, by safetensors' names of them."""
 
 _NUMBERED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,9})\.safetensors")
+_ABSURD_NUMBER = re.compile(r"\d{19}")
+"""In a tensor's name. Python itself refuses to read numbers of some thousand digits."""
+
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?)$")
 _MAX_COUNT = 1000
 """Layers that a config may have in any case; more need as many tensors. All of them are built, if
@@ -354,6 +357,8 @@ def _read_header(file: Path) -> list[TensorInfo]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
+            if _ABSURD_NUMBER.search(name) or _has_foreign_digits(name):
+                raise QuantizeError(f"{file}: {name[:100]!r} has a number that means nothing")
             if entry["dtype"] not in BYTES:
                 raise QuantizeError(
                     f"{file}: {name} has dtype {entry['dtype']}, which is not supported"
@@ -369,6 +374,11 @@ def _read_header(file: Path) -> list[TensorInfo]:
 
 _Expert = tuple[int, int | None]
 """An expert's number, and how many lie one after another without a dimension of their own."""
+
+
+def _has_foreign_digits(name: str) -> bool:
+    """Digits such as ² are numbers to some of Python's functions, and none to others."""
+    return not name.isascii() and any(c.isdigit() and not c.isascii() for c in name)
 
 
 def _extent(info: TensorInfo, expert: _Expert | None) -> tuple[int, int, tuple[int, ...]]:

@@ -157,6 +157,7 @@ def plan(
         left |= ignored_modules(prefix)
     jobs = _jobs(checkpoint, groups, dense, gates, LAYOUTS[options.layout], options.scales)
     shards = _into_shards(jobs, options.max_shard_size)
+    _check_unique(shards)
     return Plan(options, groups, dense, gates, LAYOUTS[options.layout], sorted(left), shards)
 
 
@@ -274,6 +275,15 @@ def _expert_jobs(
             for module, dtype, size in zip(group.modules(expert), dtypes, sizes, strict=True)
         )
         yield Biases(group, expert, interleaved, outputs, sum(out.nbytes for out in outputs))
+
+
+def _check_unique(shards: list[list[Job]]) -> None:
+    """Names such as ``experts.0`` and ``experts.00`` are one expert's."""
+    seen: set[str] = set()
+    for out in (out for jobs in shards for job in jobs for out in job.outputs):
+        if out.name in seen:
+            raise QuantizeError(f"two tensors of the source would both be written as {out.name}")
+        seen.add(out.name)
 
 
 def _into_shards(jobs: Iterator[Job], max_size: int) -> list[list[Job]]:

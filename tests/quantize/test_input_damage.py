@@ -161,6 +161,26 @@ def test_a_tensor_with_an_odd_name(kind: str, source: Path, tmp_path: Path) -> N
     assert "<script>alert" not in (tmp_path / "out" / REPORT).read_text()
 
 
+@pytest.mark.parametrize("number", ["9" * 19, "9" * 5000, "1²2", "٣"], ids=lambda n: n[:5])
+@pytest.mark.parametrize("name", ["model.layers.{}.mlp.experts.0", "model.layers.0.mlp.experts.{}"])
+def test_a_number_that_is_none(name: str, number: str, source: Path, out: Path) -> None:
+    tensors = load_file(source / MODEL)
+    for kind in checkpoints.PROJECTIONS:
+        tensors[f"{name.format(number)}.{kind}.weight"] = torch.ones(16, 16)
+    save_file(tensors, source / MODEL)
+    assert "number that means nothing" in refusal("quantize", source, out)
+
+
+def test_one_expert_under_two_names(source: Path, out: Path) -> None:
+    tensors = load_file(source / MODEL)
+    for kind in checkpoints.PROJECTIONS:
+        name = "model.layers.0.mlp.experts.{}." + f"{kind}.weight"
+        tensors[name.format("00")] = tensors[name.format("0")].clone()
+    save_file(tensors, source / MODEL)
+    message = refusal("quantize", source, out)
+    assert "would both be written as model.layers.0.mlp.experts.0." in message
+
+
 def test_an_expert_layer_with_an_odd_name(source: Path, out: Path) -> None:
     """In an error message: text, without what a terminal would obey."""
     odd = "[bold]\x1b[2J[/] \\"
