@@ -61,6 +61,12 @@ _MAX_DEPTH = 100
 _SAMPLES, _SAMPLE = 16, 256
 """Tensors a file of which the middle is looked at to tell checkpoints apart, and bytes of each."""
 
+_DOWNLOADED = [
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
+    *("LICENSE*", "NOTICE*", "*.md"),
+]
+"""What is fetched from the hub. Python files are copied, and run only with the user's trust."""
+
 _MAX_OPEN = 256
 """Files kept open; those beyond are opened for each read, so that no limit is ever met."""
 
@@ -430,7 +436,7 @@ def resolve(source: str) -> Path:
         return Path(
             snapshot_download(
                 source,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+                allow_patterns=_DOWNLOADED,
                 ignore_patterns=["*/*"],  # only the top level is read
             )
         )

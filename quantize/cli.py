@@ -7,6 +7,7 @@ Exit codes: 0 for success, 1 for an error (or problems that ``verify`` found), 2
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -108,6 +109,9 @@ LinearsOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of tables, e.g. --json > result.json.")
 ]
+
+_TRACEBACK = "NVFP4_MOE_TRACEBACK"
+"""Environment variable: let unexpected errors through."""
 
 app = typer.Typer(
     name="nvfp4-moe",
@@ -352,6 +356,8 @@ def _device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise _UsageError(f"--device {name!r} is neither cpu, nor cuda, nor cuda:0 or the like")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise QuantizeError(
             f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs"
@@ -446,3 +452,25 @@ def _reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         _complain("error", f"{where}{error.strerror or error}")
         sys.exit(1)
+    except typer.Exit:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _complain(
+            "error",
+            f"not enough memory ({_first_line(error)}); choose another GPU with --device, or "
+            "--device cpu, or fewer --threads",
+        )
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        _complain(
+            "error",
+            f"unexpected {type(error).__name__}: {_first_line(error)}. This is a bug of nvfp4-moe; "
+            f"please report it, with what {_TRACEBACK}=1 shows",
+        )
+        sys.exit(1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -84,11 +84,14 @@ class Job(Protocol):
 
     Attributes:
         outputs: the tensors it makes.
+        sources: the tensors it reads, as ``Checkpoint.tensors`` has them.
         modules: module paths of the weights it quantizes.
         nbytes: of the source, as stored.
         memory: bytes that it needs while it runs, at most.
     """
 
+    @property
+    def sources(self) -> tuple[str, ...]: ...
     @property
     def outputs(self) -> tuple[Output, ...]: ...
     @property
@@ -118,18 +121,35 @@ class Copy:
         return (self.output,)
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.output.name,)
+
+    @property
     def modules(self) -> tuple[str, ...]:
         return ()
 
     @property
     def memory(self) -> int:
-        return 4 * self.output.nbytes if self.decoded else min(_PIECE, self.nbytes)
+        if not self.decoded:
+            return min(_PIECE, self.nbytes)
+        return 4 * self.output.nbytes // (self.output.shape[0] if self._stacked else 1)
+
+    @property
+    def _stacked(self) -> bool:
+        return len(self.output.shape) == 3
 
     def will_need(self, checkpoint: Checkpoint) -> None:
         checkpoint.will_need(self.output.name)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
         name = self.output.name
+        if self.decoded and self._stacked:
+            size = self.output.nbytes // self.output.shape[0]
+            for expert in range(self.output.shape[0]):
+                worker.arena.reset()
+                decoded = worker.load_expert(name, expert).bfloat16()
+                writer.write(name, worker.to_host(decoded), expert * size)
+            return []
         if self.decoded:
             writer.write(name, worker.to_host(worker.load(name).bfloat16()))
             return []
@@ -176,9 +196,17 @@ class QuantizeExpert:
     @property
     def memory(self) -> int:
         weights = self.group.intermediate * self.group.hidden * len(self.modules)
-        copies = self.interleaved or self.group.transposed or self.group.flat
-        source = self.nbytes * (1 + copies) + 4 * weights * self.decoded
+        floats = 4 * weights if self.decoded else self.nbytes
+        # Splitting interleaved rows and transposing each make a copy.
+        copies = self.interleaved + (self.group.transposed or self.group.flat)
+        source = self.nbytes * self.decoded + floats * (1 + copies)
         return source + sum(out.nbytes for out in self.outputs)
+
+    def weights(self, worker: Worker) -> list[torch.Tensor]:
+        """The source's weights, each ``[out, in]``, one for each of ``modules``."""
+        if self.inputs:
+            return list(self.group.inputs(worker, self.expert, self.interleaved))
+        return [self.group.down(worker, self.expert)]
 
     def will_need(self, checkpoint: Checkpoint) -> None:
         group = self.group
@@ -187,12 +215,7 @@ class QuantizeExpert:
             checkpoint.will_need(name, self.expert if group.fused else None, experts)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
-        group, expert = self.group, self.expert
-        weights = (
-            list(group.inputs(worker, expert, self.interleaved))
-            if self.inputs
-            else [group.down(worker, expert)]
-        )
+        weights = self.weights(worker)
         return _quantize(
             weights, self.modules, self.sources, self.rule, self.layout, worker, writer
         )
@@ -208,6 +231,10 @@ class QuantizeLinears:
     rule: str
     nbytes: int
     decoded: bool
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.names
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -242,6 +269,10 @@ class Biases:
     interleaved: bool
     outputs: tuple[Output, ...]
     nbytes: int
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.group.bias_names
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -36,6 +36,9 @@ MEMORY = 384 * 2**20
 PER_GPU = 8
 """Threads a GPU: while it computes for one, others read, copy and write."""
 
+_AT_ONCE = 4
+"""Shards written at the same time, at most: what a kill can undo."""
+
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 _REWRITTEN = {"config.json", "hf_quant_config.json", INDEX}
 
@@ -88,10 +91,18 @@ def execute(
             written. Then ``target`` holds no ``config.json``, and a run can be resumed.
     """
     started = time.perf_counter()
-    if target.exists() and target.resolve() == checkpoint.folder.resolve():
+    # The files' own folders too: a source may be a folder of links to them.
+    sources = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
+    if target.exists() and any(folder.samefile(target) for folder in sources):
         raise QuantizeError(f"{target} is the source; choose another folder")
     others = list(_other_files(checkpoint.folder))
-    record = Record(target, plan.fingerprint(checkpoint), command, str(checkpoint.folder))
+    record = Record(
+        target,
+        plan.fingerprint(checkpoint),
+        command,
+        str(checkpoint.folder),
+        {str(file.resolve()): file.stat().st_mtime_ns for file in checkpoint.files},
+    )
     every = range(len(plan.shards))
 
     def summary(missing: Sequence[int]) -> Summary:
@@ -103,12 +114,13 @@ def execute(
             len(plan.shards),
         )
 
-    if resume and record.is_finished(plan):
+    if resume and record.is_finished(plan, others):
         record.end()  # a kill in the last moments may have left it
         progress(_source_bytes(plan, every))
         return summary([])
     record.begin(overwrite, resume)
     try:
+        record.discard_changed(checkpoint, plan)
         missing = record.missing(plan)
         progress(_source_bytes(plan, [i for i in every if i not in missing]))
         _check_space(target, sum(out.nbytes for i in missing for out in plan.outputs(i)))
@@ -194,7 +206,8 @@ def all_devices() -> list[torch.device]:
 
 
 def _interleaved(plan: Plan, shards: Sequence[int], count: int) -> Iterator[tuple[int, Job]]:
-    """All jobs, in turn from ``count`` shards: a file takes one write at a time."""
+    """All jobs, in turn from up to ``count`` shards: a file takes one write at a time."""
+    count = min(count, _AT_ONCE)
     for first in range(0, len(shards), count):
         rows = zip_longest(
             *([(i, job) for job in plan.shards[i]] for i in shards[first : first + count])
@@ -256,6 +269,7 @@ class _OpenShards:
 
     def _finish(self, writer: ShardWriter, errors: list[WeightError]) -> None:
         try:
+            self._record.check_ours()
             self._record.save_errors(writer.path.name, errors)
         except BaseException:
             writer.abort()
@@ -274,15 +288,17 @@ def _team(
     if gpus:
         return [Worker(checkpoint, device, largest) for _ in range(PER_GPU) for device in gpus]
     if threads is None:
-        threads = max(1, min(_cores(), MEMORY // max(1, largest), len(jobs)))
+        threads = min(cores(largest), len(jobs))
     return [Worker(checkpoint, devices[0]) for _ in range(threads)]
 
 
-def _cores() -> int:
+def cores(memory: int) -> int:
+    """How many threads to run whose jobs need ``memory`` bytes each: all cores, within MEMORY."""
     try:
-        return len(os.sched_getaffinity(0))
+        count = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+        count = os.cpu_count() or 1
+    return max(1, min(count, MEMORY // max(1, memory)))
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -299,6 +315,7 @@ def _source_bytes(plan: Plan, shards: Iterable[int]) -> int:
 
 
 def _finish(checkpoint: Checkpoint, plan: Plan, record: Record, others: Sequence[Path]) -> None:
+    record.check_ours()
     target, partial = record.target, record.partial("other")
     for file in others:
         try:

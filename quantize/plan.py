@@ -18,7 +18,7 @@ from quantize import linears, sources
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup, find, ignored_modules, left_as_is, source_names
-from quantize.gates import Gate, Gates
+from quantize.gates import Gate, Gates, to_contract
 from quantize.identify import identify
 from quantize.jobs import Biases, Copy, Job, QuantizeExpert, QuantizeLinears
 from quantize.layouts import LAYOUTS, Layout
@@ -98,7 +98,7 @@ class Plan:
         what: dict[str, Any] = {
             "version": package_version(),
             "options": asdict(self.options),
-            "gates": str(self.gates),
+            "gates": to_contract(self.gates),
             "config": checkpoint.config,
             "sample": checkpoint.sample(),
             "source": [
@@ -227,7 +227,7 @@ def _jobs(
             group = first[name]
             interleaved = gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
-                yield from _expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
+                yield from expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
         elif name in sets:
             shapes = tuple(checkpoint.tensors[n].shape for n in sets[name])
             yield QuantizeLinears(
@@ -244,14 +244,15 @@ def _jobs(
             yield Copy(output, checkpoint.stored_bytes(name), decoded)
 
 
-def _expert_jobs(
+def expert_jobs(
     checkpoint: Checkpoint,
     group: ExpertGroup,
     expert: int,
     interleaved: bool,
     layout: Layout,
     rule: str,
-) -> Iterator[Job]:
+) -> Iterator[QuantizeExpert | Biases]:
+    """What makes one expert: its gate and up, its down, its biases if it has any."""
     share = group.num_experts if group.fused else 1
     for inputs in (True, False):
         job = QuantizeExpert(group, expert, inputs, interleaved, layout, rule, 0, False)

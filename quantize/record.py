@@ -16,11 +16,12 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import INDEX, read_json
+from quantize.checkpoint import INDEX, Checkpoint, read_json
 from quantize.errors import QuantizeError
 from quantize.jobs import WeightError
 from quantize.plan import Plan
@@ -37,14 +38,24 @@ class Record:
         fingerprint: ``Plan.fingerprint``.
         command: how the run was started, for the report; a resumed run keeps the first one's.
         source: what it reads, likewise.
+        files: the source's files with their times of modification, in nanoseconds.
     """
 
-    def __init__(self, target: Path, fingerprint: str, command: str = "", source: str = "") -> None:
+    def __init__(
+        self,
+        target: Path,
+        fingerprint: str,
+        command: str = "",
+        source: str = "",
+        files: Mapping[str, int] | None = None,
+    ) -> None:
         self.target = target
         self.folder = target / FOLDER
         self.fingerprint = fingerprint
         self.command = command
         self.source = source
+        self.files = dict(files or {})
+        self.changed: set[str] = set()
         self._run = self.folder / "run.json"
 
     @property
@@ -52,15 +63,22 @@ class Record:
         """What the report of this run ends with."""
         return f"<!-- run {self.fingerprint} -->\n"
 
-    def is_finished(self, plan: Plan) -> bool:
-        """Whether the target already holds all that this run would make."""
+    def is_finished(self, plan: Plan, others: Sequence[Path] = ()) -> bool:
+        """Whether the target already holds all that this run would make, ``others`` copied too."""
+        config = self.target / "config.json"
+        copies = {file: self.target / file.name for file in others}
+        indexed = len(plan.shards) == 1 or (self.target / INDEX).exists()
         try:
             report = (self.target / REPORT).read_text(encoding="utf-8")
+            done = config.stat().st_mtime_ns
+            same = all(a.stat().st_size == b.stat().st_size for a, b in copies.items())
         except (OSError, ValueError):
+            return False
+        if not (same and indexed) or any(changed > done for changed in self.files.values()):
             return False
         return (
             not self._run.exists()
-            and (self.target / "config.json").exists()
+            and all((self.target / name).exists() for name in plan.layout.extra_files([]))
             and report.endswith(self.mark)
             and all(
                 is_complete(self.target / name, plan.outputs(shard))
@@ -85,6 +103,38 @@ class Record:
         else:
             self._start()
         self._clear()
+
+    def check_ours(self) -> None:
+        """That no other run has taken the target over, while this one was at work.
+
+        Raises:
+            QuantizeError: if one has.
+        """
+        try:
+            found = read_json(self._run).get("fingerprint")
+        except QuantizeError:
+            found = None
+        if found != self.fingerprint:
+            raise QuantizeError(
+                f"{self._run}: another run has taken {self.target} over; let one run write to it"
+            )
+
+    def discard_changed(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        """Void the shards made from files of the source that have changed since, a repaired one
+        for example."""
+        if not self.changed:
+            return
+        names = {
+            name
+            for name, info in checkpoint.stored.items()
+            if str(info.file.resolve()) in self.changed
+        }
+        for shard, jobs in enumerate(plan.shards):
+            read = {part for job in jobs for name in job.sources for part in checkpoint.parts(name)}
+            if names & read:
+                self._errors(plan.names[shard]).unlink(missing_ok=True)
+                (self.target / plan.names[shard]).unlink(missing_ok=True)
+        self._write()
 
     def missing(self, plan: Plan) -> list[int]:
         """The shards that are still to be made."""
@@ -119,7 +169,8 @@ class Record:
 
     def abandon(self) -> None:
         """After a failure: leave nothing behind if there is nothing to resume from."""
-        with suppress(OSError):  # what went wrong before is what matters
+        with suppress(OSError, QuantizeError):  # what went wrong before is what matters
+            self.check_ours()
             if [file.name for file in self.target.iterdir()] == [FOLDER]:
                 shutil.rmtree(self.folder)
 
@@ -139,6 +190,9 @@ class Record:
                 f"{self._run}: the interrupted run had another source, options or version of this "
                 "package; use the same ones, or start again with --overwrite"
             )
+        before = found.get("files")
+        if isinstance(before, dict):
+            self.changed = {f for f, time in self.files.items() if before.get(f, time) != time}
         self.command = str(found.get("command", self.command))
         self.source = str(found.get("source", self.source))
 
@@ -146,20 +200,28 @@ class Record:
         for file in self.folder.iterdir() if self.folder.exists() else ():
             if file != self._run:  # of an earlier run: void from here on
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        run = {"fingerprint": self.fingerprint, "command": self.command, "source": self.source}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._run, run)
+            self._write()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._clear()  # the disk may be full of what is to be replaced
             try:
                 self.folder.mkdir(exist_ok=True)
-                write_json(self._run, run)
+                self._write()
             except OSError:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 raise
+
+    def _write(self) -> None:
+        run = {
+            "fingerprint": self.fingerprint,
+            "command": self.command,
+            "source": self.source,
+            "files": self.files,
+        }
+        write_json(self._run, run)
 
     def _clear(self) -> None:
         """Remove what is not this run's; first what makes an old checkpoint look whole."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,12 +16,14 @@ import torch
 from quantize import linears
 from quantize.checkpoint import Checkpoint, TensorInfo
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find, source_names
+from quantize.experts import find, source_names
 from quantize.gates import KEY, Gate, Gates, from_contract
 from quantize.identify import identify
-from quantize.jobs import Worker, outputs
+from quantize.jobs import Biases, QuantizeExpert, Worker, outputs
 from quantize.layouts import Layout, detect
 from quantize.nvfp4 import E4M3_MAX, NvFp4, bad_scales
+from quantize.pipeline import cores
+from quantize.plan import expert_jobs
 from quantize.shards import Output
 
 IMPLAUSIBLE = 0.5
@@ -113,7 +114,10 @@ def verify(
     _check_gate(target, gates, report)
     comparison = _Comparison(source, target, layout, gates)
     lost: dict[str, tuple[float, float]] = {}
-    for part, nbytes in _on_all_cores(source, comparison.tasks()):
+    tasks = list(comparison.tasks())
+    if not comparison.quantized:
+        report.problems.append(f"{target.folder}: none of the source's experts is quantized")
+    for part, nbytes in _in_threads(source, tasks, cores(comparison.memory)):
         report.problems += part.problems
         if part.prefix is not None:
             noise, signal = lost.get(part.prefix, (0.0, 0.0))
@@ -131,9 +135,9 @@ def verify(
     return report
 
 
-def _on_all_cores(source: Checkpoint, tasks: Iterator[_Task]) -> Iterator[tuple[_Part, int]]:
+def _in_threads(source: Checkpoint, tasks: list[_Task], count: int) -> Iterator[tuple[_Part, int]]:
     """Results in the order of ``tasks``, of which only a few are held at a time."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    waiting = iter(tasks)
     thread = local()
 
     def run(task: _Task) -> tuple[_Part, int]:
@@ -146,10 +150,10 @@ def _on_all_cores(source: Checkpoint, tasks: Iterator[_Task]) -> Iterator[tuple[
     torch.set_num_threads(1)  # PyTorch's own threads would compete with these
     try:
         with ThreadPoolExecutor(count, "verify") as pool:
-            pending = [pool.submit(run, task) for task in islice(tasks, 2 * count)]
+            pending = [pool.submit(run, task) for task in islice(waiting, 2 * count)]
             while pending:
                 yield pending.pop(0).result()
-                pending += [pool.submit(run, task) for task in islice(tasks, 1)]
+                pending += [pool.submit(run, task) for task in islice(waiting, 1)]
     finally:
         torch.set_num_threads(before)
 
@@ -161,6 +165,8 @@ class _Comparison:
     layout: Layout
     gates: Gates
     expected: set[str] = field(default_factory=set)
+    quantized: bool = False
+    memory: int = 0
 
     def tasks(self) -> Iterator[_Task]:
         groups = find(self.source)
@@ -175,18 +181,17 @@ class _Comparison:
             for name in names
             if self._has_nvfp4([name.removesuffix(".weight")])
         ]
+        self.quantized = bool(quantized or dense)
         for group in quantized:
+            interleaved = self.gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
-                wanted = [
-                    outputs(module, shape, self.layout)
-                    for module, shape in zip(group.modules(expert), _shapes(group), strict=True)
-                ]
-                self.expected.update(out.name for outs in wanted for out in outs)
-                yield partial(self._expert, group, expert, wanted)
-                if group.bias_names:
-                    modules = group.modules(expert)
-                    self.expected.update(f"{module}.bias" for module in modules)
-                    yield partial(self._biases, group, expert)
+                for job in expert_jobs(self.source, group, expert, interleaved, self.layout, "max"):
+                    self.expected.update(out.name for out in job.outputs)
+                    self.memory = max(self.memory, job.memory)
+                    if isinstance(job, Biases):
+                        yield partial(self._biases, job)
+                    else:
+                        yield partial(self._expert, job)
         for name in dense:
             rows, columns = self.source.tensors[name].shape
             outs = outputs(name.removesuffix(".weight"), (rows, columns), self.layout)
@@ -209,17 +214,12 @@ class _Comparison:
                 return True
         return False
 
-    def _expert(
-        self, group: ExpertGroup, expert: int, wanted: list[tuple[Output, ...]], worker: Worker
-    ) -> tuple[_Part, int]:
-        part = _Part(group.prefix)
-        interleaved = self.gates.of(group.prefix).interleaved
-        weights = (*group.inputs(worker, expert, interleaved), group.down(worker, expert))
-        for module, weight, outs in zip(group.modules(expert), weights, wanted, strict=True):
-            self._weight(module, weight, outs, worker, part)
-        share = group.num_experts if group.fused else 1
-        sources = group.sources if group.fused else group.sources_of(expert)
-        return part, sum(self.source.stored_bytes(name) for name in sources) // share
+    def _expert(self, job: QuantizeExpert, worker: Worker) -> tuple[_Part, int]:
+        part = _Part(job.group.prefix)
+        count = len(self.layout.suffixes)
+        for i, (module, weight) in enumerate(zip(job.modules, job.weights(worker), strict=True)):
+            self._weight(module, weight, job.outputs[count * i : count * (i + 1)], worker, part)
+        return part, job.nbytes
 
     def _linear(self, name: str, outs: tuple[Output, ...], worker: Worker) -> tuple[_Part, int]:
         part = _Part("dense linears")
@@ -269,17 +269,19 @@ class _Comparison:
             return None
         return self.layout.restore(tensors)[0]
 
-    def _biases(self, group: ExpertGroup, expert: int, worker: Worker) -> tuple[_Part, int]:
-        part = _Part()
-        interleaved = self.gates.of(group.prefix).interleaved
-        for module, bias in group.biases(worker, expert, interleaved).items():
+    def _biases(self, job: Biases, worker: Worker) -> tuple[_Part, int]:
+        part, group = _Part(), job.group
+        for module, bias in group.biases(worker, job.expert, job.interleaved).items():
             name = f"{module}.bias"
             if name not in self.target.tensors:
                 part.problems.append(f"{name} is missing")
+            elif self.target.tensors[name].dtype != self.source.tensors[group.bias_names[0]].dtype:
+                file = self.target.tensors[name].file.name
+                part.problems.append(f"{file}: {name} has another dtype than the source's")
             elif not torch.equal(self.target.load(name), bias):
                 file = self.target.tensors[name].file.name
                 part.problems.append(f"{file}: {name} differs from the source")
-        return part, 0
+        return part, job.nbytes
 
     def _copy(self, info: TensorInfo, worker: Worker) -> tuple[_Part, int]:
         part = _Part()
@@ -297,9 +299,10 @@ class _Comparison:
 
     def _same(self, info: TensorInfo, copy: TensorInfo, worker: Worker) -> bool:
         if self.source.parts(info.name) != (info.name,):
-            decoded = worker.load(info.name).bfloat16()
-            ours, theirs = self.target.load(info.name), decoded
-            return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            return all(
+                torch.equal(ours.view(torch.uint8), decoded.bfloat16().view(torch.uint8))
+                for ours, decoded in self._decoded(info, worker)
+            )
         size = min(_PIECE, info.nbytes)
         left, right = worker.arena.take(size), worker.arena.take(size)
         for start in range(0, info.nbytes, _PIECE):
@@ -310,10 +313,17 @@ class _Comparison:
                 return False
         return True
 
-
-def _shapes(group: ExpertGroup) -> list[tuple[int, int]]:
-    wide = (group.intermediate, group.hidden)
-    return [wide] * (len(group.names) - 1) + [wide[::-1]]
+    def _decoded(
+        self, info: TensorInfo, worker: Worker
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A copy and the source's weight, dequantized: of stacked experts, one after another."""
+        if len(info.shape) != 3:
+            yield self.target.load(info.name, worker.arena), worker.load(info.name)
+            return
+        for expert in range(info.shape[0]):
+            worker.arena.reset()
+            copy = self.target.load_expert(info.name, expert, arena=worker.arena)
+            yield copy, worker.load_expert(info.name, expert)
 
 
 def _clearly_good(scales: torch.Tensor) -> bool:
