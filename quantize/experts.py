@@ -65,12 +65,12 @@ _STACKED: tuple[tuple[str, str, str], ...] = (
 
 _PATTERNS = [(kind, suffix, re.compile(pattern)) for kind, suffix, pattern in _STACKED]
 _SINGLE = re.compile(
-    _EXPERTS + r"(?P<expert>\d+)\."
+    _EXPERTS + r"(?P<expert>[0-9]{1,9})\."
     rf"(?P<kind>{'|'.join(name for names in PROJECTIONS for name in names)})"
     r"\.(?P<what>weight|bias)"
 )
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)[^.]*(?:\.|$)")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -255,22 +255,40 @@ def _collect(checkpoint: Checkpoint) -> _Found:
     for name, info in checkpoint.tensors.items():
         if match := _SINGLE.fullmatch(name):
             key = int(match["expert"]), match["kind"], match["what"]
-            found.single[match["prefix"]][key] = info
+            single = found.single[match["prefix"]]
+            if (other := single.setdefault(key, info)) is not info:
+                raise QuantizeError(
+                    f"{other.name} and {name} would both be written as {match['prefix']}."
+                    f"{'.'.join(map(str, key))}; remove the one that the model does not use"
+                )
             continue
         for kind, suffix, pattern in _PATTERNS:
             # A shared expert's linear or an ordinary MLP's may be called the same.
             match = pattern.fullmatch(name)
             if match and (not suffix or len(info.shape) == 3):
-                found.stacked[match["prefix"] + suffix][kind] = info
+                parts = found.stacked[match["prefix"] + suffix]
+                if (other := parts.setdefault(kind, info)) is not info:
+                    raise _both(match["prefix"] + suffix, other, info)
     for prefix, parts in list(found.stacked.items()):
         # The projections of JetMoE's attention are stacked too, but there is nothing between them.
         if {"gate_up", "down"} <= set(parts) and _is_attention(parts["gate_up"], parts["down"]):
             del found.stacked[prefix]
+        elif prefix in found.single:
+            one, *_ = found.single[prefix].values()
+            raise _both(prefix, next(iter(parts.values())), one)
     return found
 
 
+def _both(prefix: str, one: TensorInfo, other: TensorInfo) -> QuantizeError:
+    return QuantizeError(
+        f"{prefix}: {one.name} and {other.name} are two ways to store the same experts; remove "
+        "the tensors that the model does not use"
+    )
+
+
 def _is_attention(up: TensorInfo, down: TensorInfo) -> bool:
-    return "_linear." in up.name and up.shape == (up.shape[0], *down.shape[:0:-1])
+    stacked = up.name.endswith("_linear.weight")
+    return stacked and up.shape == (up.shape[0], *down.shape[:0:-1])
 
 
 def _drafts(prefix: str, config: dict[str, Any]) -> bool:
@@ -282,7 +300,8 @@ def _drafts(prefix: str, config: dict[str, Any]) -> bool:
 
 
 def _natural(name: str) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"([0-9]{1,9})", name)  # every other one is a number
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _stacked_group(
@@ -290,6 +309,8 @@ def _stacked_group(
 ) -> ExpertGroup:
     joined = "gate_up" in parts or not {"gate", "up"} & set(parts)
     kinds: tuple[str, ...] = ("gate_up", "down") if joined else ("gate", "up", "down")
+    if joined and (separate := [parts[kind] for kind in ("gate", "up") if kind in parts]):
+        raise _both(prefix, parts["gate_up"], separate[0])
     if not joined and "gate" not in parts:
         kinds = kinds[1:]
     if missing := [kind for kind in kinds if kind not in parts]:
@@ -310,7 +331,7 @@ def _stacked_group(
     wide = 2 if joined else 1
     experts, hidden, intermediate = shapes[-1]
     # LongCat has rows for its zero experts, which have no down and are never used.
-    unused = checkpoint.text_config().get("zero_expert_num") or 0
+    unused = _zero_experts(checkpoint.text_config())
     fits = False
     for transposed in (False, True):
         if transposed:
@@ -342,16 +363,27 @@ def _stacked_group(
     )
 
 
+def _zero_experts(config: dict[str, Any]) -> int:
+    """How many of the experts compute nothing."""
+    number = config.get("zero_expert_num") or 0
+    if not isinstance(number, int) or number < 0:
+        raise QuantizeError(
+            f"config.json: zero_expert_num is {number!r}, expected how many experts have no "
+            "weights; correct it"
+        )
+    return number
+
+
 def _flat_group(prefix: str, weights: list[TensorInfo], checkpoint: Checkpoint) -> ExpertGroup:
     nested = checkpoint.text_config().get("ffn_config")
     experts = nested.get("moe_num_experts") if isinstance(nested, dict) else None
     shape = weights[0].shape
-    fits = len(shape) == 2 and all(info.shape == shape for info in weights)
+    fits = len(weights) == 3 and len(shape) == 2 and all(info.shape == shape for info in weights)
     if not isinstance(experts, int) or experts < 1 or not fits or shape[0] % experts:
         raise QuantizeError(
             f"{' and '.join(f'{i.name} {list(i.shape)}' for i in weights)} do not fit together; "
-            "expected [experts * intermediate, hidden], and ffn_config.moe_num_experts, which is "
-            f"{experts}"
+            "expected three of [experts * intermediate, hidden], and ffn_config.moe_num_experts, "
+            f"which is {experts}"
         )
     names = tuple(info.name for info in weights)
     sizes = experts, shape[1], shape[0] // experts
@@ -397,8 +429,8 @@ def _single_groups(
         raise QuantizeError(f"{prefix}: mixes names of projections: {', '.join(sorted(kinds))}")
     experts = 1 + max(expert for expert, _, _ in parts)
     unused: list[str] = []
-    zero = config.get("zero_expert_num") or 0
-    if isinstance(zero, int) and 0 < zero < experts:
+    zero = _zero_experts(config)
+    if 0 < zero < experts:
         beyond = [key for key in parts if key[0] >= experts - zero]
         if not any(kind == names[-1] for _, kind, _ in beyond):
             unused = [parts[key].name for key in beyond]
@@ -459,7 +491,14 @@ def _check(group: ExpertGroup, checkpoint: Checkpoint) -> None:
                 f"{info.file.name}: {name} has dtype {info.dtype}; only {', '.join(PLAIN)} sources "
                 "can be quantized (start from the original, unquantized checkpoint)"
             )
-    for what, size in (("hidden", group.hidden), ("intermediate", group.intermediate)):
+    sizes = (("hidden", group.hidden), ("intermediate", group.intermediate))
+    for what, size in (("experts", group.num_experts), *sizes):
+        if size < 1:
+            raise QuantizeError(
+                f"{group.sources[0]}: {what} size {size}, there is nothing to quantize; download "
+                "the checkpoint again"
+            )
+    for what, size in sizes:
         if size % BLOCK:
             raise QuantizeError(
                 f"{group.prefix}: {what} size {size} is not a multiple of {BLOCK}, NVFP4's block"

@@ -16,11 +16,13 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from transformers import AutoConfig, PreTrainedConfig, initialization
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -48,7 +50,9 @@ _GRID = (-FAR, -33.0, -9.0, -7.5, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 6.5, 7.
 
 _MODELS = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})(?:\.|$)")
+_IMPLEMENTATION = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")
+"""Keys of a config with which it picks kernels, from anywhere on the hub."""
 
 
 def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
@@ -72,7 +76,9 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
             config = AutoConfig.from_pretrained(source, trust_remote_code=True)
         else:
             # Not AutoConfig: in a process of vLLM's, it gives vLLM's own class for some models.
-            config = getattr(transformers, CONFIG_MAPPING_NAMES[model_type]).from_dict(raw)
+            cls = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
+            with _offline():
+                config = cls.from_dict(_without_implementations(raw))
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
@@ -83,12 +89,13 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
 
 def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Gates:
     """The gates of the model that ``config`` describes; raises as :func:`identify`."""
-    try:
-        sites = list(_sites(_build(config, trust_remote_code)))
-    except QuantizeError:
-        sites = _alone(config)
-        if not sites:
-            raise
+    with nullcontext() if trust_remote_code else _offline():
+        try:
+            sites = list(_sites(_build(config, trust_remote_code)))
+        except QuantizeError:
+            sites = _alone(config)
+            if not sites:
+                raise
     layers: dict[int, Gate] = {}
     first: dict[int, str] = {}
     for path, module in sites:
@@ -128,6 +135,25 @@ def match(probe: Probe) -> Gate | None:
     return None
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Nothing asks the hub: some models would, for parts of theirs, when they are built."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _without_implementations(value: Any) -> Any:
+    """``value`` without the keys of ``_IMPLEMENTATION``, however deep."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not _IMPLEMENTATION.fullmatch(str(k))}
+        return {key: _without_implementations(item) for key, item in kept.items()}
+    return [_without_implementations(item) for item in value] if isinstance(value, list) else value
+
+
 def _build(config: PreTrainedConfig, trust_remote_code: bool) -> torch.nn.Module:
     """The model on the meta device; only the language model if the whole cannot be built."""
     errors: list[Exception] = []
@@ -136,7 +162,9 @@ def _build(config: PreTrainedConfig, trust_remote_code: bool) -> torch.nn.Module
         for cls in _model_classes(part, trust_remote_code):
             try:
                 with torch.device("meta"), initialization.no_init_weights():
-                    model: torch.nn.Module = cls(copy.deepcopy(part))
+                    own = copy.deepcopy(part)
+                    own._attn_implementation = "eager"  # may name a kernel on the hub
+                    model: torch.nn.Module = cls(own)
                 return model
             except Exception as error:  # any code may be in there
                 errors.append(error)

@@ -24,7 +24,7 @@ from quantize.gates.gate import Gate
 KEY = "nvfp4_moe"
 
 _VERSIONS = (1, 2)
-_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,6 @@ def from_contract(value: Any, where: str = "config.json") -> Gates:
 
 
 def _layer(key: str) -> int:
-    if not (isinstance(key, str) and key.isascii() and key.isdigit()):
+    if not re.fullmatch("[0-9]{1,9}", key):
         raise ValueError(f"layer number {key!r}")
     return int(key)

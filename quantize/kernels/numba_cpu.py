@@ -43,7 +43,14 @@ _MAGNITUDE = _U(0x7FFFFFFF)
 _MIN, _MAX, _NORMAL = _F(2.0**-9), _F(448), _F(2.0**-6)
 """E4M3's smallest, largest, and smallest normal values."""
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+def _compiled(function: Any) -> Any:
+    """Compile ``function`` at its first call, and keep the result for later processes."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(**options, cache=True)(function)
+    except RuntimeError:  # no folder to keep it in is writable
+        return njit(**options)(function)
 
 
 @njit(inline="always")

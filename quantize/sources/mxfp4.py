@@ -84,4 +84,9 @@ def _shape(codes: TensorInfo, scale: TensorInfo) -> tuple[int, ...]:
             f"together: MXFP4 has two codes a byte and one scale for {BLOCK} codes, so that "
             f"{list(expected)} was expected"
         )
+    if 0 in expected:
+        raise QuantizeError(
+            f"{codes.name} has shape {list(codes.shape)}: a weight without elements; download the "
+            "checkpoint again"
+        )
     return (*rows, blocks * BLOCK)

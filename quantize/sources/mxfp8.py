@@ -43,6 +43,8 @@ def is_mxfp8(weight: TensorInfo, scale: TensorInfo) -> bool:
     """Whether a weight is MXFP8; if its scales have another shape, it is FP8 with larger blocks."""
     if weight.dtype != "F8_E4M3" or scale.dtype not in SCALE_DTYPES or is_scale(weight.name):
         return False
+    if not weight.shape or 0 in weight.shape:
+        return False
     *rows, inputs = weight.shape
     return inputs % BLOCK == 0 and scale.shape == (*rows, inputs // BLOCK)
 
