@@ -11,8 +11,9 @@ import transformers
 from safetensors.torch import save_file
 
 from quantize.checkpoint import Checkpoint
-from quantize.pipeline import REPORT, Summary, execute
+from quantize.pipeline import Summary, execute
 from quantize.plan import Options, plan
+from quantize.record import REPORT
 from tests.quantize.reference import INDEX
 
 SIZES = {
