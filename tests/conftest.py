@@ -1,6 +1,7 @@
 """Fixtures for all tests: the small trained model, in both of its layouts."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# A shell that starts a runner in the background has it ignore Ctrl-C; processes that tests start
+# would inherit that, and some tests interrupt them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
