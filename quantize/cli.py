@@ -36,7 +36,7 @@ from rich.text import Text
 from quantize import inspection
 from quantize.checkpoint import Checkpoint, resolve
 from quantize.cluster import connected
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, first_line
 from quantize.gates import Gate
 from quantize.layouts import LAYOUTS
 from quantize.pipeline import execute
@@ -457,7 +457,7 @@ def _reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         _complain(
             "error",
-            f"not enough memory ({_first_line(error)}); choose another GPU with --device, or "
+            f"not enough memory ({first_line(error)}); choose another GPU with --device, or "
             "--device cpu, or fewer --threads",
         )
         sys.exit(1)
@@ -466,11 +466,7 @@ def _reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
             raise
         _complain(
             "error",
-            f"unexpected {type(error).__name__}: {_first_line(error)}. This is a bug of nvfp4-moe; "
+            f"unexpected {type(error).__name__}: {first_line(error)}. This is a bug of nvfp4-moe; "
             f"please report it, with what {_TRACEBACK}=1 shows",
         )
         sys.exit(1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

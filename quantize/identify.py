@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, first_line
 from quantize.gates import FORMS, Gate, Gates
 from quantize.gates.drive import CannotDriveError, drive
 from quantize.gates.probe import FAR, Probe
@@ -82,7 +82,7 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
-            f"unknown ({_first_line(error)}). {remote}{_HELP}"
+            f"unknown ({first_line(error)}). {remote}{_HELP}"
         ) from error
     return identify_config(config, trust_remote_code)
 
@@ -171,7 +171,7 @@ def _build(config: PreTrainedConfig, trust_remote_code: bool) -> torch.nn.Module
     if errors:
         raise QuantizeError(
             f"model type {config.model_type!r} cannot be built from its config "
-            f"({_first_line(errors[0])}). {_HELP}"
+            f"({first_line(errors[0])}). {_HELP}"
         ) from errors[0]
     raise QuantizeError(
         f"model type {config.model_type!r}: Transformers has no model for "
@@ -261,14 +261,10 @@ def _gate_of(module: torch.nn.Module) -> Gate:
             found = match(probe)
         except Exception as error:
             raise QuantizeError(
-                f"{where}: its gating code fails on plain numbers ({_first_line(error)}). {_HELP}"
+                f"{where}: its gating code fails on plain numbers ({first_line(error)}). {_HELP}"
             ) from error
         if found is not None:
             return Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
     known = ", ".join(name for name, form in FORMS.items() if form.gated == driven.gated)
     what = "gate" if driven.gated else "activation (it has no gate)"
     raise QuantizeError(f"{where}: its {what} is none of {known}. {_HELP}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

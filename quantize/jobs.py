@@ -20,13 +20,13 @@ from quantize.kernels import Kernel, NotFiniteError, for_device, quantize_weight
 from quantize.layouts import LAYOUTS, Layout
 from quantize.memory import Arena
 from quantize.nvfp4 import BLOCK, NvFp4
-from quantize.shards import DTYPES, Output, ShardWriter
+from quantize.shards import DTYPE_NAMES, Output, ShardWriter
 
 INPUT_SCALE = 1.0
 """Scale of quantized layers' inputs until they are calibrated."""
 
-_PIECE = 16 * 2**20
-"""Bytes copied at a time."""
+PIECE = 16 * 2**20
+"""Bytes of a tensor copied or compared at a time."""
 
 
 class WeightError(NamedTuple):
@@ -131,7 +131,7 @@ class Copy:
     @property
     def memory(self) -> int:
         if not self.decoded:
-            return min(_PIECE, self.nbytes)
+            return min(PIECE, self.nbytes)
         return 4 * self.output.nbytes // (self.output.shape[0] if self._stacked else 1)
 
     @property
@@ -154,9 +154,9 @@ class Copy:
             writer.write(name, worker.to_host(worker.load(name).bfloat16()))
             return []
         info = worker.checkpoint.stored[name]
-        buffer = worker.arena.take(min(_PIECE, self.nbytes))
-        for start in range(0, self.nbytes, _PIECE):
-            piece = buffer[: min(_PIECE, self.nbytes - start)]
+        buffer = worker.arena.take(min(PIECE, self.nbytes))
+        for start in range(0, self.nbytes, PIECE):
+            piece = buffer[: min(PIECE, self.nbytes - start)]
             worker.checkpoint.read_into(piece, info, start)
             writer.write(name, piece, start)
         return []
@@ -314,7 +314,7 @@ def _stored(shape: tuple[int, int], layout: str) -> tuple[tuple[str, tuple[int, 
         ),
         INPUT_SCALE,
     )
-    return tuple((DTYPES[tensor.dtype], tuple(tensor.shape)) for tensor in example)
+    return tuple((DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for tensor in example)
 
 
 def _quantize(

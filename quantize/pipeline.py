@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -181,11 +181,8 @@ def make_shards(
             failed.append(True)  # the others stop after their job
             raise
 
-    # PyTorch's own threads would compete with ours; what it does here is small.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(len(team), "quantize") as pool:
+        with threads_of_our_own(), ThreadPoolExecutor(len(team), "quantize") as pool:
             try:
                 for future in as_completed([pool.submit(guarded, worker) for worker in team]):
                     future.result()
@@ -194,7 +191,6 @@ def make_shards(
                 raise
         open_shards.wait()
     finally:
-        torch.set_num_threads(before)
         open_shards.close()
 
 
@@ -290,6 +286,17 @@ def _team(
     if threads is None:
         threads = min(cores(largest), len(jobs))
     return [Worker(checkpoint, devices[0]) for _ in range(threads)]
+
+
+@contextmanager
+def threads_of_our_own() -> Iterator[None]:
+    """PyTorch's own threads would compete with ours; what it does beside them is small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cores(memory: int) -> int:

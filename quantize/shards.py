@@ -23,11 +23,11 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from quantize.checkpoint import BYTES
+from quantize.checkpoint import BYTES, DTYPES
 from quantize.errors import QuantizeError
 
-DTYPES = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
-"""safetensors' names of the dtypes that NVFP4 layouts consist of."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""safetensors' names of PyTorch's dtypes."""
 
 
 class Output(NamedTuple):

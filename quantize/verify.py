@@ -19,18 +19,15 @@ from quantize.errors import QuantizeError
 from quantize.experts import find, source_names
 from quantize.gates import KEY, Gate, Gates, from_contract
 from quantize.identify import identify
-from quantize.jobs import Biases, QuantizeExpert, Worker, outputs
+from quantize.jobs import PIECE, Biases, QuantizeExpert, Worker, outputs
 from quantize.layouts import Layout, detect
 from quantize.nvfp4 import E4M3_MAX, NvFp4, bad_scales
-from quantize.pipeline import cores
+from quantize.pipeline import cores, threads_of_our_own
 from quantize.plan import expert_jobs
 from quantize.shards import Output
 
 IMPLAUSIBLE = 0.5
 """Relative error above which a weight cannot be the source's: NVFP4 leaves about 0.1."""
-
-_PIECE = 16 * 2**20
-"""Bytes of copied tensors compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -146,16 +143,11 @@ def _in_threads(source: Checkpoint, tasks: list[_Task], count: int) -> Iterator[
         thread.worker.arena.reset()
         return task(thread.worker)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # PyTorch's own threads would compete with these
-    try:
-        with ThreadPoolExecutor(count, "verify") as pool:
-            pending = [pool.submit(run, task) for task in islice(waiting, 2 * count)]
-            while pending:
-                yield pending.pop(0).result()
-                pending += [pool.submit(run, task) for task in islice(waiting, 1)]
-    finally:
-        torch.set_num_threads(before)
+    with threads_of_our_own(), ThreadPoolExecutor(count, "verify") as pool:
+        pending = [pool.submit(run, task) for task in islice(waiting, 2 * count)]
+        while pending:
+            yield pending.pop(0).result()
+            pending += [pool.submit(run, task) for task in islice(waiting, 1)]
 
 
 @dataclass
@@ -303,10 +295,10 @@ class _Comparison:
                 torch.equal(ours.view(torch.uint8), decoded.bfloat16().view(torch.uint8))
                 for ours, decoded in self._decoded(info, worker)
             )
-        size = min(_PIECE, info.nbytes)
+        size = min(PIECE, info.nbytes)
         left, right = worker.arena.take(size), worker.arena.take(size)
-        for start in range(0, info.nbytes, _PIECE):
-            count = min(_PIECE, info.nbytes - start)
+        for start in range(0, info.nbytes, PIECE):
+            count = min(PIECE, info.nbytes - start)
             self.source.read_into(left[:count], info, start)
             self.target.read_into(right[:count], copy, start)
             if not torch.equal(left[:count], right[:count]):
