@@ -19,10 +19,11 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
@@ -35,6 +36,9 @@ _RETRIES = 3
 
 _CONNECT = 10.0
 """Seconds to wait for the cluster's head to answer; Ray's own patience is minutes."""
+
+_PATIENCE = 10.0
+"""Seconds for tasks to stop."""
 
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How a client begins to talk to Ray; the reply starts with a frame of the same kind, 4."""
@@ -97,7 +101,9 @@ def make_shards_on_ray(
         )
         where = str(checkpoint.folder.resolve()), str(record.target.resolve())
         run = pickle.dumps((*where, plan.options, plan.gates, record.fingerprint, threads or 1))
-        pending = {task.remote(run, shard): shard for shard in shards}
+        # Of this driver: one that goes on with the run must not stop its tasks by the same.
+        stop = record.folder / f"{uuid4().hex}.stop"
+        pending = {task.remote(run, stop.name, shard): shard for shard in shards}
         try:
             while pending:
                 (done, *_), _ = ray.wait(list(pending))
@@ -111,11 +117,28 @@ def make_shards_on_ray(
                 _wait_for(shard, plan, record)
                 progress(sum(job.nbytes for job in plan.shards[shard]))
         except BaseException:
-            # None may write into the target once the caller hears of it.
-            for one in pending:
-                ray.cancel(one, force=True)
-            ray.wait(list(pending), num_returns=len(pending), timeout=_CONNECT)
+            _end(list(pending), stop)
             raise
+
+
+def _end(tasks: list[Any], stop: Path) -> None:
+    """Have no task write into the target once the caller hears of a failure.
+
+    They end by themselves when they see the file ``stop``. Ray kills what does not; only that,
+    since a driver of Ray 2.60 can crash when a task that it kills ends at the same moment.
+    """
+    import ray
+
+    try:
+        with suppress(OSError):
+            stop.touch()
+        _, hanging = ray.wait(tasks, num_returns=len(tasks), timeout=_PATIENCE)
+        for one in hanging:
+            ray.cancel(one, force=True)
+        ray.wait(hanging, num_returns=len(hanging), timeout=_PATIENCE)
+    finally:
+        with suppress(OSError):
+            stop.unlink(missing_ok=True)
 
 
 def _check_address(address: str) -> None:
@@ -170,10 +193,16 @@ def _wait_for(shard: int, plan: Plan, record: Record) -> None:
         time.sleep(0.5)
 
 
-def _make_shard(run: bytes, shard: int) -> None:
-    """The task: one shard, on whichever machine it runs."""
+def _make_shard(run: bytes, stop: str, shard: int) -> None:
+    """The task: one shard, on whichever machine it runs, unless the driver says to stop."""
     checkpoint, steps, record, threads = _planned(run)
-    make_shards(checkpoint, steps, record, [shard], all_devices(), threads)
+
+    def go_on(_: int = 0) -> None:
+        if (record.folder / stop).exists():
+            raise QuantizeError("stopped by the driver")
+
+    go_on()
+    make_shards(checkpoint, steps, record, [shard], all_devices(), threads, go_on)
 
 
 @lru_cache(maxsize=1)

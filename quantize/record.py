@@ -228,7 +228,7 @@ class Record:
         for file in self.target.glob("*.safetensors"):
             if not self._errors(file.name).exists():
                 file.unlink()
-        for file in self.folder.glob("*.partial"):
+        for file in (*self.folder.glob("*.partial"), *self.folder.glob("*.stop")):
             file.unlink()
 
     def _errors(self, name: str) -> Path:
