@@ -27,6 +27,7 @@ CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = range(4)
 """Positions in a layout's ``suffixes``."""
 
 _SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = (torch.uint8, torch.float8_e4m3fn, torch.float32, torch.float32)
 
 
@@ -41,13 +42,22 @@ class ExpertLoads:
         layer: the layer, before its weights exist.
         layout: of the checkpoint.
         kinds: the positions in ``layout.suffixes`` that must come.
+        global_input_scales: the kernels take the input scales of all experts together, so those of
+            other ranks must come too.
     """
 
-    def __init__(self, layer: RoutedExperts, layout: Layout, kinds: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        layer: RoutedExperts,
+        layout: Layout,
+        kinds: tuple[int, ...],
+        global_input_scales: bool = False,
+    ) -> None:
         # Weakly: vLLM keeps weight loaders for reloading, and they must not keep the weights.
         self._layer = weakref.ref(layer)
         self.layout = layout
         self.kinds = kinds
+        self.global_input_scales = global_input_scales
         self.seen: set[tuple[int, str, int]] = set()
         config = layer.moe_config
         # Of the whole model, before tensor parallelism slices and before any padding.
@@ -99,24 +109,38 @@ class ExpertLoads:
             self.refuse(f"{name}: {problem}")
         self.seen.add((kind, shard, expert))
 
+    def check_plain(self, shard: str, expert: int, tensor: torch.Tensor) -> None:
+        """:meth:`check` for a weight of plain floats, which is to be quantized."""
+        name = self.name(CODES, shard, expert)
+        if tensor.dtype not in _PLAIN:
+            self.refuse(
+                f"{name}: dtype {tensor.dtype}, but the checkpoint's config does not say that it "
+                "is quantized; plain floats are expected"
+            )
+        rows, packed = self._shapes[CODES, "w2" if shard == "w2" else "w1"]
+        if tuple(tensor.shape) != (rows, 2 * packed):
+            self.refuse(f"{name}: shape {list(tensor.shape)}, expected {[rows, 2 * packed]}")
+        self.seen.add((CODES, shard, expert))
+
     def complete(self) -> None:
         """Refuse the layer if anything is missing for the experts of this rank."""
-        experts = [
-            e
-            for e in range(self.layer.global_num_experts)
-            if self.layer._map_global_expert_id_to_local_expert_id(e) >= 0
-        ]
         missing = [
             self.name(kind, shard, expert)
-            for expert in experts
+            for expert in range(self.layer.global_num_experts)
             for shard in _SHARDS
             for kind in self.kinds
-            if (kind, shard, expert) not in self.seen
+            if (kind, shard, expert) not in self.seen and self._needs(kind, expert)
         ]
         if missing:
             more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
             self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
         self.seen.clear()  # a reload is counted anew
+
+    def _needs(self, kind: int, expert: int) -> bool:
+        """Whether this rank needs that tensor of a global expert."""
+        if kind == INPUT_SCALE and self.global_input_scales:
+            return True
+        return self.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
 
 
 def fold_global_scales(layer: Any) -> None:

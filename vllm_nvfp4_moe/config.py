@@ -2,7 +2,8 @@
 
 A checkpoint is claimed only when the user says ``--quantization nvfp4_moe``. Its routed experts
 get this package's method; everything else is left to the stock config of its layout, so that dense
-layers, KV caches and mixed layouts behave as in vLLM without the plugin.
+layers, KV caches and mixed layouts behave as in vLLM without the plugin. The experts of a
+checkpoint that is not quantized are quantized while they load.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from vllm_nvfp4_moe import NAME
+from quantize.layouts import detect
+from vllm_nvfp4_moe import NAME, formats
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
     from quantize.gates import Gates
-    from quantize.layouts import Layout
+    from vllm_nvfp4_moe.formats import Format
 
 logger = init_logger("vllm.nvfp4_moe.config")
 
 _NOT_OURS = (
     "--quantization nvfp4_moe needs a checkpoint whose routed experts are NVFP4, in ModelOpt's or "
-    "compressed-tensors' layout, and {found}. Make one with: nvfp4-moe quantize SOURCE TARGET"
+    "compressed-tensors' layout, or not quantized at all, and {found}. Make one with: "
+    "nvfp4-moe quantize SOURCE TARGET"
 )
 
 
@@ -37,25 +39,28 @@ class NvFp4MoEConfig(QuantizationConfig):
     """The quantization config that ``--quantization nvfp4_moe`` selects.
 
     Args:
-        layout: of the checkpoint; its tensor names and scale conventions.
-        stock: vLLM's own config for that layout, for everything but routed experts.
-        weight_only: the checkpoint asks for unquantized activations and has no input scales.
+        quantization: the checkpoint's ``quantization_config``. None if it has none: that is how
+            vLLM builds the config of an unquantized checkpoint, whose experts are then quantized
+            while they load.
+
+    Attributes:
+        gates: of the experts, once :meth:`maybe_update_config` has been called.
     """
 
-    def __init__(
-        self,
-        layout: Layout | None = None,
-        stock: QuantizationConfig | None = None,
-        weight_only: bool = False,
-    ) -> None:
-        if layout is None or stock is None:
-            # How vLLM builds the config of a checkpoint that has no quantization_config.
-            raise ValueError(_NOT_OURS.format(found="this one is not quantized"))
-        self.layout = layout
-        self.stock = stock
-        self.weight_only = weight_only
-        self.gates: Gates | None = None
+    def __init__(self, quantization: dict[str, Any] | None = None) -> None:
         super().__init__()
+        self.gates: Gates | None = None
+        self._format: Format | None = None
+        if quantization is None:
+            self._format = formats.OnTheFly()
+        elif not formats.needs_layers(quantization):
+            self._format = self._read(quantization)
+
+    @property
+    def format(self) -> Format:
+        """How the checkpoint's experts are stored."""
+        assert self._format is not None, "vLLM calls maybe_update_config before it builds layers"
+        return self._format
 
     def get_name(self) -> str:
         return NAME
@@ -72,7 +77,7 @@ class NvFp4MoEConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []  # config.json's quantization_config is enough, and says more
+        return []  # vLLM then builds the config of an unquantized checkpoint without arguments
 
     @classmethod
     def override_quantization_method(
@@ -80,8 +85,6 @@ class NvFp4MoEConfig(QuantizationConfig):
     ) -> Any:
         if user_quant != NAME:
             return None
-        from quantize.layouts import detect
-
         if not isinstance(hf_quant_cfg, dict) or detect(hf_quant_cfg) is None:
             method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
             raise ValueError(_NOT_OURS.format(found=f"this one's quant_method is {method!r}"))
@@ -89,32 +92,24 @@ class NvFp4MoEConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NvFp4MoEConfig:
-        from quantize.layouts import detect
+        return cls(config)
 
-        layout = detect(config)
-        if layout is None:
-            raise ValueError(_NOT_OURS.format(found=f"this one has {sorted(config)}"))
-        stock: QuantizationConfig
-        if layout.name == "modelopt":
-            from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
-
-            stock = ModelOptNvFp4Config.from_config(config)
-            weight_only = stock.quant_method == "W4A16_NVFP4"
-        else:
-            from vllm.model_executor.layers.quantization.compressed_tensors import (
-                compressed_tensors,
-            )
-
-            stock = compressed_tensors.CompressedTensorsConfig.from_config(config)
-            groups = config["config_groups"].values()
-            weight_only = all(group.get("input_activations") is None for group in groups)
-        return cls(layout, stock, weight_only)
+    @staticmethod
+    def _read(quantization: dict[str, Any]) -> Format:
+        found = formats.from_checkpoint(quantization)
+        if found is None:
+            raise ValueError(_NOT_OURS.format(found=f"this one has {sorted(quantization)}"))
+        return found
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Establish the gates: the checkpoint's contract, else the model's Transformers class."""
+        """Establish the gates: the checkpoint's contract, else the model's Transformers class.
+
+        Also reads what the ``quantization_config`` left to ``hf_quant_config.json``.
+        """
         from vllm.platforms import current_platform
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
         from quantize.errors import QuantizeError
         from quantize.gates import KEY, from_contract
@@ -129,6 +124,15 @@ class NvFp4MoEConfig(QuantizationConfig):
             )
         if current_platform.is_cpu() and (problem := compat.gpu_only_model(hf_config)):
             raise ValueError(problem)
+        if self._format is None:
+            file = "hf_quant_config.json"
+            quantization = get_hf_file_to_dict(file, model_name, revision)
+            if not quantization or formats.needs_layers(quantization):
+                raise ValueError(
+                    f"{model_name}: its quantization is {formats.MIXED}, and neither config.json "
+                    f"nor {file} has the quantized_layers that say what is what"
+                )
+            self._format = self._read(quantization)
         contract = getattr(hf_config, KEY, None)
         try:
             if contract is not None:
@@ -139,7 +143,8 @@ class NvFp4MoEConfig(QuantizationConfig):
                 except QuantizeError:
                     # vLLM has config classes of its own, MiniMax-M3's among them.
                     gates = identify(model_name)
-                self.gates = gates.concatenated()
+                # NVFP4 layouts store gate and up apart; plain floats may be as the class has them.
+                self.gates = gates if self.format.on_the_fly else gates.concatenated()
                 logger.info("%s has no gate contract; its class applies %s", model_name, self.gates)
         except QuantizeError as error:
             raise ValueError(
@@ -150,30 +155,17 @@ class NvFp4MoEConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
 
+        stock = self.format.stock
         # vLLM sets this mapping on the outer config, by reference, after construction.
-        self.stock.packed_modules_mapping = self.packed_modules_mapping
-        if not isinstance(layer, RoutedExperts) or self._left_as_is(layer, prefix):
-            return self.stock.get_quant_method(layer, prefix)
+        stock.packed_modules_mapping = self.packed_modules_mapping
+        if not isinstance(layer, RoutedExperts):
+            return stock.get_quant_method(layer, prefix)
+        weight_only = self.format.weight_only(layer, prefix)
+        if weight_only is None:
+            return stock.get_quant_method(layer, prefix)
         from vllm_nvfp4_moe.backends import choose
 
-        return choose(self, layer)
+        return choose(self, layer, weight_only)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        self.stock.apply_vllm_mapper(hf_to_vllm_mapper)
-
-    def _left_as_is(self, layer: RoutedExperts, prefix: str) -> bool:
-        """Whether the checkpoint excludes these experts from quantization."""
-        stock: Any = self.stock
-        if self.layout.name == "modelopt":
-            return bool(stock.is_layer_excluded(prefix))
-        from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
-            should_ignore_layer,
-        )
-
-        return bool(
-            should_ignore_layer(
-                f"{prefix}.0.{layer.ckpt_down_proj_name}",
-                stock.ignore,
-                fused_mapping=self.packed_modules_mapping,
-            )
-        )
+        self.format.stock.apply_vllm_mapper(hf_to_vllm_mapper)

@@ -35,6 +35,7 @@ from vllm_nvfp4_moe.checks import (
     RefusedError,
     fold_global_scales,
 )
+from vllm_nvfp4_moe.loaders import Loader, QuantizingLoader
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -44,60 +45,23 @@ if TYPE_CHECKING:
 CANONICAL = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
 
-class _Loader:
-    """The ``weight_loader`` of one parameter: checks, then vLLM's own loader.
-
-    vLLM's loader chooses its branch by words in the method's class name; scalars, for which that
-    matters, are stored here instead.
-    """
-
-    supports_moe_loading = True
-
-    def __init__(self, loads: ExpertLoads, kind: int, global_input_scales: bool) -> None:
-        self.__name__ = "nvfp4_moe_weight_loader"  # vLLM's reloading logs it
-        self.loads = loads
-        self.kind = kind
-        self.global_index = kind == INPUT_SCALE and global_input_scales
-
-    def __call__(
-        self,
-        param: torch.nn.Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        layer = self.loads.layer
-        self.loads.check(self.kind, shard_id, expert_id, loaded_weight)
-        if self.kind in (CODES, BLOCK_SCALE):
-            return layer.weight_loader(
-                param, loaded_weight, weight_name, shard_id, expert_id, return_success
-            )
-        index = layer._map_global_expert_id_to_local_expert_id(expert_id)
-        index = expert_id if self.global_index else index
-        if index < 0:
-            return False if return_success else None
-        place = param.data[index] if shard_id == "w2" else param.data[index, int(shard_id == "w3")]
-        place.copy_(loaded_weight.reshape(()))
-        return True if return_success else None
-
-
 class NvFp4MoEMethod(FusedMoEMethodBase):
     """Base of the backends' methods.
 
     Args:
         config: the checkpoint's quantization config.
         layer: already set to the contract's gate.
+        weight_only: its experts come without input scales.
     """
 
     global_input_scales = False
     """Whether kernels want the input scales of all experts, not only this rank's."""
 
-    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts) -> None:
+    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
         super().__init__(layer.moe_config)
         self.config = config
-        self.weight_only = config.weight_only
+        self.layout = config.format.layout
+        self.weight_only = weight_only
         assert config.gates is not None  # backends.choose has applied it to the layer
         self.gate = config.gates.of(layer.layer_name)
 
@@ -128,8 +92,13 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         if not self.weight_only:
             kinds = (*kinds, INPUT_SCALE)
         load_format = get_current_vllm_config().load_config.load_format
-        self.loads = ExpertLoads(layer, self.config.layout, kinds)
         self._dummy = load_format == "dummy"
+        self.loads = ExpertLoads(layer, self.layout, kinds, self.global_input_scales)
+        loaders = {kind: Loader(self.loads, kind, self.global_input_scales) for kind in kinds}
+        quantizing = None
+        if self.config.format.on_the_fly:
+            self.loads.kinds = (CODES,)
+            quantizing = QuantizingLoader(self.loads, loaders)
 
         inner = intermediate_size_per_partition
         for prefix, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
@@ -147,10 +116,9 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
                 param = torch.nn.Parameter(
                     torch.empty(experts, *shape, dtype=dtype), requires_grad=False
                 )
-                layer.register_parameter(f"{prefix}_{self.config.layout.suffixes[kind]}", param)
-                attributes: dict[str, Any] = {
-                    "weight_loader": _Loader(self.loads, kind, self.global_input_scales)
-                }
+                layer.register_parameter(f"{prefix}_{self.layout.suffixes[kind]}", param)
+                loader = quantizing if quantizing and kind == CODES else loaders[kind]
+                attributes: dict[str, Any] = {"weight_loader": loader}
                 if granularity is not None:
                     attributes["quant_method"] = FusedMoeWeightScaleSupported(granularity).value
                 set_weight_attrs(param, attributes)
@@ -171,7 +139,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         self.prepare(layer)
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
-        layout = self.config.layout
+        layout = self.layout
         for prefix in ("w13", "w2"):
             for kind, (suffix, canonical) in enumerate(
                 zip(layout.suffixes, CANONICAL, strict=True)

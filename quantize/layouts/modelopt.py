@@ -14,6 +14,9 @@ import torch
 from quantize.nvfp4 import BLOCK, NvFp4
 
 
+_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
+
+
 class ModelOpt:
     """See ``quantize.layouts.Layout``."""
 
@@ -62,6 +65,17 @@ class ModelOpt:
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         nested = quantization_config.get("quantization")
-        algo = (nested if isinstance(nested, dict) else quantization_config).get("quant_algo")
+        flat = nested if isinstance(nested, dict) else quantization_config
         method = str(quantization_config.get("quant_method", "modelopt")).lower()
-        return method.startswith("modelopt") and str(algo).upper() in ("NVFP4", "W4A16_NVFP4")
+        if not method.startswith("modelopt"):
+            return False
+        algorithm = str(flat.get("quant_algo")).upper()
+        layers = flat.get("quantized_layers")
+        if algorithm != "MIXED_PRECISION" or not isinstance(layers, dict):
+            # Without its map of layers, which may be in hf_quant_config.json, a mix may hold it.
+            return algorithm in (*_ALGORITHMS, "MIXED_PRECISION")
+        return any(
+            str(entry.get("quant_algo")).upper() in _ALGORITHMS
+            for entry in layers.values()
+            if isinstance(entry, dict)
+        )

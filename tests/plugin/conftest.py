@@ -34,13 +34,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
 
     def load(folder: Path, quantization: str | None = "nvfp4_moe", **more: Any) -> dict[str, Any]:
-        args = EngineArgs(
-            model=str(folder),
-            quantization=quantization,
-            max_model_len=512,
-            enforce_eager=True,
-            **more,
-        )
+        more = {"max_model_len": 64, "enforce_eager": True} | more
+        args = EngineArgs(model=str(folder), quantization=quantization, **more)
         config = args.create_engine_config()
         with set_current_vllm_config(config):
             if not torch.distributed.is_initialized():
@@ -79,11 +74,8 @@ class Damage:
         return self.folder
 
 
-@pytest.fixture(scope="session")
-def shallow(
-    quantized: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """The quantized m3-nano's first two layers, one dense and one sparse: loads in a second."""
+def _first_two_layers(folder: Path, copy: Path) -> Path:
+    """One dense and one sparse layer of an m3-nano: loads in a second."""
 
     def cut_tensors(tensors: dict[str, torch.Tensor]) -> None:
         for name in [n for n in tensors if n.startswith("model.layers.") and n[13] > "1"]:
@@ -94,12 +86,24 @@ def shallow(
         for key in ("layer_types", "mlp_layer_types"):
             config[key] = config[key][:2]
 
-    folders = {}
-    for layout, folder in quantized.items():
-        copy = Damage(folder, tmp_path_factory.mktemp("shallow") / layout)
-        copy.tensors(cut_tensors)
-        folders[layout] = copy.config(cut_config)
-    return folders
+    damage = Damage(folder, copy)
+    damage.tensors(cut_tensors)
+    return damage.config(cut_config)
+
+
+@pytest.fixture(scope="session")
+def shallow(
+    quantized: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The quantized m3-nano's first two layers, in each layout."""
+    parent = tmp_path_factory.mktemp("shallow")
+    return {name: _first_two_layers(folder, parent / name) for name, folder in quantized.items()}
+
+
+@pytest.fixture(scope="session")
+def shallow_bf16(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two layers of m3-nano itself."""
+    return _first_two_layers(m3_nano, tmp_path_factory.mktemp("shallow") / "bf16")
 
 
 @pytest.fixture

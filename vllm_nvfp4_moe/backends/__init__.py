@@ -24,8 +24,11 @@ def _methods() -> Iterator[type[NvFp4MoEMethod]]:
     yield CpuMethod
 
 
-def choose(config: NvFp4MoEConfig, layer: RoutedExperts) -> NvFp4MoEMethod:
+def choose(config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> NvFp4MoEMethod:
     """The method for ``layer``, after its gate has been set to the contract's.
+
+    Args:
+        weight_only: the layer's experts come without input scales.
 
     Raises:
         ValueError: if no backend supports the layer; gives each one's reason.
@@ -36,6 +39,6 @@ def choose(config: NvFp4MoEConfig, layer: RoutedExperts) -> NvFp4MoEMethod:
     for method in _methods():
         reason = method.unsupported(layer)
         if reason is None:
-            return method(config, layer)
+            return method(config, layer, weight_only)
         reasons.append(f"{method.__name__}: {reason}")
     raise ValueError(f"{layer.layer_name}: no way to run its NVFP4 experts; {'; '.join(reasons)}")

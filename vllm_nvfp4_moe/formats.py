@@ -1,0 +1,169 @@
+"""How a checkpoint's routed experts are stored, layer by layer, and who takes everything else.
+
+A new way is one class here, with the attributes of :class:`Format`, and one case in
+:func:`from_checkpoint`. Everything but routed experts is left to ``stock``, vLLM's own config.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from quantize.layouts import LAYOUTS, detect
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from quantize.layouts import Layout
+
+MIXED = "MIXED_PRECISION"
+
+
+class Format(ABC):
+    """How experts are stored.
+
+    Attributes:
+        layout: names and scale conventions of NVFP4 tensors.
+        stock: vLLM's own config, for everything but routed experts.
+        on_the_fly: the experts are plain floats in the files, and quantized as they load.
+    """
+
+    layout: Layout
+    stock: QuantizationConfig
+    on_the_fly = False
+
+    @abstractmethod
+    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+        """Whether the experts of ``layer`` come without input scales; None if they are not NVFP4,
+        but something that ``stock`` handles."""
+
+
+class _ModelOpt(Format):
+    """One algorithm for all modules that are not excluded."""
+
+    layout = LAYOUTS["modelopt"]
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+        self._config = ModelOptNvFp4Config.from_config(config)
+        self.stock = self._config
+
+    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+        if self._config.is_layer_excluded(prefix):
+            return None
+        return bool(self._config.quant_method == "W4A16_NVFP4")
+
+
+class _ModelOptMixed(Format):
+    """An algorithm for each module: as NVIDIA publishes MiniMax-M3, MXFP8 with NVFP4 experts."""
+
+    layout = LAYOUTS["modelopt"]
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig
+
+        self._config = ModelOptMixedPrecisionConfig.from_config(config)
+        self.stock = self._config
+
+    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+        if self._config.is_layer_excluded(prefix):
+            return None
+        algorithm = self._config._resolve_quant_algo(prefix)
+        return {"NVFP4": False, "W4A16_NVFP4": True}.get(str(algorithm))
+
+
+class _CompressedTensors(Format):
+    """Groups of modules with a scheme each."""
+
+    layout = LAYOUTS["compressed-tensors"]
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+
+        self._config = compressed_tensors.CompressedTensorsConfig.from_config(config)
+        self.stock = self._config
+        groups = config["config_groups"].values()
+        self._weight_only = all(group.get("input_activations") is None for group in groups)
+
+    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+        from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
+            should_ignore_layer,
+        )
+
+        ignored = should_ignore_layer(
+            f"{prefix}.0.{layer.ckpt_down_proj_name}",
+            self._config.ignore,
+            fused_mapping=self._config.packed_modules_mapping,
+        )
+        return None if ignored else self._weight_only
+
+
+class OnTheFly(Format):
+    """Plain floats, to be quantized by the rule ``max`` while they load; the rest stays as it is.
+
+    What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize`` would have written
+    and this plugin would have loaded.
+    """
+
+    layout = LAYOUTS["modelopt"]
+    on_the_fly = True
+
+    def __init__(self) -> None:
+        self.stock = _Unquantized()
+
+    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+        return False
+
+
+class _Unquantized(QuantizationConfig):
+    """What vLLM does without any quantization, in the form of a config."""
+
+    def get_name(self) -> Any:
+        return "unquantized"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.half, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> _Unquantized:
+        return cls()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        # For all other kinds of layers, None means unquantized.
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+def needs_layers(config: dict[str, Any]) -> bool:
+    """Whether a ``quantization_config`` leaves its map of layers to ``hf_quant_config.json``."""
+    nested = config.get("quantization")
+    flat = nested if isinstance(nested, dict) else config
+    return str(flat.get("quant_algo")).upper() == MIXED and not flat.get("quantized_layers")
+
+
+def from_checkpoint(config: dict[str, Any]) -> Format | None:
+    """The format of a checkpoint with this ``quantization_config``; None if nothing is NVFP4."""
+    layout = detect(config)
+    if layout is None:
+        return None
+    if layout.name == "compressed-tensors":
+        return _CompressedTensors(config)
+    nested = config.get("quantization")
+    flat = nested if isinstance(nested, dict) else config
+    mixed = str(flat.get("quant_algo")).upper() == MIXED
+    return _ModelOptMixed(config) if mixed else _ModelOpt(config)
