@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -58,18 +58,25 @@ def serving(
     ends, or when it is not healthy within `limit` seconds. On leaving, the server and everything
     it started are stopped.
     """
+    with started(model, options, port=port, log=log, console=console) as process:
+        await_health(process, port, log, console, limit)
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+@contextlib.contextmanager
+def started(
+    model: Path,
+    options: Sequence[str],
+    *,
+    port: int,
+    log: Path,
+    console: Console,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """As `serving`, without waiting for it; `variables` are added to the environment."""
     if port_taken(port):
         raise ServerError(f"port {port} is in use; choose another with --port")
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(model),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        *options,
-    ]
+    command = [*vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
     console.print(f"[dim]{' '.join(command)}[/]\n[dim]log: {log}[/]", highlight=False)
     with log.open("w") as output:
         # A session of its own: Ctrl-C in the terminal reaches us alone, and we stop it in order.
@@ -77,19 +84,25 @@ def serving(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env=environment() | dict(variables or {}),
             start_new_session=True,
         )
     try:
-        _await_health(process, port, log, console, limit)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield process
     finally:
         stop(process)
 
 
-def _await_health(
+def vllm() -> list[str]:
+    """The `vllm` command beside this interpreter, or its module where only that is importable."""
+    script = Path(sys.executable).with_name("vllm")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def await_health(
     process: subprocess.Popen[bytes], port: int, log: Path, console: Console, limit: float
 ) -> None:
+    """Return when the server answers; ServerError if it ends, or after `limit` seconds."""
     start = time.monotonic()
     with console.status("starting") as status:
         while (waited := time.monotonic() - start) < limit:
