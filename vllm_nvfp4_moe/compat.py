@@ -214,6 +214,32 @@ def route_with_float32_bias(layer: RoutedExperts) -> None:
         router.e_score_correction_bias = layer.e_score_correction_bias = bias.data.float()
 
 
+def select_nvfp4_moe_backend(kernels_of: Callable[[Any], list[Any]]) -> Callable[..., Any]:
+    """vLLM's function of that name, asking ``kernels_of(backend)`` instead of vLLM's classes.
+
+    vLLM 0.32 asks a class about the activation's name, not its numbers, and keeps the order of
+    backends, the list of those that clamp, and what ``--moe-backend`` means inside the function.
+    This is the function's own code with one global exchanged; vLLM's stays as it is. Can go when
+    experts classes are asked about the numbers, or the order is a value of its own.
+
+    Raises:
+        RuntimeError: if vLLM's function is no longer made this way.
+    """
+    from types import FunctionType
+
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+
+    function = nvfp4.select_nvfp4_moe_backend
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_freevars or "backend_to_kernel_cls" not in code.co_names:
+        raise RuntimeError(
+            f"vLLM {installed_version()} chooses its NVFP4 kernels in a way this package does not "
+            "know, and so cannot tell whether they apply the checkpoint's gate"
+        )
+    names = {**function.__globals__, "backend_to_kernel_cls": kernels_of}
+    return FunctionType(code, names, function.__name__, function.__defaults__)
+
+
 GPU_ONLY = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 """Architectures whose vLLM 0.32 classes import CUDA kernels; published checkpoints name them."""
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantize.gates import Gate
+
 LAYER = "model.layers.1.mlp.experts"
 Calls = dict[str, dict[str, Any]]
 
@@ -26,12 +28,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
     from vllm_nvfp4_moe.backends import vllm_kernels
+    from vllm_nvfp4_moe.backends.selection import Selection
 
     seen: Calls = {}
 
-    def select(**kwargs: Any) -> tuple[NvFp4MoeBackend, Any]:
-        seen["select"] = kwargs | {"activation": kwargs["config"].activation.value}
-        return NvFp4MoeBackend.MARLIN, SimpleNamespace(is_monolithic=lambda: False)
+    def select(moe_config: Any, weight_key: Any, activation_key: Any, gate: Gate) -> Selection:
+        activation = moe_config.activation.value
+        seen["select"] = {"activation_key": activation_key, "activation": activation, "gate": gate}
+        experts: Any = SimpleNamespace(is_monolithic=lambda: False)
+        return Selection(NvFp4MoeBackend.MARLIN, experts, [])
 
     def convert(**kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         seen["convert"] = kwargs
@@ -44,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         experts = SimpleNamespace(process_weights_after_loading=lambda layer: None)
         return SimpleNamespace(fused_experts=experts, is_monolithic=False)
 
-    monkeypatch.setattr(vllm_kernels, "select_nvfp4_moe_backend", select)
+    monkeypatch.setattr(vllm_kernels, "select", select)
     monkeypatch.setattr(vllm_kernels, "convert_to_nvfp4_moe_kernel_format", convert)
     monkeypatch.setattr(vllm_kernels, "make_nvfp4_moe_kernel", kernel)
     monkeypatch.setattr(
@@ -57,9 +62,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def test_gate_and_weights_reach_the_oracle(
     load: Callable, shallow: dict[str, Path], calls: Calls, layout: str
 ) -> None:
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic
+
     layer = load(shallow[layout])[LAYER].routed_experts
     # The gate is set before kernels are chosen by it, and its numbers reach the kernels' config.
     assert calls["select"]["activation"] == "swigluoai_uninterleave"
+    assert calls["select"]["gate"] == Gate("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
+    assert calls["select"]["activation_key"] == kNvfp4Dynamic
     config = calls["kernel"]["moe_quant_config"]
     assert (config.gemm1_alpha, config.gemm1_beta, config.gemm1_clamp_limit) == (1.702, 1.0, 7.0)
     assert calls["kernel"]["moe_config"].swiglu_limit == 7.0

@@ -1,4 +1,4 @@
-"""vLLM's own NVFP4 kernels on GPUs, chosen by vLLM's own oracle.
+"""vLLM's own NVFP4 kernels on GPUs, chosen by vLLM's own oracle among those that apply the gate.
 
 The sequence of calls is that of vLLM 0.32's ``ModelOptNvFp4FusedMoE``; what differs comes before:
 the gate is the contract's, and the weights have been checked.
@@ -15,13 +15,13 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
     is_global_sf_supported_for_nvfp4_backend,
     make_nvfp4_moe_kernel,
     make_nvfp4_moe_quant_config,
-    select_nvfp4_moe_backend,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe.backends.selection import select
 from vllm_nvfp4_moe.method import CANONICAL, NvFp4MoEMethod
 
 if TYPE_CHECKING:
@@ -34,14 +34,13 @@ if TYPE_CHECKING:
 class VllmKernelsMethod(NvFp4MoEMethod):
     """See the module's docstring."""
 
-    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
+        super().__init__(config, layer, weight_only)
         compat.avoid_frozen_attention(get_current_vllm_config())
-        self.backend, self.experts_cls = select_nvfp4_moe_backend(
-            config=self.moe,
-            weight_key=kNvfp4Static,
-            activation_key=None if self.weight_only else kNvfp4Dynamic,
+        self.selection = select(
+            self.moe, kNvfp4Static, None if self.weight_only else kNvfp4Dynamic, self.gate
         )
+        self.backend, self.experts_cls = self.selection.backend, self.selection.experts_cls
         self.global_input_scales = is_global_sf_supported_for_nvfp4_backend(self.backend)
 
     @classmethod

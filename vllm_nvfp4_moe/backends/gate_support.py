@@ -1,0 +1,94 @@
+"""Which gates vLLM's NVFP4 kernels really apply; docs/backends.md says where that was read.
+
+vLLM asks a kernel about an activation's name alone. Some answer yes and then apply another
+formula, fixed numbers, or swapped halves. Listed is what was read to be applied, so a backend that
+nobody has read applies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+
+    from quantize.gates import Gate
+
+STEP_LIMIT = 7.0
+"""The only limit of ``swiglu_step`` in vLLM 0.32's GPU kernels, which do not look at a layer's."""
+
+
+_Form = Callable[["Gate"], str | None]
+"""Why a form is not applied with a gate's numbers, None if it is."""
+
+
+def _exactly(gate: Gate) -> str | None:
+    return None
+
+
+def _limited(gate: Gate) -> str | None:
+    if gate.limit is None:
+        return "its kernels apply swiglu_oai only with a limit, and the checkpoint's has none"
+    return None
+
+
+def _step(gate: Gate) -> str | None:
+    if gate.limit != STEP_LIMIT:
+        return f"its kernels clamp swiglu_step at {STEP_LIMIT:g}, and the checkpoint says {gate}"
+    return None
+
+
+def _never(reason: str) -> _Form:
+    return lambda gate: reason
+
+
+# GEMMs that leave the gate to vLLM's own elementwise kernels (Humming: to the same formulas).
+_ELEMENTWISE: dict[str, _Form] = {
+    "silu": _exactly,
+    "swiglu_oai": _limited,
+    "swiglu_step": _step,
+    "gelu": _exactly,
+    "gelu_tanh": _exactly,
+}
+
+_APPLIES: dict[str, dict[str, _Form]] = {
+    "FLASHINFER_TRTLLM": {
+        "silu": _exactly,
+        "swiglu_oai": _exactly,
+        "gelu": _never("its only GeGLU is the approximation by tanh, not exact GELU"),
+        "gelu_tanh": _exactly,
+    },
+    "FLASHINFER_CUTEDSL": {"silu": _exactly, "swiglu_oai": _exactly},
+    "FLASHINFER_CUTEDSL_BATCHED": {"silu": _exactly},
+    "FLASHINFER_CUTLASS": {
+        "silu": _exactly,
+        "swiglu_oai": _exactly,
+        "gelu_tanh": _never("vLLM asks it for Geglu, which in its kernels is exact GELU"),
+    },
+    "FLASHINFER_B12X": {"silu": _exactly, "gelu_tanh": _exactly},
+    "FLASHINFER_MOE_EP_CUTEDSL": {"silu": _exactly},
+    "B12X": {
+        "silu": _exactly,
+        "swiglu_oai": _never("vLLM hands it up before gate, and for this gate it reads gate first"),
+    },
+    "VLLM_CUTLASS": _ELEMENTWISE,
+    "MARLIN": _ELEMENTWISE,
+    "HUMMING": _ELEMENTWISE,
+    "EMULATION": _ELEMENTWISE,
+}
+
+
+def drops(backend: NvFp4MoeBackend, gate: Gate) -> str | None:
+    """Why ``backend`` would not apply ``gate`` as it is, with its numbers; None if it would.
+
+    Args:
+        backend: one of vLLM's; all its experts classes share the kernels that matter here.
+        gate: the contract's, of gate and up stored one after the other.
+    """
+    forms = _APPLIES.get(backend.value)
+    if forms is None:
+        return "nobody has read which gates it applies"
+    if gate.form not in forms:
+        return f"its kernels do not apply {gate.form}"
+    return forms[gate.form](gate)

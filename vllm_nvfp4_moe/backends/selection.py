@@ -1,0 +1,144 @@
+"""The choice among vLLM's NVFP4 kernels: vLLM's own, less those that would not apply the gate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import backend_to_kernel_cls
+
+from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe.backends.gate_support import drops
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+    from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
+
+    from quantize.gates import Gate
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and why not something before it.
+
+    Attributes:
+        backend: vLLM's name of the kernels.
+        experts_cls: the class that runs them.
+        passed_over: (backend, reason) of each that vLLM would have preferred, in its order; with
+            the class where a backend's classes differ. Where the user named a backend, only its own
+            classes.
+    """
+
+    backend: NvFp4MoeBackend
+    experts_cls: type[FusedMoEExperts]
+    passed_over: list[tuple[str, str]]
+
+
+class _Candidate:
+    """Stands in vLLM's loop for an experts class: asks the class, then the gate; keeps the answer.
+
+    Attributes:
+        reason: why not, once asked.
+    """
+
+    def __init__(
+        self, backend: NvFp4MoeBackend, experts_cls: type[FusedMoEExperts], gate: Gate
+    ) -> None:
+        self.backend = backend
+        self.experts_cls = experts_cls
+        self.gate = gate
+        self.reason: str | None = None
+
+    def is_supported_config(self, _: Any, *config: Any) -> tuple[bool, str | None]:
+        supported, reason = self.experts_cls.is_supported_config(self.experts_cls, *config)
+        if supported:
+            self.reason = drops(self.backend, self.gate)
+        else:  # without the contents of vLLM's objects, which are lines long
+            self.reason = (reason or "it gives no reason").split("(")[0]
+        return self.reason is None, self.reason
+
+
+def select(
+    moe_config: FusedMoEConfig,
+    weight_key: QuantKey | None,
+    activation_key: QuantKey | None,
+    gate: Gate,
+) -> Selection:
+    """The kernels that vLLM prefers among those that support the layer and apply ``gate``.
+
+    Args:
+        moe_config: the layer's, with its activation and numbers set to ``gate``.
+        weight_key: vLLM's key of the weights' format.
+        activation_key: of the activations'; None if they are not quantized.
+        gate: the contract's.
+
+    Raises:
+        ValueError: if there are none, or the backend that the user asked for is not among them;
+            gives each one's reason.
+    """
+    asked: list[_Candidate] = []
+
+    def candidates(backend: NvFp4MoeBackend) -> list[_Candidate]:
+        new = [_Candidate(backend, cls, gate) for cls in backend_to_kernel_cls(backend)]
+        asked.extend(new)
+        return new
+
+    try:
+        backend, chosen = compat.select_nvfp4_moe_backend(candidates)(
+            moe_config, weight_key, activation_key
+        )
+    except (ValueError, NotImplementedError) as error:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in _reasons(asked, moe_config))
+        raise ValueError(
+            f"no NVFP4 kernels for experts that apply {gate}: {error}"
+            + (f" Asked: {reasons}" if reasons else "")
+        ) from error
+    return Selection(backend, chosen.experts_cls, _reasons(asked, moe_config, before=backend))
+
+
+def _reasons(
+    asked: Iterable[_Candidate], moe_config: FusedMoEConfig, before: NvFp4MoeBackend | None = None
+) -> list[tuple[str, str]]:
+    """The answers in vLLM's order, with the backends that vLLM did not even ask."""
+    by_backend: dict[NvFp4MoeBackend, list[_Candidate]] = {}
+    for candidate in asked:
+        by_backend.setdefault(candidate.backend, []).append(candidate)
+    order = _order(moe_config) if moe_config.moe_backend == "auto" else list(by_backend)
+    found: list[tuple[str, str]] = []
+    for backend in order:
+        candidates = by_backend.get(backend, [])
+        reasons = [c.reason for c in candidates]
+        if not candidates:
+            found.append((backend.value, "vLLM lists it among those that do not clamp at a limit"))
+        elif reasons[0] is not None and len(set(reasons)) == 1:
+            found.append((backend.value, reasons[0]))
+        else:
+            found += [
+                (f"{backend.value} {c.experts_cls.__name__}", c.reason)
+                for c in candidates
+                if c.reason is not None
+            ]
+        if backend == before:
+            break
+    return found
+
+
+def _order(moe_config: FusedMoEConfig) -> list[NvFp4MoeBackend]:
+    """All backends that vLLM considers on this device, the preferred ones first."""
+    order: list[NvFp4MoeBackend] = []
+
+    def note(backend: NvFp4MoeBackend) -> list[_Candidate]:
+        order.append(backend)
+        return []
+
+    # Without a limit, vLLM asks those too that it otherwise leaves out; nobody says yes.
+    unlimited = copy.copy(moe_config)
+    unlimited.swiglu_limit = None
+    with suppress(NotImplementedError):
+        compat.select_nvfp4_moe_backend(note)(unlimited, None, None)
+    return order
