@@ -7,7 +7,7 @@ that are started here:
 
 * ``ours``: NVFP4 with ``--quantization nvfp4_moe``;
 * ``stock``: NVFP4 without the plugin (``VLLM_PLUGINS=``), with ``--quantization modelopt_fp4``
-  where the layout is ModelOpt's;
+  (or ``compressed-tensors``, if that is the layout);
 * ``bf16``: the folder given, or with ``dummy`` NVFP4's config without its quantization and weights
   made up by vLLM (``--load-format dummy``).
 
@@ -53,12 +53,27 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Variant:
-    """How one server is started."""
+    """How one server is started.
+
+    ``quantization`` is what its log must say: without the plugin, vLLM 0.32 takes a ModelOpt folder
+    asked for with ``--quantization nvfp4_moe`` as ``modelopt_fp4``, and says nothing.
+    """
 
     name: str
     folder: Path
+    quantization: str
     options: tuple[str, ...]
     variables: tuple[tuple[str, str], ...] = ()
+
+    def check(self, log: Path) -> None:
+        """Raises BenchmarkError if the log is not that of a server of this variant."""
+        said = re.search(r"quantization=([^,]*),", log.read_text(errors="replace"))
+        if said is None or said[1] != self.quantization:
+            found = said[1] if said else "nothing"
+            raise BenchmarkError(
+                f"{self.name}: {log} says quantization={found}, not {self.quantization}: is the "
+                "plugin installed for this Python (entry point vllm.general_plugins)?"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,22 +108,24 @@ def variants(args: argparse.Namespace) -> list[Variant]:
         # With a KV cache of given size, only a check that so much is free when a server starts.
         common += ["--gpu-memory-utilization", f"{0.9 / len(args.variants):.2f}"]
     common += shlex.split(args.all_args)
-    method = json.loads((args.nvfp4 / "config.json").read_text())["quantization_config"]
-    stock = ["--quantization", "modelopt_fp4"] if method["quant_method"] == "modelopt" else []
+    config = json.loads((args.nvfp4 / "config.json").read_text())
+    modelopt = config["quantization_config"]["quant_method"] == "modelopt"
     bare = (("VLLM_PLUGINS", ""),)
     made = []
     for name in args.variants:
         if name == OURS:
-            options = ["--quantization", "nvfp4_moe", *shlex.split(args.ours_args)]
-            made.append(Variant(name, args.nvfp4, (*common, *options)))
+            options = [*common, "--quantization", "nvfp4_moe", *shlex.split(args.ours_args)]
+            made.append(Variant(name, args.nvfp4, "nvfp4_moe", tuple(options)))
         elif name == STOCK:
-            options = [*stock, *shlex.split(args.stock_args)]
-            made.append(Variant(name, args.nvfp4, (*common, *options), bare))
+            method = "modelopt_fp4" if modelopt else "compressed-tensors"
+            options = [*common, "--quantization", method, *shlex.split(args.stock_args)]
+            made.append(Variant(name, args.nvfp4, method, tuple(options), bare))
         else:
             dummy = args.bf16 == "dummy"
             folder = hollow(args.nvfp4, args.results / "bf16") if dummy else Path(args.bf16)
-            options = [*(["--load-format", "dummy"] if dummy else []), *shlex.split(args.bf16_args)]
-            made.append(Variant(name, folder, (*common, *options), bare))
+            options = [*common, *(["--load-format", "dummy"] if dummy else [])]
+            options += shlex.split(args.bf16_args)
+            made.append(Variant(name, folder, "None", tuple(options), bare))
     return made
 
 
@@ -143,9 +160,10 @@ def running(wanted: Sequence[Variant], results: Path, limit: float) -> Iterator[
                     variables=dict(variant.variables),
                 )
             )
-            processes.append((variant.name, process, port, log))
+            processes.append((variant, process, port, log))
         ports = {}
-        for name, process, port, log in processes:
+        for variant, process, port, log in processes:
+            name = variant.name
             start = time.monotonic()
             try:
                 server.await_health(process, port, log, console, limit)
@@ -153,6 +171,7 @@ def running(wanted: Sequence[Variant], results: Path, limit: float) -> Iterator[
                 why = str(error).splitlines()[0].rstrip(":")
                 console.print(f"{name}: left out, {why}: {first_error(log)} (see {log})")
                 continue
+            variant.check(log)
             console.print(f"{name}: ready after {time.monotonic() - start:.0f} s more")
             ports[name] = port
         yield ports

@@ -91,6 +91,24 @@ def test_stock_and_bf16_run_without_the_plugin_and_ours_with(tmp_path: Path) -> 
     assert bf16.options[-2:] == ("--load-format", "dummy")
 
 
+@pytest.mark.parametrize(
+    ("log", "problem"),
+    [
+        ("... quantization=nvfp4_moe, quantization_config=None, ...", None),
+        ("... quantization=modelopt_fp4, quantization_config=None, ...", "modelopt_fp4"),
+        ("...", "nothing"),
+    ],
+)
+def test_ours_is_not_stock_in_disguise(tmp_path: Path, log: str, problem: str | None) -> None:
+    ours = variants(arguments(tmp_path))[0]
+    (tmp_path / "log").write_text(log)
+    if problem is None:
+        ours.check(tmp_path / "log")
+    else:
+        with pytest.raises(BenchmarkError, match=f"says quantization={problem}, not nvfp4_moe"):
+            ours.check(tmp_path / "log")
+
+
 def test_hollow_model_keeps_tokenizer_and_leaves_weights(tmp_path: Path) -> None:
     arguments(tmp_path)
     for name in ("tokenizer.json", "model.safetensors", "model.safetensors.index.json"):
