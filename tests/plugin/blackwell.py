@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEParallelConfig,
     RoutingMethodType,
 )
+from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 from quantize.gates import Gate
@@ -105,8 +106,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
             return DeviceCapability(*capability)
 
-    for name in ASKING:
-        module = importlib.import_module(name)
+    # All imported before anything is pretended: a module that was imported meanwhile would keep it.
+    for backend in nvfp4.NvFp4MoeBackend:
+        nvfp4.backend_to_kernel_cls(backend)
+    for module in [importlib.import_module(name) for name in ASKING]:
         monkeypatch.setattr(module, "current_platform", Pretended())
         for helper in vars(module).copy():
             if helper.startswith(("has_flashinfer_", "has_humming")):

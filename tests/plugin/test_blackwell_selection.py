@@ -175,22 +175,20 @@ ASKED_FOR = {
 def test_a_gate_that_the_requested_backend_does_not_apply_is_refused(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    pretend(monkeypatch, (12, 0) if "B12X" in backend else (10, 0))
-    # FlashInfer's megakernel wants expert parallelism, and vLLM's config at hand.
+    vllm_config = VllmConfig()  # which FlashInfer's megakernel wants, with expert parallelism
     parallel = "EP2" if backend == "FLASHINFER_MOE_EP_CUTEDSL" else "single"
+    pretend(monkeypatch, (12, 0) if "B12X" in backend else (10, 0))
     accepted = set()
-    for gate in (SILU, M3, CLAMPED_SILU, UNLIMITED, STEP, STEP_5, STEP_UNLIMITED, GELU, GELU_TANH):
-        for activation in ACTIVATIONS:
-            with set_current_vllm_config(VllmConfig()):
-                try:
-                    found = choose(
-                        gate, activation, parallel=parallel, moe_backend=ASKED_FOR[backend]
-                    )
-                except ValueError as error:
-                    assert str(gate) in str(error)
-                    continue
-            assert found.backend.value == backend
-            accepted.add(gate)
+    gates = (SILU, M3, CLAMPED_SILU, UNLIMITED, STEP, STEP_5, STEP_UNLIMITED, GELU, GELU_TANH)
+    for gate, activation in itertools.product(gates, ACTIVATIONS):
+        with set_current_vllm_config(vllm_config):
+            try:
+                found = choose(gate, activation, parallel=parallel, moe_backend=ASKED_FOR[backend])
+            except ValueError as error:
+                assert str(gate) in str(error)
+                continue
+        assert found.backend.value == backend
+        accepted.add(gate)
     assert accepted == APPLIED[backend]
 
 
