@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from quantize.layouts import detect
 from vllm_nvfp4_moe import NAME, formats
+from vllm_nvfp4_moe.self_check import SelfCheck
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -45,11 +46,13 @@ class NvFp4MoEConfig(QuantizationConfig):
 
     Attributes:
         gates: of the experts, once :meth:`maybe_update_config` has been called.
+        self_check: of the kernels of this model's layers.
     """
 
     def __init__(self, quantization: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.gates: Gates | None = None
+        self.self_check = SelfCheck()
         self._format: Format | None = None
         if quantization is None:
             self._format = formats.OnTheFly()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quantize.jobs import INPUT_SCALE as NO_RANGE
 from quantize.kernels import NotFiniteError, for_device, quantize_weights
@@ -116,7 +117,8 @@ class QuantizingLoader:
                 return
             first, other = self.waiting.pop(expert)
             parts[first] = other
-        with torch.device(device):
+        # vLLM loads under the model's dtype as the default.
+        with torch.device(device), set_default_torch_dtype(torch.float32):
             weights = [part.to(device).contiguous() for part in parts.values()]
             try:
                 quantized = quantize_weights(weights, "max", for_device(device))
@@ -134,7 +136,7 @@ class QuantizingLoader:
             CODES: result.weight.codes,
             BLOCK_SCALE: result.weight.block_scale,
             GLOBAL_SCALE: result.weight.global_scale,
-            INPUT_SCALE: torch.tensor(NO_RANGE),
+            INPUT_SCALE: torch.tensor(NO_RANGE, dtype=torch.float32),
         }
         layer, layout = self.loads.layer, self.loads.layout
         prefix = "w2" if shard == "w2" else "w13"

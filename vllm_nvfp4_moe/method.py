@@ -70,6 +70,16 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
     def unsupported(cls, layer: RoutedExperts) -> str | None:
         """Why this backend cannot run ``layer`` here, None if it can."""
 
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """Names the kernel, for messages."""
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the kernel rounds the GEMMs' inputs to NVFP4, by the input scales."""
+        return False
+
     @abstractmethod
     def prepare(self, layer: RoutedExperts) -> None:
         """Turn checked weights (see the module's docstring) into what the kernels read."""
@@ -134,9 +144,14 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         if not self._dummy:
             self.loads.complete()
         self._canonicalize(layer)
-        if not self._dummy:
-            fold_global_scales(layer)
+        if self._dummy:
+            self.prepare(layer)
+            return
+        fold_global_scales(layer)
+        sample = self.config.self_check.before(layer, self)
         self.prepare(layer)
+        if sample is not None:
+            self.config.self_check.after(sample, layer, self)
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
         layout = self.layout

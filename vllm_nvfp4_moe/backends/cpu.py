@@ -134,6 +134,10 @@ class CpuMethod(NvFp4MoEMethod):
     def unsupported(cls, layer: RoutedExperts) -> str | None:
         return None if current_platform.is_cpu() else "the platform is not a CPU"
 
+    @property
+    def kernel(self) -> str:
+        return "the CPU kernel"
+
     def prepare(self, layer: RoutedExperts) -> None:
         _register_op()
         compat.use_grouped_routing(layer)

@@ -1,0 +1,230 @@
+"""The check at load: silent on what is right, and a refusal for whatever would give wrong text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantize.gates import Gate
+from vllm_nvfp4_moe import self_check
+from vllm_nvfp4_moe.backends.cpu import CpuMethod
+
+LAYER = "model.layers.1.mlp.experts"
+M3 = Gate("swiglu_oai", 1.702, 1.0, 7.0)
+Load = Callable[..., dict[str, Any]]
+MonkeyPatch = pytest.MonkeyPatch
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 6e-3)])
+def test_a_right_kernel_passes(load: Load, shallow: dict, dtype: str, error: float) -> None:
+    for layout in shallow:
+        check = load(shallow[layout], dtype=dtype)[
+            LAYER
+        ].routed_experts.quant_method.config.self_check
+        assert check.skipped is None
+        assert 0 < check.worst < error
+
+
+WRONG = {
+    "silu": Gate("silu"),
+    "without its limit": replace(M3, limit=None),
+    "another limit": replace(M3, limit=8.0),
+    "without alpha": replace(M3, alpha=1.0),
+    "another alpha": replace(M3, alpha=1.6),
+    "without beta": replace(M3, beta=0.0),
+    "gelu": Gate("gelu_tanh"),
+    "a clamp at the wrong place": Gate("swiglu_step", limit=7.0),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_kernel_that_applies_another_gate(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch, wrong: str
+) -> None:
+    """vLLM has applied SiLU to SwiGLU-OAI, and dropped each of its numbers."""
+    apply = CpuMethod.apply
+
+    def elsewhere(self: CpuMethod, *args: Any) -> torch.Tensor:
+        right, self.gate = self.gate, WRONG[wrong]
+        try:
+            return apply(self, *args)
+        finally:
+            self.gate = right
+
+    monkeypatch.setattr(CpuMethod, "apply", elsewhere)
+    with pytest.raises(ValueError, match=f"{LAYER}: self-check: the CPU kernel does not") as caught:
+        load(shallow["modelopt"])
+    if wrong in ("silu", "without its limit", "without alpha", "without beta", "gelu"):
+        assert f"It is nearer to what {WRONG[wrong]} would give" in str(caught.value)
+
+
+def swap_halves(layer: Any) -> None:
+    for tensor in (layer.w13_weight.data, layer.w13_weight_scale.data.view(torch.uint8)):
+        half = tensor.shape[1] // 2
+        tensor.copy_(torch.cat((tensor[:, half:], tensor[:, :half]), 1))
+
+
+def swap_nibbles(layer: Any) -> None:
+    codes = layer.w2_weight.data
+    codes.copy_((codes >> 4) | (codes << 4))
+
+
+def shift_experts(layer: Any) -> None:
+    layer.w13_weight.data.copy_(layer.w13_weight.data.roll(1, 0))
+
+
+def shift_the_last_expert(layer: Any) -> None:
+    layer.w2_weight.data[-1] = layer.w2_weight.data[0]
+
+
+def shift_scales(layer: Any) -> None:
+    scales = layer.w13_weight_scale.data.view(torch.uint8)
+    scales.copy_(scales.roll(1, 2))
+
+
+def mirror_rows(layer: Any) -> None:
+    for tensor in (layer.w2_weight.data, layer.w2_weight_scale.data.view(torch.uint8)):
+        tensor[:, -16:] = tensor[:, -16:].flip(1)
+
+
+def double_a_global_scale(layer: Any) -> None:
+    layer.w2_weight_scale_2.data *= 2
+
+
+def lose_a_row_of_scales(layer: Any) -> None:
+    layer.w2_weight_scale.data.view(torch.uint8)[:, -1] = 0
+
+
+BROKEN = [
+    swap_halves,
+    swap_nibbles,
+    shift_experts,
+    shift_the_last_expert,
+    shift_scales,
+    mirror_rows,
+    double_a_global_scale,
+    lose_a_row_of_scales,
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda f: f.__name__)
+def test_a_conversion_that_breaks_weights(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch, broken: Callable[[Any], None]
+) -> None:
+    prepare = CpuMethod.prepare
+
+    def convert(self: CpuMethod, layer: Any) -> None:
+        prepare(self, layer)
+        broken(layer)
+
+    monkeypatch.setattr(CpuMethod, "prepare", convert)
+    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
+        load(shallow["modelopt"])
+    monkeypatch.setenv(self_check.VARIABLE, "0")
+    assert (
+        load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check.worst is None
+    )
+
+
+def rounded(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
+    """vLLM's own reference for 4-bit activations."""
+    from vllm.model_executor.layers.quantization.utils import nvfp4_emulation_utils as theirs
+
+    codes, scales = theirs.ref_nvfp4_quant(x, 1 / input_scale, 16)
+    return (codes.unflatten(-1, (-1, 16)) * scales.unsqueeze(-1) * input_scale).flatten(-2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02, 1e-4])
+def test_activations_are_rounded_as_by_vllm(scale: float) -> None:
+    """1e-4 saturates the block scales of the larger blocks."""
+    torch.manual_seed(0)
+    x = torch.randn(7, 96) * torch.logspace(-3, 2, 7).unsqueeze(1)
+    x[3, :16] = 0
+    ours = self_check.round_activations(x, torch.tensor(scale))
+    torch.testing.assert_close(ours, rounded(x, torch.tensor(scale)), rtol=1e-6, atol=0)
+
+
+# Numbers that are off by a seventh drown in the noise.
+SHOWS = [wrong for wrong in WRONG if not wrong.startswith("another")]
+
+
+@pytest.mark.parametrize("wrong", [None, *SHOWS])
+def test_kernels_with_4_bit_activations(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch, wrong: str | None
+) -> None:
+    """As Blackwell's: their noise is larger than what some wrong gates change, and still they are
+    told apart. The kernel rounds the gate's output to bfloat16 first, which moves some codes."""
+    from quantize.nvfp4 import dequantize
+
+    def apply(self: Any, layer: Any, x: Any, weights: Any, ids: Any, *_: Any) -> torch.Tensor:
+        output = torch.zeros(x.shape)
+        gate = WRONG[wrong] if wrong else self.gate
+        for token in range(len(x)):
+            for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+                w13 = dequantize(
+                    layer.w13_weight[expert], layer.w13_weight_scale[expert],
+                    layer.w13_weight_scale_2[expert],
+                )  # fmt: skip
+                w2 = dequantize(
+                    layer.w2_weight[expert], layer.w2_weight_scale[expert],
+                    layer.w2_weight_scale_2[expert],
+                )  # fmt: skip
+                pre = rounded(x[token : token + 1].float(), layer.w13_input_scale.max()) @ w13.T
+                middle = gate.apply_stacked(pre.bfloat16().float()).bfloat16().float()
+                output[token] += (weight * (rounded(middle, layer.w2_input_scale.max()) @ w2.T))[0]
+        return output.bfloat16()
+
+    monkeypatch.setattr(CpuMethod, "apply", apply)
+    monkeypatch.setattr(CpuMethod, "quantizes_activations", True)
+    if wrong is None:
+        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
+        assert check.skipped is None
+        assert 0 < check.worst < 0.15
+        return
+    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
+        load(shallow["modelopt"])
+
+
+def test_a_check_that_cannot_be_made_is_said(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("not with this kernel")
+
+    monkeypatch.setattr(self_check.compat, "run_alone", fail)
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING):
+        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
+    assert check.worst is None
+    assert check.skipped == "NotImplementedError: not with this kernel"
+    assert f"{LAYER}: the self-check of the CPU kernel could not be made: NotImpl" in caplog.text
+    assert "not with this kernel" in caplog.text
+
+
+def test_one_layer_of_a_kind(
+    load: Load, quantized: dict[str, Path], monkeypatch: MonkeyPatch
+) -> None:
+    checked = []
+    after = self_check.SelfCheck.after
+
+    def note(self: Any, sample: Any, layer: Any, method: Any) -> None:
+        checked.append(layer.layer_name)
+        after(self, sample, layer, method)
+
+    monkeypatch.setattr(self_check.SelfCheck, "after", note)
+    runners = load(quantized["modelopt"])
+    assert len(runners) > 3
+    assert checked == [LAYER]
+
+
+def test_dummy_weights_are_not_checked(load: Load, shallow: dict) -> None:
+    """They mean nothing, and some are no numbers."""
+    layer = load(shallow["modelopt"], load_format="dummy")[LAYER].routed_experts
+    check = layer.quant_method.config.self_check
+    assert (check.worst, check.skipped) == (None, None)
