@@ -16,8 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from vllm_nvfp4_moe.method import NvFp4MoEMethod
+    from vllm_nvfp4_moe.self_check import Sample
 
 logger = logging.getLogger("vllm.nvfp4_moe.compat")
 
@@ -108,6 +112,54 @@ def runner_of(layer: RoutedExperts) -> Any:
 
     context = get_current_vllm_config().compilation_config.static_forward_context
     return context.get(layer.layer_name)
+
+
+def route(layer: RoutedExperts, sample: Sample) -> None:
+    """Give ``sample`` router logits, and what vLLM's router for ``layer`` makes of them.
+
+    For kernels that route by themselves: they get the logits, and are to choose like vLLM's router.
+    The experts that ``sample`` had chosen get the largest.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(1)
+    chosen = sample.ids.long().cpu()
+    logits = torch.randn(len(chosen), layer.global_num_experts, generator=random)
+    logits.scatter_(1, chosen, 4 + torch.rand(chosen.shape, generator=random))
+    sample.logits = logits.to(sample.x.device)
+    weights, ids = runner_of(layer).router.select_experts(
+        hidden_states=sample.x, router_logits=sample.logits
+    )
+    sample.weights, sample.ids = weights.float(), ids
+
+
+def run_alone(layer: RoutedExperts, method: NvFp4MoEMethod, sample: Sample) -> torch.Tensor:
+    """What ``method``'s kernel makes of ``sample``: ``[tokens, hidden]``, perhaps padded.
+
+    Without other ranks: where vLLM's kernel would exchange tokens with them, it runs between the
+    steps that vLLM uses for one rank.
+    """
+    import torch
+
+    # As vLLM's runner does, for kernels that need padded sizes.
+    x = torch.nn.functional.pad(sample.x, (0, layer.moe_config.hidden_dim - sample.x.shape[1]))
+    if method.is_monolithic:
+        return method.apply_monolithic(layer, x, sample.logits)
+    kernel = method.moe_kernel
+    if kernel is None or not layer.moe_config.moe_parallel_config.use_all2all_kernels:
+        return method.apply(layer, x, sample.weights, sample.ids, None, None)
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
+        MoEPrepareAndFinalizeNoDPEPModular,
+    )
+
+    try:
+        method.moe_kernel = FusedMoEKernel(
+            MoEPrepareAndFinalizeNoDPEPModular(), kernel.fused_experts
+        )
+        return method.apply(layer, x, sample.weights, sample.ids, None, None)
+    finally:
+        method.moe_kernel = kernel
 
 
 def shared_experts_counted_by_every_rank(layer: RoutedExperts) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
+    NvFp4MoeBackend,
     convert_to_nvfp4_moe_kernel_format,
     is_global_sf_supported_for_nvfp4_backend,
     make_nvfp4_moe_kernel,
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
 
+_WEIGHT_ONLY = (NvFp4MoeBackend.MARLIN, NvFp4MoeBackend.HUMMING)
+"""Backends that take activations as they are, whatever the checkpoint asks for."""
+
+
 class VllmKernelsMethod(NvFp4MoEMethod):
     """See the module's docstring."""
 
@@ -46,6 +51,14 @@ class VllmKernelsMethod(NvFp4MoEMethod):
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
         return "the platform is a CPU" if current_platform.is_cpu() else None
+
+    @property
+    def kernel(self) -> str:
+        return f"{self.backend.value} ({self.experts_cls.__name__})"
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return not self.weight_only and self.backend not in _WEIGHT_ONLY
 
     @property
     def supports_eplb(self) -> bool:
