@@ -16,9 +16,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that load models into this process through vLLM come last: its Transformers backend
-    changes Transformers' own classes for good, which the others use as references."""
-    items.sort(key=lambda item: item.path.is_relative_to(ROOT / "tests" / "plugin"))
+    """Tests that import vLLM into this process come last, and those that load models through it
+    last of all: its Transformers backend changes Transformers' own classes for good, which the
+    others use as references."""
+    tests = ROOT / "tests"
+    late = (tests / "benchmarks", tests / "test_operating.py")
+
+    def order(item: pytest.Item) -> int:
+        if item.path.is_relative_to(tests / "plugin"):
+            return 2
+        return int(any(item.path.is_relative_to(place) for place in late))
+
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,227 @@
+"""docs/operating.md and the deployment examples against vLLM's own parsers, names and code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants as hub
+import pytest
+import typer
+import yaml  # type: ignore[import-untyped]
+
+from tests.conftest import ROOT
+
+PAGE = ROOT / "docs" / "operating.md"
+DOCS = (PAGE, ROOT / "docs" / "troubleshooting.md", ROOT / "README.md")
+CONTAINERFILE = ROOT / "examples" / "Containerfile"
+MANIFEST = ROOT / "examples" / "kubernetes.yaml"
+
+
+def vllm_folder() -> Path:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+@cache
+def serve_parser() -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+def serve(arguments: list[str]) -> Any:
+    """What ``vllm serve`` makes of ``arguments``; fails the test if it refuses them."""
+    known, unknown = serve_parser().parse_known_args(arguments)
+    assert unknown == []
+    return known
+
+
+def outside_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def code(text: str) -> list[str]:
+    """The lines of all code blocks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def inline(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", outside_code(text))
+
+
+def commands(first: str) -> list[list[str]]:
+    """Of docs/operating.md, those that begin with ``first``, as words without it."""
+    found = [line.split("  #")[0] for line in code(PAGE.read_text()) if line.startswith(first)]
+    assert found
+    return [shlex.split(line.removeprefix(first)) for line in found]
+
+
+@pytest.mark.parametrize(
+    "words", commands("vllm serve"), ids=lambda words: " ".join(words[2:])[-40:]
+)
+def test_vllm_parses_each_serve_command(words: list[str]) -> None:
+    args = serve(words)
+    assert args.quantization == "nvfp4_moe"
+    assert (args.nnodes > 1) == ("--master-addr" in words)
+    assert args.headless == (args.node_rank > 0)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_flags_in_text_exist(page: Path) -> None:
+    from quantize.cli import app
+
+    group: Any = typer.main.get_command(app)
+    ours = {o for c in group.commands.values() for p in c.params for o in p.opts + p.secondary_opts}
+    theirs = set(serve_parser()._option_string_actions)
+    other = {"--name-it-vllm", "--gpus"}  # examples/setup_vllm_cpu.py, docker
+    flags = {f for text in inline(page.read_text()) for f in re.findall(r"--[a-z][\w-]*", text)}
+    assert flags
+    assert flags - ours - theirs - other == set()
+
+
+def test_values_given_for_moe_backend_are_for_nvfp4() -> None:
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import map_nvfp4_backend
+
+    (row,) = [line for line in PAGE.read_text().splitlines() if "| `--moe-backend` |" in line]
+    named = re.findall(r"`([a-z_]+)`", row)
+    assert {"marlin", "humming"} <= set(named)
+    for name in named:
+        if name != "auto":
+            map_nvfp4_backend(name)  # raises for any other
+
+
+def test_variables_exist() -> None:
+    from vllm import envs
+
+    sources = [*(ROOT / "quantize").rglob("*.py"), *(ROOT / "vllm_nvfp4_moe").rglob("*.py")]
+    ours = "\n".join(file.read_text() for file in sources)
+    named = {
+        n for page in DOCS for n in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", page.read_text())
+    }
+    named |= {entry["name"] for entry in container()["env"]}
+    assert {"VLLM_PLUGINS", "NVFP4_MOE_SELF_CHECK"} <= named
+    for name in named:
+        if name.startswith("VLLM_"):
+            assert name in envs.environment_variables, name
+        elif name.startswith("HF_"):
+            assert hasattr(hub, name), name
+        else:
+            assert f'"{name}"' in ours, name
+
+
+def test_metrics_exist() -> None:
+    named = set(re.findall(r"vllm:(\w+)", PAGE.read_text()))
+    assert len(named) > 10
+    for name in named:
+        base = re.sub(r"_(total|bucket|sum|count)$", "", name)
+        command = [
+            "grep",
+            "-rlE",
+            "--include=*.py",
+            f'"vllm:({name}|{base})"',
+            str(vllm_folder() / "v1"),
+        ]
+        assert subprocess.run(command, capture_output=True, check=False).stdout, name
+
+
+def test_log_lines_that_operators_look_for_exist() -> None:
+    lines = ["Initializing a V1 LLM engine", "Available KV cache memory", "KV cache size: "]
+    for line in lines:
+        assert line.removesuffix(": ") in PAGE.read_text()
+        command = ["grep", "-rlF", "--include=*.py", line, str(vllm_folder() / "v1")]
+        assert subprocess.run(command, capture_output=True, check=False).stdout, line
+
+
+def makefile_version() -> str:
+    (found,) = re.findall(r"^VLLM +:= (\S+)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    return str(found)
+
+
+def test_one_version_of_vllm_everywhere() -> None:
+    version = makefile_version()
+    assert f"/vllm-openai:v{version}\n" in CONTAINERFILE.read_text()
+    assert f"startswith('{version}')" in CONTAINERFILE.read_text()
+    pinned = re.findall(r"vllm(?:==|/vllm-openai:v)([\d.]+\d)", PAGE.read_text())
+    assert pinned and set(pinned) == {version}
+
+
+def test_container_file_copies_all_that_building_the_package_needs(tmp_path: Path) -> None:
+    """A wheel is built from just those files, and has the plugin's entry point."""
+    for line in re.findall(r"^COPY (.*)$", CONTAINERFILE.read_text(), flags=re.M):
+        *sources, target = line.split()
+        for source in sources:
+            place = tmp_path / target.lstrip("/")
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                place.mkdir(exist_ok=True)
+                shutil.copy(ROOT / source, place)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(tmp_path / "src")], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (points,) = [name for name in names if name.endswith("entry_points.txt")]
+        assert "nvfp4_moe = vllm_nvfp4_moe:register" in archive.read(points).decode()
+        packed = {name for name in names if name.endswith(".py")}
+    tracked = ["git", "ls-files", "quantize/*.py", "vllm_nvfp4_moe/*.py"]
+    ours = subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(ours.split()) <= packed
+
+
+def manifest() -> tuple[dict[str, Any], dict[str, Any]]:
+    deployment, service = yaml.safe_load_all(MANIFEST.read_text())
+    return deployment, service
+
+
+def container() -> dict[str, Any]:
+    deployment, _ = manifest()
+    (found,) = deployment["spec"]["template"]["spec"]["containers"]
+    return dict(found)
+
+
+def test_kubernetes_arguments_are_ones_vllm_takes() -> None:
+    of = container()
+    assert of["command"] == ["vllm", "serve"]
+    args = serve(of["args"])
+    assert args.quantization == "nvfp4_moe"
+    gpus = of["resources"]["limits"]["nvidia.com/gpu"]
+    assert str(args.tensor_parallel_size) == gpus == of["resources"]["requests"]["nvidia.com/gpu"]
+    mounts = {mount["mountPath"] for mount in of["volumeMounts"]}
+    assert any(args.model_tag.startswith(f"{mount}/") for mount in mounts)
+    deployment, _ = manifest()
+    grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert args.shutdown_timeout < grace
+    probe = of["startupProbe"]
+    ready = next(e["value"] for e in of["env"] if e["name"] == "VLLM_ENGINE_READY_TIMEOUT_S")
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= int(ready)
+
+
+def test_kubernetes_parts_fit_together() -> None:
+    deployment, service = manifest()
+    template = deployment["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert service["spec"]["selector"] == labels
+    of = container()
+    ports = {port["name"]: port["containerPort"] for port in of["ports"]}
+    assert [port["targetPort"] for port in service["spec"]["ports"]] == ["http"]
+    assert ports["http"] == serve(of["args"]).port
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == str(ports["http"])
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert of[kind]["httpGet"] == {"path": "/health", "port": "http"}
+    volumes = {volume["name"] for volume in template["spec"]["volumes"]}
+    assert {mount["name"] for mount in of["volumeMounts"]} == volumes
+    assert "/dev/shm" in {mount["mountPath"] for mount in of["volumeMounts"]}
