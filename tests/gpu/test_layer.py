@@ -1,0 +1,175 @@
+"""vLLM's NVFP4 kernels under this package's method, against plain floats.
+
+Each (shape, gate, backend) is built once; on it run all numbers of tokens with both routings, the
+whole layer with its router, CUDA graphs and torch.compile. For one shape in a process:
+``pytest tests/gpu/test_layer.py -k minimax-m3``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.gpu.layer import Case, Layer, Shape, build, error
+from tests.gpu.reference import GATES
+
+SHAPES = [
+    Shape("minimax-m3", 128, 6144, 3072, 4),
+    Shape("qwen3-235b", 128, 4096, 1536, 8),
+    Shape("deepseek-v3", 256, 7168, 2048, 8),
+    Shape("m3-nano", 32, 384, 128, 4),
+    # What the kernels must pad: Humming pads outputs to 256 and inputs to 128, Marlin gate and up
+    # to 64 or 128. A hidden size that 64 does not divide is beyond Marlin.
+    Shape("pad-both", 32, 2880, 720, 4),
+    Shape("pad-narrow", 16, 448, 48, 2),
+]
+TOKENS = (1, 2, 7, 16, 64, 256, 1024, 4096, 8192)
+BACKENDS = ("humming", "marlin", "emulation")
+
+# Largest relative error of a batch and of a token in it. Predicted, not measured: roundings to
+# bfloat16 of activations and of each expert's output, as on CPUs, are 4e-3; emulation's own
+# rounding of activations to 4 bits is in its reference, but falls the other way where the values
+# before it differ by a rounding.
+BOUNDS = {
+    ("humming", "silu"): (8e-3, 3e-2),
+    ("humming", "swiglu_oai"): (8e-3, 3e-2),
+    ("marlin", "silu"): (8e-3, 3e-2),
+    ("marlin", "swiglu_oai"): (8e-3, 3e-2),
+    ("emulation", "silu"): (6e-2, 2e-1),
+    ("emulation", "swiglu_oai"): (6e-2, 2e-1),
+}
+# Of emulation against floats: activations are rounded to 4 bits twice, a tenth each.
+PLAIN = {"silu": (0.25, 0.6), "swiglu_oai": (0.25, 0.6)}
+# Between two runs of the same, where the kernel adds up in no fixed order.
+RERUN = (4e-3, 1.6e-2)
+
+
+class Built(NamedTuple):
+    """What the tests of one (shape, backend, gate) share."""
+
+    case: Case
+    backend: str
+    gate: str
+    layer: Layer
+
+
+_case: list[Case] = []
+"""The last shape's, which the next tests will mostly want again."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=list(product(SHAPES, BACKENDS, GATES)),
+    ids=lambda param: "-".join((param[0].name, *param[1:])),
+)
+def built(request: pytest.FixtureRequest, gpu: torch.device) -> Iterator[Built]:
+    shape, backend, gate = request.param
+    if not _case or _case[0].shape != shape:
+        _case.clear()
+        release()
+        _case.append(Case(shape, TOKENS, gpu, emulated=True))
+    case = _case[0]
+    yield Built(case, backend, gate, build(shape, gate, case.w13, case.w2, backend))
+    release()
+
+
+def release() -> None:
+    """Give the memory of what nobody holds back to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def check(measured: list[dict[str, Any]], built: Built, outs: dict[str, torch.Tensor]) -> None:
+    """Record the errors of ``outs``, by batch, and compare them with the bounds."""
+    case, backend, gate, _ = built
+    emulated = backend == "emulation"
+    beyond = []
+    for name, out in outs.items():
+        line = {"shape": case.shape.name, "backend": backend, "gate": gate, "batch": name}
+        bounds = {"": BOUNDS[backend, gate]} | ({" plain": PLAIN[gate]} if emulated else {})
+        for kind, (whole, token) in bounds.items():
+            found = error(out, case.truth(gate, name, emulated and not kind))
+            line |= {f"whole{kind}": found.whole, f"token{kind}": found.token}
+            if not (found.whole <= whole and found.token <= token):
+                beyond.append(f"{name}{kind}: {found}")
+        measured.append(line)
+    assert not beyond, "; ".join(beyond)
+
+
+def test_below_the_router(built: Built, measured: list[dict[str, Any]]) -> None:
+    case, layer = built.case, built.layer
+    names = [name for name in case.batches if name.split()[1] in Case.ROUTINGS]
+    check(measured, built, {name: layer.apply(*case.batches[name][:3]) for name in names})
+
+
+def test_the_whole_layer(built: Built, measured: list[dict[str, Any]]) -> None:
+    case, _, gate, layer = built
+    name = f"{Case.ROUTED} {gate}"
+    batch = case.batches[name]
+    check(measured, built, {name: layer.forward(batch.x, batch.logits)})
+
+
+def same(
+    out: torch.Tensor, layer: Layer, batch: Any, measured: list[dict[str, Any]], what: dict
+) -> None:
+    """``out`` has the bits of eager runs, if those have the same bits each time; else is close."""
+    eager = [layer.apply(*batch[:3]) for _ in range(4)]
+    fixed = all(torch.equal(other, eager[0]) for other in eager[1:])
+    found = error(out, eager[0].float())
+    measured.append(what | {"deterministic": fixed, "whole": found.whole, "token": found.token})
+    if fixed:
+        assert torch.equal(out, eager[0]), (what, found)
+    assert found.whole <= RERUN[0] and found.token <= RERUN[1], (what, found)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 256])
+def test_cuda_graphs_replay_with_new_inputs(
+    built: Built, measured: list[dict[str, Any]], tokens: int
+) -> None:
+    """Captured with one routing, replayed with it and with the other."""
+    case, backend, gate, layer = built
+    first, second = (case.batches[f"{tokens} {routing}"] for routing in Case.ROUTINGS)
+    what = {"shape": case.shape.name, "backend": backend, "gate": gate, "batch": f"graph {tokens}"}
+    with torch.inference_mode():
+        place = [tensor.clone() for tensor in first[:3]]
+        for _ in range(2):  # compiles kernels, grows workspaces
+            layer.apply(*place)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer.apply(*place)
+        for batch in (first, second, first):
+            for mine, new in zip(place, batch[:3], strict=True):
+                mine.copy_(new)
+            out.fill_(torch.nan)
+            graph.replay()
+            same(out, layer, batch, measured, what)
+
+
+class Block(torch.nn.Module):
+    """Something around the layer for the compiler to compile."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.runner = layer.runner
+
+    def forward(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return self.runner(x * 1.0, logits) * 2.0
+
+
+def test_torch_compile(built: Built, measured: list[dict[str, Any]]) -> None:
+    """In one piece, through vLLM's custom op; a factor of two after it changes no rounding."""
+    case, _, gate, layer = built
+    name = f"{Case.ROUTED} {gate}"
+    batch = case.batches[name]
+    torch.compiler.reset()
+    block = torch.compile(Block(layer), fullgraph=True)
+    for _ in range(2):
+        with torch.inference_mode(), layer.context(len(batch.x)):
+            out = block(batch.x, batch.logits)
+    check(measured, built, {name: out / 2})
