@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,31 @@ def test_messages_are_read_off_source(tmp_path: Path) -> None:
     )
     found = {m.text for m in Source(tmp_path).messages(tmp_path)}
     assert found == {"…: … of it", "because of …", "wants …"}
+
+
+WITHOUT_PLUGIN = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+for model in sys.argv[1:]:
+    try:
+        config = EngineArgs(model=model, quantization="nvfp4_moe").create_model_config()
+        print("served as", config.quantization)
+    except ValueError as error:
+        print("refused:", " ".join(str(error).split())[:200])
+"""
+
+
+def test_what_vllm_makes_of_the_flag_without_the_plugin(
+    quantized: dict[str, Path], m3_nano: Path
+) -> None:
+    """The page warns of the first; only the others have a message."""
+    folders = [quantized["modelopt"], quantized["compressed-tensors"], m3_nano]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PLUGIN, *map(str, folders)],
+        env=os.environ | {"VLLM_PLUGINS": ""}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    answers = [line for line in done.stdout.splitlines() if line.startswith(("served", "refused"))]
+    modelopt, compressed, plain = answers
+    assert modelopt == "served as modelopt_fp4"
+    assert "does not match the quantization" in compressed
+    assert "Unknown quantization method: nvfp4_moe" in plain
