@@ -172,7 +172,7 @@ def test_flashinfer_cutlass(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None
 
 def test_flashinfer_cutlass_is_asked_for_exact_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why GELU by tanh is withheld from it: its Geglu is exact, GegluTanh is another number
-    (cutlass_fused_moe_kernels.cuh:2359). When this fails, vLLM asks for the right one."""
+    (cutlass_fused_moe_kernels.cuh:2361). When this fails, vLLM asks for the right one."""
     seen = flashinfer_cutlass(monkeypatch, GELU_TANH)
     assert seen["activation_type"] == FlashInferActivation.Geglu
     silu = flashinfer_cutlass(monkeypatch, SILU)
