@@ -9,6 +9,7 @@ tensor.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -44,6 +45,9 @@ class ExpertLoads:
         kinds: the positions in ``layout.suffixes`` that must come.
         global_input_scales: the kernels take the input scales of all experts together, so those of
             other ranks must come too.
+
+    Attributes:
+        on_tensor: called with each tensor that comes.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class ExpertLoads:
         self.kinds = kinds
         self.global_input_scales = global_input_scales
         self.seen: set[tuple[int, str, int]] = set()
+        self.on_tensor: Callable[[], None] = lambda: None
         config = layer.moe_config
         # Of the whole model, before tensor parallelism slices and before any padding.
         hidden = config.hidden_dim_unpadded or config.hidden_dim
@@ -107,7 +112,7 @@ class ExpertLoads:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
         if kind != CODES and (problem := bad_scales(tensor)):
             self.refuse(f"{name}: {problem}")
-        self.seen.add((kind, shard, expert))
+        self._count(kind, shard, expert)
 
     def check_plain(self, shard: str, expert: int, tensor: torch.Tensor) -> None:
         """:meth:`check` for a weight of plain floats, which is to be quantized."""
@@ -120,7 +125,11 @@ class ExpertLoads:
         rows, packed = self._shapes[CODES, "w2" if shard == "w2" else "w1"]
         if tuple(tensor.shape) != (rows, 2 * packed):
             self.refuse(f"{name}: shape {list(tensor.shape)}, expected {[rows, 2 * packed]}")
-        self.seen.add((CODES, shard, expert))
+        self._count(CODES, shard, expert)
+
+    def _count(self, kind: int, shard: str, expert: int) -> None:
+        self.on_tensor()
+        self.seen.add((kind, shard, expert))
 
     def complete(self) -> None:
         """Refuse the layer if anything is missing for the experts of this rank."""

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from quantize.layouts import detect
 from vllm_nvfp4_moe import NAME, formats
 from vllm_nvfp4_moe.self_check import SelfCheck
+from vllm_nvfp4_moe.summary import Summary
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -47,12 +48,14 @@ class NvFp4MoEConfig(QuantizationConfig):
     Attributes:
         gates: of the experts, once :meth:`maybe_update_config` has been called.
         self_check: of the kernels of this model's layers.
+        summary: of its experts.
     """
 
     def __init__(self, quantization: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.gates: Gates | None = None
         self.self_check = SelfCheck()
+        self.summary = Summary(self)
         self._format: Format | None = None
         if quantization is None:
             self._format = formats.OnTheFly()

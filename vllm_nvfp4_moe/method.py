@@ -14,6 +14,7 @@ Those are the names that vLLM's ``modelopt_fp4`` uses, and that its kernel conve
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,9 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         layer: already set to the contract's gate.
         weight_only: its experts come without input scales.
     """
+
+    passed_over: Sequence[tuple[str, str]] = ()
+    """Kernels that would have been preferred, each with the reason why not."""
 
     global_input_scales = False
     """Whether kernels want the input scales of all experts, not only this rank's."""
@@ -104,6 +108,8 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         load_format = get_current_vllm_config().load_config.load_format
         self._dummy = load_format == "dummy"
         self.loads = ExpertLoads(layer, self.layout, kinds, self.global_input_scales)
+        self.loads.on_tensor = self.config.summary.begins
+        self.config.summary.built()
         loaders = {kind: Loader(self.loads, kind, self.global_input_scales) for kind in kinds}
         quantizing = None
         if self.config.format.on_the_fly:
@@ -144,14 +150,14 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         if not self._dummy:
             self.loads.complete()
         self._canonicalize(layer)
-        if self._dummy:
-            self.prepare(layer)
-            return
-        fold_global_scales(layer)
-        sample = self.config.self_check.before(layer, self)
+        sample = None
+        if not self._dummy:
+            fold_global_scales(layer)
+            sample = self.config.self_check.before(layer, self)
         self.prepare(layer)
         if sample is not None:
             self.config.self_check.after(sample, layer, self)
+        self.config.summary.loaded(layer, self)
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
         layout = self.layout

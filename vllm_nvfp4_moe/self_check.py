@@ -80,6 +80,14 @@ class SelfCheck:
         self.skipped: str | None = None
         self._seen: set[object] = set()
 
+    def told(self) -> str:
+        """In a few words, what came of it."""
+        if self.skipped is not None:
+            return f"self-check impossible ({self.skipped})"
+        if self.worst is None:
+            return "no self-check"
+        return f"self-check passed, relative error {self.worst:.2g}, {self.seconds:.1f} s"
+
     def before(self, layer: RoutedExperts, method: NvFp4MoEMethod) -> Sample | None:
         """A sample for ``layer``, whose weights have the names and shapes that the docstring of
         ``vllm_nvfp4_moe.method`` gives: call it before they are converted, and :meth:`after` with

@@ -46,6 +46,7 @@ class VllmKernelsMethod(NvFp4MoEMethod):
             self.moe, kNvfp4Static, None if self.weight_only else kNvfp4Dynamic, self.gate
         )
         self.backend, self.experts_cls = self.selection.backend, self.selection.experts_cls
+        self.passed_over = self.selection.passed_over
         self.global_input_scales = is_global_sf_supported_for_nvfp4_backend(self.backend)
 
     @classmethod
