@@ -22,6 +22,7 @@ import openai
 import psutil
 import pytest
 
+from benchmarks.serving_check import Client, compare, prompts
 from examples.perplexity import held_out_rows, model_perplexity, server_perplexity
 from examples.server import free_port, tail
 
@@ -141,6 +142,19 @@ def test_sixteen_requests_at_once(server: Server) -> None:
         mine, theirs = (a.choices[0].logprobs.token_logprobs[1:n] for a in (answer, alone))
         # Batching may change roundings of bf16, not more.
         assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < 0.2
+
+
+def test_greedy_answers_depend_on_the_prompt_alone(server: Server, m3_nano: Path) -> None:
+    """Not on others at the same time, nor on others that go away in mid-stream: the tokens are
+    those of the same request alone, but where two were as good as equal there."""
+    from transformers import AutoTokenizer
+
+    client = Client(server.url, tokens=8, name=NAME)
+    asked = prompts(AutoTokenizer.from_pretrained(m3_nano), 24)
+    lone = client.alone(asked)
+    assert len({tuple(token.id for token in answer) for answer in lone}) > 12
+    for found in (client.together(asked), client.amid_aborts(asked)):
+        assert not compare(lone, found, 8).problems
 
 
 def test_malformed_requests_are_refused_and_harmless(server: Server) -> None:
