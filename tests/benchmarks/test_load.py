@@ -27,14 +27,6 @@ def test_the_worst_peak_and_the_best_seconds_count() -> None:
     assert "within" in verdict([line("ours", 6, 24.9)])[0]
     numbers = ["12.00", "20.000", "4.000", "40.000", "40.000", "2.000"]
     assert row(lines[0]).split() == ["stock", *numbers]
-        "stock",
-        "12.00",
-        "20.000",
-        "4.000",
-        "40.000",
-        "40.000",
-        "2.000",
-    ]
 
 
 def test_a_load_is_measured(quantized: dict[str, Path]) -> None:
