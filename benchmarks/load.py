@@ -131,7 +131,8 @@ def gpu_memory(samples: list[int]) -> Iterator[None]:
         yield
         return
     query = "--query-gpu=memory.used"
-    command = ["nvidia-smi", "-i", "0", query, "--format=csv,noheader,nounits", "-lms", "100"]
+    number = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "-i", number, query, "--format=csv,noheader,nounits", "-lms", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = process.stdout
