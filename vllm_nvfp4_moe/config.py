@@ -17,10 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from quantize.layouts import detect
-from vllm_nvfp4_moe import NAME, formats
-from vllm_nvfp4_moe.self_check import SelfCheck
-from vllm_nvfp4_moe.summary import Summary
+from vllm_nvfp4_moe import NAME
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -52,6 +49,11 @@ class NvFp4MoEConfig(QuantizationConfig):
     """
 
     def __init__(self, quantization: dict[str, Any] | None = None) -> None:
+        # Here and below: vLLM imports this module in each process, whatever it serves.
+        from vllm_nvfp4_moe import formats
+        from vllm_nvfp4_moe.self_check import SelfCheck
+        from vllm_nvfp4_moe.summary import Summary
+
         super().__init__()
         self.gates: Gates | None = None
         self.self_check = SelfCheck()
@@ -91,6 +93,8 @@ class NvFp4MoEConfig(QuantizationConfig):
     ) -> Any:
         if user_quant != NAME:
             return None
+        from quantize.layouts import detect
+
         if not isinstance(hf_quant_cfg, dict) or detect(hf_quant_cfg) is None:
             method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
             raise ValueError(_NOT_OURS.format(found=f"this one's quant_method is {method!r}"))
@@ -102,6 +106,8 @@ class NvFp4MoEConfig(QuantizationConfig):
 
     @staticmethod
     def _read(quantization: dict[str, Any]) -> Format:
+        from vllm_nvfp4_moe import formats
+
         found = formats.from_checkpoint(quantization)
         if found is None:
             raise ValueError(_NOT_OURS.format(found=f"this one has {sorted(quantization)}"))
@@ -120,7 +126,7 @@ class NvFp4MoEConfig(QuantizationConfig):
         from quantize.errors import QuantizeError
         from quantize.gates import KEY, from_contract
         from quantize.identify import identify, identify_config
-        from vllm_nvfp4_moe import compat
+        from vllm_nvfp4_moe import compat, formats
 
         online = self.online_quantization_config  # from the user's --quantization-config
         if online is not None and online.args.moe is not None:
