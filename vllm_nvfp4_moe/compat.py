@@ -49,8 +49,9 @@ def unsupported_version() -> str | None:
     if tuple(int(p) if p.isdigit() else -1 for p in parts[:2]) in SUPPORTED:
         return None
     return (
-        f"vllm-nvfp4-moe needs vLLM {wanted}, found {found}: --quantization nvfp4_moe stays "
-        "unknown to this vLLM; everything else works as without the plugin"
+        f"vllm-nvfp4-moe needs vLLM {wanted}, found {found}, and stays out of this vLLM: with "
+        "--quantization nvfp4_moe it serves a ModelOpt folder by its own method, unchecked and "
+        "perhaps with another gate, and refuses others; all else works as without the plugin"
     )
 
 

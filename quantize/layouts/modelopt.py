@@ -13,7 +13,6 @@ import torch
 
 from quantize.nvfp4 import BLOCK, NvFp4
 
-
 _ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
 
 
