@@ -116,6 +116,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             self.loads.kinds = (CODES,)
             quantizing = QuantizingLoader(self.loads, loaders)
 
+        padded = hidden_size != (extra_weight_attrs.get("unpadded_hidden_size") or hidden_size)
         inner = intermediate_size_per_partition
         for prefix, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
             per_expert: dict[int, tuple[tuple[int, ...], torch.dtype, str | None]] = {
@@ -129,9 +130,10 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
                 experts = num_experts
                 if kind == INPUT_SCALE and self.global_input_scales:
                     experts = extra_weight_attrs["global_num_experts"]
-                param = torch.nn.Parameter(
-                    torch.empty(experts, *shape, dtype=dtype), requires_grad=False
-                )
+                data = torch.empty(experts, *shape, dtype=dtype)
+                if padded and kind in (CODES, BLOCK_SCALE):
+                    data.fill_(int(kind == BLOCK_SCALE))  # nothing is loaded into the padding
+                param = torch.nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{prefix}_{self.layout.suffixes[kind]}", param)
                 loader = quantizing if quantizing and kind == CODES else loaders[kind]
                 attributes: dict[str, Any] = {"weight_loader": loader}

@@ -45,6 +45,38 @@ def test_bfloat16_loses_only_roundings_of_activations(load, shallow: dict[str, P
         assert relative(out, routed(x, truth_weights, weights, ids)) < 6e-3, tokens
 
 
+def test_a_hidden_size_that_is_padded(
+    load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's all-to-all kernels ask for; what lies in the padding must not count."""
+    from vllm_nvfp4_moe.backends.cpu import CpuMethod
+
+    empty = torch.empty
+
+    def dirty(*shape: int, **more: object) -> torch.Tensor:
+        tensor = empty(*shape, **more)  # type: ignore[call-overload]
+        if tensor.dtype in (torch.uint8, torch.float8_e4m3fn) and tensor.ndim == 3:
+            tensor.view(torch.uint8).fill_(0x7F)  # NaN as a scale
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    monkeypatch.setattr(
+        CpuMethod, "maybe_roundup_sizes", lambda self, hidden, inner, *_: (512, inner)
+    )
+    layer = load(shallow["modelopt"], dtype="float32")[LAYER].routed_experts
+    assert layer.w13_weight.shape[2] == 256
+    check = layer.quant_method.config.self_check
+    assert check.skipped is None
+    assert check.worst < 1e-5
+    torch.manual_seed(0)
+    x = torch.randn(5, 384)
+    weights, ids = routing(5)
+    padded = torch.nn.functional.pad(x, (0, 128))
+    out = layer.quant_method.apply(layer, padded, weights, ids, None, None)
+    truth = routed(x, experts_of(shallow["modelopt"], LAYER, "modelopt", 32), weights, ids)
+    assert relative(out[:, :384], truth) < 1e-5
+
+
 def test_float16_does_not_overflow(load, shallow: dict[str, Path]) -> None:
     """Before the global scale, products leave float16's range; on either path they must not."""
     layer = load(shallow["modelopt"], dtype="float16")[LAYER].routed_experts
