@@ -160,11 +160,13 @@ def build(
     w2: Stored,
     backend: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    stock: bool = False,
 ) -> Layer:
     """A layer with these weights, converted for ``backend`` (vLLM's ``moe_backend``).
 
     Args:
         gate: a key of ``tests.gpu.reference.GATES``; the router is that of :func:`route`.
+        stock: with vLLM's own ``modelopt_fp4`` method in place of this package's.
     """
     from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
     from vllm.config.kernel import KernelConfig
@@ -176,8 +178,22 @@ def build(
 
     device = w13.codes.device
     numbers = (1.702, 1.0, 7.0) if gate == "swiglu_oai" else ()
-    quantization = NvFp4MoEConfig.from_config(LAYOUTS["modelopt"].quantization_config([]))
-    quantization.gates = Gates.uniform(Gate(gate, *numbers))
+    stored = LAYOUTS["modelopt"].quantization_config([])
+    quantization: Any
+    told: dict[str, Any] = {}
+    if stock:
+        from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+        quantization = ModelOptNvFp4Config.from_config(stored)
+        if numbers:  # as vLLM's MiniMax-M3 says it
+            names = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+            told = {
+                "activation": "swigluoai_uninterleave",
+                **dict(zip(names, numbers, strict=True)),
+            }
+    else:
+        quantization = NvFp4MoEConfig.from_config(stored)
+        quantization.gates = Gates.uniform(Gate(gate, *numbers))
     config = VllmConfig(load_config=LoadConfig(), kernel_config=KernelConfig(moe_backend=backend))
     sigmoid = gate == "swiglu_oai"
     with set_current_vllm_config(config), torch.device(device):
@@ -194,6 +210,7 @@ def build(
             apply_routed_scale_to_output=True,
             router_logits_dtype=torch.float32,
             quant_config=quantization,
+            **told,
             prefix="model.layers.0.mlp.experts",
         )
         layer = Layer(runner, config)

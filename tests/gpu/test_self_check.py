@@ -1,0 +1,133 @@
+"""The check at load with vLLM's kernels: silent where they are right, and a stop where a gate or a
+conversion was broken on purpose, which stock vLLM serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.layer import Case, Layer, Shape, build, error
+from vllm_nvfp4_moe import self_check
+
+SHAPES = [
+    Shape("minimax-m3", 128, 6144, 3072, 4),
+    Shape("m3-nano", 32, 384, 128, 4),
+    Shape("pad-both", 32, 2880, 720, 4),
+]
+BACKENDS = ("humming", "marlin", "emulation")
+GATE = "swiglu_oai"
+MonkeyPatch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def case(gpu: torch.device, request: pytest.FixtureRequest) -> Case:
+    return Case(request.param, (16,), gpu)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gate", ["silu", GATE])
+def test_right_kernels_pass(
+    case: Case, backend: str, gate: str, measured: list[dict[str, Any]]
+) -> None:
+    build(case.shape, gate, case.w13, case.w2, backend)  # compiles
+    check = build(
+        case.shape, gate, case.w13, case.w2, backend
+    ).experts.quant_method.config.self_check
+    assert check.skipped is None
+    assert check.worst is not None
+    measured.append(
+        {"shape": case.shape.name, "backend": backend, "gate": gate, "batch": "self-check",
+         "check": check.worst, "seconds": check.seconds}
+    )  # fmt: skip
+    assert check.worst < self_check.BOUNDS[backend == "emulation"].token / 2
+    assert check.seconds < 2
+
+
+def other_numbers(**numbers: float) -> Callable[[MonkeyPatch], None]:
+    """The kernels are told another alpha, beta or limit."""
+
+    def change(monkeypatch: MonkeyPatch) -> None:
+        from vllm.model_executor.layers.quantization import modelopt
+
+        from vllm_nvfp4_moe.backends import vllm_kernels
+
+        make = vllm_kernels.make_nvfp4_moe_quant_config
+
+        def told(*, layer: Any, **more: Any) -> Any:
+            before = {name: getattr(layer, name) for name in numbers}
+            for name, number in numbers.items():
+                setattr(layer, name, number)  # which Humming reads
+            try:
+                return make(layer=layer, **more | numbers)
+            finally:
+                for name, number in before.items():
+                    setattr(layer, name, number)
+
+        for module in (modelopt, vllm_kernels):
+            monkeypatch.setattr(module, "make_nvfp4_moe_quant_config", told)
+
+    return change
+
+
+def before_conversion(damage: Callable[[Any], None]) -> Callable[[MonkeyPatch], None]:
+    """The conversion gets the weights wrong."""
+
+    def change(monkeypatch: MonkeyPatch) -> None:
+        from vllm.model_executor.layers.quantization import modelopt
+
+        from vllm_nvfp4_moe.backends import vllm_kernels
+
+        convert = vllm_kernels.convert_to_nvfp4_moe_kernel_format
+
+        def broken(*, layer: Any, **more: Any) -> Any:
+            damage(layer)
+            return convert(layer=layer, **more)
+
+        for module in (modelopt, vllm_kernels):
+            monkeypatch.setattr(module, "convert_to_nvfp4_moe_kernel_format", broken)
+
+    return change
+
+
+def swap_halves(layer: Any) -> None:
+    for tensor in (layer.w13_weight.data, layer.w13_weight_scale.data.view(torch.uint8)):
+        half = tensor.shape[1] // 2
+        first = tensor[:, :half].clone()
+        tensor[:, :half] = tensor[:, half:]
+        tensor[:, half:] = first
+
+
+def shift_scales(layer: Any) -> None:
+    scales = layer.w2_weight_scale.data.view(torch.uint8)
+    scales.copy_(scales.roll(1, 2))
+
+
+BREAKS = {
+    "another alpha": other_numbers(swiglu_alpha=1.0),
+    "another limit": other_numbers(swiglu_limit=1e6),
+    "no beta": other_numbers(swiglu_beta=0.0),
+    "gate and up swapped": before_conversion(swap_halves),
+    "scales of other columns": before_conversion(shift_scales),
+}
+
+
+def off(case: Case, layer: Layer) -> float:
+    """The layer's relative error."""
+    name = "16 uniform"
+    return error(layer.apply(*case.batches[name][:3]), case.truth(GATE, name)).whole
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_is_broken_on_purpose(
+    case: Case, backend: str, what: str, monkeypatch: MonkeyPatch
+) -> None:
+    right = off(case, build(case.shape, GATE, case.w13, case.w2, backend, stock=True))
+    BREAKS[what](monkeypatch)
+    with pytest.raises(ValueError, match=f"self-check: {backend.upper()} .* does not compute"):
+        build(case.shape, GATE, case.w13, case.w2, backend)
+    # Stock vLLM says nothing, and computes something else.
+    assert off(case, build(case.shape, GATE, case.w13, case.w2, backend, stock=True)) > 1.05 * right
