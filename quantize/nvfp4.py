@@ -108,7 +108,8 @@ def decode(packed: torch.Tensor) -> torch.Tensor:
     """Float32 ``[..., 2 * n]`` E2M1 values of packed uint8 ``[..., n]``, without any scale."""
     values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=packed.device)
     table = torch.cat((values, -values))
-    return table[unpack(packed).int()]
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)  # of each byte
+    return pairs[packed.int()].flatten(-2)
 
 
 def dequantize(

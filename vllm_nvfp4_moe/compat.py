@@ -139,28 +139,47 @@ def run_alone(layer: RoutedExperts, method: NvFp4MoEMethod, sample: Sample) -> t
 
     Without other ranks: where vLLM's kernel would exchange tokens with them, it runs between the
     steps that vLLM uses for one rank.
+
+    Raises:
+        NotImplementedError: if the kernel cannot run so.
     """
     import torch
+    from vllm.config import get_current_vllm_config
+    from vllm.forward_context import create_forward_context, override_forward_context
 
     # As vLLM's runner does, for kernels that need padded sizes.
     x = torch.nn.functional.pad(sample.x, (0, layer.moe_config.hidden_dim - sample.x.shape[1]))
-    if method.is_monolithic:
-        return method.apply_monolithic(layer, x, sample.logits)
+    # Humming asks for the context, which vLLM does not set while it loads. Not by vLLM's
+    # set_forward_context: with data parallelism that waits for the other ranks.
+    context = create_forward_context(None, get_current_vllm_config())
     kernel = method.moe_kernel
-    if kernel is None or not layer.moe_config.moe_parallel_config.use_all2all_kernels:
-        return method.apply(layer, x, sample.weights, sample.ids, None, None)
-    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
-    from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
-        MoEPrepareAndFinalizeNoDPEPModular,
-    )
-
     try:
-        method.moe_kernel = FusedMoEKernel(
-            MoEPrepareAndFinalizeNoDPEPModular(), kernel.fused_experts
-        )
-        return method.apply(layer, x, sample.weights, sample.ids, None, None)
+        if kernel is not None:
+            method.moe_kernel = _for_one_rank(kernel)
+        with override_forward_context(context):
+            if method.is_monolithic:
+                return method.apply_monolithic(layer, x, sample.logits)
+            return method.apply(layer, x, sample.weights, sample.ids, None, None)
     finally:
         method.moe_kernel = kernel
+
+
+def _for_one_rank(kernel: Any) -> Any:
+    from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import no_dp_ep, passthrough
+
+    modular = no_dp_ep.MoEPrepareAndFinalizeNoDPEPModular
+    monolithic = no_dp_ep.MoEPrepareAndFinalizeNoDPEPMonolithic
+    steps = kernel.prepare_finalize
+    if type(steps) in (modular, monolithic):  # others are made from these
+        return kernel
+    standard = steps.activation_format == mk.FusedMoEActivationFormat.Standard
+    if not standard or type(steps).__module__ == passthrough.__name__:
+        raise NotImplementedError(
+            f"with {type(steps).__name__}, the kernel works on tokens of all ranks together"
+        )
+    alone = monolithic() if kernel.is_monolithic else modular()
+    return mk.FusedMoEKernel(alone, kernel.fused_experts)
 
 
 def shared_experts_counted_by_every_rank(layer: RoutedExperts) -> bool:

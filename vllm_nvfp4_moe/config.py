@@ -146,6 +146,8 @@ class NvFp4MoEConfig(QuantizationConfig):
                 )
             self._format = self._read(quantization)
         contract = getattr(hf_config, KEY, None)
+        if contract is None:  # vLLM makes configs of its own for some draft models
+            contract = (get_hf_file_to_dict("config.json", model_name, revision) or {}).get(KEY)
         try:
             if contract is not None:
                 self.gates = from_contract(contract, f"{model_name}/config.json")

@@ -100,6 +100,11 @@ class QuantizingLoader:
         return_success: bool = False,
     ) -> bool | None:
         layer = self.loads.layer
+        if param.is_meta:  # how vLLM's reloading begins
+            self.loads.refuse(
+                "weights that were quantized while they loaded cannot be loaded again; restart, or "
+                "serve a checkpoint that nvfp4-moe quantize made"
+            )
         self.loads.check_plain(shard_id, expert_id, loaded_weight)
         local = layer._map_global_expert_id_to_local_expert_id(expert_id) >= 0
         if local:

@@ -84,6 +84,14 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         """Whether the kernel rounds the GEMMs' inputs to NVFP4, by the input scales."""
         return False
 
+    @property
+    def activation_bits(self) -> int:
+        """Of the GEMMs' inputs, as the kernel takes them."""
+        return 4 if self.quantizes_activations else 16
+
+    input_scales_by_expert = False
+    """Whether the kernel takes each expert's own input scale; else the largest of all."""
+
     @abstractmethod
     def prepare(self, layer: RoutedExperts) -> None:
         """Turn checked weights (see the module's docstring) into what the kernels read."""

@@ -36,12 +36,14 @@ class Summary:
 
     def loaded(self, layer: RoutedExperts, method: NvFp4MoEMethod) -> None:
         """A layer's weights are what its kernel reads."""
+        if not self._built:  # loaded again
+            return
         self._loaded.append((layer, method))
         if len(self._loaded) == self._built:
             # On one rank; which layers it has, pipeline parallelism decides.
             logger.info_once("%s", self.line(), scope="global")
             self._loaded.clear()  # the layers belong to vLLM
-            self._begin = None
+            self._begin, self._built = None, 0  # a draft model's layers may follow
 
     def line(self) -> str:
         """The line, of what has been loaded so far."""

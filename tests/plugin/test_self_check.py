@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from quantize.gates import Gate
+from tests.plugin.conftest import Damage
 from vllm_nvfp4_moe import self_check
 from vllm_nvfp4_moe.backends.cpu import CpuMethod
 
@@ -36,7 +38,7 @@ WRONG = {
     "without its limit": replace(M3, limit=None),
     "another limit": replace(M3, limit=8.0),
     "without alpha": replace(M3, alpha=1.0),
-    "another alpha": replace(M3, alpha=1.6),
+    "another alpha": replace(M3, alpha=1.5),
     "without beta": replace(M3, beta=0.0),
     "gelu": Gate("gelu_tanh"),
     "a clamp at the wrong place": Gate("swiglu_step", limit=7.0),
@@ -159,12 +161,61 @@ def test_kernels_with_4_bit_activations(
     load: Load, shallow: dict, monkeypatch: MonkeyPatch, wrong: str | None
 ) -> None:
     """As Blackwell's: their noise is larger than what some wrong gates change, and still they are
-    told apart. The kernel rounds the gate's output to bfloat16 first, which moves some codes."""
+    told apart."""
+    round_activations(monkeypatch, WRONG[wrong] if wrong else None)
+    if wrong is None:
+        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
+        assert check.skipped is None
+        assert 0 < check.worst < 0.15
+        return
+    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
+        load(shallow["modelopt"])
+
+
+def test_gates_that_noise_cannot_tell_apart(
+    load: Load, damage: Callable[[str], Damage], monkeypatch: MonkeyPatch
+) -> None:
+    """GELU and its approximation by tanh: neither may be taken for the other."""
+    round_activations(monkeypatch, None)
+    for form in ("gelu", "gelu_tanh"):
+        copy = damage("modelopt")
+        folder = copy.config(lambda c, form=form: c["nvfp4_moe"].update(gate={"form": form}))
+        check = load(folder)[LAYER].routed_experts.quant_method.config.self_check
+        assert check.skipped is None
+        assert 0 < check.worst < 0.15
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_calibrated_input_scales(
+    load: Load, damage: Callable[[str], Damage], monkeypatch: MonkeyPatch, by_expert: bool
+) -> None:
+    """As other tools write them: each expert's own, some so small that its activations saturate."""
+
+    def calibrate(tensors: dict[str, torch.Tensor]) -> None:
+        for number in range(32):
+            for name, scale in (("gate", 0.005), ("up", 0.005), ("down", 0.02)):
+                of = tensors[f"{LAYER}.{number}.{name}_proj.input_scale"]
+                of.fill_(scale / 2 ** (number % 4))
+
+    round_activations(monkeypatch, None, by_expert)
+    folder = damage("modelopt").tensors(calibrate)
+    check = load(folder)[LAYER].routed_experts.quant_method.config.self_check
+    assert check.skipped is None
+    assert 0 < check.worst < 0.2
+
+
+def round_activations(
+    monkeypatch: MonkeyPatch, wrong: Gate | None, by_expert: bool = False
+) -> None:
+    """Have the CPU's method compute as a kernel with 4-bit activations would, with the gate
+    ``wrong`` in place of its own. It rounds the gate's output to bfloat16 before, which moves some
+    codes."""
     from quantize.nvfp4 import dequantize
 
     def apply(self: Any, layer: Any, x: Any, weights: Any, ids: Any, *_: Any) -> torch.Tensor:
         output = torch.zeros(x.shape)
-        gate = WRONG[wrong] if wrong else self.gate
+        gate = wrong or self.gate
         for token in range(len(x)):
             for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
                 w13 = dequantize(
@@ -175,20 +226,16 @@ def test_kernels_with_4_bit_activations(
                     layer.w2_weight[expert], layer.w2_weight_scale[expert],
                     layer.w2_weight_scale_2[expert],
                 )  # fmt: skip
-                pre = rounded(x[token : token + 1].float(), layer.w13_input_scale.max()) @ w13.T
+                scales = layer.w13_input_scale, layer.w2_input_scale
+                first, second = (s[expert].max() if by_expert else s.max() for s in scales)
+                pre = rounded(x[token : token + 1].float(), first) @ w13.T
                 middle = gate.apply_stacked(pre.bfloat16().float()).bfloat16().float()
-                output[token] += (weight * (rounded(middle, layer.w2_input_scale.max()) @ w2.T))[0]
+                output[token] += (weight * (rounded(middle, second) @ w2.T))[0]
         return output.bfloat16()
 
     monkeypatch.setattr(CpuMethod, "apply", apply)
     monkeypatch.setattr(CpuMethod, "quantizes_activations", True)
-    if wrong is None:
-        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
-        assert check.skipped is None
-        assert 0 < check.worst < 0.15
-        return
-    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
-        load(shallow["modelopt"])
+    monkeypatch.setattr(CpuMethod, "input_scales_by_expert", by_expert)
 
 
 def test_a_check_that_cannot_be_made_is_said(
@@ -205,6 +252,26 @@ def test_a_check_that_cannot_be_made_is_said(
     assert check.skipped == "NotImplementedError: not with this kernel"
     assert f"{LAYER}: the self-check of the CPU kernel could not be made: NotImpl" in caplog.text
     assert "not with this kernel" in caplog.text
+
+
+def test_a_kernel_that_asks_for_the_forward_context(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch
+) -> None:
+    """As Humming does; vLLM sets none while it loads."""
+    from vllm.forward_context import get_forward_context
+
+    apply = CpuMethod.apply
+    asked = []
+
+    def ask(self: CpuMethod, *args: Any) -> torch.Tensor:
+        if args[1].shape[0] == self_check.TOKENS:
+            asked.append(get_forward_context().dp_metadata)
+        return apply(self, *args)
+
+    monkeypatch.setattr(CpuMethod, "apply", ask)
+    check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
+    assert check.skipped is None
+    assert asked == [None]
 
 
 def test_one_layer_of_a_kind(

@@ -65,3 +65,15 @@ def test_why_nothing_faster(
     load(shallow["modelopt"])
     (line,) = lines
     assert "; passed over: TRTLLM (no such device), HUMMING (not installed); " in line
+
+
+def test_a_draft_model_of_the_same_config(load: Load, shallow: dict, lines: list[str]) -> None:
+    """Its layers are built after the model's own are loaded; and reloading says nothing."""
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    summary = layer.quant_method.config.summary
+    summary.built()
+    summary.loaded(layer, layer.quant_method)
+    assert len(lines) == 2
+    assert all("1 layers x 32 experts" in line for line in lines)
+    summary.loaded(layer, layer.quant_method)
+    assert len(lines) == 2

@@ -6,6 +6,7 @@ the gate is the contract's, and the weights have been checked.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from vllm.platforms import current_platform
 
 from vllm_nvfp4_moe import compat
 from vllm_nvfp4_moe.backends.selection import select
+from vllm_nvfp4_moe.checks import RefusedError
 from vllm_nvfp4_moe.method import CANONICAL, NvFp4MoEMethod
 
 if TYPE_CHECKING:
@@ -36,6 +38,13 @@ _WEIGHT_ONLY = (NvFp4MoeBackend.MARLIN, NvFp4MoeBackend.HUMMING)
 """Backends that take activations as they are, whatever the checkpoint asks for."""
 
 
+_EIGHT_BITS = {
+    NvFp4MoeBackend.HUMMING: "VLLM_HUMMING_INPUT_QUANT_CONFIG",
+    NvFp4MoeBackend.MARLIN: "VLLM_MARLIN_INPUT_DTYPE",
+}
+"""vLLM's environment variables by which users have activations quantized all the same."""
+
+
 class VllmKernelsMethod(NvFp4MoEMethod):
     """See the module's docstring."""
 
@@ -47,6 +56,7 @@ class VllmKernelsMethod(NvFp4MoEMethod):
         )
         self.backend, self.experts_cls = self.selection.backend, self.selection.experts_cls
         self.passed_over = self.selection.passed_over
+        self.input_scales_by_expert = self.backend == NvFp4MoeBackend.VLLM_CUTLASS
         self.global_input_scales = is_global_sf_supported_for_nvfp4_backend(self.backend)
 
     @classmethod
@@ -62,11 +72,19 @@ class VllmKernelsMethod(NvFp4MoEMethod):
         return not self.weight_only and self.backend not in _WEIGHT_ONLY
 
     @property
+    def activation_bits(self) -> int:
+        if os.environ.get(_EIGHT_BITS.get(self.backend, "")):
+            return 8
+        return super().activation_bits
+
+    @property
     def supports_eplb(self) -> bool:
         return True
 
     def prepare(self, layer: RoutedExperts) -> None:
         compat.route_with_float32_bias(layer)
+        if self.input_scales_by_expert and self.moe.moe_parallel_config.enable_eplb:
+            self._refuse_input_scales_that_stay(layer)
         converted = convert_to_nvfp4_moe_kernel_format(
             nvfp4_backend=self.backend,
             layer=layer,
@@ -97,6 +115,17 @@ class VllmKernelsMethod(NvFp4MoEMethod):
             routing_tables=layer._expert_routing_tables(),
         )
         self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    def _refuse_input_scales_that_stay(self, layer: RoutedExperts) -> None:
+        # vLLM 0.32's kernel folds them into global scales, which load balancing moves to other
+        # places and ranks, and keeps them itself, where they stay.
+        for name in ("w13_input_scale", "w2_input_scale"):
+            scales = getattr(layer, name, None)
+            if scales is not None and torch.unique(scales).numel() > 1:
+                raise RefusedError(
+                    f"{layer.layer_name}: {name} differs between experts, and with "
+                    f"{self.kernel} --enable-eplb would mix them up; use another --moe-backend"
+                )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return make_nvfp4_moe_quant_config(
