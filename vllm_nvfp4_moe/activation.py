@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.nvfp4_moe.activation")
 
 STEP_LIMIT = 7.0
-"""The only limit of ``swiglu_step`` in vLLM's GPU kernels, which do not look at a layer's."""
+"""The only limit of ``swiglu_step`` in vLLM 0.32's GPU kernels, which do not look at a layer's."""
 
 # vLLM 0.32: w13 is loaded as all of gate, then all of up, which these variants read.
 _VLLM_NAME = {

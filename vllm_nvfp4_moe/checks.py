@@ -45,9 +45,7 @@ class ExpertLoads:
         kinds: the positions in ``layout.suffixes`` that must come.
         global_input_scales: the kernels take the input scales of all experts together, so those of
             other ranks must come too.
-
-    Attributes:
-        on_tensor: called with each tensor that comes.
+        on_tensor: called whenever a tensor has come.
     """
 
     def __init__(
@@ -55,7 +53,8 @@ class ExpertLoads:
         layer: RoutedExperts,
         layout: Layout,
         kinds: tuple[int, ...],
-        global_input_scales: bool = False,
+        global_input_scales: bool,
+        on_tensor: Callable[[], None],
     ) -> None:
         # Weakly: vLLM keeps weight loaders for reloading, and they must not keep the weights.
         self._layer = weakref.ref(layer)
@@ -63,7 +62,7 @@ class ExpertLoads:
         self.kinds = kinds
         self.global_input_scales = global_input_scales
         self.seen: set[tuple[int, str, int]] = set()
-        self.on_tensor: Callable[[], None] = lambda: None
+        self.on_tensor = on_tensor
         config = layer.moe_config
         # Of the whole model, before tensor parallelism slices and before any padding.
         hidden = config.hidden_dim_unpadded or config.hidden_dim

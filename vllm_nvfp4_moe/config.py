@@ -126,6 +126,7 @@ class NvFp4MoEConfig(QuantizationConfig):
         from quantize.errors import QuantizeError
         from quantize.gates import KEY, from_contract
         from quantize.identify import identify, identify_config
+        from quantize.layouts.modelopt import MIXED
         from vllm_nvfp4_moe import compat, formats
 
         online = self.online_quantization_config  # from the user's --quantization-config
@@ -141,7 +142,7 @@ class NvFp4MoEConfig(QuantizationConfig):
             quantization = get_hf_file_to_dict(file, model_name, revision)
             if not quantization or formats.needs_layers(quantization):
                 raise ValueError(
-                    f"{model_name}: its quantization is {formats.MIXED}, and neither config.json "
+                    f"{model_name}: its quantization is {MIXED}, and neither config.json "
                     f"nor {file} has the quantized_layers that say what is what"
                 )
             self._format = self._read(quantization)

@@ -17,13 +17,12 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from quantize.layouts import LAYOUTS, detect
+from quantize.layouts.modelopt import MIXED, WEIGHT_ONLY, algorithm, settings
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from quantize.layouts import Layout
-
-MIXED = "MIXED_PRECISION"
 
 
 class Format(ABC):
@@ -59,13 +58,14 @@ class _ModelOpt(Format):
     def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
         if self._config.is_layer_excluded(prefix):
             return None
-        return bool(self._config.quant_method == "W4A16_NVFP4")
+        return WEIGHT_ONLY.get(str(self._algorithm(prefix)))
+
+    def _algorithm(self, prefix: str) -> str | None:
+        return str(self._config.quant_method)
 
 
-class _ModelOptMixed(Format):
+class _ModelOptMixed(_ModelOpt):
     """An algorithm for each module: as NVIDIA publishes MiniMax-M3, MXFP8 with NVFP4 experts."""
-
-    layout = LAYOUTS["modelopt"]
 
     def __init__(self, config: dict[str, Any]) -> None:
         from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig
@@ -73,11 +73,8 @@ class _ModelOptMixed(Format):
         self._config = ModelOptMixedPrecisionConfig.from_config(config)
         self.stock = self._config
 
-    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
-        if self._config.is_layer_excluded(prefix):
-            return None
-        algorithm = self._config._resolve_quant_algo(prefix)
-        return {"NVFP4": False, "W4A16_NVFP4": True}.get(str(algorithm))
+    def _algorithm(self, prefix: str) -> str | None:
+        return self._config._resolve_quant_algo(prefix)
 
 
 class _CompressedTensors(Format):
@@ -151,9 +148,8 @@ class _Unquantized(QuantizationConfig):
 
 def needs_layers(config: dict[str, Any]) -> bool:
     """Whether a ``quantization_config`` leaves its map of layers to ``hf_quant_config.json``."""
-    nested = config.get("quantization")
-    flat = nested if isinstance(nested, dict) else config
-    return str(flat.get("quant_algo")).upper() == MIXED and not flat.get("quantized_layers")
+    fields = settings(config)
+    return algorithm(fields) == MIXED and not fields.get("quantized_layers")
 
 
 def from_checkpoint(config: dict[str, Any]) -> Format | None:
@@ -163,7 +159,5 @@ def from_checkpoint(config: dict[str, Any]) -> Format | None:
         return None
     if layout.name == "compressed-tensors":
         return _CompressedTensors(config)
-    nested = config.get("quantization")
-    flat = nested if isinstance(nested, dict) else config
-    mixed = str(flat.get("quant_algo")).upper() == MIXED
+    mixed = algorithm(settings(config)) == MIXED
     return _ModelOptMixed(config) if mixed else _ModelOpt(config)

@@ -6,6 +6,7 @@ before it. Either the tensor is checked and passed on, or it is a plain float on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,24 +20,14 @@ if TYPE_CHECKING:
     from quantize.kernels import Quantized
 
 
-class Loader:
-    """The ``weight_loader`` of one parameter: checks, then vLLM's own loader.
-
-    vLLM's loader chooses its branch by words in the method's class name; scalars, for which that
-    matters, are stored here instead.
-
-    Args:
-        kind: position in the layout's ``suffixes``.
-        global_input_scales: input scales are those of all experts, not only this rank's.
-    """
+class _WeightLoader(ABC):
+    """A ``weight_loader`` as vLLM calls it."""
 
     supports_moe_loading = True
 
-    def __init__(self, loads: ExpertLoads, kind: int, global_input_scales: bool) -> None:
+    def __init__(self, loads: ExpertLoads) -> None:
         self.__name__ = "nvfp4_moe_weight_loader"  # vLLM's reloading logs it
         self.loads = loads
-        self.kind = kind
-        self.global_index = kind == INPUT_SCALE and global_input_scales
 
     def __call__(
         self,
@@ -47,9 +38,46 @@ class Loader:
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        self.loads.check(self.kind, shard_id, expert_id, loaded_weight)
-        found = self.put(param, loaded_weight, weight_name, shard_id, expert_id)
+        found = self.load(param, loaded_weight, weight_name, shard_id, expert_id)
         return found if return_success else None
+
+    @abstractmethod
+    def load(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        """Check ``tensor`` and take it; False if it belongs to another rank."""
+
+
+class Loader(_WeightLoader):
+    """Checks, then vLLM's own loader.
+
+    vLLM's loader chooses its branch by words in the method's class name; scalars, for which that
+    matters, are stored here instead.
+
+    Args:
+        kind: position in the layout's ``suffixes``.
+    """
+
+    def __init__(self, loads: ExpertLoads, kind: int) -> None:
+        super().__init__(loads)
+        self.kind = kind
+        self.global_index = kind == INPUT_SCALE and loads.global_input_scales
+
+    def load(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        self.loads.check(self.kind, shard, expert, tensor)
+        return self.put(param, tensor, name, shard, expert)
 
     def put(
         self,
@@ -72,8 +100,8 @@ class Loader:
         return True
 
 
-class QuantizingLoader:
-    """The ``weight_loader`` of a parameter for codes, to which plain floats come.
+class QuantizingLoader(_WeightLoader):
+    """Of a parameter for codes, to which plain floats come.
 
     Gate and up share a global scale, so the first of them waits for the other, in the host's
     memory. Weights are quantized whole, before any slicing for ranks, on the parameter's device.
@@ -82,34 +110,29 @@ class QuantizingLoader:
         loaders: by kind, those of the NVFP4 tensors.
     """
 
-    supports_moe_loading = True
-
     def __init__(self, loads: ExpertLoads, loaders: dict[int, Loader]) -> None:
-        self.__name__ = "nvfp4_moe_quantizing_loader"
-        self.loads = loads
+        super().__init__(loads)
         self.loaders = loaders
         self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
 
-    def __call__(
+    def load(
         self,
         param: torch.nn.Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        layer = self.loads.layer
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
         if param.is_meta:  # how vLLM's reloading begins
             self.loads.refuse(
                 "weights that were quantized while they loaded cannot be loaded again; restart, or "
                 "serve a checkpoint that nvfp4-moe quantize made"
             )
-        self.loads.check_plain(shard_id, expert_id, loaded_weight)
-        local = layer._map_global_expert_id_to_local_expert_id(expert_id) >= 0
+        self.loads.check_plain(shard, expert, tensor)
+        local = self.loads.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
         if local:
-            self._take(param.device, loaded_weight, weight_name, shard_id, expert_id)
-        return local if return_success else None
+            self._take(param.device, tensor, name, shard, expert)
+        return local
 
     def _take(
         self, device: torch.device, tensor: torch.Tensor, name: str, shard: str, expert: int

@@ -115,14 +115,18 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             kinds = (*kinds, INPUT_SCALE)
         load_format = get_current_vllm_config().load_config.load_format
         self._dummy = load_format == "dummy"
-        self.loads = ExpertLoads(layer, self.layout, kinds, self.global_input_scales)
-        self.loads.on_tensor = self.config.summary.begins
-        self.config.summary.built()
-        loaders = {kind: Loader(self.loads, kind, self.global_input_scales) for kind in kinds}
-        quantizing = None
-        if self.config.format.on_the_fly:
-            self.loads.kinds = (CODES,)
-            quantizing = QuantizingLoader(self.loads, loaders)
+        on_the_fly = self.config.format.on_the_fly
+        summary = self.config.summary
+        summary.built()
+        self.loads = ExpertLoads(
+            layer,
+            self.layout,
+            (CODES,) if on_the_fly else kinds,
+            self.global_input_scales,
+            summary.begins,
+        )
+        loaders = {kind: Loader(self.loads, kind) for kind in kinds}
+        quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
 
         padded = hidden_size != (extra_weight_attrs.get("unpadded_hidden_size") or hidden_size)
         inner = intermediate_size_per_partition

@@ -13,7 +13,22 @@ import torch
 
 from quantize.nvfp4 import BLOCK, NvFp4
 
-_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
+MIXED = "MIXED_PRECISION"
+"""The algorithm of a checkpoint that has one for each module, in ``quantized_layers``."""
+
+WEIGHT_ONLY = {"NVFP4": False, "W4A16_NVFP4": True}
+"""The algorithms that store NVFP4: whether activations stay as they are, without input scales."""
+
+
+def settings(quantization_config: dict[str, Any]) -> dict[str, Any]:
+    """ModelOpt's fields, which ``hf_quant_config.json`` holds one level deeper."""
+    nested = quantization_config.get("quantization")
+    return nested if isinstance(nested, dict) else quantization_config
+
+
+def algorithm(entry: dict[str, Any]) -> str:
+    """The algorithm that ModelOpt's fields, of a checkpoint or of one module, name."""
+    return str(entry.get("quant_algo")).upper()
 
 
 class ModelOpt:
@@ -63,18 +78,14 @@ class ModelOpt:
         }
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
-        nested = quantization_config.get("quantization")
-        flat = nested if isinstance(nested, dict) else quantization_config
         method = str(quantization_config.get("quant_method", "modelopt")).lower()
         if not method.startswith("modelopt"):
             return False
-        algorithm = str(flat.get("quant_algo")).upper()
-        layers = flat.get("quantized_layers")
-        if algorithm != "MIXED_PRECISION" or not isinstance(layers, dict):
+        fields = settings(quantization_config)
+        layers = fields.get("quantized_layers")
+        if algorithm(fields) != MIXED or not isinstance(layers, dict):
             # Without its map of layers, which may be in hf_quant_config.json, a mix may hold it.
-            return algorithm in (*_ALGORITHMS, "MIXED_PRECISION")
+            return algorithm(fields) in (*WEIGHT_ONLY, MIXED)
         return any(
-            str(entry.get("quant_algo")).upper() in _ALGORITHMS
-            for entry in layers.values()
-            if isinstance(entry, dict)
+            algorithm(entry) in WEIGHT_ONLY for entry in layers.values() if isinstance(entry, dict)
         )

@@ -17,14 +17,13 @@ import torch
 TOKENS = 6
 
 
-def batch(layer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens ``[TOKENS, hidden]``, and the router's weights and global experts for them."""
+def batch(hidden: int, experts: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens ``[TOKENS, hidden]``, and the router's weights and global experts ``[TOKENS, k]``."""
     random = torch.Generator().manual_seed(3)
-    config = layer.moe_config
-    x = torch.randn(TOKENS, config.hidden_dim, generator=random)
-    order = torch.rand(TOKENS, config.num_experts, generator=random).argsort(1)
-    weights = torch.rand(TOKENS, config.experts_per_token, generator=random) + 0.1
-    return x, weights, order[:, : config.experts_per_token].int()
+    x = torch.randn(TOKENS, hidden, generator=random)
+    order = torch.rand(TOKENS, experts, generator=random).argsort(1)
+    weights = torch.rand(TOKENS, k, generator=random) + 0.1
+    return x, weights, order[:, :k].int()
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +50,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     for name, runner in config.compilation_config.static_forward_context.items():
         if hasattr(runner, "routed_experts"):
             layer = runner.routed_experts
-            x, weights, ids = batch(layer)
+            moe = layer.moe_config
+            x, weights, ids = batch(moe.hidden_dim, moe.num_experts, moe.experts_per_token)
             outputs[name] = layer.quant_method.apply(layer, x, weights, ids, None, None)
     del model
     check = config.quant_config.self_check

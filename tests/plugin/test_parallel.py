@@ -16,7 +16,7 @@ from quantize.pipeline import execute
 from quantize.plan import plan
 from tests.conftest import ROOT
 from tests.plugin.conftest import Damage
-from tests.plugin.rank import TOKENS
+from tests.plugin.rank import batch
 from tests.plugin.reference import experts_of, routed
 from tests.plugin.test_layer import relative
 from tests.quantize import checkpoints
@@ -101,12 +101,9 @@ def results(whole: Path) -> Results:
 
 def truth(folder: Path, layer: str) -> torch.Tensor:
     """The layer's output, in float64, of ``rank.batch``."""
-    random = torch.Generator().manual_seed(3)
     experts = experts_of(folder, layer, "modelopt", EXPERTS)
-    x = torch.randn(TOKENS, experts[0][0].shape[1], generator=random)
-    order = torch.rand(TOKENS, EXPERTS, generator=random).argsort(1)
-    weights = torch.rand(TOKENS, TOP_K, generator=random) + 0.1
-    return routed(x, experts, weights, order[:, :TOP_K], silu)
+    x, weights, ids = batch(experts[0][0].shape[1], EXPERTS, TOP_K)
+    return routed(x, experts, weights, ids, silu)
 
 
 @pytest.mark.parametrize(

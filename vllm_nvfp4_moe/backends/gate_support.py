@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm_nvfp4_moe.activation import STEP_LIMIT
+
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
     from quantize.gates import Gate
-
-STEP_LIMIT = 7.0
-"""The only limit of ``swiglu_step`` in vLLM 0.32's GPU kernels, which do not look at a layer's."""
-
 
 _Form = Callable[["Gate"], str | None]
 """Why a form is not applied with a gate's numbers, None if it is."""

@@ -51,11 +51,11 @@ class VllmKernelsMethod(NvFp4MoEMethod):
     def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
         super().__init__(config, layer, weight_only)
         compat.avoid_frozen_attention(get_current_vllm_config())
-        self.selection = select(
+        selection = select(
             self.moe, kNvfp4Static, None if self.weight_only else kNvfp4Dynamic, self.gate
         )
-        self.backend, self.experts_cls = self.selection.backend, self.selection.experts_cls
-        self.passed_over = self.selection.passed_over
+        self.backend, self.experts_cls = selection.backend, selection.experts_cls
+        self.passed_over = selection.passed_over
         self.input_scales_by_expert = self.backend == NvFp4MoeBackend.VLLM_CUTLASS
         self.global_input_scales = is_global_sf_supported_for_nvfp4_backend(self.backend)
 
