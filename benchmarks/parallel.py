@@ -13,6 +13,9 @@ vLLM 0.32's own MiniMax-M3 model has no EPLB: it would be switched on, and nothi
 ``one`` and ``eplb`` are also run on a second folder (``--transformers``: the Transformers layout,
 or a Qwen3-MoE), whose vLLM model has it; ``qwen3`` writes a small random one.
 
+``--as-nodes`` starts each rank the way vLLM is started on a machine of its own (:func:`nodes`), for
+which this machine's first GPU is enough: both ranks share it, and talk through sockets.
+
 Printed: a ``RESULT {json}`` line for each, then what is wrong: a perplexity more than ``BOUND`` off
 that of one GPU and the same folder, tokens' scores more than ``APART`` off, or EPLB that moved
 nothing. Exit code 1 if anything is.
@@ -21,6 +24,7 @@ nothing. Exit code 1 if anything is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -31,7 +35,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +94,20 @@ WAYS = {
 }
 PLAIN = ("one", "tp2", "ep2", "dp2-ep2")
 
+NODE = {
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_NET": "Socket",
+    "NCCL_MNNVL_ENABLE": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    # vLLM tells ranks of one machine by shared memory, which these do share, and would try sums
+    # that reach into the other GPU's memory: here the same GPU.
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}
+"""What ``--as-nodes`` sets: two machines' ranks, on one machine."""
+
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
@@ -140,6 +158,21 @@ def scores(url: str, rows: Any) -> list[float]:
         return [value for values in pool.map(one, rows) for value in values]
 
 
+def nodes(options: Sequence[str]) -> list[list[str]]:
+    """The options of ``vllm serve`` on two machines, the first of which answers requests.
+
+    Whatever concerns the model must be said on both: each builds its own configuration of it.
+    """
+    here, port = "127.0.0.1", str(server.free_port())  # of the first machine
+    both = [*options, "--disable-custom-all-reduce"]  # why: see NODE
+    if "--data-parallel-size" in options:
+        both += ["--data-parallel-size-local", "1"]
+        both += ["--data-parallel-address", here, "--data-parallel-rpc-port", port]
+        return [both, [*both, "--data-parallel-start-rank", "1", "--headless"]]
+    both += ["--nnodes", "2", "--master-addr", here, "--master-port", port]
+    return [[*both, "--node-rank", "0"], [*both, "--node-rank", "1", "--headless"]]
+
+
 def measure(
     folder: Path, way: str, args: argparse.Namespace, rows: Any, variables: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -149,15 +182,32 @@ def measure(
         "--max-model-len", "1024", "--max-num-seqs", "16", "--no-enable-prefix-caching",
         *shlex.split(args.all_args), *WAYS[way].options,
     ]  # fmt: skip
-    if "--data-parallel-size" in options:
-        options += ["--data-parallel-rpc-port", str(server.free_port())]  # not two runs' default
     log = args.logs / f"{folder.name}-{way}.log"
+    others = []
     port = server.free_port()
     begin = time.monotonic()
-    with server.started(
-        folder, options, port=port, log=log, console=console, variables=variables
-    ) as process:
-        server.await_health(process, port, log, console, args.limit)
+    with contextlib.ExitStack() as stack:
+        if args.as_nodes and WAYS[way].options:
+            options, headless = nodes(options)
+            # NCCL refuses two ranks on one GPU only if both name the same host.
+            variables = NODE | dict(variables) | {"NCCL_HOSTID": "node-0"}
+            other = log.with_name(f"{log.stem}-node1.log")
+            second = stack.enter_context(  # before the first: stopped after it
+                server.started(
+                    folder, headless, port=server.free_port(), log=other, console=console,
+                    variables=variables | {"NCCL_HOSTID": "node-1"},
+                )
+            )  # fmt: skip
+            others.append((second, other))
+        elif "--data-parallel-size" in options:
+            # Not two runs' default.
+            options += ["--data-parallel-rpc-port", str(server.free_port())]
+        process = stack.enter_context(
+            server.started(
+                folder, options, port=port, log=log, console=console, variables=variables
+            )
+        )
+        server.await_health(process, port, log, console, args.limit, others)
         started = time.monotonic() - begin
         url = f"http://127.0.0.1:{port}/v1"
         found = [scores(url, rows) for _ in range(WAYS[way].asked)]
@@ -226,6 +276,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12, help="of 513 tokens")
     parser.add_argument("--all-args", default="", help="further options of vllm serve")
     parser.add_argument("--limit", type=float, default=240, help="seconds to start in")
+    parser.add_argument("--as-nodes", action="store_true", help="two ranks as on two machines")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
     args = parser.parse_args()
 
@@ -240,8 +291,9 @@ def main() -> None:
     if args.qwen3:
         made = qwen3(args.qwen3, args.folder)
         wanted += [(made, way) for way in args.qwen3_ways]
-    # On CPUs every rank would else bind to the same cores, and refuse.
-    bind = {} if torch.cuda.is_available() else {"VLLM_CPU_OMP_THREADS_BIND": "0|0"}
+    # On CPUs every rank would else bind to the same cores, and refuse. An entry for each of a node.
+    cores = "0" if args.as_nodes else "0|0"
+    bind = {} if torch.cuda.is_available() else {"VLLM_CPU_OMP_THREADS_BIND": cores}
     lines, problems = [], []
     for folder, way in wanted:
         try:

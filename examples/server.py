@@ -100,14 +100,25 @@ def vllm() -> list[str]:
 
 
 def await_health(
-    process: subprocess.Popen[bytes], port: int, log: Path, console: Console, limit: float
+    process: subprocess.Popen[bytes],
+    port: int,
+    log: Path,
+    console: Console,
+    limit: float,
+    others: Sequence[tuple[subprocess.Popen[bytes], Path]] = (),
 ) -> None:
-    """Return when the server answers; ServerError if it ends, or after `limit` seconds."""
+    """Return when the server answers; ServerError if it ends, or after `limit` seconds.
+
+    `others`: its further nodes, with their logs; without one of them it would wait for minutes.
+    """
     start = time.monotonic()
     with console.status("starting") as status:
         while (waited := time.monotonic() - start) < limit:
-            if process.poll() is not None:
-                raise ServerError(f"the server ended with code {process.returncode}:\n{tail(log)}")
+            for one, its_log in ((process, log), *others):
+                if one.poll() is not None:
+                    raise ServerError(
+                        f"the server ended with code {one.returncode}:\n{tail(its_log)}"
+                    )
             with (
                 contextlib.suppress(OSError),
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5),

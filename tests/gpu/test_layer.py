@@ -31,22 +31,25 @@ SHAPES = [
 TOKENS = (1, 2, 7, 16, 64, 256, 1024, 4096, 8192)
 BACKENDS = ("humming", "marlin", "emulation")
 
-# Largest relative error of a batch and of a token in it. Predicted, not measured: roundings to
-# bfloat16 of activations and of each expert's output, as on CPUs, are 4e-3; emulation's own
-# rounding of activations to 4 bits is in its reference, but falls the other way where the values
-# before it differ by a rounding.
+# Largest relative error of a batch and of a token in it. The largest seen on an H200: 5.6e-3 and
+# 9.9e-3 (Humming), 5.5e-3 and 1.0e-2 (Marlin), of which 4e-3 are roundings to bfloat16 of
+# activations and of each expert's output. Emulation: 6.8e-2 and 0.19 of the reference that rounds
+# activations to 4 bits too (1.7e-2 without pad-narrow, whose 48 intermediate values are three
+# blocks): where the values before that rounding differ in bfloat16, it may fall the other way.
 BOUNDS = {
-    ("humming", "silu"): (8e-3, 3e-2),
-    ("humming", "swiglu_oai"): (8e-3, 3e-2),
-    ("marlin", "silu"): (8e-3, 3e-2),
-    ("marlin", "swiglu_oai"): (8e-3, 3e-2),
-    ("emulation", "silu"): (6e-2, 2e-1),
-    ("emulation", "swiglu_oai"): (6e-2, 2e-1),
+    ("humming", "silu"): (7e-3, 1.5e-2),
+    ("humming", "swiglu_oai"): (7e-3, 1.5e-2),
+    ("marlin", "silu"): (7e-3, 1.5e-2),
+    ("marlin", "swiglu_oai"): (7e-3, 1.5e-2),
+    ("emulation", "silu"): (9e-2, 0.25),
+    ("emulation", "swiglu_oai"): (9e-2, 0.25),
 }
-# Of emulation against floats: activations are rounded to 4 bits twice, a tenth each.
-PLAIN = {"silu": (0.25, 0.6), "swiglu_oai": (0.25, 0.6)}
-# Between two runs of the same, where the kernel adds up in no fixed order.
-RERUN = (4e-3, 1.6e-2)
+# Of emulation against floats: activations are rounded to 4 bits twice, a tenth each. 0.29 and 0.47
+# there, for pad-narrow's single tokens; 0.21 and 0.34 for the other shapes.
+PLAIN = {"silu": (0.35, 0.6), "swiglu_oai": (0.35, 0.6)}
+# Between two runs of the same, where the kernel adds up in no fixed order: 3.3e-3 and 9.0e-3 for
+# Humming and m3-nano. All else had the same bits each time.
+RERUN = (5e-3, 1.6e-2)
 
 
 class Built(NamedTuple):
@@ -164,6 +167,9 @@ class Block(torch.nn.Module):
 
 def test_torch_compile(built: Built, measured: list[dict[str, Any]]) -> None:
     """In one piece, through vLLM's custom op; a factor of two after it changes no rounding."""
+    from vllm.env_override import _apply_constrain_to_fx_strides_patch
+
+    _apply_constrain_to_fx_strides_patch()  # as vLLM does before it compiles a model
     case, _, gate, layer = built
     name = f"{Case.ROUTED} {gate}"
     batch = case.batches[name]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.layer import Case, Layer, Shape, build, error
+from tests.gpu.layer import Case, Shape, build, error
 from vllm_nvfp4_moe import self_check
 
 SHAPES = [
@@ -114,10 +114,10 @@ BREAKS = {
 }
 
 
-def off(case: Case, layer: Layer) -> float:
-    """The layer's relative error."""
-    name = "16 uniform"
-    return error(layer.apply(*case.batches[name][:3]), case.truth(GATE, name)).whole
+def stock(case: Case, backend: str) -> torch.Tensor:
+    """What vLLM's own method computes, with what is broken at this time."""
+    layer = build(case.shape, GATE, case.w13, case.w2, backend, stock=True)
+    return layer.apply(*case.batches["16 uniform"][:3])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,9 +125,11 @@ def off(case: Case, layer: Layer) -> float:
 def test_what_is_broken_on_purpose(
     case: Case, backend: str, what: str, monkeypatch: MonkeyPatch
 ) -> None:
-    right = off(case, build(case.shape, GATE, case.w13, case.w2, backend, stock=True))
+    right = stock(case, backend)
+    found = error(right, case.truth(GATE, "16 uniform")).whole
+    assert found < (0.25 if backend == "emulation" else 1e-2)
     BREAKS[what](monkeypatch)
     with pytest.raises(ValueError, match=f"self-check: {backend.upper()} .* does not compute"):
         build(case.shape, GATE, case.w13, case.w2, backend)
     # Stock vLLM says nothing, and computes something else.
-    assert off(case, build(case.shape, GATE, case.w13, case.w2, backend, stock=True)) > 1.05 * right
+    assert error(stock(case, backend), right.float()).whole > 0.05

@@ -121,7 +121,7 @@ def test_every_faster_one_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     # W4A16 on 12.x ends at Marlin: everything before it, in order, with a reason of its own.
     passed_over = dict(choose(M3, "W4A16").passed_over)
     assert list(passed_over) == ORDER[:5]
-    assert passed_over["FLASHINFER_TRTLLM"] == "kernel does not support current device pretended"
+    assert passed_over["FLASHINFER_TRTLLM"] == "kernel does not support compute capability 12.0"
     assert "do not clamp" in passed_over["FLASHINFER_CUTEDSL_BATCHED"]  # vLLM does not ask it
     assert "quantization scheme" in passed_over["VLLM_CUTLASS"]
     # An objection of ours.

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm import platforms
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import backend_to_kernel_cls
 
 from vllm_nvfp4_moe import compat
@@ -58,9 +59,22 @@ class _Candidate:
         supported, reason = self.experts_cls.is_supported_config(self.experts_cls, *config)
         if supported:
             self.reason = drops(self.backend, self.gate)
-        else:  # without the contents of vLLM's objects, which are lines long
-            self.reason = (reason or "it gives no reason").split("(")[0]
+        else:
+            self.reason = _short(reason or "it gives no reason")
         return self.reason is None, self.reason
+
+
+def _short(reason: str) -> str:
+    """vLLM's reason without the contents of its objects, which are lines long."""
+    text = reason.split("(")[0].removesuffix("QuantKey").strip()
+    platform = platforms.current_platform
+    capability = platform.get_device_capability()
+    device = f"current device {platform.device_name}"
+    if capability is not None and text.endswith(device):  # "cuda", which every one of them supports
+        return text.removesuffix(device) + f"compute capability {capability.as_version_str()}"
+    if text == "kernel does not support":  # the standard format has no name
+        return f"{text} standard activation format"
+    return text
 
 
 def select(
