@@ -294,9 +294,15 @@ def _is_attention(up: TensorInfo, down: TensorInfo) -> bool:
 def _drafts(prefix: str, config: dict[str, Any]) -> bool:
     """Whether ``prefix`` is in a multi-token-prediction layer."""
     layers = config.get("num_hidden_layers")
-    number = _LAYER.search(prefix)
-    beyond = isinstance(layers, int) and number is not None and int(number[1]) >= layers
+    number = layer_number(prefix)
+    beyond = isinstance(layers, int) and number is not None and number >= layers
     return beyond or _MTP.search(prefix) is not None
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the decoder layer that a tensor or module is in."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def _natural(name: str) -> list[int | str]:

@@ -4,9 +4,6 @@ The model is built on the meta device, which takes no memory; the gating code of
 is driven with a grid of numbers and matched to the known forms, with alpha, beta and limit read
 off the outputs. So a new model with a known gate needs no new code, and a gate that is not exactly
 one of the forms is an error.
-
-Code from a checkpoint runs only if the user said so (``--trust-remote-code``), and only for a model
-that Transformers does not have itself.
 """
 
 from __future__ import annotations
@@ -16,26 +13,18 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import constants
-from transformers import AutoConfig, PreTrainedConfig, initialization
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers import PreTrainedConfig
 
 from quantize.errors import QuantizeError, first_line
 from quantize.gates import FORMS, Gate, Gates
 from quantize.gates.drive import CannotDriveError, drive
 from quantize.gates.probe import FAR, Probe
+from quantize.model import build, config_of, is_foreign, model_classes, offline
 
 _HELP = (
     "If you know the gate, pass it: --gate silu, or --gate "
@@ -48,11 +37,7 @@ _REMOTE = (
 # Around every kink and clamp that the forms have, and far outside.
 _GRID = (-FAR, -33.0, -9.0, -7.5, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 6.5, 7.5, 10.5, 40.0, FAR)
 
-_MODELS = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
-_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})(?:\.|$)")
-_IMPLEMENTATION = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")
-"""Keys of a config with which it picks kernels, from anywhere on the hub."""
 
 
 def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
@@ -68,17 +53,8 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
     remote = ""
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source)
-        model_type = raw.get("model_type")
-        native = CONFIG_MAPPING_NAMES.get(model_type)
-        if native is None and "auto_map" in raw:
-            remote = "" if trust_remote_code else _REMOTE
-        if native is None and "auto_map" in raw and trust_remote_code:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-        else:
-            # Not AutoConfig: in a process of vLLM's, it gives vLLM's own class for some models.
-            cls = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
-            with _offline():
-                config = cls.from_dict(_without_implementations(raw))
+        remote = _REMOTE if is_foreign(raw) and not trust_remote_code else ""
+        config = config_of(source, trust_remote_code)
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
@@ -89,13 +65,13 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
 
 def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Gates:
     """The gates of the model that ``config`` describes; raises as :func:`identify`."""
-    with nullcontext() if trust_remote_code else _offline():
+    with nullcontext() if trust_remote_code else offline():
         try:
-            sites = list(_sites(_build(config, trust_remote_code)))
-        except QuantizeError:
+            sites = list(_sites(build(config, trust_remote_code)))
+        except QuantizeError as error:
             sites = _alone(config)
             if not sites:
-                raise
+                raise QuantizeError(f"{error}, so its gate is unknown. {_HELP}") from error
     layers: dict[int, Gate] = {}
     first: dict[int, str] = {}
     for path, module in sites:
@@ -135,63 +111,6 @@ def match(probe: Probe) -> Gate | None:
     return None
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Nothing asks the hub: some models would, for parts of theirs, when they are built."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _without_implementations(value: Any) -> Any:
-    """``value`` without the keys of ``_IMPLEMENTATION``, however deep."""
-    if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not _IMPLEMENTATION.fullmatch(str(k))}
-        return {key: _without_implementations(item) for key, item in kept.items()}
-    return [_without_implementations(item) for item in value] if isinstance(value, list) else value
-
-
-def _build(config: PreTrainedConfig, trust_remote_code: bool) -> torch.nn.Module:
-    """The model on the meta device; only the language model if the whole cannot be built."""
-    errors: list[Exception] = []
-    text = config.get_text_config()
-    for part in (config,) if text is config else (config, text):
-        for cls in _model_classes(part, trust_remote_code):
-            try:
-                with torch.device("meta"), initialization.no_init_weights():
-                    own = copy.deepcopy(part)
-                    own._attn_implementation = "eager"  # may name a kernel on the hub
-                    model: torch.nn.Module = cls(own)
-                return model
-            except Exception as error:  # any code may be in there
-                errors.append(error)
-    if errors:
-        raise QuantizeError(
-            f"model type {config.model_type!r} cannot be built from its config "
-            f"({first_line(errors[0])}). {_HELP}"
-        ) from errors[0]
-    raise QuantizeError(
-        f"model type {config.model_type!r}: Transformers has no model for "
-        f"{type(config).__name__}, so the gate is unknown. {_HELP}"
-    )
-
-
-def _model_classes(config: PreTrainedConfig, trust_remote_code: bool) -> Iterator[Any]:
-    for mapping in _MODELS:
-        model = mapping.get(type(config), None)
-        if model is not None:
-            yield model[0] if isinstance(model, tuple | list) else model
-            return
-    auto_map = getattr(config, "auto_map", None) or {}
-    for name in _AUTO_CLASSES:
-        if trust_remote_code and name in auto_map:
-            yield get_class_from_dynamic_module(auto_map[name], config.name_or_path)
-            return
-
-
 def _sites(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Modules that hold a layer's routed experts, or the first of them, with their paths."""
     inside = ""
@@ -224,7 +143,7 @@ def _alone(config: PreTrainedConfig) -> list[tuple[str, torch.nn.Module]]:
     Empty if a class takes more than the config, since it may then differ from layer to layer.
     """
     text = config.get_text_config()
-    models = (*_model_classes(text, False), *_model_classes(config, False))
+    models = (*model_classes(text, False), *model_classes(config, False))
     found: list[tuple[str, Any]] = [
         (name, cls)
         for file in {sys.modules[model.__module__] for model in models}

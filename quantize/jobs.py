@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from quantize.calibration.staged import Staged
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup
@@ -46,10 +47,18 @@ class Worker:
     Args:
         memory: bytes that its largest job needs, taken at once if they are to be page-locked, which
             is slow.
+        staged: experts that are quantized already.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, memory: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        memory: int = 0,
+        staged: Staged | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.staged = staged
         self.device = device
         self.kernel: Kernel = for_device(device)
         pinned = device.type == "cuda"
@@ -215,6 +224,11 @@ class QuantizeExpert:
             checkpoint.will_need(name, self.expert if group.fused else None, experts)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        if worker.staged is not None:
+            for out in self.outputs:
+                writer.write(out.name, worker.staged.tensor(self.group, out.name))
+            lost = worker.staged.lost(self.group, self.modules)
+            return [WeightError(*entry) for entry in lost]
         weights = self.weights(worker)
         return _quantize(
             weights, self.modules, self.sources, self.rule, self.layout, worker, writer

@@ -20,6 +20,8 @@ from threading import Lock
 
 import torch
 
+from quantize.calibration.run import calibrate
+from quantize.calibration.staged import Staged
 from quantize.checkpoint import INDEX, Checkpoint
 from quantize.errors import QuantizeError
 from quantize.gates import KEY, to_contract
@@ -73,6 +75,8 @@ def execute(
     ray: str | None = None,
     command: str = "",
     progress: Progress = lambda _: None,
+    rows: torch.Tensor | None = None,
+    calibrating: Callable[[float, int], None] = lambda _, __: None,
 ) -> Summary:
     """Carry out ``plan`` into the folder ``target``.
 
@@ -84,6 +88,8 @@ def execute(
         threads: how many, on CPUs; by default as many as cores, within ``MEMORY``.
         ray: address of a Ray cluster that makes the shards instead of this machine.
         command: how the run was started, for the report.
+        rows: tokens to calibrate with, int64 ``[rows, length]``, if the plan says so.
+        calibrating: see ``quantize.calibration.run.Progress``.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if a
@@ -124,6 +130,10 @@ def execute(
         missing = record.missing(plan)
         progress(_source_bytes(plan, [i for i in every if i not in missing]))
         _check_space(target, sum(out.nbytes for i in missing for out in plan.outputs(i)))
+        if plan.options.calibration and missing:
+            assert rows is not None
+            device = (devices or all_devices())[0]
+            calibrate(checkpoint, plan, rows, record.calibration, device, calibrating)
         if ray is not None:
             from quantize.cluster import make_shards_on_ray
 
@@ -151,7 +161,9 @@ def make_shards(
     """Write some of the plan's shards, and to ``record`` what their weights lost."""
     if not shards:
         return
-    team = _team(checkpoint, [job for i in shards for job in plan.shards[i]], devices, threads)
+    staged = Staged(record.calibration) if plan.options.calibration else None
+    wanted = [job for i in shards for job in plan.shards[i]]
+    team = _team(checkpoint, wanted, devices, threads, staged)
     jobs = list(_interleaved(plan, shards, len(team)))
     open_shards = _OpenShards(plan, record)
     numbers = iter(range(len(jobs)))
@@ -278,14 +290,17 @@ def _team(
     jobs: Sequence[Job],
     devices: Sequence[torch.device],
     threads: int | None,
+    staged: Staged | None,
 ) -> list[Worker]:
     largest = max(job.memory for job in jobs)
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
-        return [Worker(checkpoint, device, largest) for _ in range(PER_GPU) for device in gpus]
+        return [
+            Worker(checkpoint, device, largest, staged) for _ in range(PER_GPU) for device in gpus
+        ]
     if threads is None:
         threads = min(cores(largest), len(jobs))
-    return [Worker(checkpoint, devices[0]) for _ in range(threads)]
+    return [Worker(checkpoint, devices[0], staged=staged) for _ in range(threads)]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from quantize import linears, sources
+from quantize.calibration.settings import Calibration
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup, find, ignored_modules, left_as_is, source_names
@@ -39,6 +40,7 @@ class Options:
         exclude: patterns of module paths that are not quantized, though included.
         linears: quantize dense linears too (``quantize.linears``).
         trust_remote_code: run a checkpoint's own Python code to identify its gate.
+        calibration: how experts are calibrated; None: not at all.
     """
 
     layout: str = "modelopt"
@@ -49,6 +51,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     linears: bool = False
     trust_remote_code: bool = False
+    calibration: Calibration | None = None
 
     def takes(self, module: str) -> bool:
         """Whether ``include`` and ``exclude`` leave ``module`` to be quantized."""
@@ -61,13 +64,15 @@ class Plan:
     """Everything about a run that is known before it.
 
     Attributes:
-        groups: the routed experts that are quantized.
+        found: all routed experts.
+        groups: those that are quantized.
         dense: the linears that are, in sets that share a global scale.
         ignore: modules with a weight of two or more dimensions that stay.
         shards: jobs, in the order of their outputs in each shard.
     """
 
     options: Options
+    found: list[ExpertGroup]
     groups: list[ExpertGroup]
     dense: list[tuple[str, ...]]
     gates: Gates
@@ -158,7 +163,7 @@ def plan(
     jobs = _jobs(checkpoint, groups, dense, gates, LAYOUTS[options.layout], options.scales)
     shards = _into_shards(jobs, options.max_shard_size)
     _check_unique(shards)
-    return Plan(options, groups, dense, gates, LAYOUTS[options.layout], sorted(left), shards)
+    return Plan(options, found, groups, dense, gates, LAYOUTS[options.layout], sorted(left), shards)
 
 
 def package_version() -> str:

@@ -59,6 +59,11 @@ class Record:
         self._run = self.folder / "run.json"
 
     @property
+    def calibration(self) -> Path:
+        """Where calibration keeps what it has made."""
+        return self.folder / "calibration"
+
+    @property
     def mark(self) -> str:
         """What the report of this run ends with."""
         return f"<!-- run {self.fingerprint} -->\n"
@@ -122,6 +127,7 @@ class Record:
         for example."""
         if not self.changed:
             return
+        shutil.rmtree(self.calibration, ignore_errors=True)  # each layer rests on those before
         names = {
             name
             for name, info in checkpoint.stored.items()
@@ -169,7 +175,8 @@ class Record:
         """After a failure: leave nothing behind if there is nothing to resume from."""
         with suppress(OSError, QuantizeError):  # what went wrong before is what matters
             self.check_ours()
-            if [file.name for file in self.target.iterdir()] == [FOLDER]:
+            calibrated = (self.calibration / "next.json").exists()
+            if not calibrated and [file.name for file in self.target.iterdir()] == [FOLDER]:
                 shutil.rmtree(self.folder)
 
     def end(self) -> None:

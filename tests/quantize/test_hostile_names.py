@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from quantize import identify
+from quantize import identify, model
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts import find
@@ -153,14 +153,14 @@ def test_a_config_cannot_choose_kernels_or_reach_the_hub(
     config["nested"] = [{"_attn_implementation": KERNEL}]
     (tmp_path / "config.json").write_text(json.dumps(config))
     seen: list[Any] = []
-    classes = identify._model_classes
+    classes = model.model_classes
 
     def recorded(config: Any, trust_remote_code: bool) -> Any:
         seen.extend((huggingface_hub.is_offline_mode(), str(config), config._attn_implementation))
         return classes(config, trust_remote_code)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(identify, "_model_classes", recorded)
+    monkeypatch.setattr(model, "model_classes", recorded)
     assert identify.identify(tmp_path) == Gates.uniform(Gate("silu"))
     offline, text, attention = seen
     assert offline

@@ -1,0 +1,70 @@
+"""What calibration needs, said before it starts: arithmetic on sizes, nothing is read."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.filesize import decimal
+
+from quantize.calibration.run import staged_bytes
+from quantize.calibration.walk import TOKENS
+from quantize.checkpoint import Checkpoint
+from quantize.experts import layer_number, source_names
+
+if TYPE_CHECKING:
+    from quantize.plan import Plan
+
+
+class Budget(NamedTuple):
+    """Bytes.
+
+    Attributes:
+        memory: on the device: a layer without its experts, one expert with its second moments and
+            a run's activations. What the system keeps of files comes on top, as far as there is
+            memory.
+        states: on disk, hidden states.
+        staged: on disk, quantized experts.
+    """
+
+    memory: int
+    states: int
+    staged: int
+
+    def __str__(self) -> str:
+        return (
+            f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states and "
+            f"{decimal(self.staged)} of experts on the target's disk until the run is complete"
+        )
+
+
+def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
+    """For a plan with calibration."""
+    settings = plan.options.calibration
+    assert settings is not None
+    width = 4 if device.type == "cpu" else 2
+    experts = source_names(plan.found)
+    decoder = plan.found[0].prefix.partition("layers.")[0]
+    layers: dict[int | None, int] = defaultdict(int)
+    for name, info in checkpoint.tensors.items():
+        if name.startswith(decoder) and name not in experts:
+            layers[layer_number(name)] += math.prod(info.shape)
+    beside = layers.pop(None, 0)
+    largest = max(layers.values(), default=0)
+    hidden = max(group.hidden for group in plan.found)
+    inner = max(group.intermediate for group in plan.found)
+    # An expert: its weights as they are computed with and in float32, twice quantized; moments,
+    # with their factors in float64.
+    expert = 3 * hidden * inner * (width + 3 * 4) + max(hidden, inner) ** 2 * (4 + 4 + 3 * 8)
+    # Attention's scores and a few copies of what layers pass on.
+    tokens = max(TOKENS, settings.length)
+    run = tokens * (hidden * 16 + inner * 8) * width
+    chunk = 16384 * (hidden + 2 * inner) * 4
+    total = settings.rows * settings.length
+    return Budget(
+        (largest + beside) * width + expert + run + chunk,
+        total * hidden * (3 * width + 4),
+        staged_bytes(plan),
+    )

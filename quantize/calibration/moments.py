@@ -1,0 +1,71 @@
+"""What one product of an expert is given: how much, how large, how correlated."""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.nvfp4 import E2M1_MAX, E4M3_MAX
+
+HEADROOM = 2.0
+"""How much larger than in calibration inputs may be without being clipped. Block scales are E4M3
+numbers times the input scale, and their precision is the same over 15 octaves: room costs nothing.
+"""
+
+
+class Moments:
+    """Second moments of a product's inputs, weighted with the router's weights.
+
+    An expert's output is multiplied by the router's weight ``r`` of the token, so what counts is
+    ``|r W x|^2``.
+
+    Attributes:
+        total: float32 ``[in, in]``, sum of ``r^2 x x^T``.
+        tokens: how many.
+        largest: largest magnitude of an input.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.total = torch.zeros(size, size, device=device)
+        self.tokens = 0
+        self.largest = 0.0
+        self._squares = self._fourths = 0.0
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """Count inputs ``[n, in]`` of tokens with router weights ``[n]``."""
+        if len(x):
+            scaled = x.float() * weights.unsqueeze(1)
+            self.total += scaled.T @ scaled
+            squares = weights.double().square()
+            self._squares += float(squares.sum())
+            self._fourths += float(squares.square().sum())
+            self.tokens += len(x)
+            self.largest = max(self.largest, float(x.abs().max()))
+
+    def estimate(self) -> torch.Tensor:
+        """What the mean of ``r^2 x x^T`` over all text would be, float32 ``[in, in]``.
+
+        Few tokens make directions look empty that are not, and rounding would put its errors there.
+        So the mean of those that came is drawn towards a multiple of the identity, by as much as
+        their number calls for: oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero, 2010,
+        equation 23; ``sklearn.covariance.oas``), with the number of equally weighted tokens that
+        these are worth.
+        """
+        if not self.tokens or self._squares <= 0:
+            return self.total
+        size = len(self.total)
+        mean = self.total / self._squares
+        worth = self._squares**2 / self._fourths
+        trace = float(mean.diagonal().sum(dtype=torch.float64))
+        average = trace / size
+        spread = float(mean.square().mean(dtype=torch.float64))
+        above = spread + average**2
+        below = (worth + 1) * (spread - average**2 / size)
+        share = 1.0 if below <= 0 else min(1.0, above / below)
+        shrunk = (1 - share) * mean
+        shrunk.diagonal().add_(share * average)
+        return shrunk
+
+
+def input_scale(largest: float) -> float:
+    """``HEADROOM * largest / (6 * 448)``, ModelOpt's ``input_scale`` with room; 1 for no inputs."""
+    return HEADROOM * largest / (E2M1_MAX * E4M3_MAX) if largest > 0 else 1.0

@@ -1,0 +1,194 @@
+"""Quantizing experts as the walk comes to them: the visitor that ``--calibrate`` sends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+
+from quantize import nvfp4
+from quantize.calibration.moments import Moments, input_scale
+from quantize.calibration.routing import Chunk, Routing
+from quantize.calibration.settings import Calibration
+from quantize.calibration.staged import Findings, Staged
+from quantize.calibration.walk import Weights
+from quantize.errors import QuantizeError
+from quantize.experts import ExpertGroup
+from quantize.jobs import WeightError, outputs
+from quantize.kernels import Kernel, NotFiniteError, Quantized, for_device, quantize_weights
+from quantize.layouts import Layout
+from quantize.rounding import METHODS, loss
+from quantize.shards import Output, ShardWriter
+
+FEW = 32
+"""Tokens below which an expert's own say too little: then its weights are rounded to nearest with
+``FALLBACK`` scales, and its input scales are those of the layer."""
+FALLBACK = "mse"
+
+
+class Quantizer:
+    """See ``quantize.calibration.walk.Visitor``.
+
+    Args:
+        groups: those to be quantized; others pass.
+        plain: the scale rule to compare with.
+    """
+
+    def __init__(
+        self,
+        staged: Staged,
+        groups: list[ExpertGroup],
+        layout: Layout,
+        settings: Calibration,
+        plain: str,
+    ) -> None:
+        self._staged = staged
+        self._groups = groups
+        self._layout = layout
+        self._settings = settings
+        self._plain = plain
+
+    def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
+        """Open the group's file."""
+        self._group = group if group in self._groups else None
+        if self._group is None:
+            return
+        self._findings = Findings(group.prefix)
+        self._largest: list[tuple[float, float]] = []
+        self._writer = self._staged.writer(group, list(staged_outputs(group, self._layout)))
+
+    def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+        """Quantize one expert, with what it is given; the model goes on with the original."""
+        if self._group is None:
+            return weights
+        try:
+            self._quantize(self._group, number, weights, routing)
+        except BaseException:
+            self._writer.abort()
+            raise
+        return weights
+
+    def end(self) -> None:
+        """Write the input scales, which may need the whole layer's, and finish the file."""
+        group = self._group
+        if group is None:
+            return
+        layer = [max(column) for column in zip(*self._largest, strict=True)]
+        for expert, own in enumerate(self._largest):
+            few = self._findings.tokens[expert] < FEW
+            first, second = (input_scale(x) for x in (layer if few else own))
+            modules = group.modules(expert)
+            for module, scale in zip(modules, [first] * (len(modules) - 1) + [second], strict=True):
+                name = f"{module}.{self._layout.suffixes[3]}"
+                self._write(self._writer, name, _stored_scale(self._layout, scale))
+        self._writer.finish()
+        self._staged.finish(group, self._findings)
+
+    def _quantize(
+        self, group: ExpertGroup, number: int, weights: Weights, routing: Routing
+    ) -> None:
+        device = weights.down.device
+        kernel = for_device(device)
+
+        def tokens() -> Iterator[Chunk]:
+            return routing.all() if self._settings.every_expert else routing.of(number)
+
+        first = Moments(group.hidden, device)
+        for chunk in tokens():
+            first.add(chunk.x, chunk.weights)
+        inputs = self._round(group, number, list(weights.inputs), first, kernel)
+        # Down is given what the quantized gate and up make.
+        found = tuple(q.weight.dequantize().to(weights.down.dtype) for q in inputs)
+        second = Moments(group.intermediate, device)
+        for chunk in tokens():
+            second.add(weights.between(chunk.x, found), chunk.weights)
+        down = self._round(group, number, [weights.down], second, kernel)
+        findings = self._findings
+        findings.tokens.append(int(routing.counts[number]))
+        findings.rules.append(self._rule(first))
+        self._largest.append((first.largest, second.largest))
+        for errors, plainly in ((findings.before, True), (findings.after, False)):
+            pairs = (list(weights.inputs), inputs, first), ([weights.down], down, second)
+            errors.append([self._error(*pair, plainly, kernel) for pair in pairs])
+        for module, result in zip(group.modules(number), chain(inputs, down), strict=True):
+            stored = self._layout.store(result.weight, 1.0)
+            for suffix, tensor in zip(self._layout.suffixes[:3], stored[:3], strict=True):
+                self._write(self._writer, f"{module}.{suffix}", tensor)
+            lost = WeightError(module, result.noise, result.signal, result.counts.tolist())
+            findings.lost.append(list(lost))
+
+    def _rule(self, moments: Moments) -> str:
+        return FALLBACK if moments.tokens < FEW else self._settings.method
+
+    def _round(
+        self,
+        group: ExpertGroup,
+        number: int,
+        weights: list[torch.Tensor],
+        moments: Moments,
+        kernel: Kernel,
+    ) -> list[Quantized]:
+        """Weights that share inputs and a global scale."""
+        try:
+            plain = quantize_weights(weights, FALLBACK, kernel)
+        except NotFiniteError:
+            raise QuantizeError(
+                f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds "
+                "NaN or infinite weights; the source is damaged"
+            ) from None
+        rule = self._rule(moments)
+        if rule == FALLBACK:
+            return plain
+        # Gate and up have the same inputs and global scale: one above the other, one weight.
+        scale = plain[0].weight.global_scale
+        both = torch.cat([weight.float() for weight in weights])
+        codes, block_scale = METHODS[rule](both, moments.estimate(), scale)
+        results = []
+        sizes = [len(weight) for weight in weights]
+        parts = zip(weights, codes.split(sizes), block_scale.split(sizes), strict=True)
+        for weight, own_codes, own_scales in parts:
+            stored = nvfp4.NvFp4(own_codes, own_scales, scale)
+            noise, signal = kernel.compare(weight, stored)
+            bits = stored.block_scale.view(torch.uint8).flatten()
+            counts = torch.bincount(bits.cpu(), minlength=127)
+            results.append(Quantized(stored, noise, signal, counts))
+        return results
+
+    def _error(
+        self,
+        weights: list[torch.Tensor],
+        results: list[Quantized],
+        moments: Moments,
+        plainly: bool,
+        kernel: Kernel,
+    ) -> float:
+        if plainly:
+            results = quantize_weights(weights, self._plain, kernel)
+        lost = whole = 0.0
+        for weight, result in zip(weights, results, strict=True):
+            lost += loss(result.weight.dequantize() - weight.float(), moments.total)
+            whole += loss(weight.float(), moments.total)
+        return math.sqrt(max(0.0, lost) / whole) if whole > 0 else math.nan
+
+    def _write(self, writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        writer.write(name, tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu())
+
+
+def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[Output]:
+    """The tensors of all experts of a group, without biases."""
+    wide = (group.intermediate, group.hidden)
+    shapes = [wide] * (len(group.names) - 1) + [wide[::-1]]
+    for expert in range(group.num_experts):
+        for module, shape in zip(group.modules(expert), shapes, strict=True):
+            yield from outputs(module, shape, layout)
+
+
+def _stored_scale(layout: Layout, scale: float) -> torch.Tensor:
+    example = nvfp4.NvFp4(
+        torch.empty(1, 8, dtype=torch.uint8),
+        torch.empty(1, 1, dtype=torch.float8_e4m3fn),
+        torch.ones(()),
+    )
+    return layout.store(example, scale)[3]

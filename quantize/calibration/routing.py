@@ -1,0 +1,71 @@
+"""What one layer's experts are given: tokens, who gets which, and with what weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Chunk(NamedTuple):
+    """Some of one expert's tokens.
+
+    Attributes:
+        rows: their numbers among all tokens, int64 ``[n]``.
+        x: float ``[n, hidden]``.
+        weights: the router's, float32 ``[n]``.
+    """
+
+    rows: torch.Tensor
+    x: torch.Tensor
+    weights: torch.Tensor
+
+
+class Routing:
+    """All calibration tokens at the experts of one layer.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        ids: int32 ``[tokens, k]``; weights: float32 ``[tokens, k]``.
+        device: where chunks go.
+        chunk: tokens in one.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: int,
+        device: torch.device,
+        chunk: int = 16384,
+    ) -> None:
+        self.x = x
+        self._weights = weights.flatten()
+        self._k = ids.shape[1]
+        self._device = device
+        self._chunk = chunk
+        flat = ids.flatten().long()
+        order = flat.argsort(stable=True)
+        self.counts = torch.bincount(flat, minlength=experts)
+        """Tokens of each expert, int64 ``[experts]``; LongCat's zero experts come after them."""
+        self._parts = order.split(self.counts.tolist())
+
+    def of(self, expert: int) -> Iterator[Chunk]:
+        """One expert's tokens, in the order of all tokens."""
+        for part in self._parts[expert].split(self._chunk):
+            if part.numel():
+                rows = part // self._k
+                yield Chunk(
+                    rows,
+                    self.x[rows].to(self._device),
+                    self._weights[part].to(self._device),
+                )
+
+    def all(self) -> Iterator[Chunk]:
+        """Every token, as if it went to one expert with weight 1."""
+        for rows in torch.arange(len(self.x)).split(self._chunk):
+            yield Chunk(
+                rows, self.x[rows].to(self._device), torch.ones(len(rows), device=self._device)
+            )

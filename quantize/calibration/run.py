@@ -1,0 +1,82 @@
+"""Calibrating a plan's experts: walk through the model, stage what the quantizer makes of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantize.calibration.quantizer import Quantizer, staged_outputs
+from quantize.calibration.staged import Staged
+from quantize.calibration.store import Store
+from quantize.calibration.stream import Stream
+from quantize.calibration.walk import Walk, states_name
+from quantize.checkpoint import Checkpoint, read_json
+from quantize.shards import write_json
+
+if TYPE_CHECKING:
+    from quantize.plan import Plan
+
+Progress = Callable[[float, int], None]
+"""Told how many layers are done, parts included, and how many there are."""
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    rows: torch.Tensor,
+    folder: Path,
+    device: torch.device,
+    progress: Progress = lambda _, __: None,
+) -> None:
+    """Quantize all experts of ``plan`` with calibration, into ``folder``.
+
+    A run that was interrupted goes on with the layer it was at.
+
+    Args:
+        rows: tokens, int64 ``[rows, length]``.
+
+    Raises:
+        QuantizeError: if the model cannot be run (see ``quantize.calibration.stream``), a weight is
+            NaN or infinite, or the disk is full.
+    """
+    settings = plan.options.calibration
+    assert settings is not None
+    staged = Staged(folder)
+    if all(staged.is_done(group) for group in plan.groups):
+        return
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    stream = Stream(checkpoint, plan.found, device, dtype, plan.options.trust_remote_code)
+    store = Store(folder / "states")
+    walk = Walk(checkpoint, plan.gates, stream, rows, store)
+    quantizer = Quantizer(staged, plan.groups, plan.layout, settings, plan.options.scales)
+    next_ = folder / "next.json"
+    first = 0
+    if next_.exists():
+        found = read_json(next_)
+        first, stream.form = found["layer"], found["form"]
+    last = max(stream.layer_of(group) for group in plan.groups)
+    for layer in range(first, last + 1):
+        progress(layer, last + 1)
+        walk.layer(layer, quantizer, lambda share, n=layer: progress(n + share, last + 1))  # type: ignore[misc]
+        for name in store.names(states_name(layer + 1)):
+            _to_disk(store.folder / name)
+        write_json(next_, {"layer": layer + 1, "form": stream.form})
+        walk.forget(layer)
+    progress(last + 1, last + 1)
+
+
+def staged_bytes(plan: Plan) -> int:
+    """What is in the folder in the end."""
+    return sum(out.nbytes for group in plan.groups for out in staged_outputs(group, plan.layout))
+
+
+def _to_disk(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

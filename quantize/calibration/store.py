@@ -1,0 +1,70 @@
+"""Numbers of all calibration tokens: files that are mapped into memory.
+
+The system keeps in memory what fits and writes the rest to disk, so nothing has to be decided here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.errors import QuantizeError
+from quantize.shards import DTYPE_NAMES, write_json
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_INDEX = "index.json"
+
+
+class Store:
+    """Tensors in files of one folder, with an index of their shapes.
+
+    Args:
+        folder: is made; on a disk with room for what is stored.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        index = folder / _INDEX
+        self._index: dict[str, Any] = json.loads(index.read_text()) if index.exists() else {}
+
+    def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of zeros in a new file ``name``, replacing one there.
+
+        Raises:
+            QuantizeError: if the disk has no room for it.
+        """
+        self.remove(name)
+        needed = math.prod(shape) * dtype.itemsize
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise QuantizeError(
+                f"{self.folder}: calibration needs {needed / 1e9:.1f} GB for {name}, its disk has "
+                f"{free / 1e9:.1f} GB free; free some space or take fewer rows"
+            )
+        self._index[name] = [list(shape), DTYPE_NAMES[dtype]]
+        write_json(self.folder / _INDEX, self._index)
+        return self.open(name)
+
+    def open(self, name: str) -> torch.Tensor:
+        """The tensor in the file ``name``."""
+        shape, dtype = self._index[name]
+        size = math.prod(shape)
+        flat = torch.from_file(
+            str(self.folder / name), shared=True, size=max(1, size), dtype=_DTYPES[dtype]
+        )
+        return flat[:size].view(shape)
+
+    def names(self, prefix: str) -> list[str]:
+        """Of the tensors in the store, those that begin with ``prefix`` and a dot, in order."""
+        return sorted(name for name in self._index if name.startswith(f"{prefix}."))
+
+    def remove(self, name: str) -> None:
+        """Remove the file ``name``, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+        if self._index.pop(name, None) is not None:
+            write_json(self.folder / _INDEX, self._index)

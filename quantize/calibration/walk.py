@@ -1,0 +1,225 @@
+"""Running a model layer by layer over calibration rows, its experts one at a time.
+
+For each layer: run it up to its experts and take down what they are given; compute each expert over
+all its tokens at once, showing it to a visitor; run the layer again with what they gave. So memory
+holds a layer without its experts and one expert, whatever the model's size, and every tensor of the
+checkpoint is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from quantize.calibration.routing import Routing
+from quantize.calibration.store import Store
+from quantize.calibration.stream import Routed, Stream
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts import ExpertGroup
+from quantize.gates import Gate, Gates
+
+TOKENS = 4096
+"""In one run of a layer, about."""
+
+Progress = Callable[[float], None]
+"""Told which share of a layer's experts is done."""
+
+
+class Weights:
+    """One expert's weights, and how they are applied.
+
+    Attributes:
+        inputs: gate and up, or up alone: float ``[intermediate, hidden]``.
+        down: float ``[hidden, intermediate]``.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        down: torch.Tensor,
+        biases: tuple[torch.Tensor, ...],
+        gate: Gate,
+    ) -> None:
+        self.inputs = inputs
+        self.down = down
+        self._biases = biases
+        self._gate = gate
+
+    def between(self, x: torch.Tensor, inputs: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+        """What down is given for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``.
+
+        Args:
+            inputs: other weights than the expert's own.
+        """
+        biases = self._biases[:-1] or (None,) * len(self.inputs)
+        parts = [
+            torch.nn.functional.linear(x, weight, bias)
+            for weight, bias in zip(inputs or self.inputs, biases, strict=True)
+        ]
+        return self._gate.apply(*parts)
+
+    def out(self, between: torch.Tensor, down: torch.Tensor | None = None) -> torch.Tensor:
+        """``[n, hidden]`` from :meth:`between`'s result; ``down``: instead of the own."""
+        bias = self._biases[-1] if self._biases else None
+        return torch.nn.functional.linear(between, self.down if down is None else down, bias)
+
+
+class Visitor(Protocol):
+    """Who wants to know what experts are given."""
+
+    def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
+        """A layer's experts come next."""
+
+    def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+        """One expert; returns the weights that the model goes on with."""
+
+    def end(self) -> None:
+        """All experts of the layer have come."""
+
+
+class Walk:
+    """One model over one set of rows.
+
+    Args:
+        rows: tokens, int64 ``[rows, length]``.
+        store: where hidden states are kept from layer to layer.
+        device, dtype: to compute on and in, those of ``stream``.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        gates: Gates,
+        stream: Stream,
+        rows: torch.Tensor,
+        store: Store,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._gates = gates
+        self._stream = stream
+        self._store = store
+        self._rows, self._count = len(rows), rows.numel()
+        self._batches = rows.split(max(1, TOKENS // rows.shape[1]))
+
+    def layer(self, number: int, visitor: Visitor, progress: Progress = lambda _: None) -> None:
+        """Run one layer, whose input is that of the model or in the store; store its output.
+
+        Raises:
+            QuantizeError: if its experts are routed in a way that is not known here.
+        """
+        with self._stream.at(number) as sites, torch.inference_mode():
+            answers: dict[Routed, torch.Tensor] = {}
+            while (site := self._pass(number, sites, answers)) is not None:
+                answers[site] = self._answer(number, site, visitor, progress)
+            answers.clear()
+            names = [answer_name(number, site.group) for site in sites]
+        for name in ("x", "ids", "weights", *names):
+            self._store.remove(name)
+
+    def forget(self, number: int) -> None:
+        """Remove what layer ``number`` was given."""
+        for name in self._store.names(states_name(number)):
+            self._store.remove(name)
+
+    def _pass(
+        self, number: int, sites: list[Routed], answers: dict[Routed, torch.Tensor]
+    ) -> Routed | None:
+        """All batches: up to the first experts without an answer, whose input is stored and who are
+        returned; through the whole layer if all have one."""
+        before = [self._store.open(name) for name in self._store.names(states_name(number))]
+        target: list[torch.Tensor] = []
+        waiting: Routed | None = None
+        row = token = 0
+        for batch in self._batches:
+            end, last = row + len(batch), token + batch.numel()
+            for site in sites:
+                site.seen = None
+                site.replay = answers[site][token:last] if site in answers else None
+            given = tuple(part[row:end] for part in before)
+            returned = self._stream.run(batch, given or None)
+            if returned is not None:
+                target = target or self._new(
+                    {f"{states_name(number + 1)}.{i}": part for i, part in enumerate(returned)},
+                    self._rows,
+                )
+                first, parts = row, returned
+            else:
+                waiting = next(site for site in sites if site.seen is not None)
+                parts = _flat(waiting)
+                target = target or self._new(
+                    dict(zip(("x", "ids", "weights"), parts, strict=True)), self._count
+                )
+                first = token
+            for whole, part in zip(target, parts, strict=True):
+                whole[first : first + len(part)] = part
+            row, token = end, last
+        return waiting
+
+    def _new(self, like: dict[str, torch.Tensor], rows: int) -> list[torch.Tensor]:
+        """Tensors in the store with the shapes of ``like``, but so many ``rows``."""
+        return [
+            self._store.new(name, (rows, *part.shape[1:]), part.dtype)
+            for name, part in like.items()
+        ]
+
+    def _answer(
+        self, number: int, site: Routed, visitor: Visitor, progress: Progress
+    ) -> torch.Tensor:
+        """What the experts return for all tokens, ``[tokens, hidden]``."""
+        group, gate = site.group, self._gates.of(site.group.prefix)
+        x, ids, router = (self._store.open(name) for name in ("x", "ids", "weights"))
+        if int(ids.max()) >= group.num_experts or int(ids.min()) < 0:
+            raise QuantizeError(
+                f"{group.prefix}: its router sends tokens to expert {int(ids.max())}, and there "
+                f"are {group.num_experts}; calibration does not know such experts"
+            )
+        routing = Routing(x, ids, router, group.num_experts, self._stream.device)
+        answer = self._store.new(answer_name(number, group), tuple(x.shape), torch.float32)
+        visitor.begin(number, group, routing)
+        for expert in range(group.num_experts):
+            weights = visitor.expert(expert, self._weights(group, expert, gate), routing)
+            for chunk in routing.of(expert):
+                out = weights.out(weights.between(chunk.x)) * chunk.weights.unsqueeze(1)
+                answer.index_add_(0, chunk.rows, out.float().cpu())
+            progress((expert + 1) / group.num_experts)
+        visitor.end()
+        return answer
+
+    def _weights(self, group: ExpertGroup, expert: int, gate: Gate) -> Weights:
+        def here(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self._stream.device, self._stream.dtype)
+
+        inputs = group.inputs(self._checkpoint, expert, gate.interleaved)
+        biases = group.biases(self._checkpoint, expert, gate.interleaved)
+        return Weights(
+            tuple(map(here, inputs)),
+            here(group.down(self._checkpoint, expert)),
+            tuple(map(here, biases.values())),
+            gate,
+        )
+
+
+def states_name(layer: int) -> str:
+    """The files of what ``layer`` is given: this, and numbers."""
+    return f"states-{layer:05d}"
+
+
+def answer_name(layer: int, group: ExpertGroup) -> str:
+    """The file of what a layer's experts return."""
+    return f"answer-{layer:05d}-{group.first}"
+
+
+def _flat(site: Routed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens ``[n, hidden]``, expert numbers int32 ``[n, k]``, weights float32 ``[n, k]``."""
+    assert site.seen is not None
+    x, ids, weights = site.seen
+    if ids.is_floating_point() or ids.shape != weights.shape:
+        raise QuantizeError(
+            f"{site.group.prefix}: its experts are given {tuple(ids.shape)} {ids.dtype} and "
+            f"{tuple(weights.shape)}; calibration knows expert numbers and as many weights"
+        )
+    k = ids.shape[-1]
+    return x.flatten(0, -2), ids.reshape(-1, k).int(), weights.reshape(-1, k).float()

@@ -1,0 +1,144 @@
+"""The Transformers model that a checkpoint's config describes, built without its weights.
+
+Code from a checkpoint runs only if the user said so (``--trust-remote-code``), and only for a model
+that Transformers does not have itself. Nothing is asked of the hub.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants
+from transformers import AutoConfig, PreTrainedConfig, initialization
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
+
+from quantize.errors import QuantizeError, first_line
+
+_MODELS = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
+_IMPLEMENTATION = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")
+"""Keys of a config with which it picks kernels, from anywhere on the hub."""
+
+Place = Callable[[], AbstractContextManager[Any]]
+
+
+def config_of(source: Path | str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of the checkpoint ``source``, a folder or a hub id.
+
+    Raises whatever Transformers raises for a config that it does not know.
+    """
+    raw, _ = PreTrainedConfig.get_config_dict(source)
+    if trust_remote_code and is_foreign(raw):
+        return AutoConfig.from_pretrained(source, trust_remote_code=True)
+    # Not AutoConfig: in a process of vLLM's, it gives vLLM's own class for some models.
+    cls = getattr(transformers, CONFIG_MAPPING_NAMES[raw.get("model_type")])
+    with offline():
+        config: PreTrainedConfig = cls.from_dict(_without_implementations(raw))
+    return config
+
+
+def is_foreign(raw: dict[str, Any]) -> bool:
+    """Whether ``config.json`` is that of a model that only its own Python code knows."""
+    return CONFIG_MAPPING_NAMES.get(raw.get("model_type")) is None and "auto_map" in raw
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Nothing asks the hub: some models would, for parts of theirs, when they are built."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Models built within have parameters that take no memory, and buffers with their values."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(
+        module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None
+    ) -> None:
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build(
+    config: PreTrainedConfig,
+    trust_remote_code: bool = False,
+    place: Place = lambda: torch.device("meta"),
+    attention: str = "eager",
+) -> torch.nn.Module:
+    """The model, only the language model if the whole cannot be built.
+
+    Args:
+        place: makes the context to build in; by default nothing takes memory.
+        attention: Transformers' ``attn_implementation``; a config may name a kernel on the hub.
+
+    Raises:
+        QuantizeError: if there is no such model, or its code fails.
+    """
+    errors: list[Exception] = []
+    text = config.get_text_config()
+    for part in (config,) if text is config else (config, text):
+        for cls in model_classes(part, trust_remote_code):
+            try:
+                with place(), initialization.no_init_weights():
+                    own = copy.deepcopy(part)
+                    own._attn_implementation = attention
+                    model: torch.nn.Module = cls(own)
+                return model
+            except Exception as error:  # any code may be in there
+                errors.append(error)
+    if errors:
+        raise QuantizeError(
+            f"model type {config.model_type!r} cannot be built from its config "
+            f"({first_line(errors[0])})"
+        ) from errors[0]
+    raise QuantizeError(
+        f"model type {config.model_type!r}: Transformers has no model for {type(config).__name__}"
+    )
+
+
+def model_classes(config: PreTrainedConfig, trust_remote_code: bool) -> Iterator[Any]:
+    """Classes to build the model with, the best first."""
+    for mapping in _MODELS:
+        model = mapping.get(type(config), None)
+        if model is not None:
+            yield model[0] if isinstance(model, tuple | list) else model
+            return
+    auto_map = getattr(config, "auto_map", None) or {}
+    for name in _AUTO_CLASSES:
+        if trust_remote_code and name in auto_map:
+            yield get_class_from_dynamic_module(auto_map[name], config.name_or_path)
+            return
+
+
+def _without_implementations(value: Any) -> Any:
+    """``value`` without the keys of ``_IMPLEMENTATION``, however deep."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not _IMPLEMENTATION.fullmatch(str(k))}
+        return {key: _without_implementations(item) for key, item in kept.items()}
+    return [_without_implementations(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,38 @@
+"""One block's scale and codes at a time, for methods that go through a weight by columns."""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.nvfp4 import E2M1_MAX, E2M1_VALUES, round_to_e2m1, round_to_e4m3
+from quantize.scales.mse import HIGHEST, LOWEST, OFFSETS
+
+
+def values_of(codes: torch.Tensor) -> torch.Tensor:
+    """Float32 values of uint8 codes, of any shape: one a byte, not packed."""
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)
+    return torch.cat((values, -values))[codes.int()]
+
+
+def best_scale(block: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """Float32 ``[out]``, E4M3 values: for each row the scale with the least weighted error.
+
+    Those tried are the ``mse`` rule's (``quantize.scales.mse``).
+
+    Args:
+        block: float32 ``[out, 16]``, in units of the global scale.
+        importance: of each column's squared error, float32 ``[16]``.
+    """
+    scales = around(round_to_e4m3(block.abs().amax(1) / E2M1_MAX))
+    step = scales.unsqueeze(-1)
+    nearest = values_of(round_to_e2m1(block.unsqueeze(1) / step)) * step
+    error = ((block.unsqueeze(1) - nearest).square() * importance).sum(-1)
+    return scales.gather(1, error.argmin(1, keepdim=True)).squeeze(1)
+
+
+def around(scale: torch.Tensor) -> torch.Tensor:
+    """Float32 ``[out, 17]``: ``scale`` (E4M3 values ``[out]``), and eight to each side of it."""
+    bits = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16).unsqueeze(1)
+    offsets = torch.tensor(OFFSETS, dtype=torch.int16, device=scale.device)
+    near = (bits + offsets).clamp(LOWEST, HIGHEST).to(torch.uint8)
+    return near.view(torch.float8_e4m3fn).float()

@@ -1,0 +1,320 @@
+"""``--calibrate``: closer than without, the same after an interruption, sane for every expert."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.m3_checkpoint import Model
+from quantize.calibration import quantizer
+from quantize.calibration.budget import needed
+from quantize.calibration.settings import Calibration, digest_of
+from quantize.calibration.text import load_rows
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.pipeline import execute
+from quantize.plan import Options, plan
+from quantize.shards import header, write_json
+from quantize.verify import verify
+from tests.quantize import reference
+
+ROWS, LENGTH = 24, 256
+
+SOME = Options(include=("*.layers.[13].*",))
+"""Two layers of the five, and the faster method: it takes a while."""
+GPTQ = {"method": "gptq"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python that m3-nano was trained on the likes of: NumPy's, as JSON lines."""
+    file = tmp_path_factory.mktemp("text") / "numpy.jsonl"
+    sources = sorted(Path(np.__file__).parent.rglob("*.py"))[::4]
+    lines = [json.dumps({"text": source.read_text(errors="replace")}) for source in sources]
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def rows(m3_nano: Path, text: Path) -> torch.Tensor:
+    return load_rows(text, m3_nano, ROWS, LENGTH)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Many small steps: threads would wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def calibrated(
+    source: Path, target: Path, rows: torch.Tensor, options: Options = SOME, **more: Any
+) -> Path:
+    settings = Calibration("text", *rows.shape, digest_of(rows), **more.pop("settings", GPTQ))
+    with Checkpoint(source) as checkpoint:
+        steps = plan(checkpoint, replace(options, calibration=settings))
+        execute(checkpoint, steps, target, rows=rows, **more)
+    return target
+
+
+@pytest.fixture(scope="module")
+def whole(m3_nano: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of m3-nano's layers, calibrated; treat as read-only."""
+    torch.set_num_threads(1)
+    return calibrated(m3_nano, tmp_path_factory.mktemp("calibrated") / "out", rows)
+
+
+def experts_output(
+    source: Path, folder: Path | None, rows: torch.Tensor, layers: tuple[int, ...] = (1, 3)
+) -> list[torch.Tensor]:
+    """What some layers' routed experts make of the original model's states, by Transformers.
+
+    ``folder``: the quantized checkpoint whose experts, dequantized by the tests' own reader, are in
+    their place.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    written = reference.read_folder(folder) if folder else None
+    outputs: list[torch.Tensor] = []
+    for number, layer in enumerate(model.model.layers):
+        if number not in layers:
+            continue
+        experts = layer.mlp.experts
+        originals = experts.gate_up_proj.data.clone(), experts.down_proj.data.clone()
+
+        def weight(
+            expert: int, name: str, prefix: str = f"model.layers.{number}.mlp.experts"
+        ) -> torch.Tensor:
+            assert written is not None
+            base = f"{prefix}.{expert}.{name}.weight"
+            parts = (written[f"{base}{end}"].array() for end in ("", "_scale", "_scale_2"))
+            packed, bits, scale = parts
+            return torch.from_numpy(reference.dequantize(packed, bits, float(scale.item()))).float()
+
+        def hook(
+            module: Any, inputs: Any, output: torch.Tensor, weight: Any = weight,
+            originals: Any = originals,
+        ) -> None:  # fmt: skip
+            if written is None:
+                outputs.append(output)
+                return
+            for e in range(len(originals[0])):
+                module.gate_up_proj.data[e] = torch.cat(
+                    (weight(e, "gate_proj"), weight(e, "up_proj"))
+                )
+                module.down_proj.data[e] = weight(e, "down_proj")
+            outputs.append(type(module).forward(module, *inputs))
+            module.gate_up_proj.data, module.down_proj.data = originals
+
+        experts.register_forward_hook(hook)
+    with torch.no_grad():
+        model(input_ids=rows, use_cache=False)
+    return outputs
+
+
+def test_experts_are_closer_than_without(
+    m3_nano: Path, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    """On text that it was not calibrated with, beside the best rule without calibration."""
+    with Checkpoint(m3_nano) as checkpoint:
+        execute(checkpoint, plan(checkpoint, replace(SOME, scales="mse")), tmp_path / "mse")
+    others = load_rows(text, m3_nano, 2 * ROWS + 1, LENGTH)[1::8]
+    truth, plain, ours = (
+        experts_output(m3_nano, folder, others) for folder in (None, tmp_path / "mse", whole)
+    )
+    for exact, without, with_ in zip(truth, plain, ours, strict=True):
+        assert (with_ - exact).norm() < 0.95 * (without - exact).norm()
+
+
+def test_the_default_method_is_closer_still(
+    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    """On the text of the calibration; on other text, with so little of it, the two are alike."""
+    target = calibrated(
+        m3_nano, tmp_path / "out", rows, Options(include=("*.layers.1.*",)), settings={}
+    )
+    truth, first, second = (
+        experts_output(m3_nano, folder, rows, (1,))[0] for folder in (None, whole, target)
+    )
+    assert (second - truth).norm() < 0.99 * (first - truth).norm()
+
+
+def test_nothing_else_changes(m3_nano: Path, whole: Path) -> None:
+    before, after = load_file(m3_nano / "model.safetensors"), load_file(whole / "model.safetensors")
+    for name, tensor in before.items():
+        if ".experts." not in name:
+            assert torch.equal(tensor, after[name]), name
+    assert not (whole / ".nvfp4_moe").exists()
+    with Checkpoint(m3_nano) as original, Checkpoint(whole, decode=False) as quantized:
+        assert verify(original, quantized).problems == []
+
+
+def test_input_scales_are_those_of_what_experts_are_given(
+    m3_nano: Path, whole: Path, rows: torch.Tensor
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(m3_nano, dtype=torch.float32).eval()
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for number, layer in enumerate(model.model.layers[1:], 1):
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, inputs, n=number: seen.__setitem__(n, inputs[:2])
+        )
+    with torch.no_grad():
+        model(input_ids=rows, use_cache=False)
+    with safe_open(whole / "model.safetensors", "pt") as file:
+        for number, (x, ids) in seen.items():
+            for expert in range(32):
+                chosen = (ids == expert).any(1)
+                if number not in (1, 3) or int(chosen.sum()) < quantizer.FEW:
+                    continue
+                # Twice the largest, so that as much again is not clipped (ModelOpt's formula).
+                want = 2 * float(x[chosen].abs().max()) / (6 * 448)
+                base = f"model.layers.{number}.mlp.experts.{expert}"
+                for name in ("gate_proj", "up_proj"):
+                    got = float(file.get_tensor(f"{base}.{name}.input_scale"))
+                    assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_experts_with_few_tokens_get_the_layers_ranges(
+    m3_nano: Path, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    """Twelve tokens for 32 experts: most get none."""
+    target = calibrated(m3_nano, tmp_path / "out", rows[:1, :12])
+    with Checkpoint(m3_nano) as checkpoint:
+        execute(checkpoint, plan(checkpoint, replace(SOME, scales="mse")), tmp_path / "mse")
+    got, plain = (load_file(folder / "model.safetensors") for folder in (target, tmp_path / "mse"))
+    for layer in (1, 3):
+        base = f"model.layers.{layer}.mlp.experts"
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            scales = {float(got[f"{base}.{e}.{name}.input_scale"]) for e in range(32)}
+            assert len(scales) == 1
+            assert 0 < scales.pop() < 1
+            for end in ("weight", "weight_scale"):
+                assert torch.equal(
+                    got[f"{base}.7.{name}.{end}"].view(torch.uint8),
+                    plain[f"{base}.7.{name}.{end}"].view(torch.uint8),
+                )
+
+
+def test_every_expert_gets_every_token(m3_nano: Path, rows: torch.Tensor, tmp_path: Path) -> None:
+    target = calibrated(
+        m3_nano, tmp_path / "out", rows[:1, :64], settings=GPTQ | {"every_expert": True}
+    )  # fmt: skip
+    with safe_open(target / "model.safetensors", "pt") as file:
+        base = "model.layers.1.mlp.experts"
+        scales = {float(file.get_tensor(f"{base}.{e}.up_proj.input_scale")) for e in range(32)}
+        assert len(scales) == 1
+
+
+class Stopped(BaseException):
+    """As a kill would."""
+
+
+@pytest.mark.parametrize("moment", [1.0, 1.6, 3.9])
+def test_an_interrupted_run_goes_on(
+    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, moment: float
+) -> None:
+    target = tmp_path / "out"
+
+    def stop(done: float, layers: int) -> None:
+        if done >= moment:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrated(m3_nano, target, rows, calibrating=stop)
+    assert not (target / "config.json").exists()
+    again: list[float] = []
+    calibrated(m3_nano, target, rows, resume=True, calibrating=lambda done, _: again.append(done))
+    assert min(again) == int(moment)  # nothing is done twice but the layer that was being done
+    for name in ("model.safetensors", "config.json"):
+        assert (target / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_other_text_is_another_run(m3_nano: Path, rows: torch.Tensor, tmp_path: Path) -> None:
+    def stop(done: float, layers: int) -> None:
+        if done >= 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrated(m3_nano, tmp_path / "out", rows, calibrating=stop)
+    with pytest.raises(QuantizeError, match="another source, options or version"):
+        calibrated(m3_nano, tmp_path / "out", rows[1:], resume=True)
+
+
+def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
+    """The arithmetic, with MiniMax-M3's sizes and the default text."""
+    model = Model(layers=2, heads=64, vocabulary=200064)
+    write_json(tmp_path / "config.json", model.config())
+    tensors = list(model.tensors())
+    weights = (
+        tmp_path / "model-00001-of-00002.safetensors",
+        tmp_path / "model-00002-of-00002.safetensors",
+    )
+    for file, part in zip(weights, (tensors[::2], tensors[1::2]), strict=True):
+        first = header(part)
+        with file.open("wb") as hollow:
+            hollow.write(first)
+            hollow.truncate(len(first) + sum(out.nbytes for out in part))
+    with Checkpoint(tmp_path) as checkpoint:
+        steps = plan(checkpoint, Options(calibration=Calibration("text", 128, 2048, "")))
+        for device in ("cpu", "cuda"):
+            budget = needed(checkpoint, steps, torch.device(device))
+            assert 2e9 < budget.memory < 16e9
+            assert 1e10 < budget.states < 3e10
+            assert budget.staged == pytest.approx(2 * model.quantized_layer_bytes, rel=1e-4)
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_text_in_every_form(m3_nano: Path, tmp_path: Path) -> None:
+    documents = [f"def f{n}(x):\n    return x + {n}\n" * 20 for n in range(40)]
+    (tmp_path / "folder").mkdir()
+    for number, document in enumerate(documents):
+        (tmp_path / "folder" / f"{number:02}.txt").write_text(document)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    from_lines = load_rows(tmp_path / "a.jsonl", m3_nano, 4, 64)
+    assert from_lines.shape == (4, 64)
+    assert torch.equal(from_lines, load_rows(tmp_path / "b.jsonl", m3_nano, 4, 64))
+    assert torch.equal(from_lines, load_rows(tmp_path / "folder", m3_nano, 4, 64))
+    tokenizer = AutoTokenizer.from_pretrained(m3_nano)
+    assert from_lines[0, 0] == tokenizer.bos_token_id
+    assert tokenizer.decode(from_lines[0, 1:20]) in documents[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("few.txt", "x = 1\n", r"few.txt: \d+ tokens, 4 rows of 64 need 256"),
+        ("broken.jsonl", "{", "broken.jsonl: cannot be read as JSON lines"),
+        ("fields.jsonl", '{"id": 1}', "fields.jsonl, line 1: has none of the fields text"),
+        ("binary.txt", "\udcff", "binary.txt: cannot be read as text"),
+        ("chat.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "chat template"),
+    ],
+)
+def test_text_that_is_none(
+    m3_nano: Path, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(content, errors="surrogateescape")
+    with pytest.raises(QuantizeError, match=message):
+        load_rows(file, m3_nano, 4, 64)
+
+
+def test_a_missing_text_and_an_empty_folder(m3_nano: Path, tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match=r"nowhere.txt: cannot be read"):
+        load_rows(tmp_path / "nowhere.txt", m3_nano, 1, 16)
+    with pytest.raises(QuantizeError, match=r"holds no \.jsonl"):
+        load_rows(tmp_path, m3_nano, 1, 16)

@@ -1,0 +1,156 @@
+"""Walking through a model layer by layer gives what Transformers computes in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quantize.calibration.routing import Routing
+from quantize.calibration.store import Store
+from quantize.calibration.stream import Stream
+from quantize.calibration.walk import Walk, Weights, states_name
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts import ExpertGroup, find
+from quantize.identify import identify
+from tests.quantize import families
+
+CPU = torch.device("cpu")
+
+FAMILIES = {family for name, family in families.classes().items()
+            if name not in families.UNSUPPORTED}  # fmt: skip
+
+NOT_WALKED = {
+    "axk1": "fails on text",  # as Transformers' own does, with sizes as small as these
+    "dbrx": "not found",  # blocks, not layers
+    "deepseek_v3": "fails on text",  # likewise; with another head_dim below
+    "diffusion_gemma": "fails on text",
+    "ernie4_5_vl_moe": "is not there",  # images' experts, which text does not go to
+    "gemma4": "fails on text",
+    "glm4v_moe": "fails on text",  # likewise
+    "hy_v4": "fails on text",  # computes in float64 what float32 numbers mask
+    "jetmoe": "takes inputs, expert_size",
+    "llama4": "takes hidden_states",
+    "longcat_flash": "fails on text",  # likewise
+    "mimo_v2_flash": "fails on text",  # likewise
+    "openai_privacy_filter": "fails on text",
+    "qwen3_omni_moe": "fails on text",  # three models in one
+    "step3p7": "fails on text",  # likewise
+}
+"""Part of the error for each family whose tiny model cannot be calibrated."""
+
+
+class Nothing:
+    """A visitor that counts."""
+
+    def __init__(self) -> None:
+        self.groups: list[str] = []
+        self.tokens = 0
+
+    def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
+        self.groups.append(group.prefix)
+        self.tokens += int(routing.counts.sum())
+
+    def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+        return weights
+
+    def end(self) -> None:
+        pass
+
+
+def walked(
+    folder: Path, store: Store, rows: torch.Tensor, visitor: Any
+) -> tuple[torch.Tensor, Stream]:
+    """What the last layer with experts returns, float64."""
+    with Checkpoint(folder) as checkpoint:
+        stream = Stream(checkpoint, find(checkpoint), CPU, torch.float64)
+        walk = Walk(checkpoint, identify(folder), stream, rows, store)
+        for layer in range(stream.last + 1):
+            walk.layer(layer, visitor)
+            walk.forget(layer)
+    return store.open(f"{states_name(stream.last + 1)}.0"), stream
+
+
+def whole(folder: Path, stream: Stream, rows: torch.Tensor) -> torch.Tensor:
+    """The same from Transformers' model, loaded and run as its users do."""
+    model: Any = type(stream.model).from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager",
+        attn_implementation=stream.model.config._attn_implementation,
+    ).eval()  # fmt: skip
+    seen: list[Any] = []
+    layer = model.get_submodule(stream.layers_path)[stream.last]
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=rows, use_cache=False)
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+
+def rows_of(count: int, length: int, high: int = 60) -> torch.Tensor:
+    return torch.randint(1, high, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_WALKED.keys()))
+def test_as_transformers(family: str, tmp_path: Path) -> None:
+    folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
+    rows = rows_of(3, 16)
+    visitor = Nothing()
+    found, stream = walked(folder, Store(tmp_path / "store"), rows, visitor)
+    truth = whole(folder, stream, rows)
+    # Routers of some families compute in float32.
+    assert (found - truth).norm() / truth.norm() < 1e-6
+    assert visitor.groups
+    assert visitor.tokens % rows.numel() == 0
+    assert {file.name for file in (tmp_path / "store").iterdir()} == {
+        "index.json", *Store(tmp_path / "store").names(states_name(stream.last + 1))
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(NOT_WALKED))
+def test_what_cannot_be_run_says_so(family: str, tmp_path: Path) -> None:
+    folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
+    with pytest.raises(QuantizeError, match=NOT_WALKED[family]) as error:
+        walked(folder, Store(tmp_path / "store"), rows_of(3, 16), Nothing())
+    assert "calibrat" in str(error.value)
+
+
+def truth_of(folder: Path, rows: torch.Tensor, without_experts: bool = False) -> torch.Tensor:
+    """What m3-nano's last layer returns in Transformers, float64."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
+    for layer in model.model.layers[1:] if without_experts else ():
+        layer.mlp.experts.down_proj.data.zero_()
+    seen: list[torch.Tensor] = []
+    model.model.layers[5].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.no_grad():
+        model(input_ids=rows, use_cache=False)
+    return seen[0]
+
+
+def test_the_published_layout_in_several_runs(
+    m3_nano: Path, m3_nano_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """m3-nano as published: one tensor an expert, other names; two rows at a time."""
+    monkeypatch.setattr("quantize.calibration.walk.TOKENS", 64)
+    rows = rows_of(5, 32, 4000)
+    found, _ = walked(m3_nano_hub, Store(tmp_path / "store"), rows, Nothing())
+    truth = truth_of(m3_nano, rows)
+    assert (found - truth).norm() / truth.norm() < 1e-6
+
+
+def test_what_a_visitor_returns_is_what_the_model_goes_on_with(
+    m3_nano: Path, tmp_path: Path
+) -> None:
+    class Zeros(Nothing):
+        def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+            weights.down = torch.zeros_like(weights.down)
+            return weights
+
+    rows = rows_of(2, 16, 4000)
+    found, _ = walked(m3_nano, Store(tmp_path / "store"), rows, Zeros())
+    truth = truth_of(m3_nano, rows, without_experts=True)
+    assert (found - truth).norm() / truth.norm() < 1e-6
