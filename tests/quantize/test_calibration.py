@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from benchmarks.m3_checkpoint import Model
 from quantize.calibration import quantizer
@@ -26,6 +33,7 @@ from quantize.plan import Options, plan
 from quantize.shards import header, write_json
 from quantize.verify import verify
 from tests.quantize import reference
+from tests.quantize.test_cli import refusal, run
 
 ROWS, LENGTH = 24, 256
 
@@ -273,6 +281,94 @@ def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
             assert 2e9 < budget.memory < 16e9
             assert 1e10 < budget.states < 3e10
             assert budget.staged == pytest.approx(2 * model.quantized_layer_bytes, rel=1e-4)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def qwen(tmp_path: Path, m3_nano: Path) -> Path:
+    """A random Qwen3-MoE of one layer, with SiLU experts and m3-nano's tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=48, max_position_embeddings=512,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "qwen")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(m3_nano / name, tmp_path / "qwen" / name)
+    return tmp_path / "qwen"
+
+
+def test_the_command(qwen: Path, text: Path, tmp_path: Path) -> None:
+    """Both layouts hold the same numbers; what is needed is said before, layers while it runs."""
+    size = ("--calibration-rows", "8", "--calibration-length", "64")
+    weights = {}
+    for layout in ("modelopt", "compressed-tensors"):
+        result = run("quantize", qwen, tmp_path / layout, "--calibrate", text, *size,
+                     "--layout", layout)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert "Calibration: about" in result.stderr
+        assert "of memory" in result.stderr
+        assert verified(qwen, tmp_path / layout) == []
+        tensors = reference.read_folder(tmp_path / layout)
+        base = "model.layers.0.mlp.experts.1"
+        weights[layout] = [
+            reference.weight(tensors, f"{base}.{name}")
+            for name in ("gate_proj", "up_proj", "down_proj")
+        ]
+        inputs = {
+            "modelopt": lambda t, b: float(t[f"{b}.up_proj.input_scale"].array().item()),
+            "compressed-tensors": lambda t, b: (
+                1 / float(t[f"{b}.up_proj.input_global_scale"].array().item())
+            ),
+        }
+        weights[layout].append(np.float32(inputs[layout](tensors, base)))
+    for one, other in zip(*weights.values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert 0 < weights["modelopt"][3] < 0.1
+
+
+def test_a_source_that_changed_is_calibrated_again(
+    m3_nano: Path, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(m3_nano, source)
+
+    def stop(done: float, layers: int) -> None:
+        if done >= 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrated(source, tmp_path / "out", rows, calibrating=stop)
+    os.utime(source / "model.safetensors", (1, 1))
+    again: list[float] = []
+    calibrated(
+        source, tmp_path / "out", rows, resume=True, calibrating=lambda done, _: again.append(done)
+    )
+    assert min(again) == 0
+
+
+def verified(source: Path, target: Path) -> list[str]:
+    with Checkpoint(source) as original, Checkpoint(target, decode=False) as quantized:
+        return verify(original, quantized).problems
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (("--calibrate", "nowhere.txt"), "nowhere.txt: cannot be read as text"),
+        (("--calibrate", "few.txt"), "tokens, 128 rows of 2048 need 262144; give more text"),
+    ],
+)
+def test_what_the_command_refuses(
+    qwen: Path, tmp_path: Path, what: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.txt").write_text("x = 1\n")
+    assert message in refusal("quantize", qwen, tmp_path / "out", *what)
+    assert not (tmp_path / "out").exists()
 
 
 # -- text ------------------------------------------------------------------------------------------
