@@ -124,10 +124,10 @@ class Record:
 
     def discard_changed(self, checkpoint: Checkpoint, plan: Plan) -> None:
         """Void the shards made from files of the source that have changed since, a repaired one
-        for example."""
+        for example; with calibration all, since each layer rests on those before it."""
         if not self.changed:
             return
-        shutil.rmtree(self.calibration, ignore_errors=True)  # each layer rests on those before
+        shutil.rmtree(self.calibration, ignore_errors=True)
         names = {
             name
             for name, info in checkpoint.stored.items()
@@ -135,7 +135,7 @@ class Record:
         }
         for shard, jobs in enumerate(plan.shards):
             read = {part for job in jobs for name in job.sources for part in checkpoint.parts(name)}
-            if names & read:
+            if plan.options.calibration or names & read:
                 self._errors(plan.names[shard]).unlink(missing_ok=True)
                 (self.target / plan.names[shard]).unlink(missing_ok=True)
         self._write()

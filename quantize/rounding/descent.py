@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from quantize.nvfp4 import BLOCK, pack, round_to_e2m1, unpack
-from quantize.rounding.blocks import around, values_of
+from quantize.nvfp4 import BLOCK, pack, unpack
+from quantize.rounding.blocks import around, codes_of, values_of
 from quantize.rounding.gptq import damped, gptq
 
 SWEEPS = 3
@@ -66,7 +66,7 @@ class Descent:
             moment, found = self._moment[part, part], self._found[:, part].clone()
             pull = self._pull[:, part].clone()
             for k in range(BLOCK):
-                code = round_to_e2m1((found[:, k] + pull[:, k] / moment[k, k]) / scale)
+                code = codes_of((found[:, k] + pull[:, k] / moment[k, k]) / scale)
                 value = values_of(code) * scale
                 pull -= torch.outer(value - found[:, k], moment[k])
                 found[:, k] = value
@@ -107,11 +107,11 @@ def _rounded(
         ideal: ``[out, 16]``; scales: ``[out, candidates]``; moment: ``[16, 16]``.
     """
     step = scales.unsqueeze(-1)
-    codes = round_to_e2m1(ideal.unsqueeze(1) / step)
+    codes = codes_of(ideal.unsqueeze(1) / step)
     values = values_of(codes) * step
     pull = (ideal.unsqueeze(1) - values) @ moment
     for k in range(BLOCK):
-        codes[..., k] = round_to_e2m1((values[..., k] + pull[..., k] / moment[k, k]) / scales)
+        codes[..., k] = codes_of((values[..., k] + pull[..., k] / moment[k, k]) / scales)
         value = values_of(codes[..., k]) * scales
         pull -= (value - values[..., k]).unsqueeze(-1) * moment[k]
         values[..., k] = value

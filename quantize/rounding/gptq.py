@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from quantize.nvfp4 import BLOCK, pack, round_to_e2m1
-from quantize.rounding.blocks import best_scale, values_of
+from quantize.nvfp4 import BLOCK, pack
+from quantize.rounding.blocks import best_scale, codes_of, values_of
 
 DAMPING = 0.01
 """Of the mean second moment, added to all: few tokens say little about small directions."""
@@ -37,7 +37,7 @@ def gptq(
                 scale = best_scale(left[:, block], factor.diagonal()[block].square().reciprocal())
                 scales[:, column // BLOCK] = scale
             now = left[:, column]
-            codes[:, column] = round_to_e2m1(now / scale)
+            codes[:, column] = codes_of(now / scale)
             share = (now - values_of(codes[:, column]) * scale) / factor[column, column]
             lost[:, column - first] = share
             left[:, column + 1 : end] -= torch.outer(share, factor[column, column + 1 : end])

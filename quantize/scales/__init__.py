@@ -11,12 +11,17 @@ from collections.abc import Callable
 import torch
 
 from quantize import nvfp4
+from quantize.scales.four_six import four_six_scale
 from quantize.scales.max import max_scale
 from quantize.scales.mse import mse_scale
 
 ScaleRule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-RULES: dict[str, ScaleRule] = {"max": max_scale, "mse": mse_scale}
+RULES: dict[str, ScaleRule] = {
+    "max": max_scale,
+    "four-six": four_six_scale,
+    "mse": mse_scale,
+}
 
 
 def quantize_weights(

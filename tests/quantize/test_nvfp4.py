@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from quantize import nvfp4
-from quantize.scales import quantize_weights
+from quantize.scales import RULES, quantize_weights
 from tests.quantize import reference
 from tests.quantize.reference import E2M1, E4M3, POSITIVE_E4M3
 
@@ -140,12 +140,12 @@ def test_max_rule_is_bit_exact(dtype: torch.dtype, spread: float) -> None:
 
 def test_row_chunks_change_nothing() -> None:
     weight = torch.randn(37, 32, generator=torch.Generator().manual_seed(1))
-    for rule in ("max", "mse"):
+    for rule in RULES:
         whole, parts = (quantize_weights([weight], rule, rows)[0] for rows in (4096, 5))
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
-@pytest.mark.parametrize("rule", ["max", "mse"])
+@pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_all_zero_weights_stay_zero_with_usable_scales(rule: str, dtype: torch.dtype) -> None:
     for got in quantize_weights([torch.zeros(4, 32, dtype=dtype)] * 2, rule):
@@ -155,7 +155,7 @@ def test_all_zero_weights_stay_zero_with_usable_scales(rule: str, dtype: torch.d
         assert not got.dequantize().any()
 
 
-@pytest.mark.parametrize("rule", ["max", "mse"])
+@pytest.mark.parametrize("rule", sorted(RULES))
 def test_zero_blocks_stay_zero_beside_large_ones(rule: str) -> None:
     weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
     weight[:, 16:32] = 0
@@ -329,6 +329,23 @@ def test_mse_is_the_best_of_all_scales(kind: str) -> None:
     lowest = np.ones(got.block_scale.shape, int)
     best = searched(weight, got.global_scale.item(), lowest, range(126))
     np.testing.assert_allclose(block_errors(weight, got), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_six_is_the_better_of_its_two(kind: str) -> None:
+    """By a plain search: the largest value at 6, or at 4."""
+    weight = random_blocks(kind)
+    got = quantize_weights([weight], "four-six")[0]
+    scale = got.global_scale.item()
+    amax = weight.float().abs().unflatten(-1, (-1, 16)).amax(-1)
+    both = []
+    for target in (6.0, 4.0):
+        start = bits(nvfp4.round_to_e4m3(amax / (target * got.global_scale)))
+        both.append(searched(weight, scale, start, range(1)))
+    np.testing.assert_allclose(block_errors(weight, got), np.minimum(*both), rtol=1e-4)
+    if kind != "mixed":
+        largest = quantize_weights([weight], "max")[0]
+        assert block_errors(weight, got).sum() < 0.97 * block_errors(weight, largest).sum()
 
 
 @settings(max_examples=300, deadline=None)

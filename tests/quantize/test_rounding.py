@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from quantize import nvfp4
 from quantize.rounding import METHODS, loss
+from quantize.rounding.blocks import codes_of
 from quantize.rounding.descent import Descent
 from quantize.rounding.gptq import DAMPING, damped, gptq
 from quantize.scales import quantize_weights
@@ -123,6 +124,14 @@ def test_a_column_without_input_and_an_expert_without_tokens() -> None:
             restored = nvfp4.dequantize(codes, block_scale, scale)
             assert torch.isfinite(restored).all()
             assert (restored - weight).norm() < 0.5 * weight.norm()
+
+
+def test_codes_of_a_column_are_the_formats() -> None:
+    middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    near = [torch.nextafter(middle, torch.tensor(to)) for to in (0.0, 9.0)]
+    x = torch.cat((middle, *near, torch.tensor([0.0, 6.0, 1e30]), torch.rand(10**5) * 8))
+    x = torch.cat((x, -x))
+    assert torch.equal(codes_of(x), nvfp4.round_to_e2m1(x))
 
 
 def test_loss_is_the_mean_squared_output() -> None:
