@@ -243,6 +243,8 @@ def quantize(
     with _reporting_errors(f"run the same command with {again} to go on"):
         if overwrite and resume:
             raise _UsageError("--overwrite and --resume exclude each other")
+        if text is None and (alone := _without_calibrate(context)):
+            raise _UsageError(f"{alone} needs --calibrate")
         options = Options(
             layout=layout.value,
             scales=scales.value,
@@ -258,6 +260,8 @@ def quantize(
             raise _UsageError("--device is for this machine, and --ray uses a cluster's devices")
         check_target(target, overwrite, resume)  # before hours of downloading
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
+            steps = plan(checkpoint, options)
+            err.print(_summary(steps), highlight=False)
             tokens = None
             if text is not None:
                 shape = calibration_rows, calibration_length
@@ -265,9 +269,7 @@ def quantize(
                 calibration = Calibration(
                     str(text), *shape, digest_of(tokens), rounding.value, every_expert
                 )
-                options = replace(options, calibration=calibration)
-            steps = plan(checkpoint, options)
-            err.print(_summary(steps), highlight=False)
+                steps = replace(steps, options=replace(options, calibration=calibration))
             if tokens is not None:
                 needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
                 err.print(f"Calibration: {needs}", highlight=False)
@@ -482,6 +484,15 @@ class _Speed(ProgressColumn):
             return Text(f"{task.completed:.1f} of {task.total:.0f} layers")
         speed = task.finished_speed or task.speed or 0
         return Text(f"{speed / 1e9:.2f} GB/s")
+
+
+def _without_calibrate(context: typer.Context) -> str | None:
+    """An option that says how to calibrate."""
+    for name in ("calibration_rows", "calibration_length", "rounding", "every_expert"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            return f"--{name.replace('_', '-')}"
+    return None
 
 
 class _Bar:

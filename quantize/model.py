@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import constants
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedConfig, initialization
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -66,6 +67,18 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """What is to be filled later takes no memory even for a moment: systems refuse tens of GB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Models built within have parameters that take no memory, and buffers with their values."""
@@ -80,7 +93,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 

@@ -20,12 +20,14 @@ from threading import Lock
 
 import torch
 
+from quantize.calibration.budget import needed
 from quantize.calibration.run import calibrate
+from quantize.calibration.run import missing as unstaged
 from quantize.calibration.staged import Staged
 from quantize.checkpoint import INDEX, Checkpoint
 from quantize.errors import QuantizeError
 from quantize.gates import KEY, to_contract
-from quantize.jobs import Job, WeightError, Worker
+from quantize.jobs import Job, QuantizeExpert, WeightError, Worker
 from quantize.plan import Plan
 from quantize.record import REPORT, Record
 from quantize.report import render
@@ -129,10 +131,14 @@ def execute(
         record.discard_changed(checkpoint, plan)
         missing = record.missing(plan)
         progress(_source_bytes(plan, [i for i in every if i not in missing]))
-        _check_space(target, sum(out.nbytes for i in missing for out in plan.outputs(i)))
+        device = (devices or all_devices())[0]
+        space = sum(out.nbytes for i in missing for out in plan.outputs(i))
+        if plan.options.calibration and unstaged(plan, record.calibration):
+            budget = needed(checkpoint, plan, device)
+            space += budget.states + budget.staged
+        _check_space(target, space)
         if plan.options.calibration and missing:
             assert rows is not None
-            device = (devices or all_devices())[0]
             calibrate(checkpoint, plan, rows, record.calibration, device, calibrating)
         if ray is not None:
             from quantize.cluster import make_shards_on_ray
@@ -179,7 +185,9 @@ def make_shards(
                     return
                 shard, job = jobs[number]
                 ahead = number + len(team)
-                if ahead < len(jobs):
+                if ahead < len(jobs) and not (
+                    staged and isinstance(jobs[ahead][1], QuantizeExpert)
+                ):
                     jobs[ahead][1].will_need(checkpoint)
                 worker.arena.reset()
                 errors = job.run(worker, open_shards.writer(shard))

@@ -100,9 +100,12 @@ class Plan:
     def fingerprint(self, checkpoint: Checkpoint) -> str:
         """Equal for two runs only if all their output's files are, but for what the report says of
         where they ran. Of the weights only a little is looked at."""
+        options = asdict(self.options)
+        if self.options.calibration:
+            del options["calibration"]["text"]  # where the tokens are from; their digest is there
         what: dict[str, Any] = {
             "version": package_version(),
-            "options": asdict(self.options),
+            "options": options,
             "gates": to_contract(self.gates),
             "config": checkpoint.config,
             "sample": checkpoint.sample(),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from rich.filesize import decimal
 
+from quantize.calibration.routing import CHUNK
 from quantize.calibration.run import staged_bytes
 from quantize.calibration.walk import TOKENS
 from quantize.checkpoint import Checkpoint
@@ -55,13 +56,13 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     largest = max(layers.values(), default=0)
     hidden = max(group.hidden for group in plan.found)
     inner = max(group.intermediate for group in plan.found)
-    # An expert: its weights as they are computed with and in float32, twice quantized; moments,
+    # An expert: its weights, in float32 and quantized; what rounding keeps of gate and up; moments
     # with their factors in float64.
-    expert = 3 * hidden * inner * (width + 3 * 4) + max(hidden, inner) ** 2 * (4 + 4 + 3 * 8)
+    expert = hidden * inner * (3 * (width + 12) + 2 * 24) + max(hidden, inner) ** 2 * 48
     # Attention's scores and a few copies of what layers pass on.
     tokens = max(TOKENS, settings.length)
     run = tokens * (hidden * 16 + inner * 8) * width
-    chunk = 16384 * (hidden + 2 * inner) * 4
+    chunk = CHUNK * 3 * (hidden + 2 * inner) * 4
     total = settings.rows * settings.length
     return Budget(
         (largest + beside) * width + expert + run + chunk,

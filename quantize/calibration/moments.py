@@ -39,7 +39,10 @@ class Moments:
             self._squares += float(squares.sum())
             self._fourths += float(squares.square().sum())
             self.tokens += len(x)
-            self.largest = max(self.largest, float(x.abs().max()))
+            # Not the built-in max, which would lose a NaN.
+            self.largest = float(
+                torch.maximum(x.abs().amax().float().cpu(), torch.tensor(self.largest))
+            )
 
     def estimate(self) -> torch.Tensor:
         """What the mean of ``r^2 x x^T`` over all text would be, float32 ``[in, in]``.

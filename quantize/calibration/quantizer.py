@@ -57,6 +57,7 @@ class Quantizer:
             return
         self._findings = Findings(group.prefix)
         self._largest: list[tuple[float, float]] = []
+        self._few: set[int] = set()
         self._writer = self._staged.writer(group, list(staged_outputs(group, self._layout)))
 
     def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
@@ -77,8 +78,7 @@ class Quantizer:
             return
         layer = [max(column) for column in zip(*self._largest, strict=True)]
         for expert, own in enumerate(self._largest):
-            few = self._findings.tokens[expert] < FEW
-            first, second = (input_scale(x) for x in (layer if few else own))
+            first, second = (input_scale(x) for x in (layer if expert in self._few else own))
             modules = group.modules(expert)
             for module, scale in zip(modules, [first] * (len(modules) - 1) + [second], strict=True):
                 name = f"{module}.{self._layout.suffixes[3]}"
@@ -100,14 +100,21 @@ class Quantizer:
             first.add(chunk.x, chunk.weights)
         inputs = self._round(group, number, list(weights.inputs), first, kernel)
         # Down is given what the quantized gate and up make.
-        found = tuple(q.weight.dequantize().to(weights.down.dtype) for q in inputs)
+        found = tuple(q.weight.dequantize() for q in inputs)
         second = Moments(group.intermediate, device)
         for chunk in tokens():
             second.add(weights.between(chunk.x, found), chunk.weights)
+        if not math.isfinite(second.largest):
+            raise QuantizeError(
+                f"{group.prefix}: expert {number} makes NaN or infinite numbers of the text; the "
+                "source is damaged"
+            )
         down = self._round(group, number, [weights.down], second, kernel)
         findings = self._findings
         findings.tokens.append(int(routing.counts[number]))
         findings.rules.append(self._rule(first))
+        if first.tokens < FEW:
+            self._few.add(number)
         self._largest.append((first.largest, second.largest))
         for errors, plainly in ((findings.before, True), (findings.after, False)):
             pairs = (list(weights.inputs), inputs, first), ([weights.down], down, second)

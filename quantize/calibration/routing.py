@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+CHUNK = 8192
+"""Tokens of an expert that are computed at a time."""
+
 
 class Chunk(NamedTuple):
     """Some of one expert's tokens.
@@ -39,7 +42,7 @@ class Routing:
         weights: torch.Tensor,
         experts: int,
         device: torch.device,
-        chunk: int = 16384,
+        chunk: int = CHUNK,
     ) -> None:
         self.x = x
         self._weights = weights.flatten()

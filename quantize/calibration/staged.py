@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup
-from quantize.shards import Output, ShardWriter, write_json
+from quantize.shards import Output, ShardWriter, is_complete, write_json
 
 
 @dataclass
@@ -51,9 +51,15 @@ class Staged:
         self._names: dict[ExpertGroup, str] = {}
         self._lost: dict[ExpertGroup, dict[str, list[Any]]] = {}
 
-    def is_done(self, group: ExpertGroup) -> bool:
-        """Whether the group is there."""
-        return self._findings(group).exists()
+    def is_done(self, group: ExpertGroup, outputs: list[Output]) -> bool:
+        """Whether the group is there: a file of just these tensors, and what is said of them."""
+        try:
+            found = self.findings(group)
+            lost = sorted(entry[0] for entry in found.lost)
+        except (QuantizeError, LookupError, TypeError):
+            return False
+        wanted = sorted(m for expert in range(group.num_experts) for m in group.modules(expert))
+        return lost == wanted and is_complete(self._file(group), outputs)
 
     def writer(self, group: ExpertGroup, outputs: list[Output]) -> ShardWriter:
         """For the group's tensors."""

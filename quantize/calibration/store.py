@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +40,56 @@ class Store:
             QuantizeError: if the disk has no room for it.
         """
         self.remove(name)
-        needed = math.prod(shape) * dtype.itemsize
-        if (free := shutil.disk_usage(self.folder).free) < needed:
+        size = max(1, math.prod(shape)) * dtype.itemsize
+        # All of it at once: a mapped file that finds no room later kills the process.
+        file = self.folder / name
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            file.unlink(missing_ok=True)
             raise QuantizeError(
-                f"{self.folder}: calibration needs {needed / 1e9:.1f} GB for {name}, its disk has "
-                f"{free / 1e9:.1f} GB free; free some space or take fewer rows"
-            )
+                f"{file}: calibration needs {size / 1e9:.1f} GB here ({error.strerror}); free some "
+                "space or take fewer rows"
+            ) from error
+        finally:
+            os.close(descriptor)
         self._index[name] = [list(shape), DTYPE_NAMES[dtype]]
         write_json(self.folder / _INDEX, self._index)
         return self.open(name)
 
     def open(self, name: str) -> torch.Tensor:
-        """The tensor in the file ``name``."""
+        """The tensor in the file ``name``.
+
+        Raises:
+            QuantizeError: if it is not there, or not whole.
+        """
+        if not self.is_whole(name):
+            raise QuantizeError(
+                f"{self.folder / name} is missing or damaged; start again with --overwrite"
+            )
         shape, dtype = self._index[name]
         size = math.prod(shape)
         flat = torch.from_file(
             str(self.folder / name), shared=True, size=max(1, size), dtype=_DTYPES[dtype]
         )
         return flat[:size].view(shape)
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the file has the size that the index says."""
+        shape, dtype = self._index.get(name, (None, None))
+        if shape is None:
+            return False
+        try:
+            found = (self.folder / name).stat().st_size
+        except OSError:
+            return False
+        return bool(found == max(1, math.prod(shape)) * _DTYPES[dtype].itemsize)
+
+    def keep(self, prefix: str) -> None:
+        """Remove everything but the tensors that begin with ``prefix`` and a dot."""
+        for name in set(self._index) - set(self.names(prefix)):
+            self.remove(name)
 
     def names(self, prefix: str) -> list[str]:
         """Of the tensors in the store, those that begin with ``prefix`` and a dot, in order."""

@@ -17,7 +17,7 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -34,11 +34,12 @@ from transformers.utils import logging
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError, first_line
 from quantize.experts import ExpertGroup, source_names
-from quantize.model import build, config_of, parameters_on_meta
+from quantize.model import build, config_of, offline, parameters_on_meta
 
 Returned = tuple[torch.Tensor, ...]
 """What a layer returns, all of it that is not None."""
 
+_PRECISE = torch.float32
 _PREFIXES = ("", "language_model.")
 
 
@@ -75,11 +76,13 @@ class Routed(Instead):
         self.seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.replay: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        bound = inspect.signature(self.__dict__["original"].forward).bind(*args, **kwargs)
+        x, ids, weights = bound.arguments.values()
         if self.replay is None:
             self.seen = x, ids, weights
             raise Finished
-        return self.replay.view(x.shape).to(x.dtype)
+        return self.replay.view(x.shape).to(x.device, x.dtype)
 
 
 class _Given(Instead):
@@ -97,8 +100,8 @@ class _NoEmbedding(Instead):
     """The embedding once the first layer has been run: nobody looks at what it returns."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        width = self.__dict__["original"].weight.shape[1]
-        return torch.zeros(*ids.shape, width, device=ids.device, dtype=torch.get_default_dtype())
+        weight = self.__dict__["original"].weight
+        return torch.zeros(*ids.shape, weight.shape[1], device=ids.device, dtype=weight.dtype)
 
 
 class _Last(Instead):
@@ -159,11 +162,16 @@ class Stream:
             stack.enter_context(_default_dtype(dtype))
             return stack
 
-        try:  # the faster one, if the class has it
-            self.model: Any = build(config, trust_remote_code, place, "sdpa")
-        except QuantizeError:
-            self.model = build(config, trust_remote_code, place)
+        with nullcontext() if trust_remote_code else offline():
+            try:  # the faster one, if the class has it
+                self.model: Any = build(config, trust_remote_code, place, "sdpa")
+            except QuantizeError:
+                self.model = build(config, trust_remote_code, place)
         self.model.eval()
+        # What must stay float32 beside bf16, in engines too: routers would choose other experts.
+        self._dtypes = self.model._get_dtype_plan(dtype)
+        if dtype.itemsize < _PRECISE.itemsize:
+            self._dtypes |= {"e_score_correction_bias": _PRECISE}
         # By Transformers' rules; each use of them leaves traces in the objects.
         self._rules = get_model_conversion_mapping(self.model)
         self._shapes = self.model.state_dict()
@@ -183,6 +191,11 @@ class Stream:
         above = self.layers_path.rpartition(".")[0]
         self._decoder: Any = self.model.get_submodule(above)
         self._load(f"{above}.", but=f"{self.layers_path}.")
+        for path, module in self._decoder.named_modules():  # rotary frequencies, for example
+            if not f"{path}.".startswith("layers."):
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.device.type != "meta":
+                        module._buffers[name] = buffer.to(device)
 
     def layer_of(self, group: ExpertGroup) -> int:
         """The number of the layer that the experts are in."""
@@ -198,6 +211,7 @@ class Stream:
                 self.layers[number] = _Given(self.layers[number], self)
         if layer:
             self._drop_embedding()
+        self._before = self.form  # runs of this layer set its own
         current = self.layers[layer]
         stand_ins = []
         for number, site, group in self._sites:
@@ -230,10 +244,10 @@ class Stream:
         """
         if given is not None:
             parts = iter(part.to(self.device) for part in given)
-            if self.form is None:
+            if self._before is None:
                 self.given = next(parts)
             else:
-                self.given = tuple(next(parts) if there else None for there in self.form)
+                self.given = tuple(next(parts) if there else None for there in self._before)
         self._last.returned = None
         try:
             self.model(input_ids=tokens.to(self.device), use_cache=False)
@@ -326,6 +340,7 @@ class Stream:
             weight_mapping=copy.deepcopy(self._rules),
             device_map={"": self.device},
             dtype=self.dtype,
+            dtype_plan=self._dtypes,
         )
         with _quiet():
             convert_and_load_state_dict_in_model(self.model, state, config)

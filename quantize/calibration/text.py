@@ -14,6 +14,9 @@ from quantize.errors import QuantizeError, first_line
 
 FIELDS = ("text", "content", "prompt", "messages")
 """Of a JSON line, in order of preference: where its text is."""
+_PIECE = 2**20
+"""Characters of a text file that are read at a time."""
+
 _SUFFIXES = (".jsonl", ".txt", ".md", ".py", ".parquet")
 
 
@@ -47,7 +50,10 @@ def load_rows(
     tokens: list[int] = []
     # Ten times as much as is needed, to choose from; the rest of a large file is not read.
     for document in documents(source, tokenizer):
-        tokens += start + tokenizer.encode(document, add_special_tokens=False, verbose=False)
+        # Half a character, as JSON can hold it, would be an error.
+        document = document.encode("utf-8", "replace").decode("utf-8")
+        found = tokenizer.encode(document, add_special_tokens=False, verbose=False)
+        tokens += found if found[:1] == start else start + found  # chat templates may begin with it
         if len(tokens) >= 10 * rows * length:
             break
     whole = len(tokens) // length
@@ -73,21 +79,31 @@ def documents(source: Path, tokenizer: Any = None) -> Iterator[str]:
         yield from _folder(source, tokenizer)
     elif source.suffix == ".jsonl":
         yield from _json_lines(source, tokenizer)
+    elif source.suffix == ".parquet":
+        yield from _parquet(source, tokenizer)
     else:
-        try:
-            yield source.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise QuantizeError(f"{source}: cannot be read as text: {error}") from error
+        yield from _text_file(source)
+
+
+def _text_file(file: Path) -> Iterator[str]:
+    """In pieces that end with a line, so that the rest of a large one need not be read."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            while piece := lines.readlines(_PIECE):
+                yield "".join(piece)
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuantizeError(f"{file}: cannot be read as text: {error}") from error
 
 
 def _json_lines(file: Path, tokenizer: Any) -> Iterator[str]:
+    number = 0
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _text(json.loads(line), f"{file}, line {number}", tokenizer)
-    except (OSError, ValueError) as error:
-        raise QuantizeError(f"{file}: cannot be read as JSON lines: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise QuantizeError(f"{file}, line {number}: cannot be read as JSON: {error}") from error
 
 
 def _folder(folder: Path, tokenizer: Any) -> Iterator[str]:
@@ -119,9 +135,14 @@ def _dataset(folder: Path, tokenizer: Any) -> Iterator[str]:
 
 def _parquet(file: Path, tokenizer: Any) -> Iterator[str]:
     parquet = _needed("pyarrow.parquet", file)
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
-        for number, row in enumerate(batch.to_pylist()):
-            yield _text(row, f"{file}, row {number}", tokenizer)
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                yield _text(row, f"{file}, row {number}", tokenizer)
+                number += 1
+    except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
+        raise QuantizeError(f"{file}: cannot be read as Parquet: {first_line(error)}") from error
 
 
 def _needed(module: str, source: Path) -> Any:

@@ -32,8 +32,8 @@ class Weights:
     """One expert's weights, and how they are applied.
 
     Attributes:
-        inputs: gate and up, or up alone: float ``[intermediate, hidden]``.
-        down: float ``[hidden, intermediate]``.
+        inputs: gate and up, or up alone: ``[intermediate, hidden]``, in the source's dtype.
+        down: ``[hidden, intermediate]``.
     """
 
     def __init__(
@@ -49,22 +49,23 @@ class Weights:
         self._gate = gate
 
     def between(self, x: torch.Tensor, inputs: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
-        """What down is given for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``.
+        """What down is given for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``, in its dtype.
 
         Args:
             inputs: other weights than the expert's own.
         """
         biases = self._biases[:-1] or (None,) * len(self.inputs)
-        parts = [
-            torch.nn.functional.linear(x, weight, bias)
-            for weight, bias in zip(inputs or self.inputs, biases, strict=True)
-        ]
-        return self._gate.apply(*parts)
+        pairs = zip(inputs or self.inputs, biases, strict=True)
+        return self._gate.apply(*(_linear(x, weight, bias) for weight, bias in pairs))
 
-    def out(self, between: torch.Tensor, down: torch.Tensor | None = None) -> torch.Tensor:
-        """``[n, hidden]`` from :meth:`between`'s result; ``down``: instead of the own."""
-        bias = self._biases[-1] if self._biases else None
-        return torch.nn.functional.linear(between, self.down if down is None else down, bias)
+    def out(self, between: torch.Tensor) -> torch.Tensor:
+        """``[n, hidden]`` from :meth:`between`'s result."""
+        return _linear(between, self.down, self._biases[-1] if self._biases else None)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    own = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), own)
 
 
 class Visitor(Protocol):
@@ -147,13 +148,25 @@ class Walk:
                 )
                 first, parts = row, returned
             else:
-                waiting = next(site for site in sites if site.seen is not None)
+                waiting = next((site for site in sites if site.seen is not None), None)
+                if waiting is None:
+                    raise QuantizeError(f"layer {number} of the model returns nothing")
                 parts = _flat(waiting)
+                if len(parts[0]) != batch.numel():
+                    raise QuantizeError(
+                        f"{waiting.group.prefix}: its experts are given {len(parts[0])} of "
+                        f"{batch.numel()} tokens; calibration knows experts that are given all"
+                    )
                 target = target or self._new(
                     dict(zip(("x", "ids", "weights"), parts, strict=True)), self._count
                 )
                 first = token
             for whole, part in zip(target, parts, strict=True):
+                if part.is_floating_point() and not torch.isfinite(part).all():
+                    raise QuantizeError(
+                        f"layer {number} makes NaN or infinite numbers of the text in {part.dtype};"
+                        " the source is damaged, or needs another precision (--device cpu)"
+                    )
                 whole[first : first + len(part)] = part
             row, token = end, last
         return waiting
@@ -190,7 +203,7 @@ class Walk:
 
     def _weights(self, group: ExpertGroup, expert: int, gate: Gate) -> Weights:
         def here(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self._stream.device, self._stream.dtype)
+            return tensor.to(self._stream.device)
 
         inputs = group.inputs(self._checkpoint, expert, gate.interleaved)
         biases = group.biases(self._checkpoint, expert, gate.interleaved)

@@ -25,6 +25,7 @@ from benchmarks.m3_checkpoint import Model
 from quantize.calibration import quantizer
 from quantize.calibration.budget import needed
 from quantize.calibration.settings import Calibration, digest_of
+from quantize.calibration.store import Store
 from quantize.calibration.text import load_rows
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
@@ -249,6 +250,45 @@ def test_an_interrupted_run_goes_on(
         assert (target / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["states", "staged", "both staged", "findings", "half"])
+def test_what_an_interrupted_run_left_is_looked_at(
+    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, damage: str
+) -> None:
+    """States that are missing would be zeros, and experts calibrated for them."""
+    target = tmp_path / "out"
+
+    def stop(done: float, layers: int) -> None:
+        if done >= 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrated(m3_nano, target, rows, calibrating=stop)
+    folder = target / ".nvfp4_moe" / "calibration"
+    (staged,) = folder.glob("*.safetensors")
+    if damage == "states":
+        next((folder / "states").glob("states-*")).unlink()
+    elif damage == "findings":
+        staged.with_suffix(".json").write_text('{"prefix": "x"}')
+    elif damage == "half":
+        os.truncate(staged, staged.stat().st_size // 2)
+    else:
+        staged.unlink()
+        if damage == "both staged":
+            staged.with_suffix(".json").unlink()
+    calibrated(m3_nano, target, rows, resume=True)
+    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_full_disk_is_an_error_not_a_signal(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(QuantizeError, match=r"calibration needs 4\.0 GB here .No space left"):
+        Store(tmp_path).new("x", (10**9,), torch.float32)
+    assert [file.name for file in tmp_path.iterdir()] in ([], ["index.json"])
+
+
 def test_other_text_is_another_run(m3_nano: Path, rows: torch.Tensor, tmp_path: Path) -> None:
     def stop(done: float, layers: int) -> None:
         if done >= 1:
@@ -359,6 +399,8 @@ def verified(source: Path, target: Path) -> list[str]:
     ("what", "message"),
     [
         (("--calibrate", "nowhere.txt"), "nowhere.txt: cannot be read as text"),
+        (("--rounding", "gptq"), "--rounding needs --calibrate"),
+        (("--calibration-rows", "8"), "--calibration-rows needs --calibrate"),
         (("--calibrate", "few.txt"), "tokens, 128 rows of 2048 need 262144; give more text"),
     ],
 )
@@ -367,7 +409,8 @@ def test_what_the_command_refuses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few.txt").write_text("x = 1\n")
-    assert message in refusal("quantize", qwen, tmp_path / "out", *what)
+    code = 2 if "needs --calibrate" in message else 1
+    assert message in refusal("quantize", qwen, tmp_path / "out", *what, code=code)
     assert not (tmp_path / "out").exists()
 
 
@@ -394,7 +437,8 @@ def test_text_in_every_form(m3_nano: Path, tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("few.txt", "x = 1\n", r"few.txt: \d+ tokens, 4 rows of 64 need 256"),
-        ("broken.jsonl", "{", "broken.jsonl: cannot be read as JSON lines"),
+        ("broken.jsonl", '"x"\n{', "broken.jsonl, line 2: cannot be read as JSON"),
+        ("deep.jsonl", "[" * 200000, "deep.jsonl, line 1: cannot be read as JSON"),
         ("fields.jsonl", '{"id": 1}', "fields.jsonl, line 1: has none of the fields text"),
         ("binary.txt", "\udcff", "binary.txt: cannot be read as text"),
         ("chat.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "chat template"),
