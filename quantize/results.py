@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from importlib.metadata import version
 
+from quantize.calibration.quantizer import FEW
+from quantize.calibration.staged import Staged
 from quantize.checkpoint import Checkpoint
 from quantize.experts import ExpertGroup
 from quantize.jobs import WeightError, outputs
 from quantize.plan import Plan, package_version
 from quantize.record import Record
-from quantize.report import LayerReport, RunReport
+from quantize.report import CalibrationReport, Experience, LayerReport, RunReport
 
 
 def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
     """The report's contents; the same for a run in one go and one that was resumed."""
     lost = record.errors(plan)
+    settings = plan.options.calibration
+    staged = Staged(record.calibration) if settings else None
     return RunReport(
         source=record.source,
         target=record.target.name,
@@ -28,13 +32,27 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
         },
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,
-        layers=[_layer(checkpoint, plan, group, lost) for group in plan.groups],
+        layers=[_layer(checkpoint, plan, group, lost, staged) for group in plan.groups],
         dense=_dense(checkpoint, plan, lost) if plan.dense else None,
+        calibration=CalibrationReport(
+            settings.text,
+            settings.rows,
+            settings.length,
+            settings.method,
+            settings.every_expert,
+            FEW,
+        )
+        if settings
+        else None,
     )
 
 
 def _layer(
-    checkpoint: Checkpoint, plan: Plan, group: ExpertGroup, lost: dict[str, WeightError]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    group: ExpertGroup,
+    lost: dict[str, WeightError],
+    staged: Staged | None,
 ) -> LayerReport:
     experts = [
         [lost[module] for module in group.modules(expert)] for expert in range(group.num_experts)
@@ -54,7 +72,13 @@ def _layer(
         scale_counts=_total([weight for weights in experts for weight in weights]),
         bytes_before=sum(checkpoint.stored_bytes(name) for name in group.sources),
         bytes_after=written * group.num_experts,
+        given=_experience(staged, group) if staged else None,
     )
+
+
+def _experience(staged: Staged, group: ExpertGroup) -> Experience:
+    found = staged.findings(group)
+    return Experience(found.tokens, found.rules, found.before, found.after)
 
 
 def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> LayerReport:

@@ -4,7 +4,7 @@
 that a resumed run leaves the same bytes as one that was never interrupted.
 """
 
-from quantize.report.data import LayerReport, RunReport
+from quantize.report.data import CalibrationReport, Experience, LayerReport, RunReport
 from quantize.report.page import render
 
-__all__ = ["LayerReport", "RunReport", "render"]
+__all__ = ["CalibrationReport", "Experience", "LayerReport", "RunReport", "render"]

@@ -8,6 +8,43 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class CalibrationReport:
+    """How a run was calibrated.
+
+    Attributes:
+        text: where the text is from, as the user said it.
+        rows: of tokens; length: of each.
+        method: the rule of experts that were given enough tokens.
+        every_expert: experts were calibrated with all tokens, not only those routed to them.
+        few: tokens below which an expert's own were not relied on.
+    """
+
+    text: str
+    rows: int
+    length: int
+    method: str
+    every_expert: bool
+    few: int
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What calibration found of one layer's experts, a list entry each.
+
+    Attributes:
+        tokens: that the router sent to the expert.
+        rules: how its weights were quantized.
+        before, after: relative errors of the outputs of its two products, ``[experts][2]``, without
+            calibration and as written; NaN where there was no output.
+    """
+
+    tokens: list[int]
+    rules: list[str]
+    before: list[list[float]]
+    after: list[list[float]]
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One layer's experts, or all quantized dense linears.
 
@@ -21,6 +58,7 @@ class LayerReport:
         bytes_before: of the weights in the source.
         bytes_after: of all that is written for them.
         names: module paths of the rows of ``errors``, if they are not experts 0, 1, ...
+        given: what calibration found, if there was any.
     """
 
     prefix: str
@@ -31,6 +69,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     names: tuple[str, ...] = ()
+    given: Experience | None = None
 
     @property
     def label(self) -> str:
@@ -41,7 +80,8 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A whole run. ``bytes_before`` and ``bytes_after`` are of the whole checkpoint."""
+    """A whole run. ``bytes_before`` and ``bytes_after`` are of the whole checkpoint; with
+    ``calibration``, ``scales`` is the rule that it is compared with."""
 
     source: str
     target: str
@@ -53,6 +93,7 @@ class RunReport:
     bytes_after: int
     layers: list[LayerReport]
     dense: LayerReport | None = None
+    calibration: CalibrationReport | None = None
 
 
 def combined(errors: tuple[float, ...]) -> float:

@@ -39,7 +39,7 @@ def section(layer: LayerReport, scale: Yardstick) -> str:
         "are kinds of linears, columns layers.</p>"
         + legend(scale, cells)
         + (heatmap("dense linears", axes, cells, scale, 1064) if cells else "")
-        + "<details><summary>Numbers and block scales</summary>"
+        + '<details class="alone"><summary>Numbers and block scales</summary>'
         f'<div class="inside"><div>{histogram("the dense linears", layer.scale_counts)}</div>'
         f"{table('dense', ['linear', *layer.projections], listed, 'numbers')}</div></details>"
         "</section>"

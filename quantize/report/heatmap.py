@@ -157,17 +157,17 @@ def _level(error: float, scale: Yardstick) -> int:
 
 def _labels(axes: Axes, left: int, top: int, w: int, h: int) -> list[str]:
     parts = []
-    for i in range(0, len(axes.rows), _step(h, 12)):
+    for i in range(0, len(axes.rows), step(h, 12)):
         name = axes.rows[i] if len(axes.rows[i]) <= 40 else f"…{axes.rows[i][-39:]}"
         label = f'<text x="{left - 6}" y="{top + i * h + h / 2 + 3.5:g}">{text(name)}</text>'
         parts.append(f'<a href="#{axes.links[i]}">{label}</a>' if axes.links else label)
-    for i in range(0, len(axes.columns), _step(w, 26)):
+    for i in range(0, len(axes.columns), step(w, 26)):
         x = left + i * w + w / 2
         parts.append(f'<text class="top" x="{x:g}" y="{top - 6}">{text(axes.columns[i])}</text>')
     return parts
 
 
-def _step(size: int, wanted: int) -> int:
+def step(size: float, wanted: int) -> int:
     """Every how many cells of ``size`` pixels a label has ``wanted`` pixels: a power of two."""
     step = 1
     while step * size < wanted:

@@ -45,11 +45,15 @@ def _layer(row: int, layer: LayerReport, scale: Yardstick) -> str:
         if found
         else "all zero"
     )
+    given = layer.given
+    more: list[tuple[str, ...]] = [()] * len(layer.errors)
+    if given:
+        more = [(f"{n:,}", rule) for n, rule in zip(given.tokens, given.rules, strict=True)]
     experts = [
-        numbers(cell_id(EXPERTS, row, expert), str(expert), errors, layer, scale)
-        for expert, errors in enumerate(layer.errors)
+        numbers(cell_id(EXPERTS, row, expert), str(expert), errors, layer, scale, own)
+        for expert, (errors, own) in enumerate(zip(layer.errors, more, strict=True))
     ]
-    heads = ["expert", COMBINED, *layer.projections]
+    heads = ["expert", COMBINED, *layer.projections, *(("tokens", "rule") if given else ())]
     return (
         f'<details><summary><span class="name">{text(layer.prefix)}</span>'
         f"<span>{sparkline(layer.scale_counts)}</span><span>{spread}</span>"
@@ -64,13 +68,19 @@ def _layer(row: int, layer: LayerReport, scale: Yardstick) -> str:
 
 
 def numbers(
-    row_id: str, name: str, errors: tuple[float, ...], layer: LayerReport, scale: Yardstick
+    row_id: str,
+    name: str,
+    errors: tuple[float, ...],
+    layer: LayerReport,
+    scale: Yardstick,
+    more: tuple[str, ...] = (),
 ) -> str:
-    """A row of numbers, found by its id from the maps."""
+    """A row of numbers, found by its id from the maps; ``more`` cells at its end."""
     cells = []
     for projection, error in zip(layer.projections, errors, strict=True):
         kind = scale.kind(projection, error)
         mark = "" if kind is Kind.FINE else f' class="{kind.value}"'
         cells.append(f"<td{mark}>{number(error)}</td>")
     every = f"<td>{number(combined(errors))}</td>" if len(errors) > 1 else ""
+    cells += [f"<td>{text(said)}</td>" for said in more]
     return f'<tr id="{row_id}"><th>{text(name)}</th>{every}{"".join(cells)}</tr>'

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from pathlib import PurePath
 
-from quantize.report import dense, errors, layers, verdict
+from quantize.report import calibration, dense, errors, layers, verdict
 from quantize.report.data import RunReport
 from quantize.report.findings import Yardstick
 from quantize.report.markup import number, plural, size, text
@@ -23,6 +23,7 @@ def render(run: RunReport) -> str:
         verdict.section(run, scale, linears),
         _tiles(run, scale),
         errors.section(run.layers, scale) if run.layers else "",
+        calibration.section(run.calibration, run.scales, run.layers) if run.calibration else "",
         dense.section(run.dense, linears) if run.dense else "",
         layers.section(run.layers, scale) if run.layers else "",
         _facts(run),
@@ -51,12 +52,21 @@ _HATCH = (
 
 
 def _header(run: RunReport, name: str) -> str:
-    facts = (("Gate", _gates(run)), ("Layout", text(run.layout)), ("Scale rule", text(run.scales)))
+    facts = _setup(run)
     return (
         f'<header><p class="kicker">NVFP4 mixture of experts</p><h1>{text(name)}</h1>'
         f'<p class="from">from <code>{text(run.source)}</code></p><p class="setup">'
         f"{''.join(f'<b><span>{what}</span>{value}</b>' for what, value in facts)}</p></header>"
     )
+
+
+def _setup(run: RunReport) -> list[tuple[str, str]]:
+    """Names and values, as HTML, of what the output depends on."""
+    facts = [("Gate", _gates(run)), ("Layout", text(run.layout)), ("Scale rule", text(run.scales))]
+    if run.calibration:
+        facts[-1] = ("Scale rule", f"{text(run.scales)} without calibration")
+        facts.append(("Calibration", calibration.facts(run.calibration)))
+    return facts
 
 
 def _gates(run: RunReport) -> str:
@@ -121,9 +131,7 @@ def _facts(run: RunReport) -> str:
     rows = "".join(
         f"<dt>{name}</dt><dd>{value}</dd>"
         for name, value in (
-            ("Gate", _gates(run)),
-            ("Layout", text(run.layout)),
-            ("Scale rule", text(run.scales)),
+            *_setup(run),
             ("Source", f"<code>{text(run.source)}</code>"),
             ("Target", f"<code>{text(run.target)}</code>"),
             ("Command", f"<pre><code>{text(run.command)}</code></pre>"),

@@ -78,7 +78,7 @@ svg .note{text-anchor:start}
 a text{cursor:pointer}
 a:hover text{fill:var(--link)}
 .map image{image-rendering:pixelated}
-.map[data-live]{cursor:crosshair}
+svg[data-live]{cursor:crosshair}
 .grid{stroke:var(--card);fill:none;stroke-width:1;shape-rendering:crispEdges}
 path.far{fill:#d42a3c}
 path.zero{fill:url(#hatch)}
@@ -103,9 +103,12 @@ td.far,tr.far td:nth-child(n+4){color:var(--bad);font-weight:600}
 td.zero,td.exact{color:var(--warn);font-weight:600}
 tr:target{background:var(--warn-page);outline:2px solid var(--warn);outline-offset:-2px}
 tr[id]{scroll-margin:90px}
-.head,summary{display:grid;gap:16px;align-items:center;
+.head,.total,summary{display:grid;gap:16px;align-items:center;
 grid-template-columns:minmax(0,1.6fr) 150px minmax(170px,.9fr) minmax(150px,.8fr) minmax(86px,.5fr)}
+.calibration :is(.head,.total,summary){
+grid-template-columns:minmax(0,1fr) 150px minmax(0,180px) 280px minmax(0,100px)}
 .head{font-size:13px;color:var(--dim);padding:12px 0 4px 20px}
+.total{padding:5px 0 9px 20px;font-size:14px}
 summary{padding:5px 0 5px 20px;cursor:pointer;list-style:none;position:relative;font-size:14px}
 summary::-webkit-details-marker{display:none}
 summary::before{content:"";position:absolute;left:4px;top:50%;width:6px;height:6px;
@@ -113,11 +116,11 @@ border:solid var(--dim);border-width:0 1.5px 1.5px 0;transform:translate(0,-60%)
 details[open]>summary::before{transform:translate(0,-75%) rotate(45deg)}
 summary:hover{background:var(--shade)}
 details{border-top:1px solid var(--line)}
-.card>details:only-of-type summary{display:block}
+.alone summary{display:block}
 .chip{display:inline-block;font-size:12px;font-weight:600;padding:0 8px;border-radius:9px;
 white-space:nowrap;margin-right:4px}
 .chip.far{color:var(--bad);background:var(--bad-page)}
-.chip.zero,.chip.exact{color:var(--warn);background:var(--warn-page)}
+.chip.zero,.chip.exact,.chip.few{color:var(--warn);background:var(--warn-page)}
 .verdict .chip{background:var(--card);border:1px solid;margin-right:8px}
 .inside{display:grid;grid-template-columns:minmax(0,540px) minmax(0,1fr);gap:32px;
 padding:14px 0 24px 20px;scroll-margin-top:60px}
@@ -126,9 +129,11 @@ padding:14px 0 24px 20px;scroll-margin-top:60px}
 .spark{overflow:visible}
 .bar{fill:var(--bar)}
 .histogram .bar:hover{fill:var(--moe)}
+.few{fill:var(--warn)}.few-page{fill:var(--warn-page)}
 .axis{stroke:var(--ink);fill:none;stroke-width:1}
 .shade{fill:var(--shade)}
-dl{display:grid;grid-template-columns:110px minmax(0,1fr);gap:8px 16px;margin-top:12px}
+dl{display:grid;align-content:start;grid-template-columns:110px minmax(0,1fr);gap:8px 16px;
+margin-top:12px}
 dt{color:var(--dim)}
 dd{margin:0}
 pre{margin:0;padding:10px 14px;background:var(--shade);border-radius:8px;white-space:pre-wrap}
@@ -136,7 +141,7 @@ pre{margin:0;padding:10px 14px;background:var(--shade);border-radius:8px;white-s
 font-size:13px;line-height:1.45;padding:7px 11px;border-radius:8px;white-space:pre;max-width:90vw}
 @media(max-width:900px){.tiles{grid-template-columns:repeat(2,1fr)}
 .small{grid-template-columns:minmax(0,1fr)}.head{display:none}
-summary{grid-template-columns:1fr 150px;gap:2px 12px}
+.total,summary,.calibration :is(.total,summary){grid-template-columns:1fr 150px;gap:2px 12px}
 .inside{grid-template-columns:minmax(0,1fr)}.card{padding:18px 16px}}
 @media print{.scroll{max-height:none}body{background:none}}
 """
