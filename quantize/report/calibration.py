@@ -59,16 +59,17 @@ def section(calibration: CalibrationReport, plain: str, layers: list[LayerReport
         )
     )
     fallback = (
-        "Counted are the tokens that the router sent."
+        "Counted are the tokens that the router sent it."
         if calibration.every_expert
         else f"An expert with fewer than {calibration.few} is rounded to nearest instead, and has "
         "its layer's input scales."
     )
+    over = "all tokens" if calibration.every_expert else "its tokens, each with its router weight"
     return (
         '<section class="card calibration"><h2>Calibration</h2>'
         f'<p class="about">{facts(calibration)}. {fallback} Output error is <i>‖output of the '
-        "quantized weights &minus; output‖ / ‖output‖</i> of an expert's products over its tokens, "
-        "each with its router weight: before, under the rule "
+        f"quantized weights &minus; output‖ / ‖output‖</i> of an expert's products over {over}: "
+        "before, under the rule "
         f"<code>{text(plain)}</code> without calibration, and after; means over experts. "
         "The errors of the weights themselves may be larger than without calibration.</p>"
         f'<div class="head" aria-hidden="true">{heads}</div>'
