@@ -106,15 +106,6 @@ def test_what_cannot_be_had_says_why(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert row.weights is None and "not NVFP4" in row.why
 
 
-@pytest.mark.parametrize("recipe", peers.RECIPES)
-def test_modelopts_recipes(bench: Bench, recipe: str) -> None:
-    pytest.importorskip("modelopt.torch.quantization")
-    row = bench.modelopt(recipe, bench.calibration(4))
-    assert not row.why, row.why
-    assert row.weights is not None and row.activations is not None
-    assert 0 < row.weights.kl < row.activations.kl
-
-
 def test_modelopts_kernels_on_a_cpu_are_this_packages_max_rule() -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     expected = quantize_weights([weight])[0].dequantize()

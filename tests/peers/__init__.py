@@ -1,0 +1,1 @@
+"""Tests of what other packages do, run by name where those are installed."""
