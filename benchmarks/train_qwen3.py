@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from examples.make_checkpoint import optimizers
 from examples.perplexity import held_out_rows, model_perplexity
 
 EXPERTS = "grouped_mm_in_bf16"
 LEARNING_RATE, EMBEDDING_RATE, MUON_RATE = 2e-3, 4e-3, 5e-3
-WEIGHT_DECAY = 0.1
 WARM_UP = 0.03  # of the run; afterwards straight down to nothing
 BALANCE = 0.01
 """Of the router's balancing loss in training: Qwen's 0.001 is for runs a thousand times longer."""
@@ -141,33 +141,6 @@ def grouped_in_bf16(module: Any, *inputs: torch.Tensor) -> torch.Tensor:
     return grouped_mm_experts_forward(_InBf16(module), *inputs)
 
 
-def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the plain matrices; AdamW for embeddings, routers, stacked experts and norms."""
-    plain, embeddings, norms, others = [], [], [], []
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" in name or "lm_head" in name:
-            embeddings.append(parameter)
-        elif parameter.ndim == 1:
-            norms.append(parameter)
-        elif parameter.ndim == 2 and not name.endswith("mlp.gate.weight"):
-            plain.append(parameter)
-        else:
-            others.append(parameter)
-    muon = torch.optim.Muon(
-        plain, lr=MUON_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
-    adamw = torch.optim.AdamW(
-        [
-            {"params": others, "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
-            {"params": norms, "lr": LEARNING_RATE, "weight_decay": 0.0},
-            {"params": embeddings, "lr": EMBEDDING_RATE, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    return [muon, adamw]
-
-
 def train(
     model: Any, tokens: torch.Tensor, sizes: Sizes, seconds: float, steps: int | None, seed: int
 ) -> int:
@@ -183,7 +156,7 @@ def train(
         model.set_experts_implementation(EXPERTS)
     tokens = tokens.to(device)
     generator = torch.Generator().manual_seed(seed)
-    tuned = optimizers(model)
+    tuned = optimizers(model, LEARNING_RATE, EMBEDDING_RATE, MUON_RATE)
     groups = [(group, group["lr"]) for optimizer in tuned for group in optimizer.param_groups]
     span = torch.arange(sizes.length + 1, device=device)
     start, step, shown = time.monotonic(), 0, 0.0

@@ -177,7 +177,12 @@ def balanced(model: MiniMaxM3VLForCausalLM) -> Iterator[None]:
             hook.remove()
 
 
-def optimizers(model: MiniMaxM3VLForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(
+    model: torch.nn.Module,
+    rate: float = LEARNING_RATE,
+    embedding_rate: float = EMBEDDING_RATE,
+    muon_rate: float = MUON_RATE,
+) -> list[torch.optim.Optimizer]:
     """Muon for the plain matrices; AdamW for embeddings, routers, stacked experts and norms."""
     plain, embeddings, norms, others = [], [], [], []
     for name, parameter in model.named_parameters():
@@ -190,13 +195,13 @@ def optimizers(model: MiniMaxM3VLForCausalLM) -> list[torch.optim.Optimizer]:
         else:
             others.append(parameter)
     muon = torch.optim.Muon(
-        plain, lr=MUON_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        plain, lr=muon_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
     )
     adamw = torch.optim.AdamW(
         [
-            {"params": others, "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
-            {"params": norms, "lr": LEARNING_RATE, "weight_decay": 0.0},
-            {"params": embeddings, "lr": EMBEDDING_RATE, "weight_decay": 0.0},
+            {"params": others, "lr": rate, "weight_decay": WEIGHT_DECAY},
+            {"params": norms, "lr": rate, "weight_decay": 0.0},
+            {"params": embeddings, "lr": embedding_rate, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
         fused=True,

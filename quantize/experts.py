@@ -131,6 +131,12 @@ class ExpertGroup:
         """Weights in all its experts, without biases."""
         return len(self.names) * self.num_experts * self.hidden * self.intermediate
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """``[out, in]`` of each of ``names``."""
+        wide = (self.intermediate, self.hidden)
+        return (*(wide for _ in self.names[:-1]), wide[::-1])
+
     def modules(self, expert: int) -> tuple[str, ...]:
         """Module paths of one expert's written weights, as ``names``."""
         return tuple(f"{self.prefix}.{self.first + expert}.{name}" for name in self.names)

@@ -198,8 +198,7 @@ class QuantizeExpert:
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        wide = (self.group.intermediate, self.group.hidden)
-        shape = wide if self.inputs else wide[::-1]
+        shape = self.group.shapes[0 if self.inputs else -1]
         return tuple(out for name in self.modules for out in outputs(name, shape, self.layout))
 
     @property

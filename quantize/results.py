@@ -57,11 +57,9 @@ def _layer(
     experts = [
         [lost[module] for module in group.modules(expert)] for expert in range(group.num_experts)
     ]
-    wide = (group.intermediate, group.hidden)
-    shapes = [wide] * (len(group.names) - 1) + [wide[::-1]]
     written = sum(
         out.nbytes
-        for module, shape in zip(group.modules(0), shapes, strict=True)
+        for module, shape in zip(group.modules(0), group.shapes, strict=True)
         for out in outputs(module, shape, plan.layout)
     )
     return LayerReport(

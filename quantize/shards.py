@@ -183,9 +183,9 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
         raise
 
 
-def sync(folder: Path) -> None:
-    """Bring the names in ``folder`` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file's data, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,7 +10,7 @@ import torch
 from rich.filesize import decimal
 
 from quantize.calibration.routing import CHUNK
-from quantize.calibration.run import staged_bytes
+from quantize.calibration.run import precision, staged_bytes
 from quantize.calibration.walk import TOKENS
 from quantize.checkpoint import Checkpoint
 from quantize.experts import layer_number, source_names
@@ -45,7 +45,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     """For a plan with calibration."""
     settings = plan.options.calibration
     assert settings is not None
-    width = 4 if device.type == "cpu" else 2
+    width = precision(device).itemsize
     experts = source_names(plan.found)
     decoder = plan.found[0].prefix.partition("layers.")[0]
     layers: dict[int | None, int] = defaultdict(int)

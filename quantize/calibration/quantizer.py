@@ -17,7 +17,14 @@ from quantize.calibration.walk import Weights
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup
 from quantize.jobs import WeightError, outputs
-from quantize.kernels import Kernel, NotFiniteError, Quantized, for_device, quantize_weights
+from quantize.kernels import (
+    Kernel,
+    NotFiniteError,
+    Quantized,
+    for_device,
+    quantize_weights,
+    shared_scale,
+)
 from quantize.layouts import Layout
 from quantize.rounding import METHODS, loss
 from quantize.shards import Output, ShardWriter
@@ -116,9 +123,10 @@ class Quantizer:
         if first.tokens < FEW:
             self._few.add(number)
         self._largest.append((first.largest, second.largest))
-        for errors, plainly in ((findings.before, True), (findings.after, False)):
-            pairs = (list(weights.inputs), inputs, first), ([weights.down], down, second)
-            errors.append([self._error(*pair, plainly, kernel) for pair in pairs])
+        products = (list(weights.inputs), inputs, first), ([weights.down], down, second)
+        pairs = [self._errors(*product, kernel) for product in products]
+        findings.before.append([before for before, _ in pairs])
+        findings.after.append([after for _, after in pairs])
         for module, result in zip(group.modules(number), chain(inputs, down), strict=True):
             stored = self._layout.store(result.weight, 1.0)
             for suffix, tensor in zip(self._layout.suffixes[:3], stored[:3], strict=True):
@@ -138,18 +146,17 @@ class Quantizer:
         kernel: Kernel,
     ) -> list[Quantized]:
         """Weights that share inputs and a global scale."""
+        rule = self._rule(moments)
         try:
-            plain = quantize_weights(weights, FALLBACK, kernel)
+            if rule == FALLBACK:
+                return quantize_weights(weights, rule, kernel)
+            scale = shared_scale(weights, kernel)
         except NotFiniteError:
             raise QuantizeError(
                 f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds "
                 "NaN or infinite weights; the source is damaged"
             ) from None
-        rule = self._rule(moments)
-        if rule == FALLBACK:
-            return plain
         # Gate and up have the same inputs and global scale: one above the other, one weight.
-        scale = plain[0].weight.global_scale
         both = torch.cat([weight.float() for weight in weights])
         codes, block_scale = METHODS[rule](both, moments.estimate(), scale)
         results = []
@@ -163,21 +170,25 @@ class Quantizer:
             results.append(Quantized(stored, noise, signal, counts))
         return results
 
-    def _error(
+    def _errors(
         self,
         weights: list[torch.Tensor],
         results: list[Quantized],
         moments: Moments,
-        plainly: bool,
         kernel: Kernel,
-    ) -> float:
-        if plainly:
-            results = quantize_weights(weights, self._plain, kernel)
-        lost = whole = 0.0
-        for weight, result in zip(weights, results, strict=True):
-            lost += loss(result.weight.dequantize() - weight.float(), moments.total)
-            whole += loss(weight.float(), moments.total)
-        return math.sqrt(max(0.0, lost) / whole) if whole > 0 else math.nan
+    ) -> tuple[float, float]:
+        """Relative errors of a product's output: quantized plainly, and as ``results`` are."""
+        whole = sum(loss(weight.float(), moments.total) for weight in weights)
+        if not whole > 0:
+            return math.nan, math.nan
+        before, after = (
+            sum(
+                loss(result.weight.dequantize() - weight.float(), moments.total)
+                for weight, result in zip(weights, some, strict=True)
+            )
+            for some in (quantize_weights(weights, self._plain, kernel), results)
+        )
+        return math.sqrt(max(0.0, before) / whole), math.sqrt(max(0.0, after) / whole)
 
     def _write(self, writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
         writer.write(name, tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu())
@@ -185,10 +196,8 @@ class Quantizer:
 
 def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[Output]:
     """The tensors of all experts of a group, without biases."""
-    wide = (group.intermediate, group.hidden)
-    shapes = [wide] * (len(group.names) - 1) + [wide[::-1]]
     for expert in range(group.num_experts):
-        for module, shape in zip(group.modules(expert), shapes, strict=True):
+        for module, shape in zip(group.modules(expert), group.shapes, strict=True):
             yield from outputs(module, shape, layout)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from quantize.calibration.walk import Walk, states_name
 from quantize.checkpoint import Checkpoint, read_json
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup
-from quantize.shards import write_json
+from quantize.shards import sync, write_json
 
 if TYPE_CHECKING:
     from quantize.plan import Plan
@@ -52,7 +51,7 @@ def calibrate(
     undone = missing(plan, folder)
     if not undone:
         return
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = precision(device)
     stream = Stream(checkpoint, plan.found, device, dtype, plan.options.trust_remote_code)
     store = Store(folder / "states")
     walk = Walk(checkpoint, plan.gates, stream, rows, store)
@@ -77,7 +76,7 @@ def calibrate(
         progress(layer, last + 1)
         walk.layer(layer, quantizer, lambda share, n=layer: progress(n + share, last + 1))  # type: ignore[misc]
         for name in store.names(states_name(layer + 1)):
-            _to_disk(store.folder / name)
+            sync(store.folder / name)
         write_json(next_, {"layer": layer + 1, "form": stream.form, "dtype": str(dtype)})
         walk.forget(layer)
     if undone := missing(plan, folder):
@@ -87,6 +86,11 @@ def calibrate(
         )
     shutil.rmtree(store.folder)
     progress(last + 1, last + 1)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What a model is run in."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def missing(plan: Plan, folder: Path) -> list[ExpertGroup]:
@@ -102,11 +106,3 @@ def missing(plan: Plan, folder: Path) -> list[ExpertGroup]:
 def staged_bytes(plan: Plan) -> int:
     """What is in the folder in the end."""
     return sum(out.nbytes for group in plan.groups for out in staged_outputs(group, plan.layout))
-
-
-def _to_disk(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -48,8 +48,7 @@ class Staged:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[Path, Any] = {}
-        self._names: dict[ExpertGroup, str] = {}
-        self._lost: dict[ExpertGroup, dict[str, list[Any]]] = {}
+        self._lost: dict[Path, dict[str, list[Any]]] = {}
 
     def is_done(self, group: ExpertGroup, outputs: list[Output]) -> bool:
         """Whether the group is there: a file of just these tensors, and what is said of them."""
@@ -87,9 +86,10 @@ class Staged:
 
     def lost(self, group: ExpertGroup, modules: tuple[str, ...]) -> list[list[Any]]:
         """What ``Findings.lost`` says of some of the group's modules."""
-        if group not in self._lost:
-            self._lost[group] = {entry[0]: entry for entry in self.findings(group).lost}
-        return [self._lost[group][module] for module in modules]
+        file = self._file(group)
+        if file not in self._lost:
+            self._lost[file] = {entry[0]: entry for entry in self.findings(group).lost}
+        return [self._lost[file][module] for module in modules]
 
     def tensor(self, group: ExpertGroup, name: str) -> torch.Tensor:
         """The bytes of a tensor of the group, uint8."""
@@ -99,10 +99,8 @@ class Staged:
         return self._open[file].get_tensor(name).reshape(-1).view(torch.uint8)
 
     def _file(self, group: ExpertGroup) -> Path:
-        if group not in self._names:  # a prefix may be too long for a file's name
-            key = f"{group.prefix} {group.first}"
-            self._names[group] = hashlib.sha256(key.encode()).hexdigest()[:24]
-        return self.folder / f"{self._names[group]}.safetensors"
+        key = f"{group.prefix} {group.first}"  # a prefix may be too long for a file's name
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
     def _findings(self, group: ExpertGroup) -> Path:
         return self._file(group).with_suffix(".json")

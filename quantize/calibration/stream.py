@@ -66,7 +66,7 @@ class Routed(Instead):
 
     Attributes:
         group: which they are.
-        record: called with what they are given, ``(x, ids, weights)``, if :attr:`replay` is None.
+        seen: what they were given, ``(x, ids, weights)``, where :attr:`replay` is None.
         replay: what they are to return.
     """
 
@@ -125,7 +125,6 @@ class Stream:
 
     Attributes:
         device, dtype: as given.
-        count: how many layers the decoder has.
         last: the last one that has experts.
         given: what the layer before the current one returned.
         form: of what layers return: None for a tensor; of a tuple, which elements are not None. A
@@ -174,6 +173,8 @@ class Stream:
             self._dtypes |= {"e_score_correction_bias": _PRECISE}
         # By Transformers' rules; each use of them leaves traces in the objects.
         self._rules = get_model_conversion_mapping(self.model)
+        self._renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         self._shapes = self.model.state_dict()
         # A multimodal model's language model may be stored alone, as vLLM reads it.
         self._prefix = next(
@@ -181,9 +182,7 @@ class Stream:
         )
         self._owners = self._by_target(checkpoint.tensors.keys() - source_names(groups))
         self.layers_path, self._sites = self._find_experts(groups)
-        layers: Any = self.model.get_submodule(self.layers_path)
-        self.layers = layers
-        self.count = len(layers)
+        self.layers: Any = self.model.get_submodule(self.layers_path)
         self.last = max(number for number, _, _ in self._sites)
         self.given: Any = None
         self.form: list[bool] | None = None
@@ -292,10 +291,8 @@ class Stream:
 
     def _target(self, name: str) -> str:
         """The model's parameter that a tensor becomes, or the first of them; empty if none."""
-        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         prefix = self.model.base_model_prefix
-        target, _ = rename_source_key(name, renamings, converters, prefix, self._shapes)
+        target, _ = rename_source_key(name, self._renamings, self._converters, prefix, self._shapes)
         if target in self._shapes:
             return str(target)
         return name if name in self._shapes else ""

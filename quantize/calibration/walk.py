@@ -87,7 +87,6 @@ class Walk:
     Args:
         rows: tokens, int64 ``[rows, length]``.
         store: where hidden states are kept from layer to layer.
-        device, dtype: to compute on and in, those of ``stream``.
     """
 
     def __init__(

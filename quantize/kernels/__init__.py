@@ -56,10 +56,16 @@ def quantize_weights(weights: list[torch.Tensor], rule: str, kernel: Kernel) -> 
     Raises:
         NotFiniteError: if a weight is NaN or infinite.
     """
+    shared = shared_scale(weights, kernel)
+    return [kernel.encode(weight, shared, rule) for weight in weights]
+
+
+def shared_scale(weights: list[torch.Tensor], kernel: Kernel) -> torch.Tensor:
+    """The global scale, float32 scalar, of weights that share one; raises as the above."""
     shared = nvfp4.global_scale_of(torch.stack([kernel.amax(w) for w in weights]).amax())
     if not torch.isfinite(shared):
         raise NotFiniteError
-    return [kernel.encode(weight, shared, rule) for weight in weights]
+    return shared
 
 
 def for_device(device: torch.device) -> Kernel:
