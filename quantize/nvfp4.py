@@ -128,6 +128,13 @@ def bad_scales(scales: torch.Tensor) -> str | None:
 
     Good ones are positive and finite; this module makes no others.
     """
+    if scales.dtype == torch.float8_e4m3fn and scales.numel():
+        # As signed bytes: 1 to 126 are good, 127 is NaN, 0 and those below are zero or negative.
+        # Large models have 10^10 of them, and this takes a hundredth of the time of the rest (of
+        # torch.aminmax, a tenth).
+        signed = scales.view(torch.int8)
+        if signed.min() > 0 and signed.max() < 127:
+            return None
     values = scales.float()
     for bad, what in (
         (values.isnan(), "NaN"),

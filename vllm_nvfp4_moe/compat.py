@@ -10,7 +10,8 @@ import importlib.machinery
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -338,3 +339,26 @@ def gpu_only_model(hf_config: Any) -> str | None:
         "vLLM. On a CPU, serve the Transformers layout (architecture MiniMaxM3VLForCausalLM): load "
         "the original with Transformers, save_pretrained() it, and quantize that"
     )
+
+
+@contextmanager
+def pad_only_what_needs_it() -> Iterator[None]:
+    """Within, ``torch.nn.functional.pad`` returns a tensor that needs no padding as it is.
+
+    PyTorch copies it. Humming pads all weights before it repacks them, so that where nothing is to
+    be padded a layer's weights would be on the GPU three times.
+    """
+    import torch
+
+    original = torch.nn.functional.pad
+
+    def pad(
+        input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    ) -> torch.Tensor:
+        return original(input, list(pad), mode, value) if any(pad) else input
+
+    torch.nn.functional.pad = pad
+    try:
+        yield
+    finally:
+        torch.nn.functional.pad = original

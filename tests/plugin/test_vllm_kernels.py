@@ -129,3 +129,21 @@ def test_vllm_can_let_go_of_a_model(load: Callable, shallow: dict[str, Path]) ->
     runners.clear()
     gc.collect()
     assert layer() is None
+
+
+def test_nothing_is_copied_for_no_padding() -> None:
+    """Humming pads whole layers, most of them by nothing; elsewhere PyTorch is as it was."""
+    from vllm_nvfp4_moe import compat
+
+    x = torch.arange(6.0).view(2, 3)
+    before = torch.nn.functional.pad
+    with compat.pad_only_what_needs_it():
+        assert torch.nn.functional.pad(x, pad=[0, 0, 0, 0], value=0).data_ptr() == x.data_ptr()
+        padded = torch.nn.functional.pad(x, (0, 1, 2, 0), value=7)
+        reflected = torch.nn.functional.pad(x, (1, 0), mode="reflect")
+    assert torch.nn.functional.pad is before
+    assert torch.equal(padded, before(x, (0, 1, 2, 0), value=7))
+    assert torch.equal(reflected, before(x, (1, 0), mode="reflect"))
+    with pytest.raises(ZeroDivisionError), compat.pad_only_what_needs_it():
+        raise ZeroDivisionError
+    assert torch.nn.functional.pad is before

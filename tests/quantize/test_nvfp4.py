@@ -271,6 +271,18 @@ def test_damaged_weights_show_in_the_global_scale(value: float, dtype: torch.dty
     assert not torch.isfinite(nvfp4.global_scale(good, bad))
 
 
+def test_bad_scales_are_found_among_good_ones() -> None:
+    """Each E4M3 number, by what it is worth."""
+    for byte in range(256):
+        scales = torch.full((3, 8), 0x38, dtype=torch.uint8)  # 1.0
+        scales[1, 5] = byte
+        found = nvfp4.bad_scales(scales.view(torch.float8_e4m3fn))
+        value = reference.E4M3[byte]
+        what = "NaN" if math.isnan(value) else "zero" if value == 0 else "negative"
+        good = value > 0
+        assert found == (None if good else f"1 of 24 scales are {what}"), byte
+
+
 # -- mse -------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ the gate is the contract's, and the weights have been checked.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,21 +86,23 @@ class VllmKernelsMethod(NvFp4MoEMethod):
         compat.route_with_float32_bias(layer)
         if self.input_scales_by_expert and self.moe.moe_parallel_config.enable_eplb:
             self._refuse_input_scales_that_stay(layer)
-        converted = convert_to_nvfp4_moe_kernel_format(
-            nvfp4_backend=self.backend,
-            layer=layer,
-            w13=layer.w13_weight,
-            w13_scale=layer.w13_weight_scale,
-            # Gate's and up's are equal by now.
-            w13_scale_2=layer.w13_weight_scale_2[:, 0].contiguous(),
-            a13_scale=getattr(layer, "w13_input_scale", None),
-            w2=layer.w2_weight,
-            w2_scale=layer.w2_weight_scale,
-            w2_scale_2=layer.w2_weight_scale_2,
-            a2_scale=getattr(layer, "w2_input_scale", None),
-            is_act_and_mul=self.moe.is_act_and_mul,
-            use_a16=self.weight_only,
-        )
+        humming = self.backend == NvFp4MoeBackend.HUMMING
+        with compat.pad_only_what_needs_it() if humming else nullcontext():
+            converted = convert_to_nvfp4_moe_kernel_format(
+                nvfp4_backend=self.backend,
+                layer=layer,
+                w13=layer.w13_weight,
+                w13_scale=layer.w13_weight_scale,
+                # Gate's and up's are equal by now.
+                w13_scale_2=layer.w13_weight_scale_2[:, 0].contiguous(),
+                a13_scale=getattr(layer, "w13_input_scale", None),
+                w2=layer.w2_weight,
+                w2_scale=layer.w2_weight_scale,
+                w2_scale_2=layer.w2_weight_scale_2,
+                a2_scale=getattr(layer, "w2_input_scale", None),
+                is_act_and_mul=self.moe.is_act_and_mul,
+                use_a16=self.weight_only,
+            )
         for i, tensor in enumerate(converted):
             name = f"{'w13' if i < 4 else 'w2'}_{CANONICAL[i % 4]}"
             if hasattr(layer, name):
