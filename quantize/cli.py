@@ -226,7 +226,8 @@ def quantize(
         MethodName,
         typer.Option(
             "--rounding",
-            help="How calibrated weights are rounded, e.g. --rounding gptq: faster, not as close.",
+            help="How calibrated weights are rounded, e.g. --rounding gptq: faster, not as close; "
+            "two-sided: closest, with the loss's gradients, which the model is read twice for.",
         ),
     ] = DESCENT,
     every_expert: Annotated[

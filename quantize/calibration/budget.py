@@ -13,7 +13,8 @@ from quantize.calibration.routing import CHUNK
 from quantize.calibration.run import precision, staged_bytes
 from quantize.calibration.walk import TOKENS
 from quantize.checkpoint import Checkpoint
-from quantize.experts import layer_number, source_names
+from quantize.experts import ExpertGroup, layer_number, source_names
+from quantize.rounding import NEEDS_OUTPUT
 
 if TYPE_CHECKING:
     from quantize.plan import Plan
@@ -26,7 +27,7 @@ class Budget(NamedTuple):
         memory: on the device: a layer without its experts, one expert with its second moments and
             a run's activations. What the system keeps of files comes on top, as far as there is
             memory.
-        states: on disk, hidden states.
+        states: on disk, hidden states: of one layer, or where gradients are taken of all.
         staged: on disk, quantized experts.
     """
 
@@ -56,16 +57,37 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     largest = max(layers.values(), default=0)
     hidden = max(group.hidden for group in plan.found)
     inner = max(group.intermediate for group in plan.found)
+    back = settings.method in NEEDS_OUTPUT
     # An expert: its weights, in float32 and quantized; what rounding keeps of gate and up; moments
     # with their factors in float64.
     expert = hidden * inner * (3 * (width + 12) + 2 * 24) + max(hidden, inner) ** 2 * 48
-    # Attention's scores and a few copies of what layers pass on.
+    # Attention's scores and a few copies of what layers pass on; on the way back, all steps of it.
     tokens = max(TOKENS, settings.length)
-    run = tokens * (hidden * 16 + inner * 8) * width
+    run = tokens * (hidden * 16 + inner * 8) * width * (3 if back else 1)
     chunk = CHUNK * 3 * (hidden + 2 * inner) * 4
     total = settings.rows * settings.length
+    if not back:
+        return Budget(
+            (largest + beside) * width + expert + run + chunk,
+            total * hidden * (3 * width + 4),
+            staged_bytes(plan),
+        )
+    # Moments of the gradients, with copies and factors; weights and errors in float32 once more.
+    expert += 24 * (max(2 * inner, hidden) ** 2 + 2 * inner * hidden) + chunk
+    # One text at the model's end: logits, probabilities and gradients, with the head's weights.
+    vocabulary = max(
+        (info.shape[0] for name, info in checkpoint.tensors.items()
+         if name.startswith(decoder) and layer_number(name) is None and len(info.shape) == 2),
+        default=0,
+    )  # fmt: skip
+    end = (beside + vocabulary * hidden) * width + settings.length * vocabulary * 16
+    kept = max(map(_layer_of, plan.found)) - min(map(_layer_of, plan.groups)) + 2
     return Budget(
-        (largest + beside) * width + expert + run + chunk,
-        total * hidden * (3 * width + 4),
+        max((largest + beside) * width + expert + run + chunk, end),
+        total * hidden * ((kept + 1) * width + 5 * 4),
         staged_bytes(plan),
     )
+
+
+def _layer_of(group: ExpertGroup) -> int:
+    return layer_number(group.prefix) or 0

@@ -30,8 +30,10 @@ class Moments:
         self.largest = 0.0
         self._squares = self._fourths = 0.0
 
-    def add(self, x: torch.Tensor, weights: torch.Tensor) -> None:
-        """Count inputs ``[n, in]`` of tokens with router weights ``[n]``."""
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count inputs ``[n, in]`` of tokens with router weights ``[n]``, by default 1."""
+        if weights is None:
+            weights = torch.ones(len(x), device=x.device)
         if len(x):
             scaled = x.float() * weights.unsqueeze(1)
             self.total += scaled.T @ scaled

@@ -26,7 +26,7 @@ from quantize.kernels import (
     shared_scale,
 )
 from quantize.layouts import Layout
-from quantize.rounding import METHODS, loss
+from quantize.rounding import METHODS, NEEDS_OUTPUT, loss
 from quantize.shards import Output, ShardWriter
 
 FEW = 32
@@ -102,10 +102,8 @@ class Quantizer:
         def tokens() -> Iterator[Chunk]:
             return routing.all() if self._settings.every_expert else routing.of(number)
 
-        first = Moments(group.hidden, device)
-        for chunk in tokens():
-            first.add(chunk.x, chunk.weights)
-        inputs = self._round(group, number, list(weights.inputs), first, kernel)
+        first, outputs = self._moments(group, weights, tokens())
+        inputs = self._round(group, number, list(weights.inputs), first, outputs[0], kernel)
         # Down is given what the quantized gate and up make.
         found = tuple(q.weight.dequantize() for q in inputs)
         second = Moments(group.intermediate, device)
@@ -116,14 +114,17 @@ class Quantizer:
                 f"{group.prefix}: expert {number} makes NaN or infinite numbers of the text; the "
                 "source is damaged"
             )
-        down = self._round(group, number, [weights.down], second, kernel)
+        down = self._round(group, number, [weights.down], second, outputs[1], kernel)
         findings = self._findings
         findings.tokens.append(int(routing.counts[number]))
         findings.rules.append(self._rule(first))
         if first.tokens < FEW:
             self._few.add(number)
         self._largest.append((first.largest, second.largest))
-        products = (list(weights.inputs), inputs, first), ([weights.down], down, second)
+        products = (
+            (list(weights.inputs), inputs, first, outputs[0]),
+            ([weights.down], down, second, outputs[1]),
+        )
         pairs = [self._errors(*product, kernel) for product in products]
         findings.before.append([before for before, _ in pairs])
         findings.after.append([after for _, after in pairs])
@@ -134,6 +135,25 @@ class Quantizer:
             lost = WeightError(module, result.noise, result.signal, result.counts.tolist())
             findings.lost.append(list(lost))
 
+    def _moments(
+        self, group: ExpertGroup, weights: Weights, tokens: Iterator[Chunk]
+    ) -> tuple[Moments, tuple[Moments | None, Moments | None]]:
+        """Of what gate and up are given; and, if the method takes them, of the loss's gradients by
+        what gate and up make, one above the other, and by what down makes."""
+        device = weights.down.device
+        first = Moments(group.hidden, device)
+        needed = self._settings.method in NEEDS_OUTPUT
+        before = Moments(sum(map(len, weights.inputs)), device) if needed else None
+        after = Moments(group.hidden, device) if needed else None
+        for chunk in tokens:
+            first.add(chunk.x, chunk.weights)
+            if before is not None and after is not None:
+                assert chunk.gradient is not None
+                by_output = chunk.gradient * chunk.weights.unsqueeze(1)
+                after.add(by_output)
+                before.add(torch.cat(weights.slopes(chunk.x, by_output), 1))
+        return first, (before, after)
+
     def _rule(self, moments: Moments) -> str:
         return FALLBACK if moments.tokens < FEW else self._settings.method
 
@@ -143,6 +163,7 @@ class Quantizer:
         number: int,
         weights: list[torch.Tensor],
         moments: Moments,
+        outputs: Moments | None,
         kernel: Kernel,
     ) -> list[Quantized]:
         """Weights that share inputs and a global scale."""
@@ -158,7 +179,8 @@ class Quantizer:
             ) from None
         # Gate and up have the same inputs and global scale: one above the other, one weight.
         both = torch.cat([weight.float() for weight in weights])
-        codes, block_scale = METHODS[rule](both, moments.estimate(), scale)
+        by_output = outputs.estimate() if outputs is not None else None
+        codes, block_scale = METHODS[rule](both, moments.estimate(), scale, by_output)
         results = []
         sizes = [len(weight) for weight in weights]
         parts = zip(weights, codes.split(sizes), block_scale.split(sizes), strict=True)
@@ -175,17 +197,21 @@ class Quantizer:
         weights: list[torch.Tensor],
         results: list[Quantized],
         moments: Moments,
+        outputs: Moments | None,
         kernel: Kernel,
     ) -> tuple[float, float]:
-        """Relative errors of a product's output: quantized plainly, and as ``results`` are."""
-        whole = sum(loss(weight.float(), moments.total) for weight in weights)
+        """Relative errors of a product's output: quantized plainly, and as ``results`` are. With
+        moments of its gradients, by what they do to the loss."""
+        by_output = outputs.total if outputs is not None and outputs.tokens else None
+
+        def size(some: list[torch.Tensor]) -> float:
+            return loss(torch.cat([each.float() for each in some]), moments.total, by_output)
+
+        whole = size(weights)
         if not whole > 0:
             return math.nan, math.nan
         before, after = (
-            sum(
-                loss(result.weight.dequantize() - weight.float(), moments.total)
-                for weight, result in zip(weights, some, strict=True)
-            )
+            size([r.weight.dequantize() - w.float() for w, r in zip(weights, some, strict=True)])
             for some in (quantize_weights(weights, self._plain, kernel), results)
         )
         return math.sqrt(max(0.0, before) / whole), math.sqrt(max(0.0, after) / whole)

@@ -86,9 +86,10 @@ class Store:
             return False
         return bool(found == max(1, math.prod(shape)) * _DTYPES[dtype].itemsize)
 
-    def keep(self, prefix: str) -> None:
-        """Remove everything but the tensors that begin with ``prefix`` and a dot."""
-        for name in set(self._index) - set(self.names(prefix)):
+    def keep(self, prefixes: list[str]) -> None:
+        """Remove everything but the tensors that begin with one of ``prefixes`` and a dot."""
+        kept = {name for prefix in prefixes for name in self.names(prefix)}
+        for name in set(self._index) - kept:
             self.remove(name)
 
     def names(self, prefix: str) -> list[str]:

@@ -66,8 +66,8 @@ class Routed(Instead):
 
     Attributes:
         group: which they are.
-        seen: what they were given, ``(x, ids, weights)``, where :attr:`replay` is None.
-        replay: what they are to return.
+        seen: what they were given, ``(x, ids, weights)``.
+        replay: what they are to return; None: the run ends here.
     """
 
     def __init__(self, original: torch.nn.Module, group: ExpertGroup) -> None:
@@ -79,8 +79,8 @@ class Routed(Instead):
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         bound = inspect.signature(self.__dict__["original"].forward).bind(*args, **kwargs)
         x, ids, weights = bound.arguments.values()
+        self.seen = x, ids, weights
         if self.replay is None:
-            self.seen = x, ids, weights
             raise Finished
         return self.replay.view(x.shape).to(x.device, x.dtype)
 
@@ -127,8 +127,8 @@ class Stream:
         device, dtype: as given.
         last: the last one that has experts.
         given: what the layer before the current one returned.
-        form: of what layers return: None for a tensor; of a tuple, which elements are not None. A
-            run that goes on with another's states needs that one's.
+        forms: of what each layer returns, by its number: None for a tensor; of a tuple, which
+            elements are not None. A run that goes on with another's states needs that one's.
 
     Raises:
         QuantizeError: if Transformers does not know the model, or its experts are not called as
@@ -185,11 +185,10 @@ class Stream:
         self.layers: Any = self.model.get_submodule(self.layers_path)
         self.last = max(number for number, _, _ in self._sites)
         self.given: Any = None
-        self.form: list[bool] | None = None
-        # Embeddings and whatever else the decoder has besides its layers.
+        self.forms: dict[int, list[bool] | None] = {}
         above = self.layers_path.rpartition(".")[0]
         self._decoder: Any = self.model.get_submodule(above)
-        self._load(f"{above}.", but=f"{self.layers_path}.")
+        self._load_beside()
         for path, module in self._decoder.named_modules():  # rotary frequencies, for example
             if not f"{path}.".startswith("layers."):
                 for name, buffer in module.named_buffers(recurse=False):
@@ -204,29 +203,65 @@ class Stream:
     def at(self, layer: int) -> Iterator[list[Routed]]:
         """Within, ``layer`` has its weights, and :meth:`run` runs it; yields its experts."""
         path = f"{self.layers_path}.{layer}."
+        current = self._original(layer)
         self._load(path)
-        for number in range(layer):  # of a run before this one, if it goes on with one
-            if not isinstance(self.layers[number], _Given):
-                self.layers[number] = _Given(self.layers[number], self)
-        if layer:
-            self._drop_embedding()
-        self._before = self.form  # runs of this layer set its own
-        current = self.layers[layer]
-        stand_ins = []
+        self._give_before(layer)
+        places = []
         for number, site, group in self._sites:
             if number == layer:
                 parent, _, name = site.rpartition(".")
                 owner = self.model.get_submodule(parent)
-                stand_in = Routed(getattr(owner, name), group)
-                setattr(owner, name, stand_in)
-                stand_ins.append(stand_in)
+                places.append((owner, name, Routed(getattr(owner, name), group)))
+        for place in places:
+            setattr(*place)
         self._check_loaded(current, path)
         self.layers[layer] = last = _Last(current.to(self.device))
         self._last = last
         try:
-            yield stand_ins
+            yield [stand_in for _, _, stand_in in places]
         finally:
-            self.layers[layer] = _Given(current.to("meta"), self)
+            for owner, name, stand_in in places:
+                setattr(owner, name, stand_in.__dict__["original"])
+            self.layers[layer] = _Given(_without_weights(current), self)
+
+    @contextmanager
+    def end(self) -> Iterator[None]:
+        """Within, what comes after the last layer with experts has its weights, and :meth:`logits`
+        runs it.
+
+        Raises:
+            QuantizeError: if the model's class makes no logits.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise QuantizeError(
+                f"{self._checkpoint.folder}: {type(self.model).__name__} makes no logits, and "
+                "--rounding two-sided needs them; take another rounding"
+            )
+        self._give_before(self.last + 1)
+        self._restore_embedding()  # it may be the head, too
+        parts = {f"{self.layers_path}.{n}.": self.layers[n] for n in self._after()}
+        parts |= {
+            f"{name}.": module for name, module in self.model.named_modules() if module is head
+        }
+        for path in parts:
+            self._load(path)
+        self.model.tie_weights()
+        for path, module in parts.items():
+            self._check_loaded(module, path)
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in parts.values():
+                _without_weights(module)
+
+    def logits(self, tokens: torch.Tensor, given: Returned) -> torch.Tensor:
+        """The model's logits ``[rows, length, vocabulary]``, from what :meth:`run` takes, of the
+        last layer with experts."""
+        self._give(given)
+        found: torch.Tensor = self._call(tokens).logits
+        return found
 
     def run(self, tokens: torch.Tensor, given: Returned | None) -> Returned | None:
         """One run of the current layer.
@@ -242,29 +277,16 @@ class Stream:
             QuantizeError: if the model's code fails, or a layer returns something else.
         """
         if given is not None:
-            parts = iter(part.to(self.device) for part in given)
-            if self._before is None:
-                self.given = next(parts)
-            else:
-                self.given = tuple(next(parts) if there else None for there in self._before)
+            self._give(given)
         self._last.returned = None
-        try:
-            self.model(input_ids=tokens.to(self.device), use_cache=False)
-        except Finished:
-            pass
-        except QuantizeError:
-            raise
-        except Exception as error:  # any code may be in there
-            raise QuantizeError(
-                f"{self._checkpoint.folder}: Transformers' {type(self.model).__name__} fails on "
-                f"text ({type(error).__name__}: {first_line(error)}), and calibration runs it; "
-                "leave --calibrate out"
-            ) from error
+        with suppress(Finished):
+            self._call(tokens)
         returned = self._last.returned
         if returned is None:
             return None
         whole = returned if isinstance(returned, tuple) else (returned,)
-        self.form = None if whole is not returned else [part is not None for part in returned]
+        form = None if whole is not returned else [part is not None for part in returned]
+        self.forms[self._number] = form
         found = [part for part in whole if part is not None]
         for part in found:
             if not isinstance(part, torch.Tensor) or len(part) != len(tokens):
@@ -275,11 +297,64 @@ class Stream:
                 )
         return tuple(found)
 
+    def _give(self, given: Returned) -> None:
+        parts = iter(part.to(self.device) for part in given)
+        form = self.forms[self._number - 1]
+        if form is None:
+            self.given = next(parts)
+        else:
+            self.given = tuple(next(parts) if there else None for there in form)
+
+    def _call(self, tokens: torch.Tensor) -> Any:
+        try:
+            return self.model(input_ids=tokens.to(self.device), use_cache=False)
+        except (Finished, QuantizeError):
+            raise
+        except Exception as error:  # any code may be in there
+            raise QuantizeError(
+                f"{self._checkpoint.folder}: Transformers' {type(self.model).__name__} fails on "
+                f"text ({type(error).__name__}: {first_line(error)}), and calibration runs it; "
+                "leave --calibrate out"
+            ) from error
+
+    def _give_before(self, layer: int) -> None:
+        """``layer`` is the current one: those before it hand on what it is to be given."""
+        self._number = layer
+        for number in range(layer):
+            if not isinstance(self.layers[number], _Given):
+                self.layers[number] = _Given(self.layers[number], self)
+        if layer:
+            self._drop_embedding()
+        else:
+            self._restore_embedding()
+
+    def _original(self, layer: int) -> torch.nn.Module:
+        """The model's own layer, where it belongs."""
+        found = self.layers[layer]
+        if isinstance(found, _Given):
+            found = self.layers[layer] = found.__dict__["original"]
+        return found
+
+    def _after(self) -> range:
+        return range(self.last + 1, len(self.layers))
+
+    def _load_beside(self) -> None:
+        """Embeddings and whatever else the decoder has besides its layers."""
+        above = self.layers_path.rpartition(".")[0]
+        self._load(f"{above}.", but=f"{self.layers_path}.")
+
     def _drop_embedding(self) -> None:
         with suppress(NotImplementedError):  # then it stays
             embedding = self._decoder.get_input_embeddings()
             if not isinstance(embedding, _NoEmbedding):
-                self._decoder.set_input_embeddings(_NoEmbedding(embedding.to("meta")))
+                self._decoder.set_input_embeddings(_NoEmbedding(_without_weights(embedding)))
+
+    def _restore_embedding(self) -> None:
+        with suppress(NotImplementedError):
+            embedding = self._decoder.get_input_embeddings()
+            if isinstance(embedding, _NoEmbedding):
+                self._decoder.set_input_embeddings(embedding.__dict__["original"])
+                self._load_beside()
 
     def _by_target(self, names: Any) -> dict[str, list[str]]:
         """Tensors of the checkpoint by the model's parameter that they become, or go into."""
@@ -341,6 +416,7 @@ class Stream:
         )
         with _quiet():
             convert_and_load_state_dict_in_model(self.model, state, config)
+        self.model.requires_grad_(False)
 
     def _check_loaded(self, layer: torch.nn.Module, path: str) -> None:
         for name, tensor in layer.state_dict().items():
@@ -349,6 +425,16 @@ class Stream:
                     f"{self._checkpoint.folder}: {path}{name} is not there, though the model's "
                     f"class, {type(self.model).__name__}, has it; calibration cannot run the model"
                 )
+
+
+def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """``module``, its parameters on the meta device. Buffers stay: not all of them can be loaded
+    again (rotary frequencies, for example), and they are small."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(parameter.to("meta"), False)
+    return module
 
 
 @contextmanager

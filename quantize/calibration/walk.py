@@ -58,6 +58,25 @@ class Weights:
         pairs = zip(inputs or self.inputs, biases, strict=True)
         return self._gate.apply(*(_linear(x, weight, bias) for weight, bias in pairs))
 
+    def slopes(self, x: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A loss's gradients by what gate and up make of tokens ``x``, before the gate is applied.
+
+        Args:
+            gradient: that by :meth:`out`'s result, ``[n, hidden]``.
+
+        Returns:
+            for each of :attr:`inputs`, ``[n, intermediate]``, in float32 or better.
+        """
+        biases = self._biases[:-1] or (None,) * len(self.inputs)
+        with torch.no_grad():
+            before = [_linear(x, *pair) for pair in zip(self.inputs, biases, strict=True)]
+            before = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in before]
+            by_between = gradient.to(before[0].dtype) @ self.down.to(before[0].dtype)
+        with torch.enable_grad():
+            leaves = [part.requires_grad_() for part in before]
+            between = self._gate.apply(*leaves)
+        return torch.autograd.grad(between, leaves, by_between)
+
     def out(self, between: torch.Tensor) -> torch.Tensor:
         """``[n, hidden]`` from :meth:`between`'s result."""
         return _linear(between, self.down, self._biases[-1] if self._biases else None)
@@ -81,6 +100,19 @@ class Visitor(Protocol):
         """All experts of the layer have come."""
 
 
+class Nobody:
+    """A visitor who wants to know nothing."""
+
+    def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
+        pass
+
+    def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+        return weights
+
+    def end(self) -> None:
+        pass
+
+
 class Walk:
     """One model over one set of rows.
 
@@ -101,8 +133,14 @@ class Walk:
         self._gates = gates
         self._stream = stream
         self._store = store
+        self._tokens = rows
         self._rows, self._count = len(rows), rows.numel()
         self._batches = rows.split(max(1, TOKENS // rows.shape[1]))
+
+    @property
+    def last(self) -> int:
+        """The last layer that has experts."""
+        return self._stream.last
 
     def layer(self, number: int, visitor: Visitor, progress: Progress = lambda _: None) -> None:
         """Run one layer, whose input is that of the model or in the store; store its output.
@@ -110,7 +148,7 @@ class Walk:
         Raises:
             QuantizeError: if its experts are routed in a way that is not known here.
         """
-        with self._stream.at(number) as sites, torch.inference_mode():
+        with self._stream.at(number) as sites, torch.no_grad():
             answers: dict[Routed, torch.Tensor] = {}
             while (site := self._pass(number, sites, answers)) is not None:
                 answers[site] = self._answer(number, site, visitor, progress)
@@ -147,10 +185,11 @@ class Walk:
                 )
                 first, parts = row, returned
             else:
-                waiting = next((site for site in sites if site.seen is not None), None)
+                came = (site for site in sites if site.seen is not None and site.replay is None)
+                waiting = next(came, None)
                 if waiting is None:
                     raise QuantizeError(f"layer {number} of the model returns nothing")
-                parts = _flat(waiting)
+                parts = flat(waiting)
                 if len(parts[0]) != batch.numel():
                     raise QuantizeError(
                         f"{waiting.group.prefix}: its experts are given {len(parts[0])} of "
@@ -181,18 +220,12 @@ class Walk:
         self, number: int, site: Routed, visitor: Visitor, progress: Progress
     ) -> torch.Tensor:
         """What the experts return for all tokens, ``[tokens, hidden]``."""
-        group, gate = site.group, self._gates.of(site.group.prefix)
-        x, ids, router = (self._store.open(name) for name in ("x", "ids", "weights"))
-        if int(ids.max()) >= group.num_experts or int(ids.min()) < 0:
-            raise QuantizeError(
-                f"{group.prefix}: its router sends tokens to expert {int(ids.max())}, and there "
-                f"are {group.num_experts}; calibration does not know such experts"
-            )
-        routing = Routing(x, ids, router, group.num_experts, self._stream.device)
-        answer = self._store.new(answer_name(number, group), tuple(x.shape), torch.float32)
+        group = site.group
+        routing = self._routing(group)
+        answer = self._store.new(answer_name(number, group), tuple(routing.x.shape), torch.float32)
         visitor.begin(number, group, routing)
         for expert in range(group.num_experts):
-            weights = visitor.expert(expert, self._weights(group, expert, gate), routing)
+            weights = visitor.expert(expert, self._weights(group, expert), routing)
             for chunk in routing.of(expert):
                 out = weights.out(weights.between(chunk.x)) * chunk.weights.unsqueeze(1)
                 answer.index_add_(0, chunk.rows, out.float().cpu())
@@ -200,7 +233,20 @@ class Walk:
         visitor.end()
         return answer
 
-    def _weights(self, group: ExpertGroup, expert: int, gate: Gate) -> Weights:
+    def _routing(self, group: ExpertGroup, gradient: torch.Tensor | None = None) -> Routing:
+        """What is in the store, after a run up to these experts."""
+        x, ids, router = (self._store.open(name) for name in ("x", "ids", "weights"))
+        if int(ids.max()) >= group.num_experts or int(ids.min()) < 0:
+            raise QuantizeError(
+                f"{group.prefix}: its router sends tokens to expert {int(ids.max())}, and there "
+                f"are {group.num_experts}; calibration does not know such experts"
+            )
+        count, device = group.num_experts, self._stream.device
+        return Routing(x, ids, router, count, device, gradient=gradient)
+
+    def _weights(self, group: ExpertGroup, expert: int) -> Weights:
+        gate = self._gates.of(group.prefix)
+
         def here(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self._stream.device)
 
@@ -214,6 +260,11 @@ class Walk:
         )
 
 
+def gradients_name(layer: int) -> str:
+    """The files of the loss's gradients by what ``layer`` is given."""
+    return f"gradients-{layer:05d}"
+
+
 def states_name(layer: int) -> str:
     """The files of what ``layer`` is given: this, and numbers."""
     return f"states-{layer:05d}"
@@ -224,7 +275,7 @@ def answer_name(layer: int, group: ExpertGroup) -> str:
     return f"answer-{layer:05d}-{group.first}"
 
 
-def _flat(site: Routed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def flat(site: Routed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens ``[n, hidden]``, expert numbers int32 ``[n, k]``, weights float32 ``[n, k]``."""
     assert site.seen is not None
     x, ids, weights = site.seen

@@ -20,9 +20,12 @@ _DAMPING = 1e-4
 
 
 def descent(
-    weight: torch.Tensor, moment: torch.Tensor, global_scale: torch.Tensor
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    global_scale: torch.Tensor,
+    output: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``quantize.rounding``."""
+    """See ``quantize.rounding``; ``output`` makes no difference."""
     packed, block_scale = gptq(weight, moment, global_scale)
     state = Descent(
         weight.float() / global_scale, damped(moment, _DAMPING), unpack(packed), block_scale.float()

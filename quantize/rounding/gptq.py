@@ -20,9 +20,12 @@ _TOGETHER = 8 * BLOCK
 
 
 def gptq(
-    weight: torch.Tensor, moment: torch.Tensor, global_scale: torch.Tensor
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    global_scale: torch.Tensor,
+    output: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``quantize.rounding``."""
+    """See ``quantize.rounding``; ``output`` makes no difference."""
     left = weight.float() / global_scale
     factor = compensation(moment)
     columns = left.shape[1]

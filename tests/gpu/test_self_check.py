@@ -131,5 +131,6 @@ def test_what_is_broken_on_purpose(
     BREAKS[what](monkeypatch)
     with pytest.raises(ValueError, match=f"self-check: {backend.upper()} .* does not compute"):
         build(case.shape, GATE, case.w13, case.w2, backend)
-    # Stock vLLM says nothing, and computes something else.
-    assert error(stock(case, backend), right.float()).whole > 0.05
+    # Stock vLLM says nothing, and computes something else: run twice, a kernel differs from itself
+    # by less than a hundredth of this.
+    assert error(stock(case, backend), right.float()).whole > 0.015

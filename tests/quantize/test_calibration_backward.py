@@ -1,0 +1,155 @@
+"""Walking back through a model layer by layer gives the gradients that Transformers' model has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from quantize.calibration import backward
+from quantize.calibration.backward import Backward
+from quantize.calibration.routing import Routing
+from quantize.calibration.store import Store
+from quantize.calibration.stream import Stream
+from quantize.calibration.walk import Nobody
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts import ExpertGroup, find
+from quantize.identify import identify
+from tests.quantize import families
+from tests.quantize.test_calibration_walk import CPU, FAMILIES, NOT_WALKED, rows_of
+
+
+class Gradients(Nobody):
+    """A visitor that keeps what it is shown: by layer, the gradients by its experts' output."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, torch.Tensor] = {}
+
+    def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
+        self.found[layer] = torch.zeros(len(routing.x), group.hidden)
+        for chunk in routing.all():
+            assert chunk.gradient is not None
+            self.found[layer][chunk.rows] = chunk.gradient
+
+
+def walked_back(
+    folder: Path, store: Store, rows: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Gradients, Stream]:
+    visitor = Gradients()
+    with Checkpoint(folder) as checkpoint:
+        groups = find(checkpoint)
+        stream = Stream(checkpoint, groups, CPU, dtype)
+        walk = Backward(checkpoint, identify(folder), stream, rows, store)
+        for layer in range(stream.last + 1):
+            walk.layer(layer, Nobody())
+        walk.end()
+        first = min(map(stream.layer_of, groups))
+        for layer in reversed(range(first, stream.last + 1)):
+            walk.back(layer, visitor, layer > first)
+            walk.forget(layer + 1)
+            walk.forget_gradients(layer + 1)
+    return visitor, stream
+
+
+def transformers_gradients(
+    folder: Path, stream: Stream, rows: torch.Tensor, by_logits: Any
+) -> dict[int, torch.Tensor]:
+    """By layer, of Transformers' own model, loaded and run as its users do."""
+    model: Any = type(stream.model).from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager",
+        attn_implementation=stream.model.config._attn_implementation,
+    ).eval()  # fmt: skip
+    outputs: dict[int, torch.Tensor] = {}
+
+    def hook(number: int) -> Any:
+        def keep(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            output.retain_grad()
+            outputs[number] = output
+
+        return keep
+
+    for number, site, _ in stream._sites:
+        model.get_submodule(site).register_forward_hook(hook(number))
+    logits = model(input_ids=rows, use_cache=False).logits
+    logits.backward(torch.cat([by_logits(logits[i : i + 1].detach(), i) for i in range(len(rows))]))
+    found = {}
+    for number, output in outputs.items():
+        assert output.grad is not None
+        found[number] = output.grad.reshape(-1, output.shape[-1])
+    return found
+
+
+def any_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """One that needs nothing of what the code under test does."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_WALKED.keys()))
+def test_as_autograd(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
+    rows = rows_of(3, 16)
+    monkeypatch.setattr(backward, "_by_logits", any_gradient)
+    found, stream = walked_back(folder, Store(tmp_path / "store"), rows)
+    truth = transformers_gradients(folder, stream, rows, any_gradient)
+    assert found.found.keys() == truth.keys()
+    for layer, expected in truth.items():
+        # The store keeps gradients in float32.
+        assert (found.found[layer] - expected).norm() <= 1e-5 * expected.norm(), layer
+    assert not [n for n in Store(tmp_path / "store").names("") if "gradients" in n]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dense_layers_between_and_after(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pass gradients on, too; and the head may be the embedding."""
+    torch.manual_seed(2)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, moe_intermediate_size=16,
+        num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(backward, "_by_logits", any_gradient)
+    rows = rows_of(2, 9)
+    found, stream = walked_back(tmp_path / "m", Store(tmp_path / "store"), rows)
+    truth = transformers_gradients(tmp_path / "m", stream, rows, any_gradient)
+    assert found.found.keys() == truth.keys() == {1, 3}
+    for layer, expected in truth.items():
+        assert (found.found[layer] - expected).norm() <= 1e-5 * expected.norm(), layer
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    folder = families.save(families.build("qwen3_moe"), "qwen3_moe", families.LAYOUTS[0], tmp_path)
+    with Checkpoint(folder) as checkpoint:
+        stream = Stream(checkpoint, find(checkpoint), CPU)
+        stream.model = stream.model.model
+        stream.model.get_output_embeddings = lambda: None
+        with (
+            pytest.raises(QuantizeError, match=r"makes no logits.*take another rounding"),
+            stream.end(),
+        ):
+            pass
+
+
+def test_what_is_drawn_is_what_the_model_predicts() -> None:
+    """The mean over draws of gradients is zero, and their second moments are those of the softmax:
+    ``diag(p) - p p^T``."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(1, 1, 5, generator=generator)
+    draws = [backward._by_logits(logits, seed) for seed in range(4000)]
+    assert torch.equal(draws[7], backward._by_logits(logits, 7))
+    p = logits.double().softmax(-1).flatten()
+    found = torch.cat(draws).double().flatten(0, 1)
+    assert found.mean(0).abs().max() < 0.03
+    truth = torch.diag(p) - torch.outer(p, p)
+    assert (found.T @ found / len(found) - truth).abs().max() < 0.03
+    tokens = found.argmin(1)
+    expected = p.repeat(len(found), 1)
+    expected[torch.arange(len(found)), tokens] -= 1
+    assert torch.allclose(found, expected, atol=1e-6)
