@@ -11,9 +11,15 @@ HEADROOM = 2.0
 numbers times the input scale, and their precision is the same over 15 octaves: room costs nothing.
 """
 
+ALIKE = 4
+"""Tokens of running text that say as much as one independent sample: neighbours are alike. On
+m3-nano with 4,000 tokens an expert, the KL is 0.00609 if all count, 0.00582 if every third does and
+0.00593 if every tenth."""
+
 
 class Moments:
-    """Second moments of a product's inputs, weighted with the router's weights.
+    """Second moments of a product's inputs, weighted with the router's weights; or of the loss's
+    gradients by its outputs.
 
     An expert's output is multiplied by the router's weight ``r`` of the token, so what counts is
     ``|r W x|^2``.
@@ -37,7 +43,7 @@ class Moments:
         if len(x):
             scaled = x.float() * weights.unsqueeze(1)
             self.total += scaled.T @ scaled
-            squares = weights.double().square()
+            squares = scaled.double().square().sum(1)
             self._squares += float(squares.sum())
             self._fourths += float(squares.square().sum())
             self.tokens += len(x)
@@ -47,19 +53,19 @@ class Moments:
             )
 
     def estimate(self) -> torch.Tensor:
-        """What the mean of ``r^2 x x^T`` over all text would be, float32 ``[in, in]``.
+        """A multiple of what the mean of ``r^2 x x^T`` over all text would be, float32 ``[in, in]``.
 
         Few tokens make directions look empty that are not, and rounding would put its errors there.
         So the mean of those that came is drawn towards a multiple of the identity, by as much as
         their number calls for: oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero, 2010,
-        equation 23; ``sklearn.covariance.oas``), with the number of equally weighted tokens that
-        these are worth.
+        equation 23; ``sklearn.covariance.oas``), with the number of equally large samples that these
+        are worth: a few large gradients are few, however many small ones there are.
         """
         if not self.tokens or self._squares <= 0:
             return self.total
         size = len(self.total)
         mean = self.total / self._squares
-        worth = self._squares**2 / self._fourths
+        worth = self._squares**2 / self._fourths / ALIKE
         trace = float(mean.diagonal().sum(dtype=torch.float64))
         average = trace / size
         spread = float(mean.square().mean(dtype=torch.float64))

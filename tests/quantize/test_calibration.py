@@ -229,7 +229,7 @@ def test_every_expert_gets_every_token(m3_nano: Path, rows: torch.Tensor, tmp_pa
 
 
 def divergence(source: Path, folder: Path, rows: torch.Tensor, layer: int) -> float:
-    """Mean KL, in nats, of Transformers' model from itself with one layer's experts from ``folder``,
+    """Mean KL, in nats, of Transformers' model from itself with a layer's experts from ``folder``,
     dequantized by the tests' own reader."""
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     written = reference.read_folder(folder)
@@ -255,14 +255,13 @@ def divergence(source: Path, folder: Path, rows: torch.Tensor, layer: int) -> fl
 def test_two_sided_is_closer_in_what_the_model_says(
     m3_nano: Path, rows: torch.Tensor, tmp_path: Path
 ) -> None:
-    """On the text of the calibration: with so little of it, on other text the two are alike."""
+    """On the text of the calibration; on other text, with so little of it, the two are alike."""
     found = []
     for method in ("descent", "two-sided"):
         target = tmp_path / method
         only = Options(include=("*.layers.5.*",))
         calibrated(m3_nano, target, rows, only, settings={"method": method})
         found.append(divergence(m3_nano, target, rows[::3], 5))
-    print(found)
     assert found[1] < 0.9 * found[0]
 
 
