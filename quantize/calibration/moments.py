@@ -53,13 +53,13 @@ class Moments:
             )
 
     def estimate(self) -> torch.Tensor:
-        """A multiple of what the mean of ``r^2 x x^T`` over all text would be, float32 ``[in, in]``.
+        """A multiple of what the mean of ``r^2 x x^T`` would be over all text, ``[in, in]``.
 
         Few tokens make directions look empty that are not, and rounding would put its errors there.
         So the mean of those that came is drawn towards a multiple of the identity, by as much as
         their number calls for: oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero, 2010,
-        equation 23; ``sklearn.covariance.oas``), with the number of equally large samples that these
-        are worth: a few large gradients are few, however many small ones there are.
+        equation 23; ``sklearn.covariance.oas``), with the number of equally large samples that
+        these are worth: a few large gradients are few, however many small ones there are.
         """
         if not self.tokens or self._squares <= 0:
             return self.total
