@@ -227,7 +227,7 @@ def quantize(
         typer.Option(
             "--rounding",
             help="How calibrated weights are rounded, e.g. --rounding gptq: faster, not as close; "
-            "two-sided: closest, with the loss's gradients, which the model is read twice for.",
+            "two-sided: closest, with the loss's gradients, reading experts three times.",
         ),
     ] = DESCENT,
     every_expert: Annotated[

@@ -6,7 +6,8 @@ the Fisher information (Martens, 2014, arXiv 1412.1193), so the curvature of the
 the unquantized model: they say which errors change what the model says.
 
 As on the way there (``quantize.calibration.walk``), memory holds a layer without its experts and
-one expert. Each layer runs three times: up to its experts, without their gradients, and with them.
+one expert. A layer with experts runs three times: up to them, without the gradients by what they
+are given, and with these.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ Outputs = list[tuple[torch.Tensor, torch.Tensor]]
 class Backward(Walk):
     """A walk whose states are all in the store, from its end to its beginning."""
 
+    def check(self) -> None:
+        """Before a long way there.
+
+        Raises:
+            QuantizeError: if there is no way back; see :meth:`Stream.check_end`.
+        """
+        self._stream.check_end()
+
     def end(self, progress: Progress = lambda _: None) -> None:
         """Store the gradients by what the last layer with experts returns.
 
@@ -56,6 +65,7 @@ class Backward(Walk):
                     tokens = self._tokens[row : row + 1]
                     logits = self._stream.logits(tokens, _passed_on(leaves))
                 self._differentiate(
+                    "the model's end",
                     [(logits, _by_logits(logits.detach(), SEED + row))],
                     list(zip(leaves, (part[row : row + 1] for part in target), strict=True)),
                 )
@@ -73,16 +83,8 @@ class Backward(Walk):
         Args:
             visitor: shown each expert, with the gradients by what all of them return.
             further: whether the latter are wanted.
-
-        Raises:
-            QuantizeError: if the layer has two groups of experts.
         """
         with self._stream.at(number) as sites:
-            if len(sites) > 1:
-                raise QuantizeError(
-                    f"{sites[1].group.prefix}: a second group of experts in its layer; "
-                    "--rounding two-sided knows layers with one; take another rounding"
-                )
             known: dict[str, torch.Tensor] = {}
             if sites:
                 known = self._experts(number, sites[0], visitor, further, progress)
@@ -170,7 +172,7 @@ class Backward(Walk):
         for batch in self._batches:
             rows, tokens = slice(row, row + len(batch)), slice(token, token + batch.numel())
             row, token = rows.stop, tokens.stop
-            leaves = _leaves(part[rows] for part in given)
+            leaves = _leaves((part[rows] for part in given), by_answer is None)
             answers = []
             with torch.enable_grad():
                 for site in sites:
@@ -182,16 +184,22 @@ class Backward(Walk):
             assert returned is not None
             outputs = list(zip(returned, (part[rows] for part in gradients), strict=True))
             if by_answer is not None:
-                self._differentiate(outputs, [(answers[0], by_answer[tokens])])
-                continue
+                wanted = [(answers[0], by_answer[tokens])]
+            else:
+                for site in sites:
+                    x, _, weights = flat(site)
+                    outputs += [(x, known["by_x"][tokens]), (weights, known["by_weights"][tokens])]
+                parts = (part[rows] for part in target)
+                wanted = list(zip(leaves, parts, strict=True))
+            self._differentiate(f"layer {number}", outputs, wanted)
+            # Else a graph would live until the next one is there, and through all experts.
+            del returned, outputs, wanted, answers, leaves
             for site in sites:
-                x, _, weights = flat(site)
-                outputs += [(x, known["by_x"][tokens]), (weights, known["by_weights"][tokens])]
-            wanted = (part[rows] for part in target)
-            self._differentiate(outputs, list(zip(leaves, wanted, strict=True)))
+                site.seen = site.replay = None
+            self._stream.forget()
 
     def _differentiate(
-        self, outputs: Outputs, wanted: list[tuple[torch.Tensor, torch.Tensor]]
+        self, where: str, outputs: Outputs, wanted: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
         """Fill the second of each of ``wanted`` with the gradient by the first."""
         useful = [(out, by) for out, by in outputs if out.requires_grad]
@@ -213,8 +221,8 @@ class Backward(Walk):
                 continue
             if not torch.isfinite(gradient).all():
                 raise QuantizeError(
-                    "the loss's gradient is NaN or infinite; the source is damaged, or needs "
-                    "another precision (--device cpu), or another --rounding"
+                    f"{where}: the loss's gradient is NaN or infinite in {self._stream.dtype}; the "
+                    "source is damaged, or needs another precision (--device cpu) or --rounding"
                 )
             target.copy_(gradient)
 
@@ -224,14 +232,14 @@ class Backward(Walk):
     def _like(self, states: list[torch.Tensor], prefix: str) -> list[torch.Tensor]:
         """New tensors in the store, one for each of ``states``."""
         return [
-            self._store.new(f"{prefix}.{i}", tuple(part.shape), torch.float32)
+            self._store.new(f"{prefix}.{i:03d}", tuple(part.shape), torch.float32)
             for i, part in enumerate(states)
         ]
 
 
-def _leaves(parts: Iterator[torch.Tensor]) -> list[torch.Tensor]:
-    """Of parts of the store, what gradients can be taken by; integers stay as they are."""
-    return [part.clone().requires_grad_(part.is_floating_point()) for part in parts]
+def _leaves(parts: Iterator[torch.Tensor], wanted: bool = True) -> list[torch.Tensor]:
+    """Of parts of the store, what gradients can be taken by, if ``wanted``; integers stay."""
+    return [part.clone().requires_grad_(wanted and part.is_floating_point()) for part in parts]
 
 
 def _passed_on(leaves: list[torch.Tensor]) -> Returned:
@@ -246,5 +254,7 @@ def _by_logits(logits: torch.Tensor, seed: int) -> torch.Tensor:
     # Drawn on the host: the same on every device.
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(*found.shape[:-1], 1, generator=generator).to(found.device)
-    token = (found.cumsum(-1) < drawn).sum(-1, keepdim=True).clamp_max(found.shape[-1] - 1)
+    upto = found.cumsum(-1)
+    # The sum of all is not quite 1.
+    token = (upto < drawn * upto[..., -1:]).sum(-1, keepdim=True).clamp_max(found.shape[-1] - 1)
     return found.scatter_add_(-1, token, torch.full_like(drawn, -1.0))

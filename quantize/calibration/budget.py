@@ -27,7 +27,7 @@ class Budget(NamedTuple):
         memory: on the device: a layer without its experts, one expert with its second moments and
             a run's activations. What the system keeps of files comes on top, as far as there is
             memory.
-        states: on disk, hidden states: of one layer, or where gradients are taken of all.
+        states: on disk, hidden states: of one layer, or, with gradients, of all.
         staged: on disk, quantized experts.
     """
 
@@ -80,8 +80,11 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
          if name.startswith(decoder) and layer_number(name) is None and len(info.shape) == 2),
         default=0,
     )  # fmt: skip
-    end = (beside + vocabulary * hidden) * width + settings.length * vocabulary * 16
-    kept = max(map(_layer_of, plan.found)) - min(map(_layer_of, plan.groups)) + 2
+    last = max(map(_layer_of, plan.found))
+    after = [size for number, size in layers.items() if number is not None and number > last]
+    end = (beside + vocabulary * hidden + sum(after)) * width + settings.length * vocabulary * 16
+    end += len(after) * settings.length * (hidden * 16 + inner * 8) * width
+    kept = last - min(map(_layer_of, plan.groups)) + 2
     return Budget(
         max((largest + beside) * width + expert + run + chunk, end),
         total * hidden * ((kept + 1) * width + 5 * 4),

@@ -43,7 +43,7 @@ class Moments:
         if len(x):
             scaled = x.float() * weights.unsqueeze(1)
             self.total += scaled.T @ scaled
-            squares = scaled.double().square().sum(1)
+            squares = torch.linalg.vector_norm(scaled, dim=1).double().square()
             self._squares += float(squares.sum())
             self._fourths += float(squares.square().sum())
             self.tokens += len(x)

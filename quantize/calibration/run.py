@@ -51,6 +51,7 @@ def calibrate(
     assert settings is not None
     undone = missing(plan, folder)
     if not undone:
+        shutil.rmtree(folder / "states", ignore_errors=True)
         return
     dtype = precision(device)
     stream = Stream(checkpoint, plan.found, device, dtype, plan.options.trust_remote_code)
@@ -75,7 +76,8 @@ class Journey:
 
     Attributes:
         first, last: the layers that have experts to be quantized, from and to.
-        stops: how many layers are run, those run back counted again.
+        undone: those of them that are not staged yet.
+        stops: how many layers are run, those run back counted again, and the model's end.
         at: how many of them are done.
     """
 
@@ -157,6 +159,7 @@ def there(walk: Walk, quantizer: Quantizer, journey: Journey) -> None:
 def there_and_back(walk: Backward, quantizer: Quantizer, journey: Journey) -> None:
     """Through the model without quantizing, then back from its end: experts are quantized as they
     come then, since what matters at their output is known only from there."""
+    walk.check()
     ahead = walk.last + 1
 
     def needed(at: int) -> list[str]:

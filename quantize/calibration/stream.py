@@ -16,7 +16,7 @@ import copy
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -149,6 +149,12 @@ class Stream:
         where = checkpoint.folder / "config.json"
         try:
             config = config_of(checkpoint.folder, trust_remote_code)
+            for part in (config, config.get_text_config()):
+                # A config may ask for what training needs; stand-ins have no routers.
+                if getattr(part, "output_router_logits", False):
+                    part.output_router_logits = False
+                if not getattr(part, "return_dict", True):
+                    part.return_dict = True
         except Exception as error:  # Transformers raises many kinds here
             raise QuantizeError(
                 f"{where}: calibration runs the model, and Transformers does not know it "
@@ -227,26 +233,18 @@ class Stream:
     @contextmanager
     def end(self) -> Iterator[None]:
         """Within, what comes after the last layer with experts has its weights, and :meth:`logits`
-        runs it.
-
-        Raises:
-            QuantizeError: if the model's class makes no logits.
-        """
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise QuantizeError(
-                f"{self._checkpoint.folder}: {type(self.model).__name__} makes no logits, and "
-                "--rounding two-sided needs them; take another rounding"
-            )
+        runs it; see :meth:`check_end`."""
         self._give_before(self.last + 1)
-        self._restore_embedding()  # it may be the head, too
         parts = {f"{self.layers_path}.{n}.": self.layers[n] for n in self._after()}
-        parts |= {
-            f"{name}.": module for name, module in self.model.named_modules() if module is head
-        }
+        parts |= {f"{name}.": module for name, module in self._heads()}
+        if any(name not in self._owners for name in self._head_parameters()):
+            self._restore_embedding()  # it is the head, too
         for path in parts:
             self._load(path)
-        self.model.tie_weights()
+        if any(
+            tensor.is_meta for _, head in self._heads() for tensor in head.state_dict().values()
+        ):
+            self.model.tie_weights()
         for path, module in parts.items():
             self._check_loaded(module, path)
             module.to(self.device)
@@ -256,11 +254,39 @@ class Stream:
             for module in parts.values():
                 _without_weights(module)
 
+    def check_end(self) -> None:
+        """See that :meth:`end` will find what it needs.
+
+        Raises:
+            QuantizeError: if the model's class makes no logits, the checkpoint has no weights for
+                them, or a layer has two groups of experts.
+        """
+        heads = self._heads()
+        if not heads:
+            raise QuantizeError(
+                f"{self._checkpoint.folder}: {type(self.model).__name__} makes no logits, and "
+                "--rounding two-sided needs them; take another rounding"
+            )
+        tied = getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
+        for name in () if tied else self._head_parameters():
+            if name not in self._owners:
+                raise QuantizeError(
+                    f"{self._checkpoint.folder}: {name} is not there, and --rounding two-sided "
+                    "needs the model's logits; take another rounding"
+                )
+        numbers = [number for number, _, _ in self._sites]
+        for number, _, group in self._sites:
+            if numbers.count(number) > 1:
+                raise QuantizeError(
+                    f"{group.prefix}: its layer has another group of experts, and --rounding "
+                    "two-sided knows layers with one; take another rounding"
+                )
+
     def logits(self, tokens: torch.Tensor, given: Returned) -> torch.Tensor:
         """The model's logits ``[rows, length, vocabulary]``, from what :meth:`run` takes, of the
         last layer with experts."""
         self._give(given)
-        found: torch.Tensor = self._call(tokens).logits
+        found: torch.Tensor = self._call(tokens, lambda output: output.logits)
         return found
 
     def run(self, tokens: torch.Tensor, given: Returned | None) -> Returned | None:
@@ -297,6 +323,10 @@ class Stream:
                 )
         return tuple(found)
 
+    def forget(self) -> None:
+        """Drop what the last run was given and returned, and its graph with it."""
+        self.given = self._last.returned = None
+
     def _give(self, given: Returned) -> None:
         parts = iter(part.to(self.device) for part in given)
         form = self.forms[self._number - 1]
@@ -305,10 +335,10 @@ class Stream:
         else:
             self.given = tuple(next(parts) if there else None for there in form)
 
-    def _call(self, tokens: torch.Tensor) -> Any:
+    def _call(self, tokens: torch.Tensor, part: Callable[[Any], Any] = lambda all_: all_) -> Any:
         try:
-            return self.model(input_ids=tokens.to(self.device), use_cache=False)
-        except (Finished, QuantizeError):
+            return part(self.model(input_ids=tokens.to(self.device), use_cache=False))
+        except (Finished, QuantizeError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # any code may be in there
             raise QuantizeError(
@@ -334,6 +364,14 @@ class Stream:
         if isinstance(found, _Given):
             found = self.layers[layer] = found.__dict__["original"]
         return found
+
+    def _heads(self) -> list[tuple[str, torch.nn.Module]]:
+        """What makes logits, with its name; none or one."""
+        head = self.model.get_output_embeddings()
+        return [(name, part) for name, part in self.model.named_modules() if part is head]
+
+    def _head_parameters(self) -> list[str]:
+        return [f"{name}.{own}" for name, head in self._heads() for own in head.state_dict()]
 
     def _after(self) -> range:
         return range(self.last + 1, len(self.layers))

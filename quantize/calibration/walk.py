@@ -176,11 +176,12 @@ class Walk:
             for site in sites:
                 site.seen = None
                 site.replay = answers[site][token:last] if site in answers else None
-            given = tuple(part[row:end] for part in before)
+            # A layer may change in place what it is given.
+            given = tuple(part[row:end].clone() for part in before)
             returned = self._stream.run(batch, given or None)
             if returned is not None:
                 target = target or self._new(
-                    {f"{states_name(number + 1)}.{i}": part for i, part in enumerate(returned)},
+                    {f"{states_name(number + 1)}.{i:03d}": part for i, part in enumerate(returned)},
                     self._rows,
                 )
                 first, parts = row, returned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +101,45 @@ def test_as_autograd(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for layer, expected in truth.items():
         # The store keeps gradients in float32.
         assert (found.found[layer] - expected).norm() <= 1e-5 * expected.norm(), layer
-    assert not [n for n in Store(tmp_path / "store").names("") if "gradients" in n]
+    left = {file.name.split(".")[0] for file in (tmp_path / "store").iterdir()}
+    assert not left & {"x", "ids", "weights", "by_x", "by_weights", "by_answer"}
+    assert len([name for name in left if name.startswith("gradients")]) <= 1
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_dense_layers_between_and_after(
-    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They pass gradients on, too; and the head may be the embedding."""
+def small(folder: Path, tied: bool, **more: Any) -> Path:
+    """A Qwen3-MoE with experts in every other layer, and dense ones after the last."""
     torch.manual_seed(2)
     config = Qwen3MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, moe_intermediate_size=16,
         num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2, tie_word_embeddings=tied,
     )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "m")
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | more))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tied", "more"),
+    [
+        (True, {}),
+        (False, {}),
+        (False, {"tie_word_embeddings": True}),  # but the file has a head of its own
+        (False, {"output_router_logits": True}),
+        (False, {"return_dict": False}),
+    ],
+)
+def test_dense_layers_between_and_after(
+    tied: bool, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pass gradients on, too; the head may be the embedding; a config may ask for more."""
+    folder = small(tmp_path / "m", tied, **more)
     monkeypatch.setattr(backward, "_by_logits", any_gradient)
     rows = rows_of(2, 9)
-    found, stream = walked_back(tmp_path / "m", Store(tmp_path / "store"), rows)
-    truth = transformers_gradients(tmp_path / "m", stream, rows, any_gradient)
+    found, stream = walked_back(folder, Store(tmp_path / "store"), rows)
+    plain = small(tmp_path / "plain", tied) if more.keys() - {"tie_word_embeddings"} else folder
+    truth = transformers_gradients(plain, stream, rows, any_gradient)
     assert found.found.keys() == truth.keys() == {1, 3}
     for layer, expected in truth.items():
         assert (found.found[layer] - expected).norm() <= 1e-5 * expected.norm(), layer
@@ -130,11 +151,18 @@ def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
         stream = Stream(checkpoint, find(checkpoint), CPU)
         stream.model = stream.model.model
         stream.model.get_output_embeddings = lambda: None
-        with (
-            pytest.raises(QuantizeError, match=r"makes no logits.*take another rounding"),
-            stream.end(),
-        ):
-            pass
+        with pytest.raises(QuantizeError, match=r"makes no logits.*take another rounding"):
+            stream.check_end()
+
+
+def test_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    folder = small(tmp_path / "m", True)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    with Checkpoint(folder) as checkpoint:
+        stream = Stream(checkpoint, find(checkpoint), CPU)
+        with pytest.raises(QuantizeError, match=r"lm_head\.weight is not there"):
+            stream.check_end()
 
 
 def test_what_is_drawn_is_what_the_model_predicts() -> None:
