@@ -323,7 +323,7 @@ def test_an_interrupted_run_goes_on_there_and_back(
     assert (target / name).read_bytes() == (there_and_back / name).read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["states-00003.0", "gradients-00005.0"])
+@pytest.mark.parametrize("damage", ["states-00003.000", "gradients-00005.000"])
 def test_what_is_needed_on_the_way_back_is_looked_at(
     m3_nano: Path, there_and_back: Path, rows: torch.Tensor, tmp_path: Path, damage: str
 ) -> None:

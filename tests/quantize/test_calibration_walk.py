@@ -75,7 +75,7 @@ def walked(
         for layer in range(stream.last + 1):
             walk.layer(layer, visitor)
             walk.forget(layer)
-    return store.open(f"{states_name(stream.last + 1)}.0"), stream
+    return store.open(f"{states_name(stream.last + 1)}.000"), stream
 
 
 def whole(folder: Path, stream: Stream, rows: torch.Tensor) -> torch.Tensor:
