@@ -1,0 +1,187 @@
+"""What rounded activations cost, and what could take it off without another kernel.
+
+    python -m benchmarks.activations SOURCE [--rows 64] [--length 512]
+
+FP4 kernels round the inputs of an expert's two products to NVFP4, weights being what they may. To
+first order that costs the mean of ``(g . n)^2`` over tokens, ``n`` being what an input loses and
+``g`` the loss's gradient by it. By layer, relative to that, what remains of it
+
+* **scaled**: if the first product's inputs are scaled a channel each, and gate and up the other way
+  round, which could be folded into the norm before them, the router and the shared experts. The
+  scales are the best for errors that are as large for a block's every channel: the square root of
+  an input's standard deviation over its gradient's.
+* **rotated**: if they are rotated, by a random orthogonal matrix.
+* **weights, first / second**: if the product's weights are those, of all floating-point numbers,
+  that are best for rounded inputs (least squares over one half of the tokens; the other half is
+  measured). What calibration could do for rounded inputs is less.
+
+The text is Python's standard library without the held-out third. Everything is in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.simulate import round_nvfp4
+from examples.perplexity import cut, standard_library, token_stream
+from quantize.calibration.backward import Backward
+from quantize.calibration.routing import Routing
+from quantize.calibration.store import Store
+from quantize.calibration.stream import Stream
+from quantize.calibration.walk import Nobody, Weights
+from quantize.checkpoint import Checkpoint
+from quantize.experts import ExpertGroup, find
+from quantize.identify import identify
+from quantize.nvfp4 import E2M1_MAX, E4M3_MAX
+
+
+class Remains(NamedTuple):
+    """See the module's docstring; ``noise`` is what is lost, relative to the inputs' squares."""
+
+    noise: float
+    scaled: float
+    rotated: float
+    first: float
+    second: float
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """``[tokens, n]`` as kernels see it, with an input scale from its largest magnitude."""
+    scale = x.abs().amax() / (E2M1_MAX * E4M3_MAX)
+    return round_nvfp4(x.contiguous(), scale.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def cost(noise: torch.Tensor, gradient: torch.Tensor) -> float:
+    """Mean of ``(g . n)^2`` over tokens, both ``[tokens, n]``."""
+    return float((noise * gradient).sum(1).double().square().mean())
+
+
+def scaled(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """What ``x`` loses if its channels are scaled for the gradients."""
+    tiny = torch.finfo(torch.float32).tiny
+    spread, slope = (each.square().mean(0).sqrt().clamp_min(tiny) for each in (x, gradient))
+    scale = (spread / slope).sqrt()
+    return rounded(x / scale) * scale - x
+
+
+def rotated(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """What ``x`` loses if it is rotated."""
+    generator = torch.Generator().manual_seed(seed)
+    size = x.shape[1]
+    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    return rounded(x @ rotation) @ rotation.T - x
+
+
+def best_weights(
+    x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor
+) -> tuple[float, float]:
+    """What rounding ``x`` costs in the second half of the tokens: with ``weight`` ``[out, in]``,
+    and with the least-squares weights of the first half. ``gradient``: by outputs."""
+    given, half = rounded(x), len(x) // 2
+    before, after = (slice(half), slice(half, None))
+    moment = given[before].T @ given[before]
+    moment.diagonal().add_(1e-4 * moment.diagonal().mean())
+    lost = (x - given)[before].T @ given[before]
+    better = weight + torch.linalg.solve(moment.double(), (weight @ lost).double().T).T.float()
+    truth = x[after] @ weight.T
+    plain, best = (
+        cost(given[after] @ each.T - truth, gradient[after]) for each in (weight, better)
+    )
+    return plain, best
+
+
+class Remainder(Nobody):
+    """A visitor on the way back; :attr:`found` is by layer."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Remains] = {}
+
+    def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
+        self._layer, self._x = layer, routing.x.float()
+        self._by_x = torch.zeros_like(self._x)
+        self._products: list[tuple[tuple[float, float], tuple[float, float]]] = []
+
+    def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+        chunks = list(routing.of(number))
+        if not chunks:
+            return weights
+        x = torch.cat([chunk.x for chunk in chunks]).float()
+        outputs = [c.gradient * c.weights.unsqueeze(1) for c in chunks if c.gradient is not None]
+        by_output = torch.cat(outputs).float()
+        gate_up = torch.cat([each.float() for each in weights.inputs])
+        slopes = torch.cat(weights.slopes(x, by_output), 1)
+        self._by_x.index_add_(0, torch.cat([chunk.rows for chunk in chunks]), slopes @ gate_up)
+        if len(x) >= 4 * x.shape[1]:  # fewer say nothing about the best weights
+            first = best_weights(x, slopes, gate_up)
+            second = best_weights(weights.between(x), by_output, weights.down.float())
+            self._products.append((first, second))
+        return weights
+
+    def end(self) -> None:
+        x, by_x = self._x, self._by_x
+        lost = rounded(x) - x
+        plain = cost(lost, by_x)
+        parts = []
+        for which in range(2):
+            costs = [product[which] for product in self._products]
+            parts.append(sum(best for _, best in costs) / max(sum(p for p, _ in costs), 1e-300))
+        self.found[self._layer] = Remains(
+            float(lost.square().sum() / x.square().sum()),
+            cost(scaled(x, by_x), by_x) / plain,
+            cost(rotated(x), by_x) / plain,
+            parts[0] if self._products else float("nan"),
+            parts[1] if self._products else float("nan"),
+        )
+
+
+def measure(source: Path, rows: torch.Tensor) -> dict[int, Remains]:
+    """By layer, on tokens ``[rows, length]``."""
+    visitor = Remainder()
+    with tempfile.TemporaryDirectory(prefix="nvfp4-moe-") as folder, Checkpoint(source) as found:
+        groups = find(found)
+        stream = Stream(found, groups, torch.device("cpu"))
+        walk = Backward(found, identify(source), stream, rows, Store(Path(folder)))
+        walk.check()
+        for layer in range(walk.last + 1):
+            walk.layer(layer, Nobody())
+        walk.end()
+        first = min(map(stream.layer_of, groups))
+        for layer in reversed(range(first, walk.last + 1)):
+            walk.back(layer, visitor, layer > first)
+    return visitor.found
+
+
+def table(found: dict[int, Remains]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield "| layer | noise | scaled | rotated | weights, first | weights, second |"
+    yield "|" + " --- |" * 6
+    for layer, remains in sorted(found.items()):
+        noise, *rest = remains
+        yield f"| {layer} | {noise:.5f} | " + " | ".join(f"{each:.3f}" for each in rest) + " |"
+
+
+def main() -> None:
+    """Parse the arguments, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    args = parser.parse_args()
+    training, _ = standard_library()
+    stream = token_stream(AutoTokenizer.from_pretrained(args.source), training)
+    rows = torch.tensor(list(islice(cut(stream, args.length), args.rows)))
+    print("\n".join(table(measure(args.source, rows))))
+
+
+if __name__ == "__main__":
+    main()
