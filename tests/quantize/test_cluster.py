@@ -165,6 +165,42 @@ def test_two_nodes_make_what_one_machine_makes(
     assert "Traceback" not in result.stderr
 
 
+CALIBRATE = """
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+import torch
+from quantize.calibration.settings import Calibration, digest_of
+from quantize.checkpoint import Checkpoint
+from quantize.cluster import connected
+from quantize.pipeline import execute
+from quantize.plan import Options, plan
+
+source, target, address = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+rows = torch.randint(1, 16, (4, 64), generator=torch.Generator().manual_seed(0))
+settings = Calibration("text", *rows.shape, digest_of(rows), "two-sided")
+with connected(address) if address else nullcontext(), Checkpoint(source) as checkpoint:
+    steps = plan(checkpoint, Options(max_shard_size=5000, calibration=settings))
+    execute(checkpoint, steps, target, rows=rows, ray=address or None)
+"""
+
+
+def test_calibrated_on_a_cluster(address: str, source: Path, tmp_path: Path) -> None:
+    """The driver calibrates, the nodes write."""
+    for name, where in (("alone", ""), ("nodes", address)):
+        done = subprocess.run(
+            [sys.executable, "-c", CALIBRATE, source, tmp_path / name, where],
+            env=ONE_THREAD, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    alone, nodes = (everything(tmp_path / name) for name in ("alone", "nodes"))
+    tensors = [name for name in alone if name.endswith(".safetensors")]
+    assert len(tensors) > 5
+    assert {name: nodes[name] for name in tensors} == {name: alone[name] for name in tensors}
+    assert nodes.keys() == alone.keys()
+
+
 def test_another_goes_on_with_a_run_that_failed(
     address: str, source: Path, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
