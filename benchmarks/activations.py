@@ -12,8 +12,9 @@ first order that costs the mean of ``(g . n)^2`` over tokens, ``n`` being what a
   an input's standard deviation over its gradient's.
 * **rotated**: if they are rotated, by a random orthogonal matrix.
 * **weights, first / second**: if the product's weights are those, of all floating-point numbers,
-  that are best for rounded inputs (least squares over one half of the tokens; the other half is
-  measured). What calibration could do for rounded inputs is less.
+  that are best for rounded inputs: least squares over one half of the tokens, drawn towards the
+  weights themselves by as much as is best for the other half, which is measured. What calibration
+  could do for rounded inputs is less.
 
 The text is Python's standard library without the held-out third. Everything is in float32.
 """
@@ -41,6 +42,9 @@ from quantize.checkpoint import Checkpoint
 from quantize.experts import ExpertGroup, find
 from quantize.identify import identify
 from quantize.nvfp4 import E2M1_MAX, E4M3_MAX
+
+PRIORS = (1e-4, 1e-2, 1e-1, 1.0)
+"""Of the inputs' mean square: how firmly the best weights are drawn towards those there are."""
 
 
 class Remains(NamedTuple):
@@ -87,15 +91,15 @@ def best_weights(
     and with the least-squares weights of the first half. ``gradient``: by outputs."""
     given, half = rounded(x), len(x) // 2
     before, after = (slice(half), slice(half, None))
-    moment = given[before].T @ given[before]
-    moment.diagonal().add_(1e-4 * moment.diagonal().mean())
-    lost = (x - given)[before].T @ given[before]
-    better = weight + torch.linalg.solve(moment.double(), (weight @ lost).double().T).T.float()
+    moment = (given[before].T @ given[before]).double()
+    lost = (weight @ ((x - given)[before].T @ given[before])).double()
     truth = x[after] @ weight.T
-    plain, best = (
-        cost(given[after] @ each.T - truth, gradient[after]) for each in (weight, better)
-    )
-    return plain, best
+    costs = [cost(given[after] @ weight.T - truth, gradient[after])]
+    for share in PRIORS:
+        drawn = moment + share * moment.diagonal().mean() * torch.eye(len(moment))
+        better = weight + torch.linalg.solve(drawn, lost.T).T.float()
+        costs.append(cost(given[after] @ better.T - truth, gradient[after]))
+    return costs[0], min(costs[1:])
 
 
 class Remainder(Nobody):
