@@ -37,7 +37,7 @@ from quantize.calibration.backward import Backward
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Stream
-from quantize.calibration.walk import Nobody, Weights
+from quantize.calibration.walk import Nobody, Visitor, Weights
 from quantize.checkpoint import Checkpoint
 from quantize.experts import ExpertGroup, find
 from quantize.identify import identify
@@ -149,10 +149,23 @@ class Remainder(Nobody):
 def measure(source: Path, rows: torch.Tensor) -> dict[int, Remains]:
     """By layer, on tokens ``[rows, length]``."""
     visitor = Remainder()
-    with tempfile.TemporaryDirectory(prefix="nvfp4-moe-") as folder, Checkpoint(source) as found:
-        groups = find(found)
-        stream = Stream(found, groups, torch.device("cpu"))
-        walk = Backward(found, identify(source), stream, rows, Store(Path(folder)))
+    with tempfile.TemporaryDirectory(prefix="nvfp4-moe-") as folder:
+        there_and_back(source, Store(Path(folder)), rows, visitor)
+    return visitor.found
+
+
+def there_and_back(
+    source: Path,
+    store: Store,
+    rows: torch.Tensor,
+    visitor: Visitor,
+    dtype: torch.dtype = torch.float32,
+) -> Stream:
+    """Show ``visitor`` all experts on the way back of one walk that is not interrupted."""
+    with Checkpoint(source) as checkpoint:
+        groups = find(checkpoint)
+        stream = Stream(checkpoint, groups, torch.device("cpu"), dtype)
+        walk = Backward(checkpoint, identify(source), stream, rows, store)
         walk.check()
         for layer in range(walk.last + 1):
             walk.layer(layer, Nobody())
@@ -160,7 +173,9 @@ def measure(source: Path, rows: torch.Tensor) -> dict[int, Remains]:
         first = min(map(stream.layer_of, groups))
         for layer in reversed(range(first, walk.last + 1)):
             walk.back(layer, visitor, layer > first)
-    return visitor.found
+            walk.forget(layer + 1)
+            walk.forget_gradients(layer + 1)
+    return stream
 
 
 def table(found: dict[int, Remains]) -> Iterator[str]:

@@ -50,14 +50,10 @@ class Backward(Walk):
         self._stream.check_end()
 
     def end(self, progress: Progress = lambda _: None) -> None:
-        """Store the gradients by what the last layer with experts returns.
-
-        Raises:
-            QuantizeError: if the model makes no logits.
-        """
-        after = self._stream.last + 1
+        """Store the gradients by what the last layer with experts returns; see :meth:`check`."""
+        after = self.last + 1
         with self._stream.end():
-            states = self._opened(states_name(after))
+            states = self._store.opened(states_name(after))
             target = self._like(states, gradients_name(after))
             for row in range(self._rows):
                 leaves = _leaves(part[row : row + 1] for part in states)
@@ -89,16 +85,15 @@ class Backward(Walk):
             if sites:
                 known = self._experts(number, sites[0], visitor, further, progress)
             if further:
-                states = self._opened(states_name(number))
+                states = self._store.opened(states_name(number))
                 target = self._like(states, gradients_name(number))
-                self._pass_back(number, sites, known, states, target)
+                self._pass_back(number, sites, known, target)
         for name in (*known, "x", "ids", "weights", "by_answer"):
             self._store.remove(name)
 
     def forget_gradients(self, number: int) -> None:
         """Remove the gradients by what layer ``number`` is given."""
-        for name in self._store.names(gradients_name(number)):
-            self._store.remove(name)
+        self._store.forget(gradients_name(number))
 
     def _experts(
         self, number: int, site: Routed, visitor: Visitor, further: bool, progress: Progress
@@ -110,7 +105,7 @@ class Backward(Walk):
             answer = self._answer(number, site, Nobody(), lambda share: progress(share / 3))
         name = answer_name(number, group)
         by_answer = store.new("by_answer", tuple(answer.shape), torch.float32)
-        self._pass_back(number, [site], {name: answer}, [], [], by_answer)
+        self._pass_back(number, [site], {name: answer}, [], by_answer)
         routing = self._routing(group, by_answer)
         known = {name: answer}
         if further:
@@ -154,7 +149,6 @@ class Backward(Walk):
         number: int,
         sites: list[Routed],
         known: dict[str, torch.Tensor],
-        states: list[torch.Tensor],
         target: list[torch.Tensor],
         by_answer: torch.Tensor | None = None,
     ) -> None:
@@ -163,11 +157,12 @@ class Backward(Walk):
         Args:
             known: what the layer's experts answer; unless ``by_answer`` is wanted, also the
                 gradients by their inputs.
-            states: what the layer is given, if the gradients by it are wanted: ``target``.
+            target: filled with the gradients by what the layer is given, unless ``by_answer`` is
+                wanted.
             by_answer: filled with the gradients by what the experts answer.
         """
-        given = self._opened(states_name(number))
-        gradients = self._opened(gradients_name(number + 1))
+        given = self._store.opened(states_name(number))
+        gradients = self._store.opened(gradients_name(number + 1))
         row = token = 0
         for batch in self._batches:
             rows, tokens = slice(row, row + len(batch)), slice(token, token + batch.numel())
@@ -225,9 +220,6 @@ class Backward(Walk):
                     "source is damaged, or needs another precision (--device cpu) or --rounding"
                 )
             target.copy_(gradient)
-
-    def _opened(self, prefix: str) -> list[torch.Tensor]:
-        return [self._store.open(name) for name in self._store.names(prefix)]
 
     def _like(self, states: list[torch.Tensor], prefix: str) -> list[torch.Tensor]:
         """New tensors in the store, one for each of ``states``."""

@@ -96,6 +96,15 @@ class Store:
         """Of the tensors in the store, those that begin with ``prefix`` and a dot, in order."""
         return sorted(name for name in self._index if name.startswith(f"{prefix}."))
 
+    def opened(self, prefix: str) -> list[torch.Tensor]:
+        """:meth:`open` for each of :meth:`names`."""
+        return [self.open(name) for name in self.names(prefix)]
+
+    def forget(self, prefix: str) -> None:
+        """:meth:`remove` for each of :meth:`names`."""
+        for name in self.names(prefix):
+            self.remove(name)
+
     def remove(self, name: str) -> None:
         """Remove the file ``name``, if it is there."""
         (self.folder / name).unlink(missing_ok=True)

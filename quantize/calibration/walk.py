@@ -159,15 +159,14 @@ class Walk:
 
     def forget(self, number: int) -> None:
         """Remove what layer ``number`` was given."""
-        for name in self._store.names(states_name(number)):
-            self._store.remove(name)
+        self._store.forget(states_name(number))
 
     def _pass(
         self, number: int, sites: list[Routed], answers: dict[Routed, torch.Tensor]
     ) -> Routed | None:
         """All batches: up to the first experts without an answer, whose input is stored and who are
         returned; through the whole layer if all have one."""
-        before = [self._store.open(name) for name in self._store.names(states_name(number))]
+        before = self._store.opened(states_name(number))
         target: list[torch.Tensor] = []
         waiting: Routed | None = None
         row = token = 0

@@ -29,7 +29,7 @@ _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float3
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 
 _VALUES = torch.arange(127, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
-_E4M3 = _VALUES.numpy()
+E4M3 = _VALUES.numpy()
 """float32 [127]: the value of each E4M3 bit pattern that is not negative."""
 _PAIRS = decode(torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(1)).numpy()
 """float32 [256, 2]: both values of each packed byte."""
@@ -44,7 +44,7 @@ _MIN, _MAX, _NORMAL = _F(2.0**-9), _F(448), _F(2.0**-6)
 """E4M3's smallest, largest, and smallest normal values."""
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     """Compile ``function`` at its first call, and keep the result for later processes."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
@@ -54,13 +54,13 @@ def _compiled(function: Any) -> Any:
 
 
 @njit(inline="always")
-def _round_e2m1(t: Any) -> Any:
+def round_e2m1(t: Any) -> Any:
     """The E2M1 magnitude nearest to ``t >= 0``."""
     magic = _HALVES if t < _F(2) else (_ONES if t < _F(4) else _TWOS)
     return min((t + magic) - magic, _F(6))
 
 
-@_compiled
+@compiled
 def _largest(bits, mask):  # type: ignore[no-untyped-def]
     """The largest magnitude, as bits; infinity and NaN come out largest of all."""
     best = bits[0] & mask
@@ -69,7 +69,7 @@ def _largest(bits, mask):  # type: ignore[no-untyped-def]
     return best
 
 
-@_compiled
+@compiled
 def _widen(source, half, x):  # type: ignore[no-untyped-def]
     """float32 bits of ``source``: bits of float32, bfloat16, or float16 (``half``)."""
     if source.itemsize == 4:
@@ -86,7 +86,7 @@ def _widen(source, half, x):  # type: ignore[no-untyped-def]
             x[i] = _U(source[i]) << _U(16)
 
 
-@_compiled
+@compiled
 def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
     """``quantize.scales.max``: ``scale`` (E4M3 bits) of each block of float32 bits ``x``."""
     blocks = scale.shape[0]
@@ -106,7 +106,7 @@ def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
         scale[b] = np.uint8(subnormal if ratio[b] < _NORMAL else normal)
 
 
-@_compiled
+@compiled
 def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, scale):  # type: ignore[no-untyped-def]
     """``quantize.scales.mse``: improves ``scale``, which the max rule has set.
 
@@ -128,7 +128,7 @@ def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, 
             error[b] = _F(0)
         for k in range(BLOCK):
             for b in range(blocks):
-                lost = y[k, b] - _round_e2m1(y[k, b] * inverse[b]) * value[b]
+                lost = y[k, b] - round_e2m1(y[k, b] * inverse[b]) * value[b]
                 error[b] += lost * lost
         for b in range(blocks):
             better = error[b] < best[b]
@@ -137,7 +137,7 @@ def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, 
             scale[b] = np.uint8(candidate) if better else scale[b]
 
 
-@_compiled
+@compiled
 def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type: ignore[no-untyped-def]
     """``quantize.nvfp4.encode``; adds up the squares, in units of the global scale, by column."""
     bits = x.view(np.uint32)
@@ -147,7 +147,7 @@ def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type:
         step = value * global_scale
         for j in range(BLOCK):
             i = BLOCK * b + j
-            magnitude = _round_e2m1(abs(x[i]) / step)
+            magnitude = round_e2m1(abs(x[i]) / step)
             # From 1 on, exponent and first bit of mantissa count the codes up from 2.
             above = _I(_F(magnitude).view(np.int32) >> _I(22)) - _I(252)
             code = _I(magnitude * _F(2)) if magnitude < _F(1) else above
@@ -161,7 +161,7 @@ def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type:
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
-@_compiled
+@compiled
 def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scale, counts):  # type: ignore[no-untyped-def]
     """A whole weight; returns noise and signal in units of the squared global scale."""
     bits = np.empty(BLOCK * _CHUNK, np.uint32)
@@ -192,7 +192,7 @@ def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scal
     return noise, signal
 
 
-@_compiled
+@compiled
 def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: ignore[no-untyped-def]
     """Noise and signal in units of the squared global scale."""
     bits = np.empty(BLOCK * _CHUNK, np.uint32)
@@ -244,7 +244,7 @@ class NumbaKernel(ReferenceKernel):
             weight.dtype == torch.float16,
             np.float32(scale),
             np.array(_SEARCH[rule], np.int32),
-            _E4M3,
+            E4M3,
             _RECIPROCALS,
             codes.view(-1).numpy(),
             block_scale.view(-1).numpy(),
@@ -266,7 +266,7 @@ class NumbaKernel(ReferenceKernel):
             weight.dtype == torch.float16,
             np.float32(scale),
             _PAIRS,
-            _E4M3,
+            E4M3,
             stored.codes.contiguous().view(-1).numpy(),
             stored.block_scale.contiguous().view(-1).view(torch.uint8).numpy(),
         )

@@ -51,8 +51,14 @@ def gptq(
 def compensation(moment: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the damped moments' inverse, float32 ``[in, in]``: row ``j``
     over its diagonal is what a unit of column ``j``'s error is worth in the columns after it."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, DAMPING).double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return inverse_and_factor(damped(moment, DAMPING))[1].float()
+
+
+def inverse_and_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of positive definite moments ``[..., n, n]``, and its upper Cholesky factor, both
+    float64."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment.double()))
+    return inverse, torch.linalg.cholesky(inverse, upper=True)
 
 
 def damped(moment: torch.Tensor, share: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from quantize.kernels.numba_cpu import _E4M3, _compiled, _round_e2m1
+from quantize.kernels.numba_cpu import E4M3, compiled, round_e2m1
 from quantize.nvfp4 import BLOCK
 from quantize.scales.mse import HIGHEST, LOWEST
 
@@ -30,10 +30,10 @@ all takes less than 1 % more off the loss and nearly twice the time; more sweeps
 
 def improve(*arrays: np.ndarray) -> float:
     """Arguments and result are :func:`_improve`'s, without the table."""
-    return float(_improve(*arrays, _E4M3))
+    return float(_improve(*arrays, E4M3))
 
 
-@_compiled
+@compiled
 def _improve(base, output, moment, blocks, inverse, feedback, values, scales, pull, e4m3):  # type: ignore[no-untyped-def]
     """Improve a panel of rows in place; returns by how much that lowers the loss.
 
@@ -86,7 +86,7 @@ def _improve(base, output, moment, blocks, inverse, feedback, values, scales, pu
     return gain
 
 
-@_compiled
+@compiled
 def _improve_block(left, found, now, moment, inverse, feedback, e4m3, work):  # type: ignore[no-untyped-def]
     """How much better (0: not) than ``found`` the best codes are, and their scale; the values are
     in ``work[0]`` if they are better."""
@@ -112,7 +112,7 @@ def _improve_block(left, found, now, moment, inverse, feedback, e4m3, work):  # 
     return (before - least if least < before * _BETTER else _F(0)), scale
 
 
-@_compiled
+@compiled
 def _round(ideal, feedback, step, limit, trial, rest):  # type: ignore[no-untyped-def]
     """GPTQ in a block: into ``trial``, one column after another, and what each loses is made up for
     by those after it. False, and not all of it done, if the error is above ``limit``."""
@@ -132,7 +132,7 @@ def _round(ideal, feedback, step, limit, trial, rest):  # type: ignore[no-untype
     return True
 
 
-@_compiled
+@compiled
 def _descend(trial, ideal, moment, step, least, pull):  # type: ignore[no-untyped-def]
     """Improve ``trial`` one column at a time; returns its error."""
     inverse = _F(1) / step
@@ -156,7 +156,7 @@ def _descend(trial, ideal, moment, step, least, pull):  # type: ignore[no-untype
     return error
 
 
-@_compiled
+@compiled
 def _quadratic(trial, ideal, moment, pull):  # type: ignore[no-untyped-def]
     """The error of ``trial``; half its derivative is left in ``pull``."""
     for k in range(BLOCK):
@@ -170,7 +170,7 @@ def _quadratic(trial, ideal, moment, pull):  # type: ignore[no-untyped-def]
     return error
 
 
-@_compiled
+@compiled
 def _times(row, matrix, result):  # type: ignore[no-untyped-def]
     """``row @ matrix``, of a block."""
     for k in range(BLOCK):
@@ -183,5 +183,5 @@ def _times(row, matrix, result):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def _nearest(x: Any, step: Any, inverse: Any) -> Any:
     """The E2M1 value nearest to ``x``, times ``step``; ``inverse`` is the step's reciprocal."""
-    size = _round_e2m1(abs(x) * inverse) * step
+    size = round_e2m1(abs(x) * inverse) * step
     return size if x >= _F(0) else -size

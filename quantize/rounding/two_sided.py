@@ -14,7 +14,7 @@ import torch
 
 from quantize.nvfp4 import BLOCK, pack, unpack
 from quantize.rounding.blocks import codes_of, values_of
-from quantize.rounding.gptq import damped, gptq
+from quantize.rounding.gptq import damped, gptq, inverse_and_factor
 
 SWEEPS = 6
 _ENOUGH = 1e-3
@@ -136,8 +136,7 @@ def _blocks_of(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     count = len(moment) // BLOCK
     which = torch.arange(count)
     blocks = moment.view(count, BLOCK, count, BLOCK)[which, :, which].contiguous()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(blocks.double()))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    inverse, factor = inverse_and_factor(blocks)
     diagonal = factor.diagonal(dim1=1, dim2=2)
     feedback = (factor / diagonal.unsqueeze(2)).triu(1) + torch.diag_embed(diagonal**-2)
     # LAPACK may leave columns where numba needs rows.

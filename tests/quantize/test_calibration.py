@@ -86,6 +86,20 @@ def whole(m3_nano: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFa
     return calibrated(m3_nano, tmp_path_factory.mktemp("calibrated") / "out", rows)
 
 
+def fill(experts: Any, written: dict[str, Any], prefix: str) -> None:
+    """Give Transformers' ``experts`` what was written of them, dequantized by the tests' reader."""
+
+    def weight(expert: int, name: str) -> torch.Tensor:
+        base = f"{prefix}.{expert}.{name}.weight"
+        parts = (written[f"{base}{end}"].array() for end in ("", "_scale", "_scale_2"))
+        packed, bits, scale = parts
+        return torch.from_numpy(reference.dequantize(packed, bits, float(scale.item()))).float()
+
+    for e in range(len(experts.down_proj)):
+        experts.gate_up_proj.data[e] = torch.cat((weight(e, "gate_proj"), weight(e, "up_proj")))
+        experts.down_proj.data[e] = weight(e, "down_proj")
+
+
 def experts_output(
     source: Path, folder: Path | None, rows: torch.Tensor, layers: tuple[int, ...] = (1, 3)
 ) -> list[torch.Tensor]:
@@ -105,27 +119,14 @@ def experts_output(
         experts = layer.mlp.experts
         originals = experts.gate_up_proj.data.clone(), experts.down_proj.data.clone()
 
-        def weight(
-            expert: int, name: str, prefix: str = f"model.layers.{number}.mlp.experts"
-        ) -> torch.Tensor:
-            assert written is not None
-            base = f"{prefix}.{expert}.{name}.weight"
-            parts = (written[f"{base}{end}"].array() for end in ("", "_scale", "_scale_2"))
-            packed, bits, scale = parts
-            return torch.from_numpy(reference.dequantize(packed, bits, float(scale.item()))).float()
-
         def hook(
-            module: Any, inputs: Any, output: torch.Tensor, weight: Any = weight,
-            originals: Any = originals,
+            module: Any, inputs: Any, output: torch.Tensor, originals: Any = originals,
+            prefix: str = f"model.layers.{number}.mlp.experts",
         ) -> None:  # fmt: skip
             if written is None:
                 outputs.append(output)
                 return
-            for e in range(len(originals[0])):
-                module.gate_up_proj.data[e] = torch.cat(
-                    (weight(e, "gate_proj"), weight(e, "up_proj"))
-                )
-                module.down_proj.data[e] = weight(e, "down_proj")
+            fill(module, written, prefix)
             outputs.append(type(module).forward(module, *inputs))
             module.gate_up_proj.data, module.down_proj.data = originals
 
@@ -232,22 +233,10 @@ def divergence(source: Path, folder: Path, rows: torch.Tensor, layer: int) -> fl
     """Mean KL, in nats, of Transformers' model from itself with a layer's experts from ``folder``,
     dequantized by the tests' own reader."""
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    written = reference.read_folder(folder)
-    prefix = f"model.layers.{layer}.mlp.experts"
-
-    def weight(expert: int, name: str) -> torch.Tensor:
-        base = f"{prefix}.{expert}.{name}.weight"
-        packed, bits, scale = (
-            written[f"{base}{end}"].array() for end in ("", "_scale", "_scale_2")
-        )
-        return torch.from_numpy(reference.dequantize(packed, bits, float(scale.item()))).float()
-
     with torch.no_grad():
         truth = model(input_ids=rows, use_cache=False).logits.log_softmax(-1)
-        experts = model.model.layers[layer].mlp.experts
-        for e in range(len(experts.down_proj)):
-            experts.gate_up_proj[e] = torch.cat((weight(e, "gate_proj"), weight(e, "up_proj")))
-            experts.down_proj[e] = weight(e, "down_proj")
+        experts, prefix = model.model.layers[layer].mlp.experts, f"model.layers.{layer}.mlp.experts"
+        fill(experts, reference.read_folder(folder), prefix)
         found = model(input_ids=rows, use_cache=False).logits.log_softmax(-1)
     return float((truth.exp() * (truth - found)).sum(-1).mean())
 
@@ -269,21 +258,36 @@ class Stopped(BaseException):
     """As a kill would."""
 
 
+def interrupted(moment: float, *args: Any, **more: Any) -> list[int]:
+    """:func:`calibrated`, stopped at ``moment``; of how many layers it spoke."""
+    spoken: list[int] = []
+
+    def stop(done: float, layers: int) -> None:
+        spoken.append(layers)
+        if done >= moment:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrated(*args, calibrating=stop, **more)
+    return spoken
+
+
+def resumed(*args: Any, **more: Any) -> list[float]:
+    """:func:`calibrated`, going on with what is there; how much was done, each time it said so."""
+    done: list[float] = []
+    calibrated(*args, resume=True, calibrating=lambda now, _: done.append(now), **more)
+    return done
+
+
 @pytest.mark.parametrize("moment", [1.0, 1.6, 3.9])
 def test_an_interrupted_run_goes_on(
     m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, moment: float
 ) -> None:
     target = tmp_path / "out"
 
-    def stop(done: float, layers: int) -> None:
-        if done >= moment:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        calibrated(m3_nano, target, rows, calibrating=stop)
+    interrupted(moment, m3_nano, target, rows)
     assert not (target / "config.json").exists()
-    again: list[float] = []
-    calibrated(m3_nano, target, rows, resume=True, calibrating=lambda done, _: again.append(done))
+    again = resumed(m3_nano, target, rows)
     assert min(again) == int(moment)  # nothing is done twice but the layer that was being done
     for name in ("model.safetensors", "config.json"):
         assert (target / name).read_bytes() == (whole / name).read_bytes()
@@ -306,18 +310,8 @@ def test_an_interrupted_run_goes_on_there_and_back(
     """Six layers there, the model's end, and three back."""
     target = tmp_path / "out"
 
-    def stop(done: float, layers: int) -> None:
-        assert layers == 10
-        if done >= moment:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        calibrated(m3_nano, target, rows[:1], BACK, calibrating=stop, settings=TWO_SIDED)
-    again: list[float] = []
-    calibrated(
-        m3_nano, target, rows[:1], BACK, resume=True, settings=TWO_SIDED,
-        calibrating=lambda done, _: again.append(done),
-    )  # fmt: skip
+    assert set(interrupted(moment, m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)) == {10}
+    again = resumed(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
     assert min(again) == int(moment)
     name = "model.safetensors"
     assert (target / name).read_bytes() == (there_and_back / name).read_bytes()
@@ -329,18 +323,9 @@ def test_what_is_needed_on_the_way_back_is_looked_at(
 ) -> None:
     target = tmp_path / "out"
 
-    def stop(done: float, layers: int) -> None:
-        if done >= 8.1:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        calibrated(m3_nano, target, rows[:1], BACK, calibrating=stop, settings=TWO_SIDED)
+    interrupted(8.1, m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
     (target / ".nvfp4_moe" / "calibration" / "states" / damage).unlink()
-    again: list[float] = []
-    calibrated(
-        m3_nano, target, rows[:1], BACK, resume=True, settings=TWO_SIDED,
-        calibrating=lambda done, _: again.append(done),
-    )  # fmt: skip
+    again = resumed(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
     assert min(again) == 0
     name = "model.safetensors"
     assert (target / name).read_bytes() == (there_and_back / name).read_bytes()
@@ -353,12 +338,7 @@ def test_what_an_interrupted_run_left_is_looked_at(
     """States that are missing would be zeros, and experts calibrated for them."""
     target = tmp_path / "out"
 
-    def stop(done: float, layers: int) -> None:
-        if done >= 3:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        calibrated(m3_nano, target, rows, calibrating=stop)
+    interrupted(3, m3_nano, target, rows)
     folder = target / ".nvfp4_moe" / "calibration"
     (staged,) = folder.glob("*.safetensors")
     if damage == "states":
@@ -386,12 +366,7 @@ def test_a_full_disk_is_an_error_not_a_signal(tmp_path: Path, monkeypatch: Any) 
 
 
 def test_other_text_is_another_run(m3_nano: Path, rows: torch.Tensor, tmp_path: Path) -> None:
-    def stop(done: float, layers: int) -> None:
-        if done >= 1:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        calibrated(m3_nano, tmp_path / "out", rows, calibrating=stop)
+    interrupted(1, m3_nano, tmp_path / "out", rows)
     with pytest.raises(QuantizeError, match="another source, options or version"):
         calibrated(m3_nano, tmp_path / "out", rows[1:], resume=True)
 
@@ -472,17 +447,9 @@ def test_a_source_that_changed_is_calibrated_again(
     source = tmp_path / "source"
     shutil.copytree(m3_nano, source)
 
-    def stop(done: float, layers: int) -> None:
-        if done >= 2:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        calibrated(source, tmp_path / "out", rows, calibrating=stop)
+    interrupted(2, source, tmp_path / "out", rows)
     os.utime(source / "model.safetensors", (1, 1))
-    again: list[float] = []
-    calibrated(
-        source, tmp_path / "out", rows, resume=True, calibrating=lambda done, _: again.append(done)
-    )
+    again = resumed(source, tmp_path / "out", rows)
     assert min(again) == 0
 
 

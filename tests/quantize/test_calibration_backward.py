@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.activations import there_and_back
 from quantize.calibration import backward
-from quantize.calibration.backward import Backward
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Stream
@@ -19,7 +19,6 @@ from quantize.calibration.walk import Nobody
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts import ExpertGroup, find
-from quantize.identify import identify
 from tests.quantize import families
 from tests.quantize.test_calibration_walk import CPU, FAMILIES, NOT_WALKED, rows_of
 
@@ -37,23 +36,9 @@ class Gradients(Nobody):
             self.found[layer][chunk.rows] = chunk.gradient
 
 
-def walked_back(
-    folder: Path, store: Store, rows: torch.Tensor, dtype: torch.dtype = torch.float64
-) -> tuple[Gradients, Stream]:
+def walked_back(folder: Path, store: Store, rows: torch.Tensor) -> tuple[Gradients, Stream]:
     visitor = Gradients()
-    with Checkpoint(folder) as checkpoint:
-        groups = find(checkpoint)
-        stream = Stream(checkpoint, groups, CPU, dtype)
-        walk = Backward(checkpoint, identify(folder), stream, rows, store)
-        for layer in range(stream.last + 1):
-            walk.layer(layer, Nobody())
-        walk.end()
-        first = min(map(stream.layer_of, groups))
-        for layer in reversed(range(first, stream.last + 1)):
-            walk.back(layer, visitor, layer > first)
-            walk.forget(layer + 1)
-            walk.forget_gradients(layer + 1)
-    return visitor, stream
+    return visitor, there_and_back(folder, store, rows, visitor, torch.float64)
 
 
 def transformers_gradients(
