@@ -343,10 +343,12 @@ def gpu_only_model(hf_config: Any) -> str | None:
 
 @contextmanager
 def pad_only_what_needs_it() -> Iterator[None]:
-    """Within, ``torch.nn.functional.pad`` returns a tensor that needs no padding as it is.
+    """Within, ``torch.nn.functional.pad`` returns a tensor that needs no padding as it is, if it
+    is contiguous.
 
     PyTorch copies it. Humming pads all weights before it repacks them, so that where nothing is to
-    be padded a layer's weights would be on the GPU three times.
+    be padded a layer's weights would be on the GPU three times. But it counts on the copy for the
+    global scales, which it has expanded to all rows: its kernels take contiguous tensors only.
     """
     import torch
 
@@ -355,7 +357,7 @@ def pad_only_what_needs_it() -> Iterator[None]:
     def pad(
         input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
     ) -> torch.Tensor:
-        return original(input, list(pad), mode, value) if any(pad) else input
+        return original(input, list(pad), mode, value) if any(pad) else input.contiguous()
 
     torch.nn.functional.pad = pad
     try:

@@ -141,6 +141,10 @@ def test_nothing_is_copied_for_no_padding() -> None:
         assert torch.nn.functional.pad(x, pad=[0, 0, 0, 0], value=0).data_ptr() == x.data_ptr()
         padded = torch.nn.functional.pad(x, (0, 1, 2, 0), value=7)
         reflected = torch.nn.functional.pad(x, (1, 0), mode="reflect")
+        expanded = torch.nn.functional.pad(x[:, :1].expand(-1, 3), [0, 0])
+    # As a copy is: Humming's kernels refuse an expanded global scale.
+    assert expanded.is_contiguous()
+    assert torch.equal(expanded, x[:, :1].repeat(1, 3))
     assert torch.nn.functional.pad is before
     assert torch.equal(padded, before(x, (0, 1, 2, 0), value=7))
     assert torch.equal(reflected, before(x, (1, 0), mode="reflect"))
