@@ -13,6 +13,9 @@ vLLM 0.32's own MiniMax-M3 model has no EPLB: it would be switched on, and nothi
 ``one`` and ``eplb`` are also run on a second folder (``--transformers``: the Transformers layout,
 or a Qwen3-MoE), whose vLLM model has it; ``qwen3`` writes a small random one.
 
+``--at-once`` starts all of them beside each other, for where time on GPUs is short: no figure here
+is a speed.
+
 ``--as-nodes`` starts each rank the way vLLM is started on a machine of its own (:func:`nodes`), for
 which this machine's first GPU is enough: both ranks share it, and talk through sockets.
 
@@ -276,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12, help="of 513 tokens")
     parser.add_argument("--all-args", default="", help="further options of vllm serve")
     parser.add_argument("--limit", type=float, default=240, help="seconds to start in")
+    parser.add_argument("--at-once", action="store_true", help="all servers beside each other")
     parser.add_argument("--as-nodes", action="store_true", help="two ranks as on two machines")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
     args = parser.parse_args()
@@ -294,16 +298,27 @@ def main() -> None:
     # On CPUs every rank would else bind to the same cores, and refuse. An entry for each of a node.
     cores = "0" if args.as_nodes else "0|0"
     bind = {} if torch.cuda.is_available() else {"VLLM_CPU_OMP_THREADS_BIND": cores}
-    lines, problems = [], []
-    for folder, way in wanted:
-        try:
-            lines.append(measure(folder, way, args, rows, bind if way != "one" else {}))
-        except Exception as error:  # one way's failure must not hide what the others give
-            problems.append(f"{folder.name}, {way}: {type(error).__name__}: {str(error)[-3000:]}")
-            print("WRONG " + problems[-1], flush=True)
-            continue
-        alone = [x for x in lines if x["folder"] == folder.name and x["way"] == "one"]
-        problems += judge(lines[-1], alone[0] if alone else None)
+    problems = []
+    single: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(len(wanted) if args.at_once else 1) as pool:
+        running = [
+            (
+                folder.name,
+                way,
+                pool.submit(measure, folder, way, args, rows, bind if way != "one" else {}),
+            )
+            for folder, way in wanted
+        ]
+        for name, way, future in running:
+            try:
+                line = future.result()
+            except Exception as error:  # one way's failure must not hide what the others give
+                problems.append(f"{name}, {way}: {type(error).__name__}: {str(error)[-3000:]}")
+                print("WRONG " + problems[-1], flush=True)
+                continue
+            if way == "one":
+                single[name] = line
+            problems += judge(line, single.get(name))
     print("\n".join(f"WRONG {text}" for text in problems) or "VERDICT as on one GPU")
     sys.exit(bool(problems))
 

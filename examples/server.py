@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,8 +132,10 @@ def await_health(
 
 def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
     """Interrupt the server, wait up to `patience` seconds, then kill whatever is left of it."""
-    # A second Ctrl-C must not cut this short, or the engine would stay behind.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A second Ctrl-C must not cut this short, or the engine would stay behind. It interrupts the
+    # main thread, which alone may say what it does.
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -142,7 +145,8 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # engine processes that outlived their parent
         process.wait()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def tail(log: Path, lines: int = 30) -> str:
