@@ -1,0 +1,202 @@
+"""Routed NVFP4 experts on Hopper, activations in bf16: the Python side of ``hopper_moe.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantize.gates import Gate
+from vllm_nvfp4_moe.kernels import hopper_weights, jit
+from vllm_nvfp4_moe.kernels.jit import KernelError
+
+ARCHITECTURE = "90a"
+UNITS = {"few": (8, 8), "some": (8, 64), "many": (32, 256)}
+"""Kernels by what they are for: sizes of tiles of tokens, and the largest."""
+KINDS = tuple(UNITS)
+MOST_EXPERTS = 1024
+GATES = ("silu", "swiglu_oai", "gelu_tanh")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights as the kernel wants them.
+
+    Attributes:
+        w13, w2: of :func:`hopper_weights.pack_experts`.
+        globals13, globals2: float32 ``[experts]``, global scales; gate and up share one.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    globals13: torch.Tensor
+    globals2: torch.Tensor
+    hidden: int
+
+    @classmethod
+    def pack(
+        cls,
+        w13: torch.Tensor,
+        scales13: torch.Tensor,
+        globals13: torch.Tensor,
+        w2: torch.Tensor,
+        scales2: torch.Tensor,
+        globals2: torch.Tensor,
+    ) -> Experts:
+        """From codes uint8 ``[experts, rows, columns / 2]`` and E4M3 block scales, gate's rows
+        before up's."""
+        return cls(
+            hopper_weights.pack_experts(w13, scales13, True),
+            hopper_weights.pack_experts(w2, scales2, False),
+            globals13.float().contiguous(),
+            globals2.float().contiguous(),
+            w2.shape[1],
+        )
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("alpha", "beta", "limit")] + [
+        ("tanh", ctypes.c_int)
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """As ``Layer`` in hopper_moe.cu."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_void_p)
+            for name in (
+                "x", "w13", "w2", "globals13", "globals2", "ids", "local", "weights", "out",
+                "rows1", "rows2", "parts", "tiles", "sorts", "row_pair", "row_weight", "places",
+            )
+        ]
+        + [("stride", ctypes.c_int64)]
+        + [
+            (name, ctypes.c_int)
+            for name in (
+                "tokens", "top_k", "experts", "hidden", "hidden_padded", "intermediate_padded",
+                "row_tiles2", "kind", "processors",
+            )
+        ]
+        + [("gate", _Gate)]
+    )  # fmt: skip
+
+
+def _wgmma(tokens: int) -> str:
+    """D[64, tokens] += A[64, 16] B[16, tokens], A in registers."""
+    count = tokens // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    a = ", ".join(f"%{count + i}" for i in range(4))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    return (
+        f"template <> __device__ __forceinline__ void mma<{tokens}>(float (&d)[{count}], "
+        "const uint32_t (&a)[4], uint32_t b) {\n"
+        f'asm volatile("{{.reg .b64 desc; mov.b64 desc, {{%{count + 4}, 0x40000040}};"\n'
+        f'"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "\n'
+        f'"{{{sums}}}, {{{a}}}, desc, 1, 1, 1, 0;}}" : {outputs} : {inputs}, "r"(b));\n}}\n'
+    )
+
+
+def source() -> str:
+    """The whole of the CUDA source."""
+    sizes = sorted({n for unit, most in UNITS.values() for n in range(unit, most + 1, unit)})
+    head = (
+        "#include <stdint.h>\ntemplate <int N> __device__ __forceinline__ void "
+        "mma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b);\n"
+    )
+    body = Path(__file__).with_suffix(".cu").read_text()
+    return head + "".join(_wgmma(size) for size in sizes) + body
+
+
+@functools.cache
+def _library(device: int) -> ctypes.CDLL:
+    library = jit.load(source(), ARCHITECTURE)
+    library.run.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
+    with torch.cuda.device(device):
+        _check(library.prepare())
+    return library
+
+
+def _check(error: int) -> None:
+    if error:
+        raise KernelError(f"CUDA error {error}")
+
+
+def kind(tokens: int, top_k: int, experts: int) -> str:
+    """Which of :data:`KINDS` is for a batch of ``tokens``."""
+    pairs = tokens * top_k
+    if pairs <= 8:
+        return "few"
+    return "some" if pairs <= 48 * experts else "many"
+
+
+def most_tiles(pairs: int, experts: int, kind: str) -> int:
+    """Tiles there can be."""
+    return min(pairs, experts) + pairs // UNITS[kind][1]
+
+
+def run(
+    x: torch.Tensor,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate: Gate,
+    *,
+    local: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    use: str | None = None,
+) -> torch.Tensor:
+    """The routed experts' sum for each token.
+
+    Args:
+        x: bf16 ``[tokens, hidden]``, rows contiguous and 16 bytes aligned.
+        ids: int32 ``[tokens, k]``, the router's choice.
+        weights: float32 ``[tokens, k]``, the router's.
+        local: int32 ``[all experts]``, which of ``experts`` each is, -1 for none.
+        out: bf16 ``[tokens, hidden]``, contiguous; may be ``x``.
+        use: of :data:`KINDS`, instead of what :func:`kind` says.
+    """
+    tokens, hidden = x.shape
+    count, top_k = experts.w13.shape[0], ids.shape[1]
+    use = use or kind(tokens, top_k, count)
+    unit, _ = UNITS[use]
+    if out is None:
+        out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
+    if tokens == 0:
+        return out
+    pairs = tokens * top_k
+    tiles = most_tiles(pairs, count, use)
+    rows = pairs + tiles * unit
+    hidden_padded = experts.w13.shape[2] * hopper_weights.CHUNK
+    intermediate_padded = experts.w2.shape[2] * hopper_weights.CHUNK
+
+    def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=x.device)
+
+    rows1 = empty(rows * hidden_padded, torch.bfloat16)  # then each pair's output
+    rows2 = empty(rows * intermediate_padded, torch.bfloat16)
+    row_pair, row_weight = empty(rows, torch.int32), empty(rows, torch.float32)
+    places, table = empty(4 * pairs, torch.int32), empty(4 * tiles, torch.int32)
+    sorts = empty(8, torch.int32)
+    limit = float("inf") if gate.limit is None else gate.limit
+    numbers = _Gate(gate.alpha, gate.beta, limit, gate.form == "gelu_tanh")
+    layer = _Layer(
+        *(
+            None if tensor is None else tensor.data_ptr()
+            for tensor in (
+                x, experts.w13, experts.w2, experts.globals13, experts.globals2, ids, local,
+                weights, out, rows1, rows2, rows1, table, sorts, row_pair, row_weight, places,
+            )
+        ),
+        x.stride(0), tokens, top_k, count, hidden, hidden_padded, intermediate_padded,
+        experts.w2.shape[1], KINDS.index(use),
+        torch.cuda.get_device_properties(x.device).multi_processor_count, numbers,
+    )  # fmt: skip
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    _check(_library(x.device.index or 0).run(ctypes.byref(layer), stream))
+    return out

@@ -1,0 +1,140 @@
+"""NVFP4 weights in the order in which the Hopper kernel's threads hold them (``hopper_moe.cu``).
+
+A chunk is 64 rows by 64 columns: 2048 bytes of codes, then 256 of block scales. Codes: 16 bytes for
+each of a warpgroup's 128 threads, a 32-bit word for each of four MMAs (16 columns, one block). In
+the A operand, thread ``4 g + q`` of warp ``w`` holds, of the warp's 16 rows and the MMA's 16
+columns, rows ``g`` and ``g + 8``, columns ``2 q``, ``2 q + 1`` and those plus 8 (PTX, "Register
+Fragments for wgmma.mma_async.m64nNk16"): four registers of two codes, one for each half of the
+word. Where each register's codes lie in their half is :data:`PLACES`: so that few instructions
+bring them to a bf16's sign, exponent and mantissa.
+
+Scales: 8 bytes for each ``w`` and ``g``: two 32-bit words of two blocks each, the first block's in
+the upper byte of a half, row ``g``'s in the lower half. E4M3 has subnormals, which would need
+instructions; with five bits of exponent none are needed, and a sign no block scale has.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ROWS = 64
+"""Of a tile, which a warpgroup works on."""
+CHUNK = 64
+"""Columns."""
+COLUMNS = 128
+"""Multiple to which columns are padded: a stage of the kernel's pipeline."""
+BLOCK = 16
+CODES = ROWS * CHUNK // 2
+PACKED = CODES + ROWS * CHUNK // BLOCK
+"""Bytes of a chunk."""
+
+PLACES = ((15, 6), (12, 3), (13, 0), (14, 9))
+"""For each register: where in a half lie a code's sign, and its three other bits from."""
+
+EXPONENT = 9
+"""Bias of the scales' five bits of exponent: E4M3's smallest power of two is 2^-9."""
+
+
+def padded_rows(rows: int) -> int:
+    """A multiple of 64."""
+    return -(-rows // ROWS) * ROWS
+
+
+def padded_columns(columns: int) -> int:
+    """A multiple of 128."""
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+def gate_and_up(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of gate, then of up, ``[2 n, ...]``, to 8 of gate, 8 of up, 8 of gate and so on."""
+    gate, up = tensor.chunk(2)
+    return torch.stack([gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))], 1).flatten(0, 2)
+
+
+def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """One expert's matrix.
+
+    Args:
+        codes: uint8 ``[rows, columns / 2]``, the lower four bits the even column's.
+        scales: E4M3 ``[rows, columns / 16]``, none negative or NaN.
+
+    Returns:
+        uint8 ``[row tiles, chunks, PACKED]``; rows and columns that were added are zero.
+    """
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    height, width = padded_rows(rows), padded_columns(columns)
+    exponent = _five_bits(scales)
+    # A block of scale zero has zeros, whatever its codes.
+    lit = scales.view(torch.uint8).bitwise_and(0x7F) != 0
+    codes = codes * lit.repeat_interleave(BLOCK // 2, 1)
+    if (height, width) != (rows, columns):
+        codes = torch.nn.functional.pad(codes, (0, (width - columns) // 2, 0, height - rows))
+        exponent = torch.nn.functional.pad(
+            exponent, (0, (width - columns) // BLOCK, 0, height - rows)
+        )
+    # Of rows: tile, warp, half of its 16, g; of columns: chunk, MMA, half of its 16, q.
+    byte = codes.view(height // ROWS, 4, 2, 8, width // CHUNK, 4, 2, 4).int()
+    word = torch.zeros(byte.shape[:2] + byte.shape[3:6] + byte.shape[7:], dtype=torch.int32)
+    word = word.to(codes.device)
+    table = torch.tensor([[_place(code, *at) for code in range(16)] for at in PLACES])
+    table = table.to(codes.device, torch.int32)
+    for register, (row_half, column_half) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
+        pair = byte[:, :, row_half, :, :, :, column_half]
+        word |= table[register][pair & 15] | table[register][pair >> 4] << 16
+    # [tile, warp, g, chunk, MMA, q] -> [tile, chunk, warp, g, q, MMA]
+    packed_codes = word.permute(0, 3, 1, 2, 5, 4).contiguous().view(torch.uint8)
+    # [tile, warp, half, g, chunk, two MMAs, which] -> bytes from the lowest of each word up
+    scale = exponent.view(height // ROWS, 4, 2, 8, width // CHUNK, 2, 2).flip(-1)
+    packed_scales = scale.permute(0, 4, 1, 3, 5, 2, 6).contiguous()
+    tiles, chunks = height // ROWS, width // CHUNK
+    return torch.cat(
+        [
+            packed_codes.view(tiles, chunks, CODES),
+            packed_scales.view(tiles, chunks, PACKED - CODES),
+        ],
+        2,
+    )
+
+
+def _place(code: int, sign: int, rest: int) -> int:
+    """``code`` at its place in a half of a word, as a signed 32-bit integer holds it."""
+    return (code >> 3) << sign | (code & 7) << rest
+
+
+def _five_bits(scales: torch.Tensor) -> torch.Tensor:
+    """E4M3 as uint8 with five bits of exponent over three of mantissa, no sign, no subnormals;
+    what of zero is left to chance."""
+    mantissa, exponent = torch.frexp(scales.float())  # mantissa in [0.5, 1)
+    return ((exponent - 1 + EXPONENT) * 8 + (mantissa * 16 - 8)).clamp(0, 255).to(torch.uint8)
+
+
+def pack_experts(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> torch.Tensor:
+    """All experts' matrices, one after another: a copy of one's at a time.
+
+    Args:
+        codes: uint8 ``[experts, rows, columns / 2]``.
+        scales: E4M3 ``[experts, rows, columns / 16]``.
+        gated: rows are gate's, then up's; each is padded to a multiple of 128, the columns of the
+            next matrix.
+
+    Returns:
+        uint8 ``[experts, row tiles, chunks, PACKED]``.
+    """
+    packed = None
+    for expert in range(codes.shape[0]):
+        parts = [codes[expert], scales[expert].view(torch.uint8)]
+        if gated:
+            half = codes.shape[1] // 2
+            more = padded_columns(half) - half
+            parts = [
+                gate_and_up(
+                    torch.nn.functional.pad(part.view(2, half, -1), (0, 0, 0, more)).flatten(0, 1)
+                )
+                for part in parts
+            ]
+        matrix = pack(parts[0], parts[1].view(torch.float8_e4m3fn))
+        if packed is None:
+            packed = matrix.new_empty(codes.shape[0], *matrix.shape)
+        packed[expert] = matrix
+    assert packed is not None
+    return packed
