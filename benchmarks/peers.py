@@ -131,7 +131,7 @@ def without_inputs(model: Any) -> None:
 LLM_COMPRESSOR = ("data-free", "GPTQ")
 
 _SCRIPT = r"""
-import json, sys, torch
+import importlib.util, json, sys, torch, types
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, load_quantizable_moe
@@ -139,6 +139,18 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
+if importlib.util.find_spec("torchvision") is None:
+    # To patch Qwen3-MoE, Transformers imports all its modules; image processors' need torchvision.
+    class Anything(types.ModuleType):
+        __path__, __spec__ = [], None
+        def __getattr__(self, name):
+            return type(name, (), {})
+    parts = ("io", "ops", "ops.boxes", "transforms", "transforms.functional", "transforms.v2")
+    top = sys.modules["torchvision"] = Anything("torchvision")
+    for name in (*parts, "transforms.v2.functional"):
+        module = sys.modules["torchvision." + name] = Anything(name)
+        parent, _, last = ("torchvision." + name).rpartition(".")
+        setattr(sys.modules[parent], last, module)
 source, target, method, rows = sys.argv[1:]
 with load_quantizable_moe():
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
