@@ -320,7 +320,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nvfp4-moe-accuracy-") as temporary:
         started = time.perf_counter()
         for row in _rows(bench, args, Path(temporary)):
-            print(f"{row.label}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            # The figures too: a run that is cut short has not measured for nothing.
+            found = "; ".join(", ".join(_cells(f, 3)) for f in row[1:3] if f is not None)
+            seconds = time.perf_counter() - started
+            print(f"{row.label}: {found or row.why} ({seconds:.0f} s)", file=sys.stderr)
             rows.append(row)
             started = time.perf_counter()
     print(table(rows, args.tokens if args.generation else None))
