@@ -57,19 +57,20 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     largest = max(layers.values(), default=0)
     hidden = max(group.hidden for group in plan.found)
     inner = max(group.intermediate for group in plan.found)
+    wide = hidden * residual_streams(checkpoint)  # of what layers pass on
     back = settings.method in NEEDS_OUTPUT
     # An expert: its weights, in float32 and quantized; what rounding keeps of gate and up; moments
     # with their factors in float64.
     expert = hidden * inner * (3 * (width + 12) + 2 * 24) + max(hidden, inner) ** 2 * 48
     # Attention's scores and a few copies of what layers pass on; on the way back, all steps of it.
     tokens = max(TOKENS, settings.length)
-    run = tokens * (hidden * 16 + inner * 8) * width * (3 if back else 1)
+    run = tokens * (wide * 16 + inner * 8) * width * (3 if back else 1)
     chunk = CHUNK * 3 * (hidden + 2 * inner) * 4
     total = settings.rows * settings.length
     if not back:
         return Budget(
             (largest + beside) * width + expert + run + chunk,
-            total * hidden * (3 * width + 4),
+            total * wide * (3 * width + 4),
             staged_bytes(plan),
         )
     # Moments of the gradients, with copies and factors; weights and errors in float32 once more.
@@ -83,13 +84,25 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     last = max(map(_layer_of, plan.found))
     after = [size for number, size in layers.items() if number is not None and number > last]
     end = (beside + vocabulary * hidden + sum(after)) * width + settings.length * vocabulary * 16
-    end += len(after) * settings.length * (hidden * 16 + inner * 8) * width
+    end += len(after) * settings.length * (wide * 16 + inner * 8) * width
     kept = last - min(map(_layer_of, plan.groups)) + 2
     return Budget(
         max((largest + beside) * width + expert + run + chunk, end),
-        total * hidden * ((kept + 1) * width + 5 * 4),
+        total * wide * ((kept + 1) * width + 5 * 4),
         staged_bytes(plan),
     )
+
+
+STREAMS = ("hc_mult", "hc_count")
+"""Where configs say how many hidden states hyper-connections have (arXiv 2409.19606): DeepSeek-V4's
+and its relatives', Qwen4's."""
+
+
+def residual_streams(checkpoint: Checkpoint) -> int:
+    """How many hidden states a layer passes on for each token: one without hyper-connections."""
+    config = checkpoint.text_config()
+    found = [config[key] for key in STREAMS if isinstance(config.get(key), int)]
+    return max([1, *found])
 
 
 def _layer_of(group: ExpertGroup) -> int:

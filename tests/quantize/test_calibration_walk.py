@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantize.calibration.budget import residual_streams
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Stream
@@ -107,6 +108,9 @@ def test_as_transformers(family: str, tmp_path: Path) -> None:
     assert (found - truth).norm() / truth.norm() < 1e-6
     assert visitor.groups
     assert visitor.tokens % rows.numel() == 0
+    with Checkpoint(folder) as checkpoint:  # what the budget counts on
+        hidden = find(checkpoint)[0].hidden
+        assert found.numel() == rows.numel() * hidden * residual_streams(checkpoint)
     assert {file.name for file in (tmp_path / "store").iterdir()} == {
         "index.json", *Store(tmp_path / "store").names(states_name(stream.last + 1))
     }  # fmt: skip
