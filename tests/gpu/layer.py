@@ -274,7 +274,8 @@ class Case:
             for seed, (count, routing) in enumerate(names)
         }
         # All batches at once, so that each expert is dequantized once.
-        whole = [torch.cat([b[i] for b in self.batches.values()]) for i in range(3)]
+        parts = zip(*(b[:3] for b in self.batches.values()), strict=True)
+        whole = [torch.cat(part) for part in parts]
         sizes = [len(b.x) for b in self.batches.values()]
         self._truth = {}
         for gate in GATES:

@@ -12,7 +12,11 @@
 //
 // The wgmma wrappers `mma<N>` are generated (hopper_moe.py).
 
+// What a host's compiler cannot do is not there if EMULATED: tests/plugin/cuda_emulation.h has it.
+
+#ifndef EMULATED
 #include <cuda_bf16.h>
+#endif
 #include <stdint.h>
 
 namespace {
@@ -31,8 +35,25 @@ __device__ __forceinline__ uint32_t shared(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The lower half of a shared-memory descriptor of a K-major B operand, in units of 16 bytes. The
+// upper half (in mma<N>) says: rows of 128 bytes, swizzled, 1024 bytes to the next 8 rows.
+__device__ __forceinline__ uint32_t descriptor(uint32_t address) {
+    return address >> 4 | 1 << 16;
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+#ifndef EMULATED
+
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void barriers_made() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
@@ -51,6 +72,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         "@!done bra again;\n}\n" ::"r"(barrier),
         "r"(parity)
         : "memory");
+}
+
+// All of the first `THREADS` threads of a CTA.
+template <int THREADS>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier,
@@ -97,21 +124,10 @@ __device__ __forceinline__ void registers() {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// The lower half of a shared-memory descriptor of a K-major B operand, in units of 16 bytes. The
-// upper half (in mma<N>) says: rows of 128 bytes, swizzled, 1024 bytes to the next 8 rows.
-__device__ __forceinline__ uint32_t descriptor(uint32_t address) {
-    return address >> 4 | 1 << 16;
-}
-
 __device__ __forceinline__ uint32_t transpose(uint32_t matrix) {
     uint32_t result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
     return result;
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
 }
 
 __device__ __forceinline__ uint32_t scaled(uint32_t values, uint32_t scale) {
@@ -119,6 +135,44 @@ __device__ __forceinline__ uint32_t scaled(uint32_t values, uint32_t scale) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(values), "r"(scale));
     return result;
 }
+
+// The same number in both halves, each of two.
+__device__ __forceinline__ void halves(uint32_t& low, uint32_t& high, uint32_t pair) {
+    // Not __byte_perm: of these moves ptxas makes operand modifiers of the multiplications.
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; mov.b32 %0, {l, l}; mov.b32 %1, {h, h};}"
+        : "=r"(low), "=r"(high)
+        : "r"(pair));
+}
+
+template <uint32_t MASK, uint32_t BITS>
+__device__ __forceinline__ uint32_t masked_with(uint32_t value) {
+    uint32_t result;  // (value & MASK) | BITS: of this written in C++ ptxas makes two instructions
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(value), "n"(MASK), "n"(BITS));
+    return result;
+}
+
+// The warpgroup's number. From a shuffle ptxas sees that it is one for the warp, and keeps what
+// follows from it, descriptors above all, in uniform registers.
+__device__ __forceinline__ int warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+
+// Keep what variants have in common from being merged: ptxas would run the MMAs one by one.
+template <int N>
+__device__ __forceinline__ void variant_begins() {
+    asm volatile("// %0 tokens" ::"n"(N) : "memory");
+}
+template <int N>
+__device__ __forceinline__ void variant_ends() {
+    asm volatile("// %0 tokens done" ::"n"(N) : "memory");
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int grid, int threads, int bytes, cudaStream_t stream,
+           const Arguments&... arguments) {
+    kernel<<<grid, threads, bytes, stream>>>(arguments...);
+    return cudaGetLastError();
+}
+
+#endif
 
 // --------------------------------------------------------------------------------- dequantizing
 
@@ -130,7 +184,8 @@ __device__ __forceinline__ uint32_t scaled(uint32_t values, uint32_t scale) {
 // weight times 2^-52, exactly: 2 bits of mantissa times 4.
 __device__ __forceinline__ void dequantize(uint32_t (&a)[4], uint32_t codes, uint32_t scales) {
     constexpr uint32_t WHOLE = 0x81C081C0, VALUE = 0x01C001C0, SIGN = 0x80008000;
-    const uint32_t first = __byte_perm(scales, 0, 0x1010), second = __byte_perm(scales, 0, 0x3232);
+    uint32_t first, second;
+    halves(first, second, scales);
     a[0] = scaled(codes & WHOLE, first);
     a[1] = scaled((codes << 3) & WHOLE, second);
     a[2] = scaled(((codes << 6) & VALUE) | ((codes << 2) & SIGN), first);
@@ -139,11 +194,11 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[4], uint32_t codes, uin
 
 __device__ __forceinline__ void dequantize(uint32_t (&a)[4][4], const uint4& codes,
                                            const uint2& scales) {
-    constexpr uint32_t BITS = 0x0FF00FF0, EXPONENT = 0x60006000;
-    dequantize(a[0], codes.x, ((scales.x >> 4) & BITS) | EXPONENT);
-    dequantize(a[1], codes.y, ((scales.x << 4) & BITS) | EXPONENT);
-    dequantize(a[2], codes.z, ((scales.y >> 4) & BITS) | EXPONENT);
-    dequantize(a[3], codes.w, ((scales.y << 4) & BITS) | EXPONENT);
+    constexpr uint32_t MASK = 0x0FF00FF0, EXPONENT = 0x60006000;
+    dequantize(a[0], codes.x, masked_with<MASK, EXPONENT>(scales.x >> 4));
+    dequantize(a[1], codes.y, masked_with<MASK, EXPONENT>(scales.x << 4));
+    dequantize(a[2], codes.z, masked_with<MASK, EXPONENT>(scales.y >> 4));
+    dequantize(a[3], codes.w, masked_with<MASK, EXPONENT>(scales.y << 4));
 }
 
 constexpr float UNSCALE = 4503599627370496.0f;  // 2^52
@@ -264,10 +319,9 @@ __device__ __forceinline__ void consume(const Gemm& args, const Tile& tile, int 
                                         uint8_t* stages, float* partial, uint32_t full,
                                         uint32_t empty) {
     using S = Shape<MAX_N, WM, WK>;
-    const int thread = threadIdx.x % 128, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int thread = threadIdx.x % 128, group = warpgroup(), lane = threadIdx.x % 32;
     const int part = WK > 1 ? group : 0, side = WM > 1 ? group : 0;
-    // Keeps what variants have in common from being merged: ptxas would run the MMAs one by one.
-    asm volatile("// %0 tokens" ::"n"(N) : "memory");
+    variant_begins<N>();
     float d[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) d[i] = 0.0f;
@@ -298,17 +352,17 @@ __device__ __forceinline__ void consume(const Gemm& args, const Tile& tile, int 
         any = true;
     }
     mma_wait<0>();
-    asm volatile("// %0 tokens done" ::"n"(N) : "memory");
+    variant_ends<N>();
     __syncwarp();
     if (any && lane == 0) barrier_arrive(empty + 8 * before);
     if constexpr (WK > 1) {
         // In the order of the parts. The barrier before makes sure the last tile's were read.
-        asm volatile("bar.sync 1, %0;" ::"n"(WK * 128) : "memory");
+        meet<WK * 128>();
         if (part > 0) {
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) partial[((part - 1) * N / 2 + i) * 128 + thread] = d[i];
         }
-        asm volatile("bar.sync 1, %0;" ::"n"(WK * 128) : "memory");
+        meet<WK * 128>();
         if (part > 0) return;
         for (int other = 0; other < WK - 1; ++other) {
 #pragma unroll
@@ -345,14 +399,14 @@ __device__ __forceinline__ void gemm(const Gemm& args) {
             barrier_init(full + 8 * i, 1);
             barrier_init(empty + 8 * i, 4 * WM);  // a warp each, of the warpgroups that use it
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_made();
     }
     __syncthreads();
 
     const int across = (args.row_tiles + WM - 1) / WM, steps = args.chunks / 2;
     const int total = args.sorts[sizeof...(NS) - 1] * across;
     Ring ring;
-    if (threadIdx.x >= S::CONSUMERS * 128) {
+    if (warpgroup() >= S::CONSUMERS) {
         registers<S::PRODUCER_REGISTERS, false>();
         if (threadIdx.x % 128) return;
         // Where most experts have one tile their weights are read once.
@@ -408,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(1024) route(
     if (thread == 0) row_count = 0;
     __syncthreads();
     for (int pair = thread; pair < pairs; pair += blockDim.x) {
-        const int expert = local ? local[ids[pair]] : ids[pair];
+        const int expert = local && ids[pair] >= 0 ? local[ids[pair]] : ids[pair];
         if (expert >= 0 && expert < experts) atomicAdd(&counts[expert], 1);
     }
     __syncthreads();
@@ -432,7 +486,7 @@ extern "C" __global__ void __launch_bounds__(1024) route(
     for (int i = 0; i < mine; ++i)
         tiles[first + i] = Tile{thread, n, min(each, count - i * each), rows[thread] + i * n};
     for (int pair = thread; pair < pairs; pair += blockDim.x) {
-        const int expert = local ? local[ids[pair]] : ids[pair];
+        const int expert = local && ids[pair] >= 0 ? local[ids[pair]] : ids[pair];
         if (expert < 0 || expert >= experts) {
             places[pair] = make_int4(-1, 0, 0, 0);
             continue;
@@ -501,8 +555,7 @@ namespace {
 template <int MAX_N, int WM, int WK, typename Kernel>
 int start(Kernel kernel, const Gemm& args, int processors, cudaStream_t stream) {
     using S = Shape<MAX_N, WM, WK>;
-    kernel<<<processors, S::THREADS, S::BYTES, stream>>>(args);
-    return cudaGetLastError();
+    return launch(kernel, processors, S::THREADS, S::BYTES, stream, args);
 }
 
 template <int MAX_N, int WM, int WK, typename Kernel>
@@ -547,17 +600,17 @@ extern "C" int run(const Layer* layer, cudaStream_t stream) {
     const Layer& l = *layer;
     const int pairs = l.tokens * l.top_k;
     const int unit = l.kind == 2 ? 32 : 8, most = l.kind == 2 ? 256 : l.kind == 1 ? 64 : 8;
-    route<<<1, 1024, 0, stream>>>(l.ids, l.weights, l.local, pairs, l.experts, unit, most, l.tiles,
-                                  l.sorts, l.row_pair, l.row_weight, l.places);
-    gather<<<pairs, 128, 0, stream>>>(static_cast<const uint4*>(l.x), l.stride, l.top_k, l.hidden,
-                                      l.hidden_padded, l.places, static_cast<uint8_t*>(l.rows1));
+    int error = launch(route, 1, 1024, 0, stream, l.ids, l.weights, l.local, pairs, l.experts, unit,
+                       most, l.tiles, l.sorts, l.row_pair, l.row_weight, l.places);
+    if (!error)
+        error = launch(gather, pairs, 128, 0, stream, static_cast<const uint4*>(l.x), l.stride,
+                       l.top_k, l.hidden, l.hidden_padded, l.places, static_cast<uint8_t*>(l.rows1));
     Gemm first{static_cast<const uint8_t*>(l.w13), l.globals13, static_cast<const uint8_t*>(l.rows1),
                l.tiles, l.sorts, l.row_weight, l.row_pair, static_cast<uint8_t*>(l.rows2),
                2 * l.intermediate_padded / ROWS, l.hidden_padded / CHUNK, l.intermediate_padded, l.gate};
     Gemm second{static_cast<const uint8_t*>(l.w2), l.globals2, static_cast<const uint8_t*>(l.rows2),
                 l.tiles, l.sorts, l.row_weight, l.row_pair, static_cast<uint8_t*>(l.parts),
                 l.row_tiles2, l.intermediate_padded / CHUNK, l.hidden, l.gate};
-    int error = cudaGetLastError();
     if (l.kind == 0) {
         if (!error) error = start<8, 1, 4>(few_gated, first, l.processors, stream);
         if (!error) error = start<8, 1, 4>(few_plain, second, l.processors, stream);
@@ -569,7 +622,6 @@ extern "C" int run(const Layer* layer, cudaStream_t stream) {
         if (!error) error = start<256, 2, 1>(many_plain, second, l.processors, stream);
     }
     if (error) return error;
-    combine<<<l.tokens, 256, 0, stream>>>(static_cast<const uint4*>(l.parts), l.places, l.top_k,
-                                          l.hidden, static_cast<uint4*>(l.out));
-    return cudaGetLastError();
+    return launch(combine, l.tokens, 256, 0, stream, static_cast<const uint4*>(l.parts), l.places,
+                  l.top_k, l.hidden, static_cast<uint4*>(l.out));
 }

@@ -19,6 +19,7 @@ UNITS = {"few": (8, 8), "some": (8, 64), "many": (32, 256)}
 KINDS = tuple(UNITS)
 MOST_EXPERTS = 1024
 GATES = ("silu", "swiglu_oai", "gelu_tanh")
+"""Forms of gate that it applies."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,37 @@ def most_tiles(pairs: int, experts: int, kind: str) -> int:
     return min(pairs, experts) + pairs // UNITS[kind][1]
 
 
+def _check_arguments(
+    x: torch.Tensor,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    local: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    """What the kernel takes for granted: pointers have no dtype."""
+    for name, tensor, dtype in (
+        ("x", x, torch.bfloat16),
+        ("ids", ids, torch.int32),
+        ("weights", weights, torch.float32),
+        ("local", local, torch.int32),
+        ("out", out, torch.bfloat16),
+    ):
+        if tensor is not None and (
+            tensor.dtype != dtype
+            or tensor.device != x.device
+            or (name != "x" and not tensor.is_contiguous())
+        ):
+            raise KernelError(f"{name} must be contiguous {dtype} on {x.device}")
+    if x.shape[1] != experts.hidden or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        raise KernelError(
+            f"x must have {experts.hidden} columns side by side, in rows aligned to 16 bytes"
+        )
+    count = experts.w13.shape[0]
+    if count > MOST_EXPERTS:
+        raise KernelError(f"{count} experts; at most {MOST_EXPERTS} are supported")
+
+
 def run(
     x: torch.Tensor,
     experts: Experts,
@@ -155,14 +187,18 @@ def run(
 
     Args:
         x: bf16 ``[tokens, hidden]``, rows contiguous and 16 bytes aligned.
-        ids: int32 ``[tokens, k]``, the router's choice.
+        ids: int32 ``[tokens, k]``, the router's choice; negative: nobody's.
         weights: float32 ``[tokens, k]``, the router's.
         local: int32 ``[all experts]``, which of ``experts`` each is, -1 for none.
         out: bf16 ``[tokens, hidden]``, contiguous; may be ``x``.
         use: of :data:`KINDS`, instead of what :func:`kind` says.
+
+    Raises:
+        KernelError: if it cannot be built, CUDA reports an error, or an argument is not as it says.
     """
     tokens, hidden = x.shape
     count, top_k = experts.w13.shape[0], ids.shape[1]
+    _check_arguments(x, experts, ids, weights, local, out)
     use = use or kind(tokens, top_k, count)
     unit, _ = UNITS[use]
     if out is None:
@@ -197,6 +233,7 @@ def run(
         experts.w2.shape[1], KINDS.index(use),
         torch.cuda.get_device_properties(x.device).multi_processor_count, numbers,
     )  # fmt: skip
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    _check(_library(x.device.index or 0).run(ctypes.byref(layer), stream))
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(_library(torch.cuda.current_device()).run(ctypes.byref(layer), stream))
     return out

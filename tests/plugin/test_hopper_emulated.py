@@ -1,0 +1,355 @@
+"""The Hopper kernel's CUDA source on a CPU (``cuda_emulation.h``), against experts in plain floats.
+
+All of ``hopper_moe.run`` takes part; what it gets of PyTorch's CUDA is replaced. Each case runs
+twice, with two orders of CTAs, warps and copies: outputs must be equal, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from quantize.gates import Gate
+from tests.gpu import reference
+from tests.gpu.layer import Shape, batch, error, random_weights
+from tests.gpu.reference import Stored, routed
+from vllm_nvfp4_moe.kernels import hopper_moe
+from vllm_nvfp4_moe.kernels.hopper_moe import KINDS, Experts
+from vllm_nvfp4_moe.kernels.jit import KernelError
+
+HEADER = Path(__file__).with_name("cuda_emulation.h")
+SOURCE = Path(hopper_moe.__file__).with_suffix(".cu")
+GATES = {"silu": Gate("silu"), "swiglu_oai": Gate("swiglu_oai", 1.702, 1.0, 7.0)}
+BOUND = 6e-3
+CPU = torch.device("cpu")
+GUARD = 1024
+"""Elements before and after each tensor that the kernel gets to write."""
+
+
+def build(folder: Path, source: str) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    file, library = folder / "kernel.cpp", folder / "kernel.so"
+    file.write_text(source)
+    (upper,) = set(re.findall(r"mov\.b64 desc, {%\d+, (\w+)}", hopper_moe.source()))
+    subprocess.run(
+        [compiler, "-std=c++17", "-O2", "-ftree-vectorize", "-shared", "-fPIC",
+         "-fno-strict-aliasing", "-fno-extern-tls-init", "-U_FORTIFY_SOURCE",
+         f"-DDESCRIPTOR={upper}", "-include", HEADER, "-o", library, file],
+        check=True,
+    )  # fmt: skip
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulation_failure.restype = ctypes.c_char_p
+    loaded.emulation_seed.argtypes = [ctypes.c_uint64]
+    loaded.emulation_source.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.run.argtypes = [ctypes.POINTER(hopper_moe._Layer), ctypes.c_void_p]
+    assert loaded.prepare() == 0
+    return loaded
+
+
+class Emulated:
+    """``run`` is as :func:`hopper_moe.run`; tensors that it makes are poisoned, between guards."""
+
+    def __init__(self, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.library, self.patch = library, monkeypatch
+
+    def run(
+        self,
+        x: torch.Tensor,
+        experts: Experts,
+        *args: Any,
+        seed: int = 1,
+        processors: int = 3,
+        **options: Any,
+    ) -> torch.Tensor:
+        made: list[torch.Tensor] = []
+
+        def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            count = torch.Size(shape).numel()
+            whole = torch.full((GUARD + count + GUARD,), poison(dtype), dtype=dtype)
+            made.append(whole)
+            inner = whole[GUARD : GUARD + count]
+            self.library.emulation_source(inner.data_ptr(), count * inner.element_size())
+            return inner.view(shape)
+
+        self.library.emulation_seed(seed)
+        for weights in (experts.w13, experts.w2):
+            self.library.emulation_source(weights.data_ptr(), weights.numel())
+        properties = SimpleNamespace(multi_processor_count=processors)
+        stream = SimpleNamespace(cuda_stream=None)
+        with self.patch.context() as patch:
+            patch.setattr(hopper_moe, "_library", lambda device: self.library)
+            patch.setattr(torch, "empty", empty)
+            patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+            patch.setattr(torch.cuda, "current_stream", lambda: stream)
+            patch.setattr(torch.cuda, "current_device", lambda: 0)
+            patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+            try:
+                out = hopper_moe.run(x, experts, *args, **options)
+            except KernelError as error:
+                if not str(error).startswith("CUDA error"):
+                    raise
+                raise AssertionError(self.library.emulation_failure().decode()) from None
+        for whole in made:
+            untouched = torch.full((GUARD,), poison(whole.dtype), dtype=whole.dtype)
+            for guard in (whole[:GUARD], whole[-GUARD:]):
+                assert guard.view(torch.uint8).equal(untouched.view(torch.uint8))
+        return out
+
+    def twice(self, *args: Any, **options: Any) -> torch.Tensor:
+        """What both of two orders of events give."""
+        first, second = (self.run(*args, seed=seed, **options) for seed in (1, 2))
+        assert torch.equal(first, second)
+        return first
+
+
+def poison(dtype: torch.dtype) -> float:
+    """No index of anything, or NaN."""
+    return torch.nan if dtype.is_floating_point else -(2**30)
+
+
+class Packed(NamedTuple):
+    shape: Shape
+    w13: Stored
+    w2: Stored
+    experts: Experts
+
+    @classmethod
+    def random(cls, shape: Shape) -> Packed:
+        w13, w2 = random_weights(shape, CPU)
+        return cls(shape, w13, w2, Experts.pack(*w13, *w2))
+
+    def batch(self, tokens: int, routing: str = "uniform") -> tuple[torch.Tensor, ...]:
+        """x, ids and weights, as ``run`` takes them."""
+        x, weights, ids, _ = batch(self.shape, tokens, routing, CPU, torch.bfloat16, tokens)
+        return x, ids, weights
+
+    def truth(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
+    ) -> torch.Tensor:
+        return routed(x, self.w13, self.w2, weights, ids, gate)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("emulated"), SOURCE.read_text())
+
+
+@pytest.fixture
+def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    return Emulated(library, monkeypatch)
+
+
+SHAPES = [
+    Shape("nano", 8, 384, 128, 2),
+    # Neither a multiple of a tile; row tiles no multiple of two or four.
+    Shape("pad-both", 8, 400, 48, 2),
+    Shape("odd", 8, 512, 320, 2),
+    # Of its columns there are more than the pipelines hold.
+    Shape("deep", 3, 3264, 64, 2),
+]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def packed(request: pytest.FixtureRequest) -> Packed:
+    return Packed.random(request.param)
+
+
+@pytest.fixture(scope="module")
+def small() -> Packed:
+    return Packed.random(SHAPES[1])
+
+
+@pytest.mark.parametrize("use", KINDS)
+@pytest.mark.parametrize(
+    ("tokens", "routing", "gate", "processors"),
+    [
+        (1, "uniform", "swiglu_oai", 132),
+        (5, "uniform", "silu", 7),
+        (40, "skewed", "swiglu_oai", 3),
+        (300, "uniform", "silu", 5),
+    ],
+)
+def test_as_the_reference(
+    emulated: Emulated,
+    packed: Packed,
+    use: str,
+    tokens: int,
+    routing: str,
+    gate: str,
+    processors: int,
+) -> None:
+    x, ids, weights = packed.batch(min(tokens, 60) if use == "few" else tokens, routing)
+    out = emulated.twice(
+        x, packed.experts, ids, weights, GATES[gate], use=use, processors=processors
+    )
+    assert error(out, packed.truth(x, ids, weights, gate)).whole < BOUND
+
+
+@pytest.mark.parametrize("processors", [1, 4])
+@pytest.mark.parametrize(
+    ("use", "counts"),
+    [
+        ("some", (64, 56, 41, 33, 32, 24, 9, 1, 65, 130, 0, 17)),
+        ("many", (256, 193, 192, 160, 100, 90, 33, 32, 257, 1, 0, 513)),
+    ],
+)
+def test_every_size_of_tile_at_once(
+    emulated: Emulated, use: str, counts: tuple[int, ...], processors: int
+) -> None:
+    packed = Packed.random(Shape("one choice", len(counts), 256, 128, 1))
+    ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].unsqueeze(1)
+    x, _, weights = packed.batch(len(ids))
+    out = emulated.twice(
+        x, packed.experts, ids, weights, GATES["silu"], use=use, processors=processors
+    )
+    assert error(out, packed.truth(x, ids, weights)).token < 2 * BOUND
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_one_hot_expert(emulated: Emulated, small: Packed, use: str) -> None:
+    x, ids, weights = small.batch(150)
+    ids = torch.tensor([7, 5], dtype=torch.int32).repeat(150, 1)
+    out = emulated.twice(x, small.experts, ids, weights, GATES["silu"], use=use)
+    assert error(out, small.truth(x, ids, weights)).whole < BOUND
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_choices_of_nobody(emulated: Emulated, small: Packed, use: str) -> None:
+    """An expert of -1, with and without a map, adds nothing."""
+    x, ids, weights = small.batch(20)
+    ids[::3, 1] = -1
+    silent = weights.masked_fill(ids < 0, 0)
+    truth = small.truth(x, ids.clamp(min=0), silent)
+    for local in (None, torch.arange(8, dtype=torch.int32)):
+        out = emulated.run(x, small.experts, ids, weights, GATES["silu"], local=local, use=use)
+        assert error(out, truth).whole < BOUND
+
+
+def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
+    """The kernel gets pointers: another dtype or order would be garbage."""
+    x, ids, weights = small.batch(4)
+    wide = torch.cat((x, x), 1)
+
+    def refused(
+        message: str, x: Any = x, ids: Any = ids, weights: Any = weights, **more: Any
+    ) -> None:
+        with pytest.raises(KernelError, match=message):
+            emulated.run(x, small.experts, ids, weights, GATES["silu"], **more)
+
+    refused("x must be .*bfloat16", x=x.float())
+    refused("ids must be .*int32", ids=ids.long())
+    refused("ids must be contiguous", ids=ids.T.contiguous().T)
+    refused("weights must be .*float32", weights=weights.bfloat16())
+    refused("out must be contiguous", out=wide[:, : x.shape[1]])
+    refused("local must be .*int32", local=torch.arange(8))
+    refused("aligned to 16 bytes", x=wide[:, 1 : 1 + x.shape[1]])
+    refused("columns side by side", x=wide[:, ::2])
+    refused("must have .* columns", x=wide)
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_half_of_the_experts_elsewhere(emulated: Emulated, small: Packed, use: str) -> None:
+    """Two ranks' outputs add up to one's; a rank without a token gives zeros."""
+    x, ids, weights = small.batch(33)
+    total = torch.zeros(x.shape)
+    for rank in range(2):
+        mine = torch.arange(rank, 8, 2)
+        local = torch.full((8,), -1, dtype=torch.int32)
+        local[mine] = torch.arange(4, dtype=torch.int32)
+        experts = Experts.pack(*(t[mine] for t in small.w13), *(t[mine] for t in small.w2))
+        rest = ids, weights, GATES["silu"]
+        total += emulated.twice(x, experts, *rest, local=local, use=use)
+        nowhere = torch.full_like(local, -1)
+        assert not emulated.run(x, experts, *rest, local=nowhere, use=use).count_nonzero()
+    assert error(total, small.truth(x, ids, weights)).whole < BOUND
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_as_many_experts_as_there_can_be(emulated: Emulated, use: str) -> None:
+    few = Packed.random(Shape("narrow", 8, 64, 32, 3))
+    times = hopper_moe.MOST_EXPERTS // 8
+    w13, w2 = (t.repeat(times, 1, 1, 1) for t in (few.experts.w13, few.experts.w2))
+    globals13, globals2 = (g.repeat(times) for g in (few.experts.globals13, few.experts.globals2))
+    experts = Experts(w13, w2, globals13, globals2, few.experts.hidden)
+    x, ids, weights = few.batch(30)
+    ids += 8 * torch.randint(times, ids.shape, dtype=torch.int32)
+    ids[0, 0] += 8 * times - 8 - ids[0, 0] // 8 * 8
+    out = emulated.run(x, experts, ids, weights, GATES["silu"], use=use)
+    assert error(out, few.truth(x, ids % 8, weights)).whole < BOUND
+
+
+def test_rows_apart_and_in_place(emulated: Emulated, small: Packed) -> None:
+    """x may be a slice of wider rows, and the output may lie where x does."""
+    x, ids, weights = small.batch(16)
+    rest = ids, weights, GATES["silu"]
+    expected = emulated.run(x, small.experts, *rest)
+    wide = torch.full((16, x.shape[1] + 64), torch.nan, dtype=x.dtype)
+    apart = wide[:, 8 : 8 + x.shape[1]]
+    apart.copy_(x)
+    assert torch.equal(emulated.run(apart, small.experts, *rest), expected)
+    emulated.run(x, small.experts, *rest, out=x)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_nan_comes_out(emulated: Emulated, small: Packed, use: str) -> None:
+    """Of the token it went into, and of no other."""
+    x, ids, weights = small.batch(16)
+    expected = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    x[5, 3] = torch.nan
+    out = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    assert out[5].isnan().all()
+    others = torch.arange(16) != 5
+    assert torch.equal(out[others], expected[others])
+
+
+def test_gelu(emulated: Emulated, small: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    monkeypatch.setitem(reference.GATES, "gelu_tanh", lambda gate, up: gelu(gate) * up)
+    x, ids, weights = small.batch(16)
+    out = emulated.run(x, small.experts, ids, weights, Gate("gelu_tanh"))
+    assert error(out, small.truth(x, ids, weights, "gelu_tanh")).whole < BOUND
+
+
+RELEASE = "if (half == 0 && any && lane == 0) barrier_arrive(empty + 8 * before);"
+
+
+@pytest.mark.parametrize(
+    ("part", "instead", "message"),
+    [
+        ("4 * WM);", "4 * WM + 1);", "some_gated: deadlock: .* waits for mbarrier"),
+        ("mma_wait<1>", "mma_wait<2>", "A overwritten under an MMA"),
+        # A stage is given back before its MMAs are done.
+        (f"mma_wait<1>();\n            {RELEASE}", f"{RELEASE} mma_wait<1>();", "assert nan <"),
+    ],
+    ids=["barrier", "registers", "stage"],
+)
+def test_faults_are_found(
+    part: str,
+    instead: str,
+    message: str,
+    small: Packed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that what passes above means something."""
+    source = SOURCE.read_text()
+    assert source.count(part) == 1
+    broken = Emulated(build(tmp_path, source.replace(part, instead)), monkeypatch)
+    x, ids, weights = small.batch(40)
+    with pytest.raises(AssertionError, match=message):
+        out = broken.run(x, small.experts, ids, weights, GATES["silu"], use="some", processors=1)
+        assert error(out, small.truth(x, ids, weights)).whole < BOUND
