@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import parallel
 from benchmarks.parallel import RANDOM, compare, judge
+from examples import server
 
 ONE = {
     "folder": "nano", "way": "one", "perplexities": [6.0], "scores": [[-1.0, -3.0, 0.0, -2.0]],
@@ -52,3 +59,34 @@ def test_a_random_models_perplexity_says_nothing() -> None:
 
 def test_without_one_gpu_there_is_nothing_to_compare_with() -> None:
     assert judge(line(), None) == ["nano, ep2: there is no figure of one GPU"]
+
+
+def test_all_at_once(
+    m3_nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Three servers are up beside each other; one that fails hides nothing of the others."""
+    together = threading.Barrier(3, timeout=60)
+
+    def measure(folder: Path, way: str, *_: Any) -> dict[str, Any]:
+        together.wait()
+        if way == "tp2":
+            raise RuntimeError("no second GPU")
+        return ONE | {"folder": folder.name, "way": way}
+
+    monkeypatch.setattr(parallel, "measure", measure)
+    command = ["parallel", str(m3_nano), "--ways", "one", "tp2", "ep2", "--at-once"]
+    monkeypatch.setattr(sys, "argv", [*command, "--rows", "1", "--logs", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        parallel.main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().out
+    assert said.count("RESULT") == 2
+    assert "tp2: RuntimeError: no second GPU" in said
+
+
+def test_a_server_is_stopped_from_any_thread() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with ThreadPoolExecutor(1) as pool:
+        process = subprocess.Popen(command, start_new_session=True)
+        pool.submit(server.stop, process).result(timeout=60)
+    assert process.returncode is not None
