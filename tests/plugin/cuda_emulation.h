@@ -85,13 +85,6 @@ inline int atomicAdd(int* to, int value) {
     *to += value;
     return before;
 }
-inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t select) {
-    const uint64_t bytes = uint64_t(y) << 32 | x;
-    uint32_t result = 0;
-    for (int i = 0; i < 4; ++i)
-        result |= uint32_t(bytes >> 8 * (select >> 4 * i & 7) & 0xFF) << 8 * i;
-    return result;
-}
 
 using cudaStream_t = void*;
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
