@@ -1,6 +1,6 @@
 """Compiles this package's CUDA sources with nvcc at first use, and keeps what comes out.
 
-What is compiled lies in ``$VLLM_NVFP4_MOE_CACHE``, by default ``~/.cache/vllm_nvfp4_moe``, under a
+What is compiled lies in ``$NVFP4_MOE_CACHE``, by default ``~/.cache/vllm_nvfp4_moe``, under a
 hash of all that it depends on. Nothing is linked to PyTorch: kernels take pointers, through ctypes.
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-VARIABLE = "VLLM_NVFP4_MOE_CACHE"
+VARIABLE = "NVFP4_MOE_CACHE"
 
 
 class KernelError(RuntimeError):
