@@ -125,7 +125,7 @@ def main() -> None:
     line = {"label": args.label, "model": args.model, "quantization": args.quantization}
     line |= {"start_seconds": round(started, 1)} | measure(llm, args)
     print("RESULT " + json.dumps(line), flush=True)
-    # Else vLLM ends its engine while the interpreter goes, and a thread of it may abort the process.
+    # Else vLLM ends its engine while the interpreter goes, and a thread may abort the process.
     llm.llm_engine.engine_core.shutdown()
 
 

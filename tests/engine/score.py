@@ -28,7 +28,7 @@ def main(model: str, out: str, settings: str) -> None:
         for token, table in zip(row[1:], answer.prompt_logprobs[1:], strict=True)
     ]
     Path(out).write_text(json.dumps(values))
-    # Else vLLM ends its engine while the interpreter goes, and a thread of it may abort the process.
+    # Else vLLM ends its engine while the interpreter goes, and a thread may abort the process.
     llm.llm_engine.engine_core.shutdown()
 
 
