@@ -146,7 +146,7 @@ if importlib.util.find_spec("torchvision") is None:
         def __getattr__(self, name):
             return type(name, (), {})
     parts = ("io", "ops", "ops.boxes", "transforms", "transforms.functional", "transforms.v2")
-    top = sys.modules["torchvision"] = Anything("torchvision")
+    sys.modules["torchvision"] = Anything("torchvision")
     for name in (*parts, "transforms.v2.functional"):
         module = sys.modules["torchvision." + name] = Anything(name)
         parent, _, last = ("torchvision." + name).rpartition(".")

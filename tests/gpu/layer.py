@@ -30,6 +30,14 @@ class Shape:
     top_k: int
 
 
+MODELS = (
+    Shape("minimax-m3", 128, 6144, 3072, 4),
+    Shape("qwen3-235b", 128, 4096, 1536, 8),
+    Shape("deepseek-v3", 256, 7168, 2048, 8),
+    Shape("m3-nano", 32, 384, 128, 4),
+)
+
+
 def start(device: torch.device, folder: Path) -> None:
     """Make this process a rank of one, as vLLM's worker does before it builds a model.
 

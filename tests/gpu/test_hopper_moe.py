@@ -8,22 +8,21 @@ rounded to bf16: so errors are those of two roundings, 2^-9 each at most.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 from quantize.gates import Gate
-from tests.gpu.layer import Shape, batch, error, random_weights
+from tests.gpu import reference
+from tests.gpu.layer import MODELS, Shape, batch, error, random_weights
 from tests.gpu.reference import Stored, routed
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.hopper_moe import KINDS, Experts
 
 SHAPES = [
-    Shape("minimax-m3", 128, 6144, 3072, 4),
-    Shape("qwen3-235b", 128, 4096, 1536, 8),
-    Shape("deepseek-v3", 256, 7168, 2048, 8),
-    Shape("m3-nano", 32, 384, 128, 4),
+    *MODELS,
     # Slices of tensor parallelism: of 2 and 8 ranks.
     Shape("qwen3-235b-tp2", 128, 4096, 768, 8),
     Shape("qwen3-235b-tp8", 128, 4096, 192, 8),
@@ -63,7 +62,7 @@ def poison(packed: Packed, x: torch.Tensor) -> None:
         torch.full(((pairs + 4096) * (width + 128),), torch.nan, dtype=x.dtype, device=x.device)
 
 
-def kinds(tokens: int, shape: Shape) -> list[str]:
+def kinds(tokens: int) -> list[str]:
     """Kernels to try: each is right for any batch, but few experts' worth is enough for most."""
     return [name for name in KINDS if name != "few" or tokens <= 64]
 
@@ -78,7 +77,7 @@ def test_as_the_reference(
             packed.shape, tokens, routing, packed.device, torch.bfloat16, seed
         )
         truth = packed.truth(x, weights, ids, gate)
-        for use in kinds(tokens, packed.shape):
+        for use in kinds(tokens):
             poison(packed, x)
             out = hopper_moe.run(x, packed.experts, ids, weights, GATES[gate], use=use)
             found = error(out, truth)
@@ -171,16 +170,10 @@ def test_nan_comes_out(packed: Packed) -> None:
     assert out[[i for i in range(16) if i != 3]].isfinite().all()
 
 
-def test_gelu(packed: Packed) -> None:
+def test_gelu(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    monkeypatch.setitem(reference.GATES, "gelu_tanh", lambda gate, up: gelu(gate) * up)
     x, weights, ids, _ = batch(packed.shape, 16, "uniform", packed.device, torch.bfloat16, 6)
-    from tests.gpu import reference
-
-    reference.GATES["gelu_tanh"] = lambda gate, up: (
-        torch.nn.functional.gelu(gate, approximate="tanh") * up
-    )
-    try:
-        truth = packed.truth(x, weights, ids, "gelu_tanh")
-    finally:
-        del reference.GATES["gelu_tanh"]
+    truth = packed.truth(x, weights, ids, "gelu_tanh")
     out = hopper_moe.run(x, packed.experts, ids, weights, Gate("gelu_tanh"))
     assert error(out, truth).whole < BOUND

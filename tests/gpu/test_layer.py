@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.gpu.layer import Case, Layer, Shape, build, error
+from tests.gpu.layer import MODELS, Case, Layer, Shape, build, error
 from tests.gpu.reference import GATES
 
 SHAPES = [
-    Shape("minimax-m3", 128, 6144, 3072, 4),
-    Shape("qwen3-235b", 128, 4096, 1536, 8),
-    Shape("deepseek-v3", 256, 7168, 2048, 8),
-    Shape("m3-nano", 32, 384, 128, 4),
+    *MODELS,
     # What the kernels must pad: Humming pads outputs to 256 and inputs to 128, Marlin gate and up
     # to 64 or 128. A hidden size that 64 does not divide is beyond Marlin.
     Shape("pad-both", 32, 2880, 720, 4),

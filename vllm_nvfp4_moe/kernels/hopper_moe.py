@@ -18,8 +18,6 @@ UNITS = {"few": (8, 8), "some": (8, 64), "many": (32, 256)}
 """Kernels by what they are for: sizes of tiles of tokens, and the largest."""
 KINDS = tuple(UNITS)
 MOST_EXPERTS = 1024
-GATES = ("silu", "swiglu_oai", "gelu_tanh")
-"""Forms of gate that it applies."""
 
 
 @dataclass(frozen=True)
