@@ -298,27 +298,28 @@ def main() -> None:
     # On CPUs every rank would else bind to the same cores, and refuse. An entry for each of a node.
     cores = "0" if args.as_nodes else "0|0"
     bind = {} if torch.cuda.is_available() else {"VLLM_CPU_OMP_THREADS_BIND": cores}
+
+    def attempt(case: tuple[Path, str]) -> dict[str, Any] | Exception:
+        folder, way = case
+        try:
+            return measure(folder, way, args, rows, bind if way != "one" else {})
+        except Exception as error:  # one way's failure must not hide what the others give
+            return error
+
     problems = []
     single: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(len(wanted) if args.at_once else 1) as pool:
-        running = [
-            (
-                folder.name,
-                way,
-                pool.submit(measure, folder, way, args, rows, bind if way != "one" else {}),
-            )
-            for folder, way in wanted
-        ]
-        for name, way, future in running:
-            try:
-                line = future.result()
-            except Exception as error:  # one way's failure must not hide what the others give
-                problems.append(f"{name}, {way}: {type(error).__name__}: {str(error)[-3000:]}")
-                print("WRONG " + problems[-1], flush=True)
+    with ThreadPoolExecutor(max(1, len(wanted))) as pool:
+        # One after another in this thread, so that Ctrl-C reaches the server that is up.
+        outcomes = pool.map(attempt, wanted) if args.at_once else map(attempt, wanted)
+        for (folder, way), found in zip(wanted, outcomes, strict=True):
+            if isinstance(found, Exception):
+                problem = f"{folder.name}, {way}: {type(found).__name__}: {str(found)[-3000:]}"
+                problems.append(problem)
+                print("WRONG " + problem, flush=True)
                 continue
             if way == "one":
-                single[name] = line
-            problems += judge(line, single.get(name))
+                single[folder.name] = found
+            problems += judge(found, single.get(folder.name))
     print("\n".join(f"WRONG {text}" for text in problems) or "VERDICT as on one GPU")
     sys.exit(bool(problems))
 
