@@ -19,7 +19,7 @@ STEP_LIMIT = 7.0
 """The only limit of ``swiglu_step`` in vLLM 0.32's GPU kernels, which do not look at a layer's."""
 
 # vLLM 0.32: w13 is loaded as all of gate, then all of up, which these variants read.
-_VLLM_NAME = {
+VLLM_NAME = {
     "silu": MoEActivation.SILU,
     "swiglu_oai": MoEActivation.SWIGLUOAI_UNINTERLEAVE,
     "swiglu_step": MoEActivation.SWIGLUSTEP,
@@ -54,7 +54,7 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
             "yet: refusing to serve them without"
         )
     before = engine_gate(layer)
-    activation = _VLLM_NAME.get(gate.form)
+    activation = VLLM_NAME.get(gate.form)
     if (
         activation is None
         or gate.interleaved

@@ -74,6 +74,12 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
     def unsupported(cls, layer: RoutedExperts) -> str | None:
         """Why this backend cannot run ``layer`` here, None if it can."""
 
+    @classmethod
+    def missed(cls, layer: RoutedExperts) -> str | None:
+        """The kernel's name, where that it is ``unsupported`` is worth telling: it is made for
+        this device, and nobody asked for another."""
+        return None
+
     @property
     @abstractmethod
     def kernel(self) -> str:

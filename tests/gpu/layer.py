@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from tests.gpu.reference import GATES, MAGNITUDES, Stored, bias, route, routed
@@ -61,6 +62,12 @@ def start(device: torch.device, folder: Path) -> None:
             backend = "nccl" if device.type == "cuda" else "gloo"
             init_distributed_environment(1, 0, f"file://{folder / 'rendezvous'}", 0, backend)
             initialize_model_parallel(1, 1)
+
+
+def skip_elsewhere(backend: str) -> None:
+    """Skip a test of our Hopper kernel on another GPU."""
+    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel runs on compute capability 9.0 alone")
 
 
 def random_weights(shape: Shape, device: torch.device, seed: int = 0) -> tuple[Stored, Stored]:
@@ -170,9 +177,10 @@ def build(
     dtype: torch.dtype = torch.bfloat16,
     stock: bool = False,
 ) -> Layer:
-    """A layer with these weights, converted for ``backend`` (vLLM's ``moe_backend``).
+    """A layer with these weights, converted for ``backend``.
 
     Args:
+        backend: vLLM's ``moe_backend``, or ``hopper``: this package's kernel.
         gate: a key of ``tests.gpu.reference.GATES``; the router is that of :func:`route`.
         stock: with vLLM's own ``modelopt_fp4`` method in place of this package's.
     """
@@ -202,7 +210,8 @@ def build(
     else:
         quantization = NvFp4MoEConfig.from_config(stored)
         quantization.gates = Gates.uniform(Gate(gate, *numbers))
-    config = VllmConfig(load_config=LoadConfig(), kernel_config=KernelConfig(moe_backend=backend))
+    wanted = KernelConfig(moe_backend="auto" if backend == "hopper" else backend)
+    config = VllmConfig(load_config=LoadConfig(), kernel_config=wanted)
     sigmoid = gate == "swiglu_oai"
     with set_current_vllm_config(config), torch.device(device):
         runner = FusedMoEFactory(
@@ -222,8 +231,10 @@ def build(
             prefix="model.layers.0.mlp.experts",
         )
         layer = Layer(runner, config)
+        method = layer.experts.quant_method
+        assert backend != "hopper" or method.kernel.startswith("HOPPER"), method.passed_over
         load(layer.experts, w13, w2)
-        layer.experts.quant_method.process_weights_after_loading(layer.experts)
+        method.process_weights_after_loading(layer.experts)
     return layer
 
 

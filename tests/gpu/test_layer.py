@@ -1,4 +1,4 @@
-"""vLLM's NVFP4 kernels under this package's method, against plain floats.
+"""vLLM's NVFP4 kernels and this package's own under its methods, against plain floats.
 
 Each (shape, gate, backend) is built once; on it run all numbers of tokens with both routings, the
 whole layer with its router, CUDA graphs and torch.compile. For one shape in a process:
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.gpu.layer import MODELS, Case, Layer, Shape, build, error
+from tests.gpu.layer import MODELS, Case, Layer, Shape, build, error, skip_elsewhere
 from tests.gpu.reference import GATES
 
 SHAPES = [
@@ -26,7 +26,7 @@ SHAPES = [
     Shape("pad-narrow", 16, 448, 48, 2),
 ]
 TOKENS = (1, 2, 7, 16, 64, 256, 1024, 4096, 8192)
-BACKENDS = ("humming", "marlin", "emulation")
+BACKENDS = ("hopper", "humming", "marlin", "emulation")
 
 # Largest relative error of a batch and of a token in it. The largest seen on an H200: 5.6e-3 and
 # 9.9e-3 (Humming), 5.5e-3 and 1.0e-2 (Marlin), of which 4e-3 are roundings to bfloat16 of
@@ -34,6 +34,8 @@ BACKENDS = ("humming", "marlin", "emulation")
 # activations to 4 bits too (1.7e-2 without pad-narrow, whose 48 intermediate values are three
 # blocks): where the values before that rounding differ in bfloat16, it may fall the other way.
 BOUNDS = {
+    ("hopper", "silu"): (7e-3, 1.5e-2),
+    ("hopper", "swiglu_oai"): (7e-3, 1.5e-2),
     ("humming", "silu"): (7e-3, 1.5e-2),
     ("humming", "swiglu_oai"): (7e-3, 1.5e-2),
     ("marlin", "silu"): (7e-3, 1.5e-2),
@@ -69,6 +71,7 @@ _case: list[Case] = []
 )
 def built(request: pytest.FixtureRequest, gpu: torch.device) -> Iterator[Built]:
     shape, backend, gate = request.param
+    skip_elsewhere(backend)
     if not _case or _case[0].shape != shape:
         _case.clear()
         release()

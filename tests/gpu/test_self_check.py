@@ -1,23 +1,25 @@
-"""The check at load with vLLM's kernels: silent where they are right, and a stop where a gate or a
-conversion was broken on purpose, which stock vLLM serves."""
+"""The check at load with vLLM's kernels and our own: silent where they are right, and a stop where
+a gate or a conversion was broken on purpose, which stock vLLM serves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.gpu.layer import Case, Shape, build, error
+from tests.gpu.layer import Case, Shape, build, error, skip_elsewhere
 from vllm_nvfp4_moe import self_check
+from vllm_nvfp4_moe.kernels import hopper_moe
 
 SHAPES = [
     Shape("minimax-m3", 128, 6144, 3072, 4),
     Shape("m3-nano", 32, 384, 128, 4),
     Shape("pad-both", 32, 2880, 720, 4),
 ]
-BACKENDS = ("humming", "marlin", "emulation")
+BACKENDS = ("hopper", "humming", "marlin", "emulation")
 GATE = "swiglu_oai"
 MonkeyPatch = pytest.MonkeyPatch
 
@@ -32,6 +34,7 @@ def case(gpu: torch.device, request: pytest.FixtureRequest) -> Case:
 def test_right_kernels_pass(
     case: Case, backend: str, gate: str, measured: list[dict[str, Any]]
 ) -> None:
+    skip_elsewhere(backend)
     build(case.shape, gate, case.w13, case.w2, backend)  # compiles
     check = build(
         case.shape, gate, case.w13, case.w2, backend
@@ -69,6 +72,14 @@ def other_numbers(**numbers: float) -> Callable[[MonkeyPatch], None]:
         for module in (modelopt, vllm_kernels):
             monkeypatch.setattr(module, "make_nvfp4_moe_quant_config", told)
 
+        run = hopper_moe.run
+        others = {name.removeprefix("swiglu_"): number for name, number in numbers.items()}
+
+        def run_with(x: Any, experts: Any, ids: Any, weights: Any, gate: Any, **more: Any) -> Any:
+            return run(x, experts, ids, weights, replace(gate, **others), **more)
+
+        monkeypatch.setattr(hopper_moe, "run", run_with)
+
     return change
 
 
@@ -79,6 +90,7 @@ def before_conversion(damage: Callable[[Any], None]) -> Callable[[MonkeyPatch], 
         from vllm.model_executor.layers.quantization import modelopt
 
         from vllm_nvfp4_moe.backends import vllm_kernels
+        from vllm_nvfp4_moe.backends.hopper import HopperMethod
 
         convert = vllm_kernels.convert_to_nvfp4_moe_kernel_format
 
@@ -88,6 +100,14 @@ def before_conversion(damage: Callable[[Any], None]) -> Callable[[MonkeyPatch], 
 
         for module in (modelopt, vllm_kernels):
             monkeypatch.setattr(module, "convert_to_nvfp4_moe_kernel_format", broken)
+
+        prepare = HopperMethod.prepare
+
+        def prepare_broken(self: HopperMethod, layer: Any) -> None:
+            damage(layer)
+            prepare(self, layer)
+
+        monkeypatch.setattr(HopperMethod, "prepare", prepare_broken)
 
     return change
 
@@ -114,9 +134,12 @@ BREAKS = {
 }
 
 
-def stock(case: Case, backend: str) -> torch.Tensor:
-    """What vLLM's own method computes, with what is broken at this time."""
-    layer = build(case.shape, GATE, case.w13, case.w2, backend, stock=True)
+def unchecked(case: Case, backend: str, monkeypatch: MonkeyPatch) -> torch.Tensor:
+    """What the kernels compute with what is broken at this time: vLLM's under its own method."""
+    ours = backend == "hopper"
+    with monkeypatch.context() as patch:
+        patch.setenv(self_check.VARIABLE, "0")
+        layer = build(case.shape, GATE, case.w13, case.w2, backend, stock=not ours)
     return layer.apply(*case.batches["16 uniform"][:3])
 
 
@@ -125,7 +148,8 @@ def stock(case: Case, backend: str) -> torch.Tensor:
 def test_what_is_broken_on_purpose(
     case: Case, backend: str, what: str, monkeypatch: MonkeyPatch
 ) -> None:
-    right = stock(case, backend)
+    skip_elsewhere(backend)
+    right = unchecked(case, backend, monkeypatch)
     found = error(right, case.truth(GATE, "16 uniform")).whole
     assert found < (0.25 if backend == "emulation" else 1e-2)
     BREAKS[what](monkeypatch)
@@ -133,4 +157,4 @@ def test_what_is_broken_on_purpose(
         build(case.shape, GATE, case.w13, case.w2, backend)
     # Stock vLLM says nothing, and computes something else: run twice, a kernel differs from itself
     # by less than a hundredth of this.
-    assert error(stock(case, backend), right.float()).whole > 0.015
+    assert error(unchecked(case, backend, monkeypatch), right.float()).whole > 0.015

@@ -38,6 +38,8 @@ ASKING = (
     f"{FUSED_MOE}.experts.marlin_moe",
     f"{FUSED_MOE}.experts.fused_humming_moe",
     f"{FUSED_MOE}.experts.triton_moe",
+    "vllm_nvfp4_moe.backends.vllm_kernels",
+    "vllm_nvfp4_moe.backends.cpu",
 )
 """Modules that look at the platform when kernels are chosen."""
 

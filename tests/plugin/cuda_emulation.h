@@ -19,6 +19,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <deque>
 #include <map>
@@ -78,6 +79,15 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 }
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
     return {emulated_float(pair.x.bits), emulated_float(pair.y.bits)};
+}
+// Bytes of x, the lowest first, then of y.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t byte = selector >> 4 * i & 7;
+        result |= (byte < 4 ? x >> 8 * byte : y >> 8 * (byte - 4)) % 256 << 8 * i;
+    }
+    return result;
 }
 inline float __expf(float x) { return expf(x); }
 inline int atomicAdd(int* to, int value) {
@@ -386,14 +396,21 @@ void __syncwarp() {
         wait(LANES, 0, now);
 }
 
-// Lane 4 g + q holds columns 2 q and 2 q + 1 of row g, in its lower half and its upper.
-uint32_t transpose(uint32_t matrix) {
+// What each lane has.
+std::array<uint32_t, 32> lanes(uint32_t mine) {
     uint32_t now;
-    if (gather_lanes(matrix, now))
+    if (gather_lanes(mine, now))
         ++my_warp().meetings;
     else
         wait(LANES, 0, now);
-    const uint32_t* const rows = my_warp().slots[now & 1];
+    std::array<uint32_t, 32> all;
+    memcpy(all.data(), my_warp().slots[now & 1], sizeof(all));
+    return all;
+}
+
+// Lane 4 g + q holds columns 2 q and 2 q + 1 of row g, in its lower half and its upper.
+uint32_t transpose(uint32_t matrix) {
+    const auto rows = lanes(matrix);
     const int row = machine.current % 32 / 4, column = machine.current % 4 * 2;
     const auto element = [&](int i, int j) { return rows[4 * i + j / 2] >> 16 * (j % 2) & 0xFFFF; };
     return element(column, row) | element(column + 1, row) << 16;
@@ -407,6 +424,30 @@ void check_shared(uint32_t address, int bytes, int alignment, const char* what) 
     if (address % alignment || address < machine.base ||
         int64_t(address) + bytes > int64_t(machine.base) + machine.bytes)
         fail("%s at %u, %d bytes: misaligned or not in shared memory", what, address, bytes);
+}
+
+void load_matrices(uint32_t (&matrices)[4], uint32_t row) {
+    check_shared(row, 16, 16, "row of a matrix");
+    const auto rows = lanes(row);
+    const int lane = machine.current % 32;
+    for (int i = 0; i < 4; ++i)
+        memcpy(&matrices[i], memory + (rows[8 * i + lane / 4] - machine.base) + lane % 4 * 4, 4);
+}
+
+// A: as of wgmma. Lane 4 g + q has of B column g, rows 2 q and 2 q + 1, and those plus 8; of D, rows
+// g and g + 8, columns 2 q and 2 q + 1.
+void warp_mma(float* d, const uint32_t (&a)[4], uint32_t b, uint32_t b_next) {
+    std::array<uint32_t, 32> all[6];
+    for (int i = 0; i < 4; ++i) all[i] = lanes(a[i]);
+    all[4] = lanes(b), all[5] = lanes(b_next);
+    const int lane = machine.current % 32;
+    const auto half = [](uint32_t pair, int i) { return emulated_float(pair >> 16 * (i % 2) & 0xFFFF); };
+    for (int i = 0; i < 4; ++i) {
+        const int row = i / 2, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k)
+            d[i] += half(all[row + k / 8 * 2][lane / 4 * 4 + k % 8 / 2], k) *
+                    half(all[4 + k / 8][column * 4 + k % 8 / 2], k);
+    }
 }
 
 void barrier_init(uint32_t barrier, int count) {
@@ -433,6 +474,10 @@ void barrier_wait(uint32_t address, uint32_t parity) {
     if (parity > 1) fail("parity %u", parity);
     if ((barrier_at(address).phase & 1) == parity) wait(BARRIER, address, parity);
 }
+
+// A kernel's CTAs come when all of the kernel before have ended: what comes early waits for that.
+void next_may_come() {}
+void wait_for_last() {}
 
 void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t) {
     check_shared(to, bytes, 16, "copy");
@@ -595,7 +640,7 @@ int cudaFuncSetAttribute(Kernel kernel, int, int bytes) {
 
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), int grid, int threads, int bytes, cudaStream_t,
-           const Arguments&... arguments) {
+           bool, const Arguments&... arguments) {
     const auto all = [&] { kernel(arguments...); };
     void* const address = reinterpret_cast<void*>(kernel);
     const auto allowed = machine.allowed.find(address);

@@ -23,12 +23,12 @@ def bf16(bits: torch.Tensor) -> torch.Tensor:
 
 def registers(word: int) -> list[int]:
     """The four A registers before scaling, as `dequantize` in hopper_moe.cu makes them."""
-    whole, value, sign = 0x81C081C0, 0x01C001C0, 0x80008000
+    whole = 0x81C081C0
     return [
         word & whole,
         (word << 3) & whole,
-        ((word << 6) & value) | ((word << 2) & sign),
-        ((word >> 3) & value) | ((word << 1) & sign),
+        (word << 6) & whole,
+        (((word >> 8) & 0x006C006C) * 0x421) & whole,
     ]
 
 
@@ -41,7 +41,9 @@ def held(chunk: torch.Tensor) -> torch.Tensor:
         warp, g, q = thread // 32, thread % 32 // 4, thread % 4
         for mma in range(4):
             pair = scales[8 * warp + g][mma // 2] & 0xFFFFFFFF
-            pair = (pair << 4 if mma % 2 else pair >> 4) & 0x0FF00FF0 | 0x60006000
+            if mma % 2:
+                pair = (pair & 0x00FF00FF) << 8 | pair >> 8 & 0x00FF00FF
+            pair = pair & 0x0FF00FF0 | 0x60006000
             for i, register in enumerate(registers(codes[thread][mma] & 0xFFFFFFFF)):
                 for half in range(2):
                     # PTX: of a thread's 8 elements, two to a register, the rows of registers 1 and
@@ -111,6 +113,8 @@ def test_gate_and_up_meet_in_a_thread(intermediate: int) -> None:
 
 def test_experts_stay_apart() -> None:
     first, second = stored(64, 128), stored(128, 128)
+    # Of each 16 rows the MMA's are in an order of their own.
+    order = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
     codes = torch.cat([first.codes, second.codes[:, 64:]])
     scales = torch.cat(
         [m.view(torch.uint8) for m in (first.block_scale, second.block_scale[:, 64:])]
@@ -118,7 +122,10 @@ def test_experts_stay_apart() -> None:
     packed = hopper_weights.pack_experts(codes, scales.view(torch.float8_e4m3fn), False)
     for expert in range(2):
         matrix = Stored(codes, scales.view(torch.float8_e4m3fn), torch.ones(2))
-        assert torch.equal(read(packed[expert]), matrix.weight(expert, torch.float64))
+        weight = matrix.weight(expert, torch.float64)
+        assert torch.equal(
+            read(packed[expert]), weight.unflatten(0, (-1, 16))[:, order].flatten(0, 1)
+        )
 
 
 @pytest.fixture(scope="module")

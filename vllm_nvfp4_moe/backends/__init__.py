@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 def _methods() -> Iterator[type[NvFp4MoEMethod]]:
     """In order of preference; each is imported only if those before it do not fit."""
+    from vllm_nvfp4_moe.backends.hopper import HopperMethod
+
+    yield HopperMethod
     from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
     yield VllmKernelsMethod
@@ -36,9 +39,14 @@ def choose(config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> N
     assert config.gates is not None, "vLLM calls maybe_update_config before it builds layers"
     apply_contract(layer, config.gates.of(layer.layer_name))
     reasons = []
+    missed: list[tuple[str, str]] = []
     for method in _methods():
         reason = method.unsupported(layer)
         if reason is None:
-            return method(config, layer, weight_only)
+            chosen = method(config, layer, weight_only)
+            chosen.passed_over = [*missed, *chosen.passed_over]
+            return chosen
         reasons.append(f"{method.__name__}: {reason}")
+        if name := method.missed(layer):
+            missed.append((name, reason))
     raise ValueError(f"{layer.layer_name}: no way to run its NVFP4 experts; {'; '.join(reasons)}")

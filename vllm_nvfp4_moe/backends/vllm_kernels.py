@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
     NvFp4MoeBackend,
     convert_to_nvfp4_moe_kernel_format,
@@ -24,9 +23,10 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe.backends.modular import ModularMethod
 from vllm_nvfp4_moe.backends.selection import select
 from vllm_nvfp4_moe.checks import RefusedError
-from vllm_nvfp4_moe.method import CANONICAL, NvFp4MoEMethod
+from vllm_nvfp4_moe.method import CANONICAL
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -46,12 +46,11 @@ _EIGHT_BITS = {
 """vLLM's environment variables by which users have activations quantized all the same."""
 
 
-class VllmKernelsMethod(NvFp4MoEMethod):
+class VllmKernelsMethod(ModularMethod):
     """See the module's docstring."""
 
     def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
         super().__init__(config, layer, weight_only)
-        compat.avoid_frozen_attention(get_current_vllm_config())
         selection = select(
             self.moe, kNvfp4Static, None if self.weight_only else kNvfp4Dynamic, self.gate
         )
@@ -77,10 +76,6 @@ class VllmKernelsMethod(NvFp4MoEMethod):
         if os.environ.get(_EIGHT_BITS.get(self.backend, "")):
             return 8
         return super().activation_bits
-
-    @property
-    def supports_eplb(self) -> bool:
-        return True
 
     def prepare(self, layer: RoutedExperts) -> None:
         compat.route_with_float32_bias(layer)
@@ -144,30 +139,6 @@ class VllmKernelsMethod(NvFp4MoEMethod):
             swiglu_beta=layer.swiglu_beta,
             layer=layer,
             use_a16=self.weight_only,
-        )
-
-    def apply(
-        self,
-        layer: RoutedExperts,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> Any:
-        assert self.moe_kernel is not None
-        return self.moe_kernel.apply(
-            x,
-            layer.w13_weight,
-            layer.w2_weight,
-            topk_weights,
-            topk_ids,
-            activation=layer.activation,
-            global_num_experts=layer.global_num_experts,
-            expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            shared_experts=shared_experts,
-            shared_experts_input=shared_experts_input,
         )
 
     def apply_monolithic(

@@ -14,7 +14,7 @@ from vllm_nvfp4_moe.kernels import hopper_weights, jit
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 ARCHITECTURE = "90a"
-UNITS = {"few": (8, 8), "some": (8, 64), "many": (32, 256)}
+UNITS = {"few": (8, 8), "some": (8, 64), "many": (16, 128)}
 """Kernels by what they are for: sizes of tiles of tokens, and the largest."""
 KINDS = tuple(UNITS)
 MOST_EXPERTS = 1024
@@ -70,7 +70,7 @@ class _Layer(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 "x", "w13", "w2", "globals13", "globals2", "ids", "local", "weights", "out",
-                "rows1", "rows2", "parts", "tiles", "sorts", "row_pair", "row_weight", "places",
+                "rows1", "rows2", "parts", "tiles", "sorts", "places",
             )
         ]
         + [("stride", ctypes.c_int64)]
@@ -113,12 +113,17 @@ def source() -> str:
 
 
 @functools.cache
-def _library(device: int) -> ctypes.CDLL:
-    library = jit.load(source(), ARCHITECTURE)
-    library.run.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
+def library(device: int) -> ctypes.CDLL:
+    """The compiled kernels, ready for the CUDA device of this number.
+
+    Raises:
+        KernelError: if they cannot be built, or not on this device.
+    """
+    loaded = jit.load(source(), ARCHITECTURE)
+    loaded.run.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
     with torch.cuda.device(device):
-        _check(library.prepare())
-    return library
+        _check(loaded.prepare())
+    return loaded
 
 
 def _check(error: int) -> None:
@@ -212,10 +217,12 @@ def run(
     def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=x.device)
 
-    rows1 = empty(rows * hidden_padded, torch.bfloat16)  # then each pair's output
+    rows1 = empty(rows * hidden_padded, torch.bfloat16)  # then each row's output
     rows2 = empty(rows * intermediate_padded, torch.bfloat16)
-    row_pair, row_weight = empty(rows, torch.int32), empty(rows, torch.float32)
-    places, table = empty(4 * pairs, torch.int32), empty(4 * tiles, torch.int32)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    # Each CTA also reads the tile after its last.
+    table = empty(4 * (tiles + processors), torch.int32)
+    places = empty(4 * pairs, torch.int32)
     sorts = empty(8, torch.int32)
     limit = float("inf") if gate.limit is None else gate.limit
     numbers = _Gate(gate.alpha, gate.beta, limit, gate.form == "gelu_tanh")
@@ -224,14 +231,14 @@ def run(
             None if tensor is None else tensor.data_ptr()
             for tensor in (
                 x, experts.w13, experts.w2, experts.globals13, experts.globals2, ids, local,
-                weights, out, rows1, rows2, rows1, table, sorts, row_pair, row_weight, places,
+                weights, out, rows1, rows2, rows1, table, sorts, places,
             )
         ),
         x.stride(0), tokens, top_k, count, hidden, hidden_padded, intermediate_padded,
         experts.w2.shape[1], KINDS.index(use),
-        torch.cuda.get_device_properties(x.device).multi_processor_count, numbers,
+        processors, numbers,
     )  # fmt: skip
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _check(_library(torch.cuda.current_device()).run(ctypes.byref(layer), stream))
+        _check(library(torch.cuda.current_device()).run(ctypes.byref(layer), stream))
     return out

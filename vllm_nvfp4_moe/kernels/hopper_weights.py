@@ -8,8 +8,9 @@ Fragments for wgmma.mma_async.m64nNk16"): four registers of two codes, one for e
 word. Where each register's codes lie in their half is :data:`PLACES`: so that few instructions
 bring them to a bf16's sign, exponent and mantissa.
 
-Scales: 8 bytes for each ``w`` and ``g``: two 32-bit words of two blocks each, the first block's in
-the upper byte of a half, row ``g``'s in the lower half. E4M3 has subnormals, which would need
+Scales: 8 bytes for each ``w`` and ``g``: two 32-bit words of two blocks each, row ``g``'s in the
+lower half. Of a half, the first block's is bits 11 to 4, and so is the second's once the bytes
+are swapped. E4M3 has subnormals, which would need
 instructions; with five bits of exponent none are needed, and a sign no block scale has.
 """
 
@@ -28,8 +29,8 @@ CODES = ROWS * CHUNK // 2
 PACKED = CODES + ROWS * CHUNK // BLOCK
 """Bytes of a chunk."""
 
-PLACES = ((15, 6), (12, 3), (13, 0), (14, 9))
-"""For each register: where in a half lie a code's sign, and its three other bits from."""
+PLACES = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (13, 11, 10, 14))
+"""For each register: where in a half lie a code's four bits, the sign first."""
 
 EXPONENT = 9
 """Bias of the scales' five bits of exponent: E4M3's smallest power of two is 2^-9."""
@@ -49,6 +50,12 @@ def gate_and_up(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of gate, then of up, ``[2 n, ...]``, to 8 of gate, 8 of up, 8 of gate and so on."""
     gate, up = tensor.chunk(2)
     return torch.stack([gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))], 1).flatten(0, 2)
+
+
+def side_by_side(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows ``[16 n, ...]``, of each 16 so that rows ``2 q``, ``2 q + 1`` of the MMA and those plus
+    8, which a thread has once its sums are transposed, are four in a row."""
+    return tensor.unflatten(0, (-1, 4, 2, 2)).transpose(1, 2).flatten(0, 3)
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -83,9 +90,11 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         word |= table[register][pair & 15] | table[register][pair >> 4] << 16
     # [tile, warp, g, chunk, MMA, q] -> [tile, chunk, warp, g, q, MMA]
     packed_codes = word.permute(0, 3, 1, 2, 5, 4).contiguous().view(torch.uint8)
-    # [tile, warp, half, g, chunk, two MMAs, which] -> bytes from the lowest of each word up
-    scale = exponent.view(height // ROWS, 4, 2, 8, width // CHUNK, 2, 2).flip(-1)
-    packed_scales = scale.permute(0, 4, 1, 3, 5, 2, 6).contiguous()
+    # [tile, warp, half, g, chunk, two MMAs, which]
+    scale = exponent.view(height // ROWS, 4, 2, 8, width // CHUNK, 2, 2)
+    one, other = scale[..., 0], scale[..., 1]
+    lower, upper = other >> 4 | (one & 15) << 4, one >> 4 | (other & 15) << 4
+    packed_scales = torch.stack([lower, upper], -1).permute(0, 4, 1, 3, 5, 2, 6).contiguous()
     tiles, chunks = height // ROWS, width // CHUNK
     return torch.cat(
         [
@@ -96,9 +105,9 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _place(code: int, sign: int, rest: int) -> int:
-    """``code`` at its place in a half of a word, as a signed 32-bit integer holds it."""
-    return (code >> 3) << sign | (code & 7) << rest
+def _place(code: int, *places: int) -> int:
+    """``code`` at its place in a half of a word."""
+    return sum((code >> 3 - i & 1) << place for i, place in enumerate(places))
 
 
 def _five_bits(scales: torch.Tensor) -> torch.Tensor:
@@ -115,7 +124,7 @@ def pack_experts(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> torc
         codes: uint8 ``[experts, rows, columns / 2]``.
         scales: E4M3 ``[experts, rows, columns / 16]``.
         gated: rows are gate's, then up's; each is padded to a multiple of 128, the columns of the
-            next matrix.
+            next matrix. Else they come as of :func:`side_by_side`.
 
     Returns:
         uint8 ``[experts, row tiles, chunks, PACKED]``.
@@ -132,6 +141,8 @@ def pack_experts(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> torc
                 )
                 for part in parts
             ]
+        else:
+            parts = [side_by_side(part) for part in parts]
         matrix = pack(parts[0], parts[1].view(torch.float8_e4m3fn))
         if packed is None:
             packed = matrix.new_empty(codes.shape[0], *matrix.shape)

@@ -1,0 +1,129 @@
+"""Which layers our Hopper kernel runs; every reason not to is vLLM's kernels' turn."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import textwrap
+from typing import TYPE_CHECKING
+
+import torch
+import vllm.envs as envs
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_ep_group
+from vllm.logger import init_logger
+
+from vllm_nvfp4_moe.activation import VLLM_NAME
+from vllm_nvfp4_moe.backends.hopper_experts import (
+    ACTIVATIONS,
+    CAPABILITY,
+    HopperExperts,
+    capability,
+)
+from vllm_nvfp4_moe.kernels import hopper_moe
+from vllm_nvfp4_moe.kernels.jit import KernelError
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+logger = init_logger("vllm.nvfp4_moe.hopper")
+
+VARIABLE = "NVFP4_MOE_HOPPER"
+_EIGHT_BITS = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
+
+
+def elsewhere() -> str | None:
+    """Why not on this device, None if it is the kernel's."""
+    found = capability()
+    if found is None:
+        return "the device is not an NVIDIA GPU"
+    if found != CAPABILITY:
+        return "compute capability {}.{}, and the kernel is for {}.{} alone".format(
+            *found, *CAPABILITY
+        )
+    return None
+
+
+def declined(layer: RoutedExperts) -> str | None:
+    """How the user has asked for another kernel, None if not."""
+    if os.environ.get(VARIABLE, "1") == "0":
+        return f"{VARIABLE}=0"
+    if layer.moe_config.moe_backend != "auto":
+        return f"--moe-backend {layer.moe_config.moe_backend}"
+    if os.environ.get(_EIGHT_BITS):  # which asks for less than bf16 activations
+        return f"{_EIGHT_BITS} is set, which is for Humming"
+    return None
+
+
+def unsupported(layer: RoutedExperts) -> str | None:
+    """Why the kernel cannot run ``layer``, None if it can; builds the kernel to know."""
+    if problem := elsewhere():
+        return problem
+    if get_current_vllm_config().parallel_config.enable_elastic_ep:
+        # Not tried. Ranks that join later could not agree with those that run.
+        return "--enable-elastic-ep changes the number of a rank's experts"
+    problem = declined(layer) or _layer(layer) or _parallel(layer) or missing()
+    parallel = layer.moe_config.moe_parallel_config
+    return _agreed(problem) if parallel.enable_eplb and parallel.ep_size > 1 else problem
+
+
+def _agreed(problem: str | None) -> str | None:
+    """``problem``, or that another rank has one: load balancing exchanges weights between ranks as
+    they lie in memory, which must be one kernel's way on all of them."""
+    able = torch.tensor(int(problem is None), device="cpu")
+    group = get_ep_group().cpu_group
+    torch.distributed.all_reduce(able, torch.distributed.ReduceOp.MIN, group=group)
+    return problem or (None if able else "--enable-eplb, and another rank cannot run it")
+
+
+def _layer(layer: RoutedExperts) -> str | None:
+    config = layer.moe_config
+    for dtype in (layer.params_dtype, config.in_dtype):
+        if dtype != torch.bfloat16:
+            return f"{str(dtype).removeprefix('torch.')}, and the kernel is for bfloat16 alone"
+    if config.has_bias:
+        return "the experts have biases"
+    if not config.is_act_and_mul or layer.activation not in ACTIVATIONS:
+        return f"the kernel does not apply {layer.activation.value}"
+    if layer.apply_router_weight_on_input:
+        return "the router's weights are for the experts' input"
+    if layer.local_num_experts > (most := hopper_moe.MOST_EXPERTS):
+        return f"{layer.local_num_experts} experts, and the kernel is for at most {most}"
+    if config.is_lora_enabled:
+        return "LoRA"
+    if envs.VLLM_BATCH_INVARIANT:
+        # A token's sums are in another order with few tokens than with many.
+        return "VLLM_BATCH_INVARIANT"
+    return None
+
+
+def _parallel(layer: RoutedExperts) -> str | None:
+    parallel = layer.moe_config.moe_parallel_config
+    if not HopperExperts._supports_parallel_config(parallel):
+        return f"tokens come by {parallel.all2all_backend}"
+    if parallel.enable_eplb:
+        # vLLM exchanges experts of all layers through buffers of the first one's shapes.
+        gates = getattr(layer.quant_config, "gates", None)
+        every = [] if gates is None else [gates.default, *gates.layers.values()]
+        for gate in every:
+            if VLLM_NAME.get(gate.form) not in ACTIVATIONS:
+                return f"--enable-eplb, and other layers apply {gate.form}"
+    return None
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the kernel cannot be built in this process, None once it is loaded; logs a warning."""
+    try:
+        hopper_moe.library(torch.cuda.current_device())
+    except (KernelError, OSError, subprocess.SubprocessError) as error:
+        problem = " ".join(str(error).split()).rstrip(".")
+        logger.warning_once(
+            "This package's Hopper kernel cannot be built: %s. vLLM's own kernels are used; "
+            "%s=0 asks for them without this message",
+            problem,
+            VARIABLE,
+        )
+        return textwrap.shorten(problem, 100, placeholder=" ...")
+    return None
