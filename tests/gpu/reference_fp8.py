@@ -1,10 +1,10 @@
-"""What FP8 activations are to give (``hopper_fp8``), in plain floats; shares no code with the package.
+"""What FP8 activations are to give (``hopper_fp8``), in plain floats; no code of the package's.
 
-Weights: an expert's block scales are shifted by the power of two that makes them as large as may be,
-E4M3 then holding six times the largest; a weight is its magnitude times that scale, rounded to E4M3.
-A scale under 2^-5 is first doubled, and its block's magnitudes halved and rounded to E2M1, as often as
-it takes. Activations: a token's are divided by their largest / 448 and rounded to E4M3, before both
-products; what is between these is bfloat16.
+Weights: an expert's block scales are shifted by the power of two that makes them as large as may
+be, E4M3 then holding six times the largest; a weight is its magnitude times that scale, rounded to
+E4M3. A scale under 2^-5 is first doubled, and its block's magnitudes halved and rounded to E2M1, as
+often as it takes. Activations: a token's are divided by their largest / 448 and rounded to E4M3,
+before both products; what is between these is bfloat16.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def rounded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         codes: uint8 ``[rows, columns / 2]``; scales: E4M3 ``[rows, columns / 16]``.
     """
     values = torch.tensor(MAGNITUDES, device=codes.device)
-    size, scale = values[(torch.stack((codes, codes >> 4), -1) & 7).int()].flatten(1), scales.float()
-    sign = 1 - (torch.stack((codes, codes >> 4), -1) >> 3 & 1).flatten(1).float() * 2
+    code = torch.stack((codes, codes >> 4), -1).flatten(1)
+    size, sign = values[(code & 7).int()], 1 - (code >> 3 & 1).float() * 2
+    scale = scales.float()
     largest = float(scale.max())
     if largest == 0:
         return torch.zeros_like(size)

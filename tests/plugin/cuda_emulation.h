@@ -100,8 +100,8 @@ inline uint32_t emulated_to_e4m3(float value) {  // the nearest, ties to even; a
     if (size != size) return 0x7F;
     if (size >= 448) return sign | 0x7E;
     int exponent;
-    frexpf(size, &exponent);  // under 2^exponent
-    exponent = exponent < -5 ? -5 : exponent;
+    frexpf(size, &exponent);  // under 2^exponent; of zero it says 0
+    exponent = exponent < -5 || size == 0 ? -5 : exponent;
     // Codes of one exponent are this far apart; nearbyint rounds ties to even, as codes are to be.
     const int steps = int(nearbyintf(ldexpf(size, 4 - exponent)));
     return sign | (exponent + 5) * 8 + steps;
