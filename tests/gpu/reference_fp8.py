@@ -40,10 +40,12 @@ def rounded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     halved = torch.ones_like(size)
     while bool((low := (scale > 0) & (scale < 2.0**-5)).any()):
         scale, halved = torch.where(low, 2 * scale, scale), torch.where(low, halved / 2, halved)
-    apart = (size.unsqueeze(-1) * halved.unsqueeze(-1) - values).abs()
-    # Of two that are as near the one of even code: an odd one is put off a little.
-    code = (apart + 1e-6 * (torch.arange(8, device=codes.device) % 2)).argmin(-1)
-    return sign * e4m3(values[code] * scale) * 2.0**-shift
+    if bool((halved < 1).any()):
+        apart = (size.unsqueeze(-1) * halved.unsqueeze(-1) - values).abs()
+        # Of two that are as near the one of even code: an odd one is put off a little.
+        code = (apart + 1e-6 * (torch.arange(8, device=codes.device) % 2)).argmin(-1)
+        size = values[code]
+    return sign * e4m3(size * scale) * 2.0**-shift
 
 
 def quantized(x: torch.Tensor) -> torch.Tensor:
