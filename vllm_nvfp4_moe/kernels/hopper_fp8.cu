@@ -83,35 +83,42 @@ template <int N, int MAX_N, int WM>
 __device__ __forceinline__ void multiply(const Gemm& args, float (&d)[N / 2], Ring ring,
                                          const uint8_t* stages, uint32_t full, uint32_t empty) {
     using S = Shape<MAX_N, WM, 1>;
-    const int thread = threadIdx.x % 128, lane = thread % 32, side = warpgroup();
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    // All that the loop reads is at constant distances from these.
+    const uint8_t* const first = stages + ring.stage * S::STAGE_BYTES;
+    const uint8_t* codes = first + S::X + warpgroup() * WEIGHTS + thread * 16;
+    const uint8_t* scales = first + S::X + warpgroup() * WEIGHTS + 2 * CODES + thread * 4;
+    uint32_t b = descriptor(shared(first)), barrier = full + 8 * ring.stage, phase = ring.phase;
+    uint32_t before = 0;  // of a stage whose MMAs may still run, what says that it is empty
     uint32_t a[2][2][4];
-    int before = -1;  // the stage whose MMAs may still run
-    for (int step = 0; step < args.chunks / 2; ++step, ring.next<S::STAGES>()) {
-        const uint8_t* const base = stages + ring.stage * S::STAGE_BYTES;
-        const uint8_t* const mine = base + S::X + side * WEIGHTS;
-        const uint32_t b = descriptor(shared(base));
-        barrier_wait(full + 8 * ring.stage, ring.phase);
+    for (int step = args.chunks / 2; step > 0; --step) {
+        barrier_wait(barrier, phase);
         // Of the stage's two chunks: rows g and g + 8. The sign says that 1.5 times this is 5 more.
-        const uint32_t scales = *reinterpret_cast<const uint32_t*>(mine + 2 * CODES + thread * 4);
-        const uint32_t ones = scales & 0x7F7F7F7F;
-        const uint32_t threes = ones + (scales >> 7 & 0x01010101) + 0x04040404;
+        const uint32_t signs = *reinterpret_cast<const uint32_t*>(scales);
+        const uint32_t ones = signs & 0x7F7F7F7F;
+        const uint32_t threes = ones + (signs >> 7 & 0x01010101) + 0x04040404;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const auto codes = *reinterpret_cast<const uint4*>(mine + half * CODES + thread * 16);
-            dequantize(a[half], codes, ones, threes, 2 * half, args.powers);
+            const auto words = *reinterpret_cast<const uint4*>(codes + half * CODES);
+            dequantize(a[half], words, ones, threes, 2 * half, args.powers);
             mma_fence();
 #pragma unroll
             for (int i = 0; i < 2; ++i) mma<N>(d, a[half][i], b + 4 * half + 2 * i);
             mma_commit();
             mma_wait<1>();
-            if (half == 0 && before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
+            if (half == 0 && before && lane == 0) barrier_arrive(before);
         }
-        before = ring.stage;
+        before = barrier + (empty - full);
+        codes += S::STAGE_BYTES, scales += S::STAGE_BYTES, b += S::STAGE_BYTES >> 4, barrier += 8;
+        if (barrier == full + 8 * S::STAGES) {
+            codes -= S::STAGES * S::STAGE_BYTES, scales -= S::STAGES * S::STAGE_BYTES;
+            b -= S::STAGES * S::STAGE_BYTES >> 4, barrier = full, phase ^= 1;
+        }
     }
     mma_wait<0>();
     variant_ends<N>();
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * before);
+    if (lane == 0) barrier_arrive(before);
 }
 
 template <int N, bool GATED>
