@@ -20,6 +20,8 @@ chunk, rows ``g`` and ``g + 8``. A scale's sign bit says that ``c'`` is ``c + 5`
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn.functional import pad
 
@@ -47,19 +49,37 @@ EXPONENT = 9
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NUMBERS = (4, 0, 1, 5, 2, 6, 3, 7)
 """Where in a thread's table each magnitude is: first those that follow from ``c``."""
-ZERO = NUMBERS[0]
 
 
-def lowered() -> torch.Tensor:
-    """uint8 ``[6, 8]``: a magnitude's code over 2^k, rounded; from k = 5 on all are zero."""
-    rows = []
-    for k in range(6):
-        row = []
-        for magnitude in MAGNITUDES:
-            value = magnitude / 2**k
-            row.append(min(range(8), key=lambda code: (abs(MAGNITUDES[code] - value), code % 2)))
-        rows.append(row)
-    return torch.tensor(rows, dtype=torch.uint8)
+@functools.cache
+def _lowered(device: torch.device) -> torch.Tensor:
+    """uint8 ``[6, 256]``: a byte of two codes after their magnitudes were halved so many times; from
+    the fifth on they are zero."""
+
+    def code(code: int, times: int) -> int:
+        value = MAGNITUDES[code & 7] / 2**times
+        return code & 8 | min(range(8), key=lambda to: (abs(MAGNITUDES[to] - value), to % 2))
+
+    bytes_ = [
+        [code(byte & 15, times) | code(byte >> 4, times) << 4 for byte in range(256)]
+        for times in range(6)
+    ]
+    return torch.tensor(bytes_, dtype=torch.uint8).to(device)
+
+
+@functools.cache
+def _words(device: torch.device) -> torch.Tensor:
+    """int32 ``[4, 256]``: what each of four bytes, two codes, adds to its thread's word."""
+
+    def place(code: int, column: int) -> int:
+        sign = 8 * (column % 4) + (7 if column < 4 else 3)
+        return NUMBERS[code & 7] << 4 * column | code >> 3 << sign
+
+    words = [
+        [place(byte & 15, 2 * i) | place(byte >> 4, 2 * i + 1) for byte in range(256)]
+        for i in range(4)
+    ]
+    return torch.tensor(words).to(torch.int32).to(device)
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,20 +96,21 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch
     rows, columns = codes.shape[0], 2 * codes.shape[1]
     height, width = padded_rows(rows), padded_columns(columns)
     code, shift, raised, lit = _shifted(scales)
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).unflatten(1, (-1, BLOCK // 2)).flatten(2)
-    table = torch.tensor(NUMBERS, dtype=torch.uint8)[lowered().int()].to(codes.device)
-    nibble = nibbles & 8 | table[raised.clamp(max=5).unsqueeze(-1), (nibbles & 7).int()]
-    nibble = torch.where(lit.unsqueeze(-1), nibble, ZERO)
-    more = (0, (width - columns) // BLOCK, 0, height - rows)
-    nibble = pad(nibble, (0, 0, *more), value=ZERO)
-    code = pad(code, more, value=SMALLEST)
-    # [tile, warp, half of its 16, g, stage, chunk, q, MMA, which four, of which]
-    nibble = nibble.view(height // ROWS, 4, 2, 8, width // COLUMNS, 2, 4, 2, 2, 4)
-    word = torch.zeros(nibble.shape[:-2], dtype=torch.int32, device=codes.device)
-    for four in range(2):
-        for i in range(4):
-            each = nibble[..., four, i].int()
-            word |= (each & 7) << 4 * (4 * four + i) | (each >> 3) << 8 * i + (3 if four else 7)
+    # A block of scale zero has zeros, whatever its codes.
+    codes = codes * lit.repeat_interleave(BLOCK // 2, 1)
+    if bool((raised > 0).any()):
+        times = raised.clamp(max=5).repeat_interleave(BLOCK // 2, 1)
+        codes = _lowered(codes.device)[times, codes.int()]
+    if (height, width) != (rows, columns):
+        codes = pad(codes, (0, (width - columns) // 2, 0, height - rows))
+        more = (0, (width - columns) // BLOCK, 0, height - rows)
+        code = pad(code, more, value=SMALLEST)
+    # [tile, warp, half of its 16, g, stage, chunk, q, MMA, of its four]
+    byte = codes.view(height // ROWS, 4, 2, 8, width // COLUMNS, 2, 4, 2, 4).int()
+    words = _words(codes.device)
+    word = words[0][byte[..., 0]]
+    for i in range(1, 4):
+        word |= words[i][byte[..., i]]
     # -> [tile, stage, chunk, warp, g, q, half, MMA]
     packed_codes = word.permute(0, 4, 5, 1, 3, 6, 2, 7).contiguous().view(torch.uint8)
     mantissa = code & 7
