@@ -53,8 +53,8 @@ NUMBERS = (4, 0, 1, 5, 2, 6, 3, 7)
 
 @functools.cache
 def _lowered(device: torch.device) -> torch.Tensor:
-    """uint8 ``[6, 256]``: a byte of two codes after their magnitudes were halved so many times; from
-    the fifth on they are zero."""
+    """uint8 ``[6, 256]``: a byte of two codes once their magnitudes were halved so many times; five
+    make them zero."""
 
     def code(code: int, times: int) -> int:
         value = MAGNITUDES[code & 7] / 2**times
