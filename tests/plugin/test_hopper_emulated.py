@@ -14,23 +14,21 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from quantize.gates import Gate
 from tests.gpu import reference
-from tests.gpu.layer import Shape, batch, error, random_weights
-from tests.gpu.reference import Stored, routed
+from tests.gpu.layer import Shape, error
+from tests.gpu.packed import BOUND, GATES, Packed
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.hopper_moe import KINDS, Experts
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 HEADER = Path(__file__).with_name("cuda_emulation.h")
 SOURCE = Path(hopper_moe.__file__).with_suffix(".cu")
-GATES = {"silu": Gate("silu"), "swiglu_oai": Gate("swiglu_oai", 1.702, 1.0, 7.0)}
-BOUND = 6e-3
 CPU = torch.device("cpu")
 GUARD = 1024
 """Elements before and after each tensor that the kernel gets to write."""
@@ -119,28 +117,6 @@ def poison(dtype: torch.dtype) -> float:
     return torch.nan if dtype.is_floating_point else -(2**30)
 
 
-class Packed(NamedTuple):
-    shape: Shape
-    w13: Stored
-    w2: Stored
-    experts: Experts
-
-    @classmethod
-    def random(cls, shape: Shape) -> Packed:
-        w13, w2 = random_weights(shape, CPU)
-        return cls(shape, w13, w2, Experts.pack(*w13, *w2))
-
-    def batch(self, tokens: int, routing: str = "uniform") -> tuple[torch.Tensor, ...]:
-        """x, ids and weights, as ``run`` takes them."""
-        x, weights, ids, _ = batch(self.shape, tokens, routing, CPU, torch.bfloat16, tokens)
-        return x, ids, weights
-
-    def truth(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
-    ) -> torch.Tensor:
-        return routed(x, self.w13, self.w2, weights, ids, gate)
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build(tmp_path_factory.mktemp("emulated"), SOURCE.read_text())
@@ -163,12 +139,12 @@ SHAPES = [
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(request: pytest.FixtureRequest) -> Packed:
-    return Packed.random(request.param)
+    return Packed.random(request.param, CPU)
 
 
 @pytest.fixture(scope="module")
 def small() -> Packed:
-    return Packed.random(SHAPES[1])
+    return Packed.random(SHAPES[1], CPU)
 
 
 @pytest.mark.parametrize("use", KINDS)
@@ -279,7 +255,7 @@ def test_half_of_the_experts_elsewhere(emulated: Emulated, small: Packed, use: s
 
 @pytest.mark.parametrize("use", KINDS)
 def test_as_many_experts_as_there_can_be(emulated: Emulated, use: str) -> None:
-    few = Packed.random(Shape("narrow", 8, 64, 32, 3))
+    few = Packed.random(Shape("narrow", 8, 64, 32, 3), CPU)
     times = hopper_moe.MOST_EXPERTS // 8
     w13, w2 = (t.repeat(times, 1, 1, 1) for t in (few.experts.w13, few.experts.w2))
     globals13, globals2 = (g.repeat(times) for g in (few.experts.globals13, few.experts.globals2))
