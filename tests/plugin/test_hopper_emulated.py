@@ -184,7 +184,7 @@ def test_as_the_reference(
 def test_every_size_of_tile_at_once(
     emulated: Emulated, use: str, counts: tuple[int, ...], processors: int
 ) -> None:
-    packed = Packed.random(Shape("one choice", len(counts), 256, 128, 1))
+    packed = Packed.random(Shape("one choice", len(counts), 256, 128, 1), CPU)
     ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].unsqueeze(1)
     x, _, weights = packed.batch(len(ids))
