@@ -8,7 +8,8 @@ or compressed-tensors' layout; for each of ``--rules`` the bench makes one itsel
 by Transformers' own model of SOURCE, in which only the routed experts are replaced by what the
 folder's files mean: **weights alone** (activations as they are: what Marlin, Humming and this
 package's CPU kernel serve), and **with activations** rounded to NVFP4 as well, by a simulation
-(``benchmarks.simulate``) that ``tests/benchmarks/test_simulate.py`` holds against vLLM's emulation.
+(``benchmarks.simulate``) that ``tests/benchmarks/test_simulate.py`` holds against vLLM's emulation;
+``--input-scales fp8``: to E4M3, and the weights to what FP8 products can take of them.
 ModelOpt's rows are its own fake quantization (``benchmarks.peers``).
 
 * **KL**: mean over tokens of KL(bf16 || quantized), nats. It tells methods apart where perplexity
@@ -48,7 +49,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import generation, peers
-from benchmarks.simulate import SCALES, own_experts, simulated
+from benchmarks.simulate import EIGHT_BITS, SCALES, own_experts, simulated, weights_in_e4m3
 from benchmarks.stored import read
 from examples.perplexity import (
     Rows,
@@ -188,7 +189,9 @@ class Bench:
                 weights = self.figures(self.model)
         except (QuantizeError, ValueError) as error:  # another model's; the table goes on
             return Row(label, why=str(error))
-        if any(experts.input_scales is None for experts in layers.values()):
+        if self.scales == EIGHT_BITS:
+            layers, _ = read(folder, weights_in_e4m3)
+        elif any(experts.input_scales is None for experts in layers.values()):
             return Row(label, weights, why="no input scales: its activations stay as they are")
         with simulated(self.model, layers, gates, self.scales):
             return Row(label, weights, self.figures(self.model))

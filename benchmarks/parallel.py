@@ -215,7 +215,7 @@ def measure(
         url = f"http://127.0.0.1:{port}/v1"
         found = [scores(url, rows) for _ in range(WAYS[way].asked)]
     text = log.read_text(errors="replace")
-    kernel = re.findall(r"Using '(\w+)' NvFp4 MoE backend", text)
+    kernel = re.findall(r"NVFP4 experts: .*?; kernel (\w+)", text)
     return {
         "folder": folder.name,
         "way": way,

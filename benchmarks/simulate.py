@@ -13,6 +13,10 @@ ModelOpt's rule; kernels get its reciprocal. vLLM 0.32 makes of them (``fused_mo
   FlashInfer kernel (TRT-LLM, CUTLASS, CuteDSL, B12x), across ranks too;
 * ``expert``: each its own: vLLM's CUTLASS kernel alone.
 
+**Eight bits** (``fp8``): E4M3 with a scale for each token, its largest magnitude over 448, as FP8
+matrix products take them; the checkpoint's input scales are not used. Such products want weights in
+E4M3 too: an E2M1 value times its block scale, which may have a bit more (:func:`weights_in_e4m3`).
+
 Marlin, Humming and this package's CPU kernel leave activations as they are: weights alone.
 """
 
@@ -28,10 +32,11 @@ import torch.nn.functional as F
 
 from benchmarks.stored import Experts
 from quantize.gates import Gate, Gates
-from quantize.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX
+from quantize.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, decode
 
-SCALES = ("shared", "expert")
-"""Whose input scale an expert's GEMMs use, see the module's docstring."""
+EIGHT_BITS = "fp8"
+SCALES = ("shared", "expert", EIGHT_BITS)
+"""How an expert's GEMMs' inputs are rounded, see the module's docstring."""
 
 _LAYER = re.compile(r"\blayers\.([0-9]{1,9})\.")
 
@@ -59,6 +64,26 @@ def round_nvfp4(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
     return (values * (scale / inverse)).flatten(-2).to(x.dtype)
 
 
+def round_rows_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[rows, columns]`` rounded to E4M3 with a scale for each row, in its dtype."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest / E4M3_MAX)
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def weights_in_e4m3(weight: NvFp4) -> torch.Tensor:
+    """Float32 ``[out, in]``: each value times its block scale rounded to E4M3.
+
+    A power of two brings the largest block's values below 448; what then is subnormal in E4M3 has
+    fewer digits. The global scale multiplies the product, in float32.
+    """
+    blocks = weight.block_scale.float().unsqueeze(-1)
+    largest = E2M1_MAX * blocks.max() / E4M3_MAX
+    unit = torch.where(largest == 0, 1.0, largest).log2().ceil().exp2()
+    values = decode(weight.codes).float().unflatten(-1, (-1, BLOCK)) * (blocks / unit)
+    return (values.to(torch.float8_e4m3fn).float() * unit).flatten(-2) * weight.global_scale
+
+
 class Simulated:
     """``forward`` of a layer's routed experts, as Transformers calls it.
 
@@ -80,7 +105,8 @@ class Simulated:
         self.down = experts.down.to(device, dtype)
         self.gate = gate.concatenated()
         self.inputs: torch.Tensor | None = None
-        if scales is not None:
+        self.eight_bits = scales == EIGHT_BITS
+        if scales is not None and not self.eight_bits:
             if experts.input_scales is None:
                 raise ValueError("these experts have no input scales")
             inputs = experts.input_scales.float().to(device)
@@ -113,6 +139,8 @@ class Simulated:
         return restored.view(tokens, k, -1).sum(1).to(hidden.dtype)
 
     def _round(self, rows: torch.Tensor, gemm: int, experts: torch.Tensor) -> torch.Tensor:
+        if self.eight_bits:
+            return round_rows_e4m3(rows)
         if self.inputs is None:
             return rows
         scales = self.inputs[gemm]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +46,13 @@ class Experts(NamedTuple):
     input_scales: torch.Tensor | None
 
 
-def read(folder: Path) -> tuple[dict[int, Experts], Gates | None]:
+def read(
+    folder: Path, floats: Callable[[NvFp4], torch.Tensor] = NvFp4.dequantize
+) -> tuple[dict[int, Experts], Gates | None]:
     """Float32 experts by layer number, and the gate contract if ``config.json`` has one.
+
+    Args:
+        floats: what a kernel makes of a weight, if not what it means.
 
     Raises:
         QuantizeError: if the folder is not NVFP4 in a known layout, or experts are incomplete.
@@ -63,7 +69,8 @@ def read(folder: Path) -> tuple[dict[int, Experts], Gates | None]:
                 key = int(match["expert"]), _KINDS[match["projection"]]
                 modules[int(match["layer"])][key] = match["module"]
         layers = {
-            number: _layer(checkpoint, layout, found) for number, found in sorted(modules.items())
+            number: _layer(checkpoint, layout, found, floats)
+            for number, found in sorted(modules.items())
         }
     if not layers:
         raise QuantizeError(f"{folder} holds no routed experts in NVFP4")
@@ -71,7 +78,12 @@ def read(folder: Path) -> tuple[dict[int, Experts], Gates | None]:
     return layers, from_contract(config[KEY], where) if KEY in config else None
 
 
-def _layer(checkpoint: Checkpoint, layout: Layout, modules: dict[tuple[int, int], str]) -> Experts:
+def _layer(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    modules: dict[tuple[int, int], str],
+    floats: Callable[[NvFp4], torch.Tensor],
+) -> Experts:
     count = 1 + max(expert for expert, _ in modules)
     parts: list[list[torch.Tensor]] = [[], [], []]
     scales: list[list[torch.Tensor]] = [[], [], []]
@@ -83,7 +95,7 @@ def _layer(checkpoint: Checkpoint, layout: Layout, modules: dict[tuple[int, int]
                     f"{checkpoint.folder}: expert {expert} beside {example} is incomplete"
                 )
             weight, scale = _weight(checkpoint, layout, modules[expert, kind])
-            parts[kind].append(weight.dequantize())
+            parts[kind].append(floats(weight))
             if scale is not None:
                 scales[kind].append(scale)
     gate, up, down = (torch.stack(part) for part in parts)

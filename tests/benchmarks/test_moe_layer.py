@@ -15,32 +15,28 @@ import pytest
 import torch
 
 from benchmarks import moe_layer
-from benchmarks.moe_layer import (
-    SHAPES,
+from benchmarks.moe_layer import Clocks, Pass, check_outputs, parse, time_on_gpu
+from benchmarks.moe_layer_inputs import (
     Batch,
-    Clocks,
-    Floor,
-    Layer,
-    Pass,
-    Row,
-    Shape,
     Stored,
-    WrongKernelError,
-    active_experts,
     apart,
     batch,
     batches,
-    build,
-    check_outputs,
-    floor,
-    parse,
     plain,
     random_weights,
+)
+from benchmarks.moe_layer_table import (
+    SHAPES,
+    Floor,
+    Row,
+    Shape,
+    active_experts,
+    floor,
     report,
     summary,
     table,
-    time_on_gpu,
 )
+from benchmarks.moe_layer_vllm import Layer, WrongKernelError, build
 from tests.conftest import ROOT
 
 M3 = SHAPES["minimax-m3"]

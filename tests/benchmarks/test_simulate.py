@@ -9,12 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.simulate import Simulated, experts_of, own_experts, round_nvfp4, simulated
+from benchmarks.simulate import (
+    Simulated,
+    experts_of,
+    own_experts,
+    round_nvfp4,
+    round_rows_e4m3,
+    simulated,
+    weights_in_e4m3,
+)
 from benchmarks.stored import Experts, read
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.gates import Gate, Gates
 from quantize.layouts import LAYOUTS
+from quantize.nvfp4 import NvFp4
 from quantize.pipeline import execute
 from quantize.plan import Options, plan
 from tests.benchmarks import tiny
@@ -61,6 +70,48 @@ def test_each_row_can_have_its_own_scale() -> None:
     scales = torch.logspace(-6, 1, len(x))
     alone = [round_nvfp4(row[None], scale) for row, scale in zip(x, scales, strict=True)]
     assert torch.equal(round_nvfp4(x, scales), torch.cat(alone))
+
+
+E4M3 = torch.tensor(
+    sorted(
+        {0.0}
+        | {2.0 ** (exponent - 7) * (1 + m / 8) for exponent in range(1, 16) for m in range(8)}
+        | {2.0**-9 * m for m in range(8)}
+    )[:-1],  # the last would be 480, which is NaN
+    dtype=torch.float64,
+)
+
+
+def nearest_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Of E4M3's values, ties to the even one."""
+    size = x.double().abs()
+    above = torch.searchsorted(E4M3, size).clamp(max=len(E4M3) - 1)
+    below = (above - 1).clamp(min=0)
+    up, down = E4M3[above] - size, size - E4M3[below]
+    upward = (up < down) | ((up == down) & (above % 2 == 0))
+    return torch.where(upward, E4M3[above], E4M3[below]) * x.sign()
+
+
+def test_eight_bits_have_a_scale_for_each_token() -> None:
+    x = hard_values()
+    largest = x.abs().amax(1, keepdim=True)
+    scale = torch.where(largest == 0, torch.ones(()), largest / 448)
+    expected = nearest_e4m3(x / scale).float() * scale
+    assert torch.equal(round_rows_e4m3(x), expected)
+    assert round_rows_e4m3(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_weights_in_eight_bits() -> None:
+    """Every code with every block scale: exact but for the fifth digit, or among the smallest."""
+    codes = torch.arange(16).repeat(126, 1)
+    block_scale = torch.arange(1, 127).to(torch.uint8).view(torch.float8_e4m3fn).view(126, 1)
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    weight = NvFp4(packed, block_scale, torch.tensor(0.37))
+    # 6 x 448 is 2^3 times too much.
+    expected = nearest_e4m3(weight._replace(global_scale=torch.ones(())).dequantize() / 8) * 8
+    assert torch.equal(weights_in_e4m3(weight), expected.float() * 0.37)
+    zeros = NvFp4(torch.zeros_like(packed), torch.zeros_like(block_scale), torch.ones(()))
+    assert not weights_in_e4m3(zeros).count_nonzero()
 
 
 def batch(module: Any, tokens: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

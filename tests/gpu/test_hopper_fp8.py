@@ -17,8 +17,9 @@ import torch
 
 from quantize.gates import Gate
 from tests.gpu import reference, reference_fp8
-from tests.gpu.layer import MODELS, Shape, batch, error, random_weights
-from tests.gpu.reference import Stored, routed
+from tests.gpu.layer import MODELS, Shape, error
+from tests.gpu.packed import GATES, Packed
+from tests.gpu.reference import Stored
 from vllm_nvfp4_moe.kernels import hopper_fp8
 from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS, Experts
 
@@ -33,28 +34,15 @@ SHAPES = [
     Shape("pad-rows", 8, 400, 80, 2),
 ]
 TOKENS = (1, 3, 16, 64, 256, 1000, 8192)
-GATES = {"silu": Gate("silu"), "swiglu_oai": Gate("swiglu_oai", 1.702, 1.0, 7.0)}
 BOUND = 2e-2
 COST = 0.09
-
-
-class Packed:
-    """A shape's weights, as stored and as the kernel wants them."""
-
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape, self.device = shape, device
-        self.w13, self.w2 = random_weights(shape, device)
-        self.experts = Experts.pack(*self.w13, *self.w2)
-
-    def truth(self, x: Any, weights: Any, ids: Any, gate: str) -> torch.Tensor:
-        return reference_fp8.routed(x, self.w13, self.w2, weights, ids, gate)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(gpu: torch.device, request: pytest.FixtureRequest) -> Packed:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel runs on compute capability 9.0 alone")
-    return Packed(request.param, gpu)
+    return Packed.random(request.param, gpu, hopper_fp8)
 
 
 def poison(packed: Packed, x: torch.Tensor) -> None:
@@ -64,17 +52,19 @@ def poison(packed: Packed, x: torch.Tensor) -> None:
         torch.full(((pairs + 4096) * (width + 128),), torch.nan, dtype=x.dtype, device=x.device)
 
 
+def rounded(packed: Packed, x: Any, ids: Any, weights: Any, gate: str) -> torch.Tensor:
+    return reference_fp8.routed(x, packed.w13, packed.w2, weights, ids, gate)
+
+
 @pytest.mark.parametrize("routing", ["uniform", "skewed"])
 @pytest.mark.parametrize("gate", GATES)
 def test_as_the_reference(
     packed: Packed, gate: str, routing: str, measured: list[dict[str, Any]]
 ) -> None:
     for seed, tokens in enumerate(TOKENS):
-        x, weights, ids, _ = batch(
-            packed.shape, tokens, routing, packed.device, torch.bfloat16, seed
-        )
-        truth = packed.truth(x, weights, ids, gate)
-        unrounded = routed(x, packed.w13, packed.w2, weights, ids, gate)
+        x, ids, weights = packed.batch(tokens, routing, seed)
+        truth = rounded(packed, x, ids, weights, gate)
+        unrounded = packed.truth(x, ids, weights, gate)
         for use in KINDS:
             poison(packed, x)
             out = hopper_fp8.run(x, packed.experts, ids, weights, GATES[gate], use=use)
@@ -92,21 +82,19 @@ def test_as_the_reference(
 
 @pytest.mark.parametrize("use", KINDS)
 def test_graphs_give_the_same_bits(packed: Packed, use: str) -> None:
-    x, weights, ids, _ = batch(packed.shape, 16, "uniform", packed.device, torch.bfloat16, 0)
+    x, ids, weights = packed.batch(16, "uniform", 0)
     eager = hopper_fp8.run(x, packed.experts, ids, weights, GATES["silu"], use=use)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = hopper_fp8.run(x, packed.experts, ids, weights, GATES["silu"], use=use)
-    other = batch(packed.shape, 16, "skewed", packed.device, torch.bfloat16, 1)
-    for inputs in (other, (x.clone(), weights.clone(), ids.clone())):
-        expected = hopper_fp8.run(
-            inputs[0], packed.experts, inputs[2], inputs[1], GATES["silu"], use=use
-        )
+    other = packed.batch(16, "skewed", 1)
+    for inputs in (other, (x.clone(), ids.clone(), weights.clone())):
+        expected = hopper_fp8.run(inputs[0], packed.experts, *inputs[1:], GATES["silu"], use=use)
         x.copy_(inputs[0])
-        weights.copy_(inputs[1])
-        ids.copy_(inputs[2])
+        ids.copy_(inputs[1])
+        weights.copy_(inputs[2])
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, expected)
@@ -117,8 +105,8 @@ def test_graphs_give_the_same_bits(packed: Packed, use: str) -> None:
 def test_half_of_the_experts_elsewhere(packed: Packed, use: str) -> None:
     """Expert parallel: two ranks' outputs add up to one's; a rank without a token gives zeros."""
     shape = packed.shape
-    x, weights, ids, _ = batch(shape, 33, "uniform", packed.device, torch.bfloat16, 2)
-    truth = packed.truth(x, weights, ids, "silu")
+    x, ids, weights = packed.batch(33, "uniform", 2)
+    truth = rounded(packed, x, ids, weights, "silu")
     total = torch.zeros_like(truth)
     for rank in range(2):
         mine = torch.arange(rank, shape.experts, 2, device=packed.device)
@@ -138,17 +126,17 @@ def test_half_of_the_experts_elsewhere(packed: Packed, use: str) -> None:
 def test_one_hot_expert(packed: Packed, use: str) -> None:
     """All tokens choose the same experts: many tiles of one, none of most."""
     shape = packed.shape
-    x, weights, _, _ = batch(shape, 300, "uniform", packed.device, torch.bfloat16, 3)
+    x, _, weights = packed.batch(300, "uniform", 3)
     ids = torch.arange(shape.top_k, dtype=torch.int32, device=packed.device).repeat(300, 1)
     ids += shape.experts - shape.top_k
     poison(packed, x)
     out = hopper_fp8.run(x, packed.experts, ids, weights, GATES["swiglu_oai"], use=use)
-    assert error(out, packed.truth(x, weights, ids, "swiglu_oai")).whole < BOUND
+    assert error(out, rounded(packed, x, ids, weights, "swiglu_oai")).whole < BOUND
 
 
 def test_rows_apart_and_in_place(packed: Packed) -> None:
     """x may be a slice of wider rows, and the output may lie where x does."""
-    x, weights, ids, _ = batch(packed.shape, 16, "uniform", packed.device, torch.bfloat16, 4)
+    x, ids, weights = packed.batch(16, "uniform", 4)
     expected = hopper_fp8.run(x, packed.experts, ids, weights, GATES["silu"])
     wide = torch.full((16, x.shape[1] + 64), torch.nan, dtype=x.dtype, device=x.device)
     wide[:, 8 : 8 + x.shape[1]] = x
@@ -163,7 +151,7 @@ def test_rows_apart_and_in_place(packed: Packed) -> None:
 
 def test_nan_comes_out(packed: Packed) -> None:
     """Of the token it went into, and of no other."""
-    x, weights, ids, _ = batch(packed.shape, 16, "uniform", packed.device, torch.bfloat16, 5)
+    x, ids, weights = packed.batch(16, "uniform", 5)
     x[3, 5] = torch.nan
     out = hopper_fp8.run(x, packed.experts, ids, weights, GATES["swiglu_oai"])
     assert out[3].isnan().all()
@@ -173,7 +161,7 @@ def test_nan_comes_out(packed: Packed) -> None:
 def test_gelu(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
     monkeypatch.setitem(reference.GATES, "gelu_tanh", lambda gate, up: gelu(gate) * up)
-    x, weights, ids, _ = batch(packed.shape, 16, "uniform", packed.device, torch.bfloat16, 6)
-    truth = packed.truth(x, weights, ids, "gelu_tanh")
+    x, ids, weights = packed.batch(16, "uniform", 6)
+    truth = rounded(packed, x, ids, weights, "gelu_tanh")
     out = hopper_fp8.run(x, packed.experts, ids, weights, Gate("gelu_tanh"))
     assert error(out, truth).whole < BOUND

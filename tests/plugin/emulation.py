@@ -13,13 +13,11 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from tests.gpu.layer import Shape, batch, random_weights
-from tests.gpu.reference import Stored, routed
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
@@ -120,27 +118,3 @@ class Emulated:
 def poison(dtype: torch.dtype) -> float:
     """No index of anything, or NaN."""
     return torch.nan if dtype.is_floating_point else -(2**30)
-
-
-class Packed(NamedTuple):
-    """A shape's weights, as stored and as a module's kernel wants them."""
-
-    shape: Shape
-    w13: Stored
-    w2: Stored
-    experts: Any
-
-    @classmethod
-    def random(cls, shape: Shape, kernels: ModuleType) -> Packed:
-        w13, w2 = random_weights(shape, CPU)
-        return cls(shape, w13, w2, kernels.Experts.pack(*w13, *w2))
-
-    def batch(self, tokens: int, routing: str = "uniform") -> tuple[torch.Tensor, ...]:
-        """x, ids and weights, as ``run`` takes them."""
-        x, weights, ids, _ = batch(self.shape, tokens, routing, CPU, torch.bfloat16, tokens)
-        return x, ids, weights
-
-    def truth(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
-    ) -> torch.Tensor:
-        return routed(x, self.w13, self.w2, weights, ids, gate)

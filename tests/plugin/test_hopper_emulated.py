@@ -17,13 +17,11 @@ import torch
 from quantize.gates import Gate
 from tests.gpu import reference
 from tests.gpu.layer import Shape, error
-from tests.plugin.emulation import Emulated, Packed, body, build
+from tests.gpu.packed import BOUND, GATES, Packed
+from tests.plugin.emulation import CPU, Emulated, body, build
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.hopper_moe import KINDS, Experts
 from vllm_nvfp4_moe.kernels.jit import KernelError
-
-GATES = {"silu": Gate("silu"), "swiglu_oai": Gate("swiglu_oai", 1.702, 1.0, 7.0)}
-BOUND = 6e-3
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +46,12 @@ SHAPES = [
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(request: pytest.FixtureRequest) -> Packed:
-    return Packed.random(request.param, hopper_moe)
+    return Packed.random(request.param, CPU)
 
 
 @pytest.fixture(scope="module")
 def small() -> Packed:
-    return Packed.random(SHAPES[1], hopper_moe)
+    return Packed.random(SHAPES[1], CPU)
 
 
 @pytest.mark.parametrize("use", KINDS)
@@ -93,7 +91,7 @@ def test_as_the_reference(
 def test_every_size_of_tile_at_once(
     emulated: Emulated, use: str, counts: tuple[int, ...], processors: int
 ) -> None:
-    packed = Packed.random(Shape("one choice", len(counts), 256, 128, 1), hopper_moe)
+    packed = Packed.random(Shape("one choice", len(counts), 256, 128, 1), CPU)
     ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].unsqueeze(1)
     x, _, weights = packed.batch(len(ids))
@@ -164,7 +162,7 @@ def test_half_of_the_experts_elsewhere(emulated: Emulated, small: Packed, use: s
 
 @pytest.mark.parametrize("use", KINDS)
 def test_as_many_experts_as_there_can_be(emulated: Emulated, use: str) -> None:
-    few = Packed.random(Shape("narrow", 8, 64, 32, 3), hopper_moe)
+    few = Packed.random(Shape("narrow", 8, 64, 32, 3), CPU)
     times = hopper_moe.MOST_EXPERTS // 8
     w13, w2 = (t.repeat(times, 1, 1, 1) for t in (few.experts.w13, few.experts.w2))
     globals13, globals2 = (g.repeat(times) for g in (few.experts.globals13, few.experts.globals2))

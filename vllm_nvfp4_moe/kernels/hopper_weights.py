@@ -16,6 +16,8 @@ instructions; with five bits of exponent none are needed, and a sign no block sc
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 ROWS = 64
@@ -81,13 +83,10 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         )
     # Of rows: tile, warp, half of its 16, g; of columns: chunk, MMA, half of its 16, q.
     byte = codes.view(height // ROWS, 4, 2, 8, width // CHUNK, 4, 2, 4).int()
-    word = torch.zeros(byte.shape[:2] + byte.shape[3:6] + byte.shape[7:], dtype=torch.int32)
-    word = word.to(codes.device)
-    table = torch.tensor([[_place(code, *at) for code in range(16)] for at in PLACES])
-    table = table.to(codes.device, torch.int32)
-    for register, (row_half, column_half) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
-        pair = byte[:, :, row_half, :, :, :, column_half]
-        word |= table[register][pair & 15] | table[register][pair >> 4] << 16
+    lut = _words(codes.device)
+    word = lut[0][byte[:, :, 0, :, :, :, 0]]
+    for register, (row_half, column_half) in ((1, (1, 0)), (2, (0, 1)), (3, (1, 1))):
+        word |= lut[register][byte[:, :, row_half, :, :, :, column_half]]
     # [tile, warp, g, chunk, MMA, q] -> [tile, chunk, warp, g, q, MMA]
     packed_codes = word.permute(0, 3, 1, 2, 5, 4).contiguous().view(torch.uint8)
     # [tile, warp, half, g, chunk, two MMAs, which]
@@ -105,9 +104,18 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _place(code: int, *places: int) -> int:
-    """``code`` at its place in a half of a word."""
-    return sum((code >> 3 - i & 1) << place for i, place in enumerate(places))
+@functools.cache
+def _words(device: torch.device) -> torch.Tensor:
+    """int32 ``[registers, 256]``: what a byte, two codes, adds to its thread's word."""
+
+    def place(code: int, places: tuple[int, ...]) -> int:
+        return sum((code >> 3 - i & 1) << place for i, place in enumerate(places))
+
+    words = [
+        [place(byte & 15, places) | place(byte >> 4, places) << 16 for byte in range(256)]
+        for places in PLACES
+    ]
+    return torch.tensor(words).to(torch.int32).to(device)
 
 
 def _five_bits(scales: torch.Tensor) -> torch.Tensor:

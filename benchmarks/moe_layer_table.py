@@ -1,0 +1,197 @@
+"""Floors, tables and verdicts of ``benchmarks.moe_layer``: from saved numbers alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from quantize.gates import Gate
+
+BYTES = 4.5 / 8
+"""Of a weight."""
+GOAL = {"geomean": 1.3, "memory": 0.80, "flops": 0.70}
+TITLES = {"ours": "ours", "humming": "Humming", "marlin": "Marlin", "bf16": "bf16 Triton"}
+
+
+SILU = Gate("silu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer's sizes on one rank of ``tp``; ``top_k`` experts a token."""
+
+    name: str
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    gate: Gate = SILU
+    tp: int = 1
+
+    def slice(self, tp: int) -> Shape:
+        """One rank's."""
+        return replace(self, intermediate=self.intermediate // tp, tp=tp)
+
+    @property
+    def weights(self) -> int:
+        """Of one expert."""
+        return 3 * self.hidden * self.intermediate
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("minimax-m3", 128, 6144, 3072, 4, Gate("swiglu_oai", 1.702, 1.0, 7.0)),
+        Shape("qwen3-235b", 128, 4096, 1536, 8),
+        Shape("deepseek-v3", 256, 7168, 2048, 8),
+    )
+}
+
+
+class Floor(NamedTuple):
+    """Milliseconds that reading the weights and that computing take at least."""
+
+    memory: float
+    flops: float
+
+    @property
+    def ms(self) -> float:
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        return "memory" if self.memory >= self.flops else "FLOPs"
+
+
+def floor(shape: Shape, tokens: int, active: float, bandwidth: float, flops: float) -> Floor:
+    """Of one call.
+
+    Args:
+        active: experts that any token goes to.
+        bandwidth: TB/s.
+        flops: TFLOP/s.
+    """
+    read = active * shape.weights * BYTES
+    computed = 2 * tokens * shape.top_k * shape.weights
+    return Floor(read / bandwidth / 1e9, computed / flops / 1e9)
+
+
+def active_experts(ids: torch.Tensor) -> int:
+    """How many experts int32 ``[tokens, k]`` names; negative ones are nobody's."""
+    return int(ids[ids >= 0].unique().numel())
+
+
+class Row:
+    """One token count of a saved run."""
+
+    def __init__(self, shape: Shape, saved: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        self.tokens: int = saved["tokens"]
+        self.active: float = saved["active"]
+        self.ms: dict[str, float] = saved["ms"]
+        self.floor = floor(shape, self.tokens, self.active, about["bandwidth"], about["flops"])
+        others = [ms for name, ms in self.ms.items() if name != "ours"]
+        ours = self.ms.get("ours")
+        self.ratio = min(others) / ours if ours and others else None
+        """Of the best other's time to ours: above 1 where ours is faster."""
+
+    def reached(self, bound: float) -> float | None:
+        """``bound`` (ms) over our time; None if ours was not timed."""
+        return bound / self.ms["ours"] if "ours" in self.ms else None
+
+
+def number(value: float | None) -> str:
+    """Milliseconds, to about three digits."""
+    if value is None:
+        return "-"
+    return f"{value:.{4 if value < 0.1 else 3 if value < 10 else 2}f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _restored(saved: Mapping[str, Any]) -> Shape:
+    sizes = saved["shape"]
+    return Shape(**{**sizes, "gate": Gate(**sizes["gate"])})
+
+
+def _rows(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[Row]:
+    return [Row(_restored(saved), row, about) for row in saved["rows"]]
+
+
+def table(saved: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Markdown of one shape's rows, in milliseconds."""
+    kernels = [name for name in TITLES if name in saved["kernels"]]
+    head = ["tokens", "experts", *(TITLES[name] for name in kernels)]
+    head += ["floor", "bound", "best other / ours", "floor / ours"]
+    lines = [f"| {' | '.join(head)} |", "| ---: " * len(head) + "|"]
+    for row in _rows(saved, about):
+        cells = [str(row.tokens), f"{row.active:.0f}", *(number(row.ms.get(k)) for k in kernels)]
+        cells += [number(row.floor.ms), row.floor.bound]
+        cells += [_share(row.ratio), _share(row.reached(row.floor.ms))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+    """How much faster ours is; for MiniMax-M3 whether its goals hold."""
+    rows = _rows(saved, about)
+    ratios = {row.tokens: row.ratio for row in rows if row.ratio is not None}
+    if not ratios:
+        return []
+    mean = statistics.geometric_mean(ratios.values())
+    worst = min(ratios, key=lambda tokens: ratios[tokens])
+    lines = [
+        f"best other / ours: geometric mean {mean:.3f} of {len(ratios)} token counts, "
+        f"smallest {ratios[worst]:.3f} at {worst}"
+    ]
+    shape = _restored(saved)
+    if (shape.name, shape.tp, about["routing"]) != ("minimax-m3", 1, "uniform"):
+        return lines
+    memory = [row.reached(row.floor.memory) for row in rows if 16 <= row.tokens <= 256]
+    flops = [row.reached(row.floor.flops) for row in rows if row.tokens == 8192]
+    goals: list[tuple[str, float | None, float]] = [
+        ("geometric mean of best other / ours", mean, GOAL["geomean"]),
+        ("smallest of best other / ours", ratios[worst], 1.0),
+        ("smallest memory floor / ours at 16 to 256", _least(memory), GOAL["memory"]),
+        ("FLOP floor / ours at 8192", _least(flops), GOAL["flops"]),
+    ]
+    for what, found, wanted in goals:
+        if found is None:
+            lines.append(f"GOAL not measured: {what}, at least {wanted:.2f}")
+        else:
+            holds = "holds" if found >= wanted else "MISSED"
+            lines.append(f"GOAL {holds}: {what} {found:.3f}, at least {wanted:.2f}")
+    return lines
+
+
+def _least(values: Sequence[float | None]) -> float | None:
+    """The smallest; None where there are none, or one is missing."""
+    found = [value for value in values if value is not None]
+    return min(found) if found and len(found) == len(values) else None
+
+
+def title(shape: Shape) -> str:
+    return (
+        f"{shape.name}, tensor parallel {shape.tp}: {shape.experts} experts, "
+        f"{shape.hidden} x {shape.intermediate}, top {shape.top_k}, {shape.gate}"
+    )
+
+
+def report(run: Mapping[str, Any]) -> str:
+    """A whole saved run in Markdown."""
+    about = run["about"]
+    parts = ["; ".join(f"{key} {value}" for key, value in about.items())]
+    for saved in run["shapes"]:
+        kernels = ", ".join(f"{TITLES[k]}: {name}" for k, name in saved["kernels"].items())
+        parts += [f"### {title(_restored(saved))}", table(saved, about), f"Kernels: {kernels}."]
+        lines = summary(saved, about)
+        if clocks := saved.get("clocks", {}).get("sm"):
+            lines.append("MHz while timing, least, median and most: " + ", ".join(map(str, clocks)))
+        parts += ["\n".join(f"- {line}" for line in lines)]
+    parts += [f"WRONG {problem}" for problem in run["problems"]]
+    return "\n\n".join(part for part in parts if part)
