@@ -120,6 +120,7 @@ inline uint32_t __vmaxu2(uint32_t x, uint32_t y) {
     return most(0xFFFF0000) | most(0xFFFF);
 }
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline int atomicAdd(int* to, int value) {
     const int before = *to;
     *to += value;
