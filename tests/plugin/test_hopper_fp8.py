@@ -383,17 +383,17 @@ def test_the_bf16_kernel_is_the_more_exact(
     assert error(theirs, exact).whole < BF16_BOUND < error(ours, exact).whole
 
 
-RELEASE = "if (half == 0 && before && lane == 0) barrier_arrive(before);"
+RELEASE = "if (k == 2 && before && lane == 0) barrier_arrive(before);"
 
 
 @pytest.mark.parametrize(
     ("part", "instead", "message"),
     [
-        ("mma_wait<1>", "mma_wait<2>", "A overwritten under an MMA"),
+        ("mma_wait<3>", "mma_wait<4>", "A overwritten under an MMA"),
         # A stage is given back before its MMAs are done.
-        (f"mma_wait<1>();\n            {RELEASE}", f"{RELEASE} mma_wait<1>();", "assert nan <"),
+        (RELEASE, RELEASE.replace("k == 2", "k == 0"), "assert nan <"),
         # Of two chunks' scales, or of two halves of an MMA's columns, the other.
-        ("threes, 2 * half,", "threes, 2 - 2 * half,", "assert .* <"),
+        ("threes, 2 * half)", "threes, 2 - 2 * half)", "assert .* <"),
         ("(unit % 8 ^ place.z % 8)", "(unit % 8 ^ 1 ^ place.z % 8)", "assert .* <"),
     ],
     ids=["registers", "stage", "scales", "columns"],

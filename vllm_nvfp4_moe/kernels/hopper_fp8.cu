@@ -48,33 +48,27 @@ __device__ __forceinline__ uint32_t e4m3(float low, float high) {
 
 // --------------------------------------------------------------------------------- dequantizing
 
-// Eight weights of a row, two registers of e4m3, from a word of codes: magnitudes' numbers in the nibbles'
-// lower three bits, in order; signs in their highest, of the first four in the odd nibbles, of the
-// others in the even ones. `low` and `high`: e4m3's codes for the eight magnitudes.
-__device__ __forceinline__ void dequantize(uint32_t& first, uint32_t& second, uint32_t codes,
-                                           uint32_t low, uint32_t high, const Powers& by) {
-    constexpr uint32_t SIGNS = 0x80808080;
-    const uint32_t magnitudes = codes & 0x77777777;
-    first = pick(low, high, magnitudes) | (codes & SIGNS);
-    second = pick(low, high, magnitudes >> 16) | (codes * by.sixteen & SIGNS);
+// E4M3's codes for E2M1's magnitudes times a scale: of 0.5, 1, 2, 4, and of 0, 1.5, 3, 6.
+struct Table {
+    uint32_t low, high;
+};
+
+// The scale is byte `at` of `ones`, 1.5 times it, rounded, that of `threes`. In e4m3 a factor of two is
+// 8, and a product puts a byte into each of a register's; no sum is carried into the next.
+__device__ __forceinline__ Table table(uint32_t ones, uint32_t threes, int at) {
+    return {__byte_perm(ones, 0, 0x4440 | at) * 0x01010101 + 0x1007FFF8,
+            __byte_perm(threes, 0, 0x4440 | at) * 0x01010100 + 0x10080000};
 }
 
-// A chunk's weights of a thread, for two MMAs: of rows g and g + 8 a block each, whose scales are byte
-// `at` and the next of `ones`. `threes` are 1.5 times those, rounded. In e4m3 a factor of two is 8, and
-// a product puts a byte into each of a register's; no sum is carried into the next.
-__device__ __forceinline__ void dequantize(uint32_t (&a)[2][4], const uint4& codes, uint32_t ones,
-                                           uint32_t threes, int at, const Powers& by) {
-    const uint32_t words[2][2] = {{codes.x, codes.y}, {codes.z, codes.w}};
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        const uint32_t byte = 0x4440 | (at + row);
-        // 0.5, 1, 2, 4; 0, 1.5, 3, 6.
-        const uint32_t low = __byte_perm(ones, 0, byte) * 0x01010101 + 0x1007FFF8;
-        const uint32_t high = __byte_perm(threes, 0, byte) * 0x01010100 + 0x10080000;
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            dequantize(a[i][row], a[i][row + 2], words[row][i], low, high, by);
-    }
+// Eight weights of a row, two registers of e4m3, from a word of codes: magnitudes' numbers in the nibbles'
+// lower three bits, in order; signs in their highest, of the first four in the odd nibbles, of the
+// others in the even ones.
+__device__ __forceinline__ void dequantize(uint32_t& first, uint32_t& second, uint32_t codes,
+                                           const Table& of, const Powers& by) {
+    constexpr uint32_t SIGNS = 0x80808080;
+    const uint32_t magnitudes = codes & 0x77777777;
+    first = pick(of.low, of.high, magnitudes) | (codes & SIGNS);
+    second = pick(of.low, of.high, magnitudes >> 16) | (codes * by.sixteen & SIGNS);
 }
 
 // ----------------------------------------------------------------------------------------- GEMMs
@@ -85,12 +79,12 @@ __device__ __forceinline__ void multiply(const Gemm& args, float (&d)[N / 2], Ri
     using S = Shape<MAX_N, WM, 1>;
     const int thread = threadIdx.x % 128, lane = thread % 32;
     // All that the loop reads is at constant distances from these.
-    const uint8_t* const first = stages + ring.stage * S::STAGE_BYTES;
-    const uint8_t* codes = first + S::X + warpgroup() * WEIGHTS + thread * 16;
-    const uint8_t* scales = first + S::X + warpgroup() * WEIGHTS + 2 * CODES + thread * 4;
-    uint32_t b = descriptor(shared(first)), barrier = full + 8 * ring.stage, phase = ring.phase;
+    const uint8_t* const stage = stages + ring.stage * S::STAGE_BYTES;
+    const uint8_t* codes = stage + S::X + warpgroup() * WEIGHTS + thread * 16;
+    const uint8_t* scales = stage + S::X + warpgroup() * WEIGHTS + 2 * CODES + thread * 4;
+    uint32_t b = descriptor(shared(stage)), barrier = full + 8 * ring.stage, phase = ring.phase;
     uint32_t before = 0;  // of a stage whose MMAs may still run, what says that it is empty
-    uint32_t a[2][2][4];
+    uint32_t a[4][4];
     for (int step = args.chunks / 2; step > 0; --step) {
         barrier_wait(barrier, phase);
         // Of the stage's two chunks: rows g and g + 8. The sign says that 1.5 times this is 5 more.
@@ -100,13 +94,20 @@ __device__ __forceinline__ void multiply(const Gemm& args, float (&d)[N / 2], Ri
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const auto words = *reinterpret_cast<const uint4*>(codes + half * CODES);
-            dequantize(a[half], words, ones, threes, 2 * half, args.powers);
-            mma_fence();
+            const Table first = table(ones, threes, 2 * half);
+            const Table second = table(ones, threes, 2 * half + 1);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) mma<N>(d, a[half][i], b + 4 * half + 2 * i);
-            mma_commit();
-            mma_wait<1>();
-            if (half == 0 && before && lane == 0) barrier_arrive(before);
+            for (int i = 0; i < 2; ++i) {
+                // Three MMAs run while the fourth's weights are made.
+                const int k = 2 * half + i;
+                dequantize(a[k][0], a[k][2], i ? words.y : words.x, first, args.powers);
+                dequantize(a[k][1], a[k][3], i ? words.w : words.z, second, args.powers);
+                mma_fence();
+                mma<N>(d, a[k], b + 2 * k);
+                mma_commit();
+                mma_wait<3>();
+                if (k == 2 && before && lane == 0) barrier_arrive(before);
+            }
         }
         before = barrier + (empty - full);
         codes += S::STAGE_BYTES, scales += S::STAGE_BYTES, b += S::STAGE_BYTES >> 4, barrier += 8;
@@ -121,57 +122,48 @@ __device__ __forceinline__ void multiply(const Gemm& args, float (&d)[N / 2], Ri
     if (lane == 0) barrier_arrive(before);
 }
 
-// As `activate`, but without branches: one after another they take a tenth of a tile's time. The
-// quotient is off by two units in its last place; where 1 + exp is past 2^126 it is zero.
-template <bool TANH>
-__device__ __forceinline__ float activate_at_once(float gate, float up, const Gate& rule) {
-    gate = gate > rule.limit ? rule.limit : gate;
-    up = up > rule.limit ? rule.limit : up;
-    up = up < -rule.limit ? -rule.limit : up;
-    if constexpr (TANH) {
-        const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
-        return 0.5f * gate * (1.0f + tanhf(inner)) * (up + rule.beta);
-    }
-    return __fdividef(gate, 1.0f + __expf(-rule.alpha * gate)) * (up + rule.beta);
-}
-
-// bf16 rows, which `requantize` reads.
-template <int N, bool TANH>
-__device__ __forceinline__ void write_gated(const Gemm& args, const Tile& tile,
-                                            const float (&d)[N / 2], int row_tile) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
-    // Rows come as 8 of gate, 8 of up: a warp's 16 are 8 columns.
-    const int column = row_tile * (ROWS / 2) + warp * 8 + quad * 2;
-    uint8_t* const to = args.out + (int64_t(tile.row + group) * args.out_columns + column) * 2;
-    const int64_t step = int64_t(8) * args.out_columns * 2;
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-        const float first = activate_at_once<TANH>(d[4 * j], d[4 * j + 2], args.gate);
-        const float second = activate_at_once<TANH>(d[4 * j + 1], d[4 * j + 3], args.gate);
-        const uint32_t value = transpose(pack(first, second));
-        if (8 * j + group < tile.count) *reinterpret_cast<uint32_t*>(to + j * step) = value;
-    }
-}
-
+// The products of a tile, scaled; of the first GEMM activated, as bf16 rows, which `requantize` reads.
 template <int N, bool GATED>
 __device__ __forceinline__ void write(const Gemm& args, const Tile& tile, float (&d)[N / 2],
                                       int row_tile, float scale) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
     // Only the producer has waited for the last kernel, which these are of.
     wait_for_last();
-    const auto* const scales =
-        reinterpret_cast<const float2*>(args.scales + tile.row) + threadIdx.x % 4;
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
+    const auto* const scales = reinterpret_cast<const float2*>(args.scales + tile.row) + quad;
+    const auto apply = [&](int j) {
         const float2 both = scales[4 * j];
         d[4 * j] *= both.x * scale, d[4 * j + 1] *= both.y * scale;
         d[4 * j + 2] *= both.x * scale, d[4 * j + 3] *= both.y * scale;
-    }
-    if constexpr (!GATED)
+    };
+    if constexpr (GATED) {
+        // `activate` without its branches, which one after another take a tenth of a tile's time:
+        // gelu's (1 + tanh(y)) / 2 is the sigmoid of 2 y, and what is squared stays finite.
+        const Gate rule = args.gate;
+        const float linear = rule.tanh ? 1.5957691216057308f : rule.alpha;
+        const float cubic = rule.tanh ? 0.07135481627160025f : 0.0f;
+        const auto activated = [&](float gate, float up) {
+            gate = gate > rule.limit ? rule.limit : gate;
+            up = up > rule.limit ? rule.limit : up;
+            up = up < -rule.limit ? -rule.limit : up;
+            const float inner = gate * (linear + cubic * fminf(gate * gate, 1e38f));
+            return __fdividef(gate, 1.0f + __expf(-inner)) * (up + rule.beta);
+        };
+        // Rows come as 8 of gate, 8 of up: a warp's 16 are 8 columns.
+        const int column = row_tile * (ROWS / 2) + warp * 8 + quad * 2;
+        uint8_t* const to = args.out + (int64_t(tile.row + group) * args.out_columns + column) * 2;
+        const int64_t step = int64_t(8) * args.out_columns * 2;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            apply(j);
+            const uint32_t value = transpose(pack(activated(d[4 * j], d[4 * j + 2]),
+                                                  activated(d[4 * j + 1], d[4 * j + 3])));
+            if (8 * j + group < tile.count) *reinterpret_cast<uint32_t*>(to + j * step) = value;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) apply(j);
         write_rows<N>(args, tile, d, row_tile, 1.0f);
-    else if (args.gate.tanh)
-        write_gated<N, true>(args, tile, d, row_tile);
-    else
-        write_gated<N, false>(args, tile, d, row_tile);
+    }
 }
 
 template <int N, int MAX_N, int WM, int WK, bool GATED>
