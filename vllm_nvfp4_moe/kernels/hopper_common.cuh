@@ -180,7 +180,7 @@ __device__ __forceinline__ float activate(float gate, float up, const Gate& rule
 // Numbers to multiply by instead of shifting: shifts and masks share a pipe, with half a warp's lanes,
 // and multiplications have another. They come as arguments: ptxas makes shifts of constants.
 struct Powers {
-    uint32_t eight = 8, sixteen = 16, sixty_four = 64;
+    uint32_t eight = 8, sixty_four = 64, sixteen = 16;
 };
 
 struct Gemm {
