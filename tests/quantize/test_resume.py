@@ -107,7 +107,7 @@ def test_killed_again_and_again(
     generator = random.Random(0)
     kills = 0
     while True:
-        # Ever later: on a busy machine, the thread that finishes shards comes late in a run's moments.
+        # Ever later: on a busy machine the thread that finishes shards lags behind the others.
         at = generator.randrange(1, moments // 3 + 2 * kills)
         words = ("quantize", source, "out", *SIZE, *ONE_BY_ONE, "--resume")
         ended = processes.run(tmp_path, *words, at=at)
