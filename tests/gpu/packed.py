@@ -1,15 +1,16 @@
-"""Random experts, as stored and as the Hopper kernel wants them, and what they give in floats."""
+"""Random experts, as stored and as a Hopper kernel wants them, and what they give in floats."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
 from quantize.gates import Gate
 from tests.gpu.layer import Shape, batch, random_weights
 from tests.gpu.reference import Stored, routed
-from vllm_nvfp4_moe.kernels.hopper_moe import Experts
+from vllm_nvfp4_moe.kernels import hopper_moe
 
 GATES = {"silu": Gate("silu"), "swiglu_oai": Gate("swiglu_oai", 1.702, 1.0, 7.0)}
 
@@ -24,12 +25,12 @@ class Packed(NamedTuple):
     shape: Shape
     w13: Stored
     w2: Stored
-    experts: Experts
+    experts: Any
 
     @classmethod
-    def random(cls, shape: Shape, device: torch.device) -> Packed:
+    def random(cls, shape: Shape, device: torch.device, kernels: ModuleType = hopper_moe) -> Packed:
         w13, w2 = random_weights(shape, device)
-        return cls(shape, w13, w2, Experts.pack(*w13, *w2))
+        return cls(shape, w13, w2, kernels.Experts.pack(*w13, *w2))
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +39,7 @@ class Packed(NamedTuple):
     def batch(
         self, tokens: int, routing: str = "uniform", seed: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, ids and weights, in the order in which ``hopper_moe.run`` takes them."""
+        """x, ids and weights, in the order in which ``run`` takes them."""
         seed = tokens if seed is None else seed
         x, weights, ids, _ = batch(self.shape, tokens, routing, self.device, torch.bfloat16, seed)
         return x, ids, weights

@@ -1,4 +1,4 @@
-// What hopper_moe.cu needs of CUDA and of a Hopper GPU, on a CPU. Included before the source.
+// What the Hopper kernels' sources need of CUDA and of a Hopper GPU, on a CPU. Included before the source.
 //
 // A CTA's threads are fibers, switched where one waits; CTAs run one after another. All that a GPU
 // leaves open (which CTA, warp or copy is next) follows from a seed. Where PTX lets an operation
@@ -6,7 +6,8 @@
 // of a copy, the sums of an MMA. Rules of PTX that can be checked are, and what breaks one or waits
 // forever is reported by `emulation_failure`.
 //
-// DESCRIPTOR is the upper half of the descriptor of an MMA's B, which hopper_moe.py writes.
+// DESCRIPTOR is the upper half of the descriptor of an MMA's B, which hopper_moe.py writes; OPERAND those
+// of an MMA's elements: 2, bf16, or 1, e4m3.
 //
 // Not emulated: the memory model (proxies, fences) and anything that takes time.
 
@@ -80,6 +81,31 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
     return {emulated_float(pair.x.bits), emulated_float(pair.y.bits)};
 }
+inline float emulated_e4m3(uint32_t bits) {
+    static const auto values = [] {
+        std::array<float, 256> values;
+        for (int i = 0; i < 256; ++i) {
+            const int exponent = i >> 3 & 15, mantissa = i & 7;
+            float value = ldexpf(exponent ? 8 + mantissa : mantissa, exponent ? exponent - 10 : -9);
+            if ((i & 0x7F) == 0x7F) value = NAN;
+            values[i] = i & 0x80 ? -value : value;
+        }
+        return values;
+    }();
+    return values[bits];
+}
+inline uint32_t emulated_to_e4m3(float value) {  // the nearest, ties to even; at most 448
+    const uint32_t sign = std::signbit(value) ? 0x80 : 0;
+    const float size = fabsf(value);
+    if (size != size) return 0x7F;
+    if (size >= 448) return sign | 0x7E;
+    int exponent;
+    frexpf(size, &exponent);  // under 2^exponent; of zero it says 0
+    exponent = exponent < -5 || size == 0 ? -5 : exponent;
+    // Codes of one exponent are this far apart; nearbyint rounds ties to even, as codes are to be.
+    const int steps = int(nearbyintf(ldexpf(size, 4 - exponent)));
+    return sign | (exponent + 5) * 8 + steps;
+}
 // Bytes of x, the lowest first, then of y.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     uint32_t result = 0;
@@ -89,7 +115,12 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     }
     return result;
 }
+inline uint32_t __vmaxu2(uint32_t x, uint32_t y) {
+    const auto most = [&](uint32_t mask) { return (x & mask) > (y & mask) ? x & mask : y & mask; };
+    return most(0xFFFF0000) | most(0xFFFF);
+}
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline int atomicAdd(int* to, int value) {
     const int before = *to;
     *to += value;
@@ -137,7 +168,7 @@ struct Copy {
     uint32_t barrier;
 };
 
-// One m64nNk16 of a warp: its 16 rows. Lanes enter theirs one after another.
+// One m64nN of a warp: its 16 rows. Lanes enter theirs one after another.
 struct Mma {
     int n, group, lanes;
     uint32_t b;
@@ -408,6 +439,11 @@ std::array<uint32_t, 32> lanes(uint32_t mine) {
     return all;
 }
 
+uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+    for (const uint32_t other : lanes(value)) value = other > value ? other : value;
+    return value;
+}
+
 // Lane 4 g + q holds columns 2 q and 2 q + 1 of row g, in its lower half and its upper.
 uint32_t transpose(uint32_t matrix) {
     const auto rows = lanes(matrix);
@@ -528,6 +564,13 @@ uint32_t masked_with(uint32_t value) {
     return (value & MASK) | BITS;
 }
 
+uint32_t pick(uint32_t low, uint32_t high, uint32_t selector) {
+    if (selector & 0x8888) fail("PRMT of a sign");
+    return __byte_perm(low, high, selector);
+}
+
+uint32_t e4m3(float low, float high) { return emulated_to_e4m3(low) | emulated_to_e4m3(high) << 8; }
+
 int warpgroup() { return int(threadIdx.x / 128); }
 
 template <int N>
@@ -581,25 +624,30 @@ void multiply(Warp& warp, const Mma& mma) {
     const uint64_t descriptor = uint64_t(DESCRIPTOR) << 32 | mma.b;
     const uint32_t start = (descriptor & 0x3FFF) << 4, apart = (descriptor >> 32 & 0x3FFF) << 4;
     if (descriptor >> 62 != 1 || descriptor >> 46 & 0x3F || descriptor >> 14 & 3) fail("a descriptor of another kind");
-    float a[16][16], b[16][256];
+    constexpr int COLUMNS = 32 / OPERAND, EACH = 4 / OPERAND;  // of A; of one of its registers
+    const auto value = [](uint32_t bits) {
+        return OPERAND == 1 ? emulated_e4m3(bits & 0xFF) : emulated_float(bits & 0xFFFF);
+    };
+    float a[16][COLUMNS], b[COLUMNS][256];
     for (int n = 0; n < mma.n; ++n) {
-        for (int k = 0; k < 16; ++k) {
-            uint32_t address = start + n / 8 * apart + n % 8 * 128 + k * 2;
+        for (int k = 0; k < COLUMNS; ++k) {
+            uint32_t address = start + n / 8 * apart + n % 8 * 128 + k * OPERAND;
             address ^= (address >> 7 & 7) << 4;
-            if (k % 8 == 0) check_shared(address, 16, 16, "operand B");
-            uint16_t bits;
-            memcpy(&bits, memory + (address - machine.base), 2);
-            b[k][n] = emulated_float(bits);
+            if (k * OPERAND % 16 == 0) check_shared(address, 16, 16, "operand B");
+            uint16_t bits = 0;
+            memcpy(&bits, memory + (address - machine.base), OPERAND);
+            b[k][n] = value(bits);
         }
     }
     for (int lane = 0; lane < 32; ++lane) {
         if (memcmp(mma.a[lane], mma.registers[lane], 16)) fail("A overwritten under an MMA");
-        for (int i = 0; i < 8; ++i)
-            a[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2] =
-                emulated_float(mma.a[lane][i / 2] >> 16 * (i % 2) & 0xFFFF);
+        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < EACH; ++j)
+                a[lane / 4 + i % 2 * 8][(i / 2 * 4 + lane % 4) * EACH + j] =
+                    value(mma.a[lane][i] >> 8 * OPERAND * j);
     }
     for (int row = 0; row < 16; ++row)
-        for (int k = 0; k < 16; ++k)
+        for (int k = 0; k < COLUMNS; ++k)
             for (int n = 0; n < mma.n; ++n) warp.d[row][n] += a[row][k] * b[k][n];
 }
 

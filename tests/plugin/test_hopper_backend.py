@@ -23,8 +23,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from quantize.gates import Gate, Gates
 from quantize.layouts import LAYOUTS
 from tests.plugin.blackwell import ACTIVATION, GELU, GELU_TANH, M3, SILU, STEP, moe_config, pretend
+from tests.plugin.emulation import Emulated, body, build
 from tests.plugin.reference import experts_of, routed
-from tests.plugin.test_hopper_emulated import SOURCE, Emulated, build
 from tests.plugin.test_layer import relative, routing
 from vllm_nvfp4_moe import backends
 from vllm_nvfp4_moe.backends import hopper_experts, hopper_support
@@ -313,13 +313,13 @@ def test_ranks_that_exchange_weights_agree(
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("emulated"), SOURCE.read_text())
+    return build(tmp_path_factory.mktemp("emulated"), body(hopper_moe), hopper_moe)
 
 
 @pytest.fixture
 def kernel(library: ctypes.CDLL, monkeypatch: MonkeyPatch) -> SimpleNamespace:
     """Layers take our method here, and its kernel runs on the CPU; ``calls`` are its options."""
-    emulated = Emulated(library, monkeypatch)
+    emulated = Emulated(library, hopper_moe, monkeypatch)
     calls: list[dict[str, Any]] = []
 
     def run(*args: Any, **options: Any) -> torch.Tensor:

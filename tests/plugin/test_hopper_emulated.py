@@ -6,14 +6,9 @@ twice, with two orders of CTAs, warps and copies: outputs must be equal, bit for
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import re
-import shutil
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,108 +18,20 @@ from quantize.gates import Gate
 from tests.gpu import reference
 from tests.gpu.layer import Shape, error
 from tests.gpu.packed import BOUND, GATES, Packed
+from tests.plugin.emulation import CPU, Emulated, body, build
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.hopper_moe import KINDS, Experts
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
-HEADER = Path(__file__).with_name("cuda_emulation.h")
-SOURCE = Path(hopper_moe.__file__).with_suffix(".cu")
-CPU = torch.device("cpu")
-GUARD = 1024
-"""Elements before and after each tensor that the kernel gets to write."""
-
-
-def build(folder: Path, source: str) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    file, library = folder / "kernel.cpp", folder / "kernel.so"
-    file.write_text(source)
-    (upper,) = set(re.findall(r"mov\.b64 desc, {%\d+, (\w+)}", hopper_moe.source()))
-    subprocess.run(
-        [compiler, "-std=c++17", "-O2", "-ftree-vectorize", "-shared", "-fPIC",
-         "-fno-strict-aliasing", "-fno-extern-tls-init", "-U_FORTIFY_SOURCE",
-         f"-DDESCRIPTOR={upper}", "-include", HEADER, "-o", library, file],
-        check=True,
-    )  # fmt: skip
-    loaded = ctypes.CDLL(str(library))
-    loaded.emulation_failure.restype = ctypes.c_char_p
-    loaded.emulation_seed.argtypes = [ctypes.c_uint64]
-    loaded.emulation_source.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    loaded.run.argtypes = [ctypes.POINTER(hopper_moe._Layer), ctypes.c_void_p]
-    assert loaded.prepare() == 0
-    return loaded
-
-
-class Emulated:
-    """``run`` is as :func:`hopper_moe.run`; tensors that it makes are poisoned, between guards."""
-
-    def __init__(self, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.library, self.patch = library, monkeypatch
-
-    def run(
-        self,
-        x: torch.Tensor,
-        experts: Experts,
-        *args: Any,
-        seed: int = 1,
-        processors: int = 3,
-        **options: Any,
-    ) -> torch.Tensor:
-        made: list[torch.Tensor] = []
-
-        def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-            count = torch.Size(shape).numel()
-            whole = torch.full((GUARD + count + GUARD,), poison(dtype), dtype=dtype)
-            made.append(whole)
-            inner = whole[GUARD : GUARD + count]
-            self.library.emulation_source(inner.data_ptr(), count * inner.element_size())
-            return inner.view(shape)
-
-        self.library.emulation_seed(seed)
-        for weights in (experts.w13, experts.w2):
-            self.library.emulation_source(weights.data_ptr(), weights.numel())
-        properties = SimpleNamespace(multi_processor_count=processors)
-        stream = SimpleNamespace(cuda_stream=None)
-        with self.patch.context() as patch:
-            patch.setattr(hopper_moe, "library", lambda device: self.library)
-            patch.setattr(torch, "empty", empty)
-            patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-            patch.setattr(torch.cuda, "current_stream", lambda: stream)
-            patch.setattr(torch.cuda, "current_device", lambda: 0)
-            patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-            try:
-                out = hopper_moe.run(x, experts, *args, **options)
-            except KernelError as error:
-                if not str(error).startswith("CUDA error"):
-                    raise
-                raise AssertionError(self.library.emulation_failure().decode()) from None
-        for whole in made:
-            untouched = torch.full((GUARD,), poison(whole.dtype), dtype=whole.dtype)
-            for guard in (whole[:GUARD], whole[-GUARD:]):
-                assert guard.view(torch.uint8).equal(untouched.view(torch.uint8))
-        return out
-
-    def twice(self, *args: Any, **options: Any) -> torch.Tensor:
-        """What both of two orders of events give."""
-        first, second = (self.run(*args, seed=seed, **options) for seed in (1, 2))
-        assert torch.equal(first, second)
-        return first
-
-
-def poison(dtype: torch.dtype) -> float:
-    """No index of anything, or NaN."""
-    return torch.nan if dtype.is_floating_point else -(2**30)
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("emulated"), SOURCE.read_text())
+    return build(tmp_path_factory.mktemp("emulated"), body(hopper_moe), hopper_moe)
 
 
 @pytest.fixture
 def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    return Emulated(library, monkeypatch)
+    return Emulated(library, hopper_moe, monkeypatch)
 
 
 SHAPES = [
@@ -323,9 +230,10 @@ def test_faults_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that what passes above means something."""
-    source = SOURCE.read_text()
+    source = body(hopper_moe)
     assert source.count(part) == 1
-    broken = Emulated(build(tmp_path, source.replace(part, instead)), monkeypatch)
+    library = build(tmp_path, source.replace(part, instead), hopper_moe)
+    broken = Emulated(library, hopper_moe, monkeypatch)
     x, ids, weights = small.batch(150)
     with pytest.raises(AssertionError, match=message):
         out = broken.run(x, small.experts, ids, weights, GATES["silu"], use="some", processors=1)

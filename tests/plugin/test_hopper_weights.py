@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests.gpu.reference import Stored
-from vllm_nvfp4_moe.kernels import hopper_moe, hopper_weights, jit
+from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_moe, hopper_weights, jit
 
 
 def bf16(bits: torch.Tensor) -> torch.Tensor:
@@ -136,10 +137,13 @@ def compiler() -> Path:
         pytest.skip(f"CUDA sources cannot be compiled here: {error}")
 
 
-def test_the_kernels_compile_without_spills(compiler: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernels", "count"), [(hopper_moe, 9), (hopper_fp8, 8)])
+def test_the_kernels_compile_without_spills(
+    kernels: ModuleType, count: int, compiler: Path, tmp_path: Path
+) -> None:
     """Nor does ptxas run MMAs one after another, as it does where registers get in their way."""
     file = tmp_path / "kernel.cu"
-    file.write_text(hopper_moe.source())
+    file.write_text(kernels.source())
     target = "arch=compute_90a,code=sm_90a"
     done = subprocess.run(
         [compiler, "-std=c++17", "-O3", "-gencode", target, "-Xptxas", "-v", "-cubin",
@@ -149,7 +153,7 @@ def test_the_kernels_compile_without_spills(compiler: Path, tmp_path: Path) -> N
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     spilled = re.findall(r"(\d+) bytes spill stores", done.stderr)
-    assert len(spilled) == 9
+    assert len(spilled) == count
     assert set(spilled) == {"0"}
     assert "serialized" not in done.stderr
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,10 +57,17 @@ class Experts:
         )
 
 
-class _Gate(ctypes.Structure):
+class CGate(ctypes.Structure):
+    """As ``Gate`` in hopper_common.cuh."""
+
     _fields_ = [(name, ctypes.c_float) for name in ("alpha", "beta", "limit")] + [
         ("tanh", ctypes.c_int)
     ]
+
+    @classmethod
+    def of(cls, gate: Gate) -> CGate:
+        limit = float("inf") if gate.limit is None else gate.limit
+        return cls(gate.alpha, gate.beta, limit, gate.form == "gelu_tanh")
 
 
 class _Layer(ctypes.Structure):
@@ -81,35 +89,47 @@ class _Layer(ctypes.Structure):
                 "row_tiles2", "kind", "processors",
             )
         ]
-        + [("gate", _Gate)]
+        + [("gate", CGate)]
     )  # fmt: skip
 
 
-def _wgmma(tokens: int) -> str:
-    """D[64, tokens] += A[64, 16] B[16, tokens], A in registers."""
+def wgmma(tokens: int, element: str, columns: int) -> str:
+    """D[64, tokens] += A[64, columns] B[columns, tokens] of ``element``, A in registers."""
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     a = ", ".join(f"%{count + i}" for i in range(4))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    transposed = ", 0" if element == "bf16" else ""  # others have no such operand
     return (
         f"template <> __device__ __forceinline__ void mma<{tokens}>(float (&d)[{count}], "
         "const uint32_t (&a)[4], uint32_t b) {\n"
         f'asm volatile("{{.reg .b64 desc; mov.b64 desc, {{%{count + 4}, 0x40000040}};"\n'
-        f'"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "\n'
-        f'"{{{sums}}}, {{{a}}}, desc, 1, 1, 1, 0;}}" : {outputs} : {inputs}, "r"(b));\n}}\n'
+        f'"wgmma.mma_async.sync.aligned.m64n{tokens}k{columns}.f32.{element}.{element} "\n'
+        f'"{{{sums}}}, {{{a}}}, desc, 1, 1, 1{transposed};}}" '
+        f': {outputs} : {inputs}, "r"(b));\n}}\n'
     )
 
 
-def source() -> str:
-    """The whole of the CUDA source."""
-    sizes = sorted({n for unit, most in UNITS.values() for n in range(unit, most + 1, unit)})
+def body(path: Path) -> str:
+    """What a ``.cu`` file says, with what it includes of ours in its place."""
+    common = path.with_name("hopper_common.cuh")
+    return path.read_text().replace(f'#include "{common.name}"\n', common.read_text())
+
+
+def whole(path: Path, units: dict[str, tuple[int, int]], element: str, columns: int) -> str:
+    """A ``.cu`` file with the MMAs that kernels of these :data:`UNITS` use."""
+    sizes = sorted({n for unit, most in units.values() for n in range(unit, most + 1, unit)})
     head = (
         "#include <stdint.h>\ntemplate <int N> __device__ __forceinline__ void "
         "mma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b);\n"
     )
-    body = Path(__file__).with_suffix(".cu").read_text()
-    return head + "".join(_wgmma(size) for size in sizes) + body
+    return head + "".join(wgmma(size, element, columns) for size in sizes) + body(path)
+
+
+def source() -> str:
+    """The whole of the CUDA source."""
+    return whole(Path(__file__).with_suffix(".cu"), UNITS, "bf16", 16)
 
 
 @functools.cache
@@ -122,11 +142,12 @@ def library(device: int) -> ctypes.CDLL:
     loaded = jit.load(source(), ARCHITECTURE)
     loaded.run.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
     with torch.cuda.device(device):
-        _check(loaded.prepare())
+        check(loaded.prepare())
     return loaded
 
 
-def _check(error: int) -> None:
+def check(error: int) -> None:
+    """Raise a :class:`KernelError` for a ``cudaError_t`` other than success."""
     if error:
         raise KernelError(f"CUDA error {error}")
 
@@ -139,20 +160,24 @@ def kind(tokens: int, top_k: int, experts: int) -> str:
     return "some" if pairs <= 48 * experts else "many"
 
 
-def most_tiles(pairs: int, experts: int, kind: str) -> int:
-    """Tiles there can be."""
-    return min(pairs, experts) + pairs // UNITS[kind][1]
+def most_tiles(pairs: int, experts: int, most: int) -> int:
+    """Tiles there can be, of at most ``most`` tokens."""
+    return min(pairs, experts) + pairs // most
 
 
-def _check_arguments(
+def check_arguments(
     x: torch.Tensor,
-    experts: Experts,
+    experts: Any,
     ids: torch.Tensor,
     weights: torch.Tensor,
     local: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> None:
-    """What the kernel takes for granted: pointers have no dtype."""
+    """What a kernel takes for granted: pointers have no dtype.
+
+    Args:
+        experts: this module's or another's, with ``hidden`` and ``w13``.
+    """
     for name, tensor, dtype in (
         ("x", x, torch.bfloat16),
         ("ids", ids, torch.int32),
@@ -201,15 +226,15 @@ def run(
     """
     tokens, hidden = x.shape
     count, top_k = experts.w13.shape[0], ids.shape[1]
-    _check_arguments(x, experts, ids, weights, local, out)
+    check_arguments(x, experts, ids, weights, local, out)
     use = use or kind(tokens, top_k, count)
-    unit, _ = UNITS[use]
+    unit, most = UNITS[use]
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
     if tokens == 0:
         return out
     pairs = tokens * top_k
-    tiles = most_tiles(pairs, count, use)
+    tiles = most_tiles(pairs, count, most)
     rows = pairs + tiles * unit
     hidden_padded = experts.w13.shape[2] * hopper_weights.CHUNK
     intermediate_padded = experts.w2.shape[2] * hopper_weights.CHUNK
@@ -224,8 +249,6 @@ def run(
     table = empty(4 * (tiles + processors), torch.int32)
     places = empty(4 * pairs, torch.int32)
     sorts = empty(8, torch.int32)
-    limit = float("inf") if gate.limit is None else gate.limit
-    numbers = _Gate(gate.alpha, gate.beta, limit, gate.form == "gelu_tanh")
     layer = _Layer(
         *(
             None if tensor is None else tensor.data_ptr()
@@ -236,9 +259,9 @@ def run(
         ),
         x.stride(0), tokens, top_k, count, hidden, hidden_padded, intermediate_padded,
         experts.w2.shape[1], KINDS.index(use),
-        processors, numbers,
+        processors, CGate.of(gate),
     )  # fmt: skip
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _check(library(torch.cuda.current_device()).run(ctypes.byref(layer), stream))
+        check(library(torch.cuda.current_device()).run(ctypes.byref(layer), stream))
     return out

@@ -1,0 +1,417 @@
+"""The Hopper kernel with FP8 activations, against plain floats rounded as it should round.
+
+Its weights are read back as its threads read them, and its CUDA source runs on a CPU
+(``emulation.py``).
+
+The reading is written from PTX's and E4M3's definitions; of the package it takes only what packs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantize.gates import Gate
+from tests.gpu import reference, reference_fp8
+from tests.gpu.layer import Shape, error
+from tests.gpu.packed import BOUND as BF16_BOUND
+from tests.gpu.packed import GATES, Packed
+from tests.gpu.reference import Stored
+from tests.gpu.reference_fp8 import rounded
+from tests.plugin.emulation import CPU, Emulated, body, build
+from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_fp8_weights, hopper_moe
+from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS, Experts
+from vllm_nvfp4_moe.kernels.jit import KernelError
+
+BOUND = 4e-3
+"""Against floats that are rounded alike: where sums differ in their last bits another E4M3 number
+may be the nearest."""
+COST = 0.08
+"""Against unrounded floats: of rounding to E4M3, up to 1 in 16 for each factor of each product."""
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+def e4m3(code: int) -> float:
+    """The value of a byte that is no NaN."""
+    assert code & 0x7F != 0x7F
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+    return -size if code & 0x80 else size
+
+
+def bytes_of(word: int) -> list[int]:
+    return list((word & 0xFFFFFFFF).to_bytes(4, "little"))
+
+
+def held(stage: torch.Tensor) -> torch.Tensor:
+    """A stage's weights ``[64, 128]``, float64, as 128 threads make them of it."""
+    codes = stage[:4096].view(torch.int32).view(2, 128, 4).tolist()
+    scales = stage[4096:].view(128, 4).tolist()
+    weights = torch.full((64, 128), torch.nan, dtype=torch.float64)
+    for thread in range(128):
+        warp, g, q = thread // 32, thread % 32 // 4, thread % 4
+        for chunk in range(2):
+            for half in range(2):  # rows g and g + 8
+                scale = scales[thread][2 * chunk + half]
+                one = scale & 0x7F
+                three = one + 4 + (scale >> 7)
+                # As bytes, none of which may be carried into the next: 0.5, 1, 2, 4; 0, 1.5, 3, 6.
+                low = one * 0x01010101 + 0x1007FFF8
+                high = three * 0x01010100 + 0x10080000
+                assert bytes_of(low) == [one - 8, one, one + 8, one + 16]
+                assert bytes_of(high) == [0, three, three + 8, three + 16]
+                table = [e4m3(byte) for byte in bytes_of(low) + bytes_of(high)]
+                for mma in range(2):
+                    word = codes[chunk][thread][2 * half + mma] & 0xFFFFFFFF
+                    for i in range(8):
+                        value = table[word >> 4 * i & 7]
+                        sign = word >> 8 * (i % 4) + (7 if i < 4 else 3) & 1
+                        # In an MMA this is column 16 (i // 4) + 4 q + i % 4.
+                        column = 64 * chunk + 16 * q + 8 * mma + i
+                        weights[16 * warp + 8 * half + g, column] = -value if sign else value
+    return weights
+
+
+def read(packed: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """All of ``[row tiles, stages, bytes]``, times ``factor``, float32."""
+    tiles = torch.cat([torch.cat([held(stage) for stage in tile], 1) for tile in packed])
+    return (tiles * factor).float()
+
+
+def stored(rows: int, columns: int, low: int = 0, high: int = 0x7F) -> Stored:
+    """One expert; every code, and every block scale from byte ``low`` to ``high``."""
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(256, (1, rows, columns // 2), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(
+        low, high, (1, rows, columns // 16), dtype=torch.uint8, generator=generator
+    ).view(torch.float8_e4m3fn)
+    return Stored(codes, scales, torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "low", "high"),
+    [
+        (64, 128, 0, 0x7F),  # from zero to the largest: small ones are raised
+        (128, 384, 0x20, 0x7F),
+        (48, 64, 0, 9),  # subnormals, mostly
+        (80, 208, 0x60, 0x63),
+    ],
+)
+def test_a_thread_finds_its_weights(rows: int, columns: int, low: int, high: int) -> None:
+    matrix = stored(rows, columns, low, high)
+    codes, scales = matrix.codes[0], matrix.block_scale[0]
+    found = read(*hopper_fp8_weights.pack(codes, scales))
+    assert torch.equal(found[:rows, :columns], rounded(codes, scales))
+    assert found.shape == (-(-rows // 64) * 64, -(-columns // 128) * 128)
+    assert found[rows:].count_nonzero() == found[:, columns:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("largest", range(1, 0x7F))
+def test_every_largest_scale(largest: int) -> None:
+    """With each, all scales up to it and all codes: nothing is carried or past 448 (:func:`held`),
+    and what is off is within the bounds that the module states."""
+    codes = torch.arange(16).repeat(128, 8).to(torch.uint8)
+    scales = torch.arange(128).clamp(max=largest).to(torch.uint8).view(torch.float8_e4m3fn)
+    scales = scales[:, None].repeat(1, 8)
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    found = read(*hopper_fp8_weights.pack(packed, scales))
+    assert torch.equal(found, rounded(packed, scales))
+    magnitudes = torch.tensor(reference.MAGNITUDES)
+    whole = torch.cat((magnitudes, -magnitudes)).repeat(8) * scales.float()[:, :1]
+    top = float(scales.float().max())
+    ordinary = (scales.float() >= top * 2.0**-10).repeat_interleave(16, 1)
+    off = (found - whole).abs()
+    assert bool((off[ordinary] <= whole.abs()[ordinary] / 16).all())
+    assert float(off.max()) <= 6 * top / 16
+    assert float(off[~ordinary].max() if (~ordinary).any() else 0) < 6 * top * 2.0**-13
+    powers = magnitudes.log2().frac().abs() == 0
+    exact = ordinary & (powers | (magnitudes == 0)).repeat(16)
+    assert torch.equal(found[exact], whole[exact])
+
+
+def test_nothing_but_zeros() -> None:
+    """Of scales as of codes; no NaN comes of it."""
+    codes, zeros = torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 8)
+    for scales in (zeros, zeros + 1):
+        packed, factor = hopper_fp8_weights.pack(codes + 0x77, zeros.to(torch.float8_e4m3fn))
+        assert not read(packed, factor).count_nonzero()
+        packed, factor = hopper_fp8_weights.pack(codes, scales.to(torch.float8_e4m3fn))
+        assert not read(packed, factor).count_nonzero()
+
+
+@pytest.mark.parametrize("intermediate", [128, 96])
+def test_gate_and_up_meet_in_a_thread(intermediate: int) -> None:
+    """Row g of a warp's 16 is gate's, row g + 8 the same row of up; padding gives nothing."""
+    matrix = stored(2 * intermediate, 128)
+    packed, factors = hopper_fp8_weights.pack_experts(matrix.codes, matrix.block_scale, True)
+    truth = rounded(matrix.codes[0], matrix.block_scale[0])
+    warps = read(packed[0], factors[0]).unflatten(0, (-1, 2, 8))
+    gate, up = warps[:, 0].flatten(0, 1), warps[:, 1].flatten(0, 1)
+    assert torch.equal(gate[:intermediate], truth[:intermediate])
+    assert torch.equal(up[:intermediate], truth[intermediate:])
+    assert len(gate) == 128
+    assert gate[intermediate:].count_nonzero() == up[intermediate:].count_nonzero() == 0
+
+
+def test_experts_are_shifted_apart() -> None:
+    first, second = stored(128, 128, 0x10, 0x30), stored(128, 128, 0x60, 0x7F)
+    # Of each 16 rows the MMA's are in an order of their own.
+    order = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+    codes = torch.cat([first.codes, second.codes])
+    scales = torch.cat([m.block_scale.view(torch.uint8) for m in (first, second)])
+    scales = scales.view(torch.float8_e4m3fn)
+    packed, factors = hopper_fp8_weights.pack_experts(codes, scales, False)
+    assert factors[0] != factors[1]
+    assert torch.equal(factors.log2(), factors.log2().round())
+    for expert in range(2):
+        weight = rounded(codes[expert], scales[expert])
+        found = read(packed[expert], factors[expert])
+        assert torch.equal(found, weight.unflatten(0, (-1, 16))[:, order].flatten(0, 1))
+
+
+# ------------------------------------------------------------------------------------- the kernel
+
+
+def truth(
+    packed: Packed, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
+) -> torch.Tensor:
+    return reference_fp8.routed(x, packed.w13, packed.w2, weights, ids, gate)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("emulated"), body(hopper_fp8), hopper_fp8)
+
+
+@pytest.fixture
+def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    return Emulated(library, hopper_fp8, monkeypatch)
+
+
+SHAPES = [
+    Shape("nano", 8, 384, 128, 2),
+    # Neither a multiple of a tile; row tiles no multiple of four.
+    Shape("pad-both", 8, 400, 48, 2),
+    Shape("odd", 8, 512, 320, 2),
+    # Of its columns there are more than the pipelines hold.
+    Shape("deep", 3, 3264, 64, 2),
+]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def packed(request: pytest.FixtureRequest) -> Packed:
+    return Packed.random(request.param, CPU, hopper_fp8)
+
+
+@pytest.fixture(scope="module")
+def small() -> Packed:
+    return Packed.random(SHAPES[1], CPU, hopper_fp8)
+
+
+@pytest.mark.parametrize("use", KINDS)
+@pytest.mark.parametrize(
+    ("tokens", "routing", "gate", "processors"),
+    [
+        (1, "uniform", "swiglu_oai", 132),
+        (5, "uniform", "silu", 7),
+        (40, "skewed", "swiglu_oai", 3),
+        (300, "uniform", "silu", 5),
+    ],
+)
+def test_as_the_reference(
+    emulated: Emulated,
+    packed: Packed,
+    use: str,
+    tokens: int,
+    routing: str,
+    gate: str,
+    processors: int,
+) -> None:
+    x, ids, weights = packed.batch(tokens, routing)
+    out = emulated.twice(
+        x, packed.experts, ids, weights, GATES[gate], use=use, processors=processors
+    )
+    assert error(out, truth(packed, x, ids, weights, gate)).whole < BOUND
+    assert error(out, packed.truth(x, ids, weights, gate)).whole < COST
+
+
+@pytest.mark.parametrize("processors", [1, 4])
+@pytest.mark.parametrize(
+    ("use", "counts"),
+    [
+        ("some", (64, 56, 41, 33, 32, 24, 9, 1, 65, 130, 0, 17)),
+        ("many", (128, 97, 96, 80, 64, 48, 33, 16, 129, 1, 0, 257, 112)),
+    ],
+)
+def test_every_size_of_tile_at_once(
+    emulated: Emulated, use: str, counts: tuple[int, ...], processors: int
+) -> None:
+    packed = Packed.random(Shape("one choice", len(counts), 256, 128, 1), CPU, hopper_fp8)
+    ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].unsqueeze(1)
+    x, _, weights = packed.batch(len(ids))
+    out = emulated.twice(
+        x, packed.experts, ids, weights, GATES["silu"], use=use, processors=processors
+    )
+    assert error(out, truth(packed, x, ids, weights)).token < 3 * BOUND
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_one_hot_expert(emulated: Emulated, small: Packed, use: str) -> None:
+    x, ids, weights = small.batch(150)
+    ids = torch.tensor([7, 5], dtype=torch.int32).repeat(150, 1)
+    out = emulated.twice(x, small.experts, ids, weights, GATES["silu"], use=use)
+    assert error(out, truth(small, x, ids, weights)).whole < BOUND
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_choices_of_nobody(emulated: Emulated, small: Packed, use: str) -> None:
+    """An expert of -1, with and without a map, adds nothing; nor does a token with no other."""
+    x, ids, weights = small.batch(20)
+    ids[::3, 1] = -1
+    ids[4] = -1
+    silent = weights.masked_fill(ids < 0, 0)
+    expected = truth(small, x, ids.clamp(min=0), silent)
+    for local in (None, torch.arange(8, dtype=torch.int32)):
+        out = emulated.run(x, small.experts, ids, weights, GATES["silu"], local=local, use=use)
+        assert error(out, expected + 1e-30).whole < BOUND
+        assert not out[4].count_nonzero()
+
+
+@pytest.mark.parametrize("use", KINDS)
+def test_half_of_the_experts_elsewhere(emulated: Emulated, small: Packed, use: str) -> None:
+    """Two ranks' outputs add up to one's; a rank without a token gives zeros."""
+    x, ids, weights = small.batch(33)
+    total = torch.zeros(x.shape)
+    for rank in range(2):
+        mine = torch.arange(rank, 8, 2)
+        local = torch.full((8,), -1, dtype=torch.int32)
+        local[mine] = torch.arange(4, dtype=torch.int32)
+        experts = Experts.pack(*(t[mine] for t in small.w13), *(t[mine] for t in small.w2))
+        rest = ids, weights, GATES["silu"]
+        total += emulated.twice(x, experts, *rest, local=local, use=use)
+        nowhere = torch.full_like(local, -1)
+        assert not emulated.run(x, experts, *rest, local=nowhere, use=use).count_nonzero()
+    assert error(total, truth(small, x, ids, weights)).whole < BOUND
+
+
+def test_rows_apart_and_in_place(emulated: Emulated, small: Packed) -> None:
+    """x may be a slice of wider rows, and the output may lie where x does."""
+    x, ids, weights = small.batch(16)
+    rest = ids, weights, GATES["silu"]
+    expected = emulated.run(x, small.experts, *rest)
+    wide = torch.full((16, x.shape[1] + 64), torch.nan, dtype=x.dtype)
+    apart = wide[:, 8 : 8 + x.shape[1]]
+    apart.copy_(x)
+    assert torch.equal(emulated.run(apart, small.experts, *rest), expected)
+    emulated.run(x, small.experts, *rest, out=x)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_a_token_has_its_own_scale(emulated: Emulated, small: Packed, scale: float) -> None:
+    """Another's size does not matter; one of nothing but zeros, or of next to nothing, is none."""
+    x, ids, weights = small.batch(16)
+    expected = emulated.run(x, small.experts, ids, weights, GATES["silu"])
+    x[3] *= scale
+    x[5], x[6] = 0, 1e-39
+    out = emulated.run(x, small.experts, ids, weights, GATES["silu"])
+    assert error(out[3:4], truth(small, x[3:4], ids[3:4], weights[3:4])).whole < BOUND
+    assert not out[5].count_nonzero()
+    assert float(out[6].abs().max()) < 1e-30
+    others = [i for i in range(16) if i not in (3, 5, 6)]
+    assert torch.equal(out[others], expected[others])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("use", KINDS)
+def test_nan_comes_out(emulated: Emulated, small: Packed, use: str, bad: float) -> None:
+    """Of the token it went into, and of no other."""
+    x, ids, weights = small.batch(16)
+    expected = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    x[5, 3] = bad
+    out = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    assert out[5].isnan().all()
+    others = torch.arange(16) != 5
+    assert torch.equal(out[others], expected[others])
+
+
+def test_gelu(emulated: Emulated, small: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    monkeypatch.setitem(reference.GATES, "gelu_tanh", lambda gate, up: gelu(gate) * up)
+    x, ids, weights = small.batch(16)
+    out = emulated.run(x, small.experts, ids, weights, Gate("gelu_tanh"))
+    assert error(out, truth(small, x, ids, weights, "gelu_tanh")).whole < BOUND
+
+
+def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
+    """By what looks at the other kernel's, each of them (``test_hopper_emulated``)."""
+    x, ids, weights = small.batch(4)
+    for message, arguments in (
+        ("x must be .*bfloat16", (x.float(), small.experts, ids, weights)),
+        ("ids must be .*int32", (x, small.experts, ids.long(), weights)),
+        ("weights must be .*float32", (x, small.experts, ids, weights.bfloat16())),
+        ("must have .* columns", (torch.cat((x, x), 1), small.experts, ids, weights)),
+    ):
+        rest: Any = arguments
+        with pytest.raises(KernelError, match=message):
+            emulated.run(*rest, GATES["silu"])
+    assert emulated.run(x[:0], small.experts, ids[:0], weights[:0], GATES["silu"]).shape[0] == 0
+
+
+def test_which_kernel_is_for_what() -> None:
+    assert hopper_fp8.kind(1, 8, 128) == hopper_fp8.kind(768, 8, 128) == "some"
+    assert hopper_fp8.kind(769, 8, 128) == "many"
+
+
+def test_the_bf16_kernel_is_the_more_exact(
+    emulated: Emulated, small: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What FP8 costs is its own rounding, not the harness's."""
+    other = Packed.random(small.shape, CPU)
+    bf16 = Emulated(build(tmp_path, body(hopper_moe), hopper_moe), hopper_moe, monkeypatch)
+    x, ids, weights = small.batch(40)
+    exact = small.truth(x, ids, weights)
+    ours = emulated.run(x, small.experts, ids, weights, GATES["silu"])
+    theirs = bf16.run(x, other.experts, ids, weights, GATES["silu"])
+    assert error(theirs, exact).whole < BF16_BOUND < error(ours, exact).whole
+
+
+RELEASE = "if (k == 2 && before && lane == 0) barrier_arrive(before);"
+
+
+@pytest.mark.parametrize(
+    ("part", "instead", "message"),
+    [
+        ("mma_wait<3>", "mma_wait<4>", "A overwritten under an MMA"),
+        # A stage is given back before its MMAs are done.
+        (RELEASE, RELEASE.replace("k == 2", "k == 0"), "assert nan <"),
+        # Of two chunks' scales, or of two halves of an MMA's columns, the other.
+        ("threes, 2 * half)", "threes, 2 - 2 * half)", "assert .* <"),
+        ("(unit % 8 ^ place.z % 8)", "(unit % 8 ^ 1 ^ place.z % 8)", "assert .* <"),
+    ],
+    ids=["registers", "stage", "scales", "columns"],
+)
+def test_faults_are_found(
+    part: str,
+    instead: str,
+    message: str,
+    small: Packed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that what passes above means something."""
+    source = body(hopper_fp8)
+    assert source.count(part) == 1
+    library = build(tmp_path, source.replace(part, instead), hopper_fp8)
+    broken = Emulated(library, hopper_fp8, monkeypatch)
+    x, ids, weights = small.batch(150)
+    with pytest.raises(AssertionError, match=message):
+        out = broken.run(x, small.experts, ids, weights, GATES["silu"], use="some", processors=1)
+        assert error(out, truth(small, x, ids, weights)).whole < BOUND

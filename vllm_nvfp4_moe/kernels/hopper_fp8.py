@@ -1,0 +1,169 @@
+"""Routed NVFP4 experts on Hopper, activations in FP8: the Python side of ``hopper_fp8.cu``.
+
+Faster than :mod:`hopper_moe` where there is much to multiply, and less exact: before both GEMMs
+activations are rounded to E4M3, with a scale for each token, and weights are rounded to E4M3 as
+:mod:`hopper_fp8_weights` says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantize.gates import Gate
+from vllm_nvfp4_moe.kernels import hopper_fp8_weights, hopper_moe, hopper_weights, jit
+
+UNITS = {"some": (8, 64), "many": (16, 128)}
+"""Kernels by what they are for: sizes of tiles of tokens, and the largest."""
+KINDS = tuple(UNITS)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights as the kernel wants them.
+
+    Attributes:
+        w13, w2: of :func:`hopper_fp8_weights.pack_experts`.
+        globals13, globals2: float32 ``[experts]``, global scales times what that says.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    globals13: torch.Tensor
+    globals2: torch.Tensor
+    hidden: int
+
+    @classmethod
+    def pack(
+        cls,
+        w13: torch.Tensor,
+        scales13: torch.Tensor,
+        globals13: torch.Tensor,
+        w2: torch.Tensor,
+        scales2: torch.Tensor,
+        globals2: torch.Tensor,
+    ) -> Experts:
+        """As ``hopper_moe.Experts.pack``."""
+        packed13, factors13 = hopper_fp8_weights.pack_experts(w13, scales13, True)
+        packed2, factors2 = hopper_fp8_weights.pack_experts(w2, scales2, False)
+        return cls(
+            packed13,
+            packed2,
+            globals13.float() * factors13,
+            globals2.float() * factors2,
+            w2.shape[1],
+        )
+
+
+class _Layer(ctypes.Structure):
+    """As ``Layer`` in hopper_fp8.cu."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_void_p)
+            for name in (
+                "x", "w13", "w2", "globals13", "globals2", "ids", "local", "weights", "out",
+                "rows1", "middle", "rows2", "parts", "scales1", "scales2", "tiles", "sorts",
+                "places",
+            )
+        ]
+        + [("stride", ctypes.c_int64)]
+        + [
+            (name, ctypes.c_int)
+            for name in (
+                "tokens", "top_k", "experts", "hidden", "hidden_padded", "intermediate_padded",
+                "row_tiles2", "kind", "processors",
+            )
+        ]
+        + [("gate", hopper_moe.CGate)]
+    )  # fmt: skip
+
+
+def source() -> str:
+    """The whole of the CUDA source."""
+    return hopper_moe.whole(Path(__file__).with_suffix(".cu"), UNITS, "e4m3", 32)
+
+
+@functools.cache
+def library(device: int) -> ctypes.CDLL:
+    """The compiled kernels, ready for the CUDA device of this number.
+
+    Raises:
+        KernelError: if they cannot be built, or not on this device.
+    """
+    loaded = jit.load(source(), hopper_moe.ARCHITECTURE)
+    loaded.run.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
+    with torch.cuda.device(device):
+        hopper_moe.check(loaded.prepare())
+    return loaded
+
+
+def kind(tokens: int, top_k: int, experts: int) -> str:
+    """Which of :data:`KINDS` is for a batch of ``tokens``."""
+    return "some" if tokens * top_k <= 48 * experts else "many"
+
+
+def run(
+    x: torch.Tensor,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate: Gate,
+    *,
+    local: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    use: str | None = None,
+) -> torch.Tensor:
+    """The routed experts' sum for each token; arguments and errors as of :func:`hopper_moe.run`.
+
+    Args:
+        use: of :data:`KINDS`, instead of what :func:`kind` says.
+    """
+    tokens, hidden = x.shape
+    count, top_k = experts.w13.shape[0], ids.shape[1]
+    hopper_moe.check_arguments(x, experts, ids, weights, local, out)
+    use = use or kind(tokens, top_k, count)
+    unit, most = UNITS[use]
+    if out is None:
+        out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
+    if tokens == 0:
+        return out
+    pairs = tokens * top_k
+    tiles = hopper_moe.most_tiles(pairs, count, most)
+    rows = pairs + tiles * unit
+    hidden_padded = experts.w13.shape[2] * hopper_weights.COLUMNS
+    intermediate_padded = experts.w2.shape[2] * hopper_weights.COLUMNS
+
+    def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=x.device)
+
+    # FP8 in its first half, then each row's output in bf16.
+    rows1 = empty(rows * hidden_padded, torch.bfloat16)
+    middle = empty(rows * intermediate_padded, torch.bfloat16)
+    rows2 = empty(rows * intermediate_padded, torch.float8_e4m3fn)
+    scales1, scales2 = empty(rows, torch.float32), empty(rows, torch.float32)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    # Each CTA also reads the tile after its last.
+    table = empty(4 * (tiles + processors), torch.int32)
+    places = empty(4 * pairs, torch.int32)
+    sorts = empty(8, torch.int32)
+    layer = _Layer(
+        *(
+            None if tensor is None else tensor.data_ptr()
+            for tensor in (
+                x, experts.w13, experts.w2, experts.globals13, experts.globals2, ids, local,
+                weights, out, rows1, middle, rows2, rows1, scales1, scales2, table, sorts, places,
+            )
+        ),
+        x.stride(0), tokens, top_k, count, hidden, hidden_padded, intermediate_padded,
+        experts.w2.shape[1], KINDS.index(use), processors, hopper_moe.CGate.of(gate),
+    )  # fmt: skip
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        device = torch.cuda.current_device()
+        hopper_moe.check(library(device).run(ctypes.byref(layer), stream))
+    return out
