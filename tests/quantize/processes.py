@@ -42,7 +42,7 @@ def run(folder: Path, *args: object, at: int = 0, send: signal.Signals = signal.
     ended = Ended(
         process.exitcode,
         (folder / "output").read_text(),
-        int(calls.read_text()) if calls.exists() else 0,
+        int(calls.read_text() or 0) if calls.exists() else 0,  # empty if killed in its last moment
     )
     calls.unlink(missing_ok=True)
     return ended

@@ -107,7 +107,8 @@ def test_killed_again_and_again(
     generator = random.Random(0)
     kills = 0
     while True:
-        at = generator.randrange(1, moments // 3)
+        # Ever later: on a busy machine the thread that finishes shards lags behind the others.
+        at = generator.randrange(1, moments // 3 + 2 * kills)
         words = ("quantize", source, "out", *SIZE, *ONE_BY_ONE, "--resume")
         ended = processes.run(tmp_path, *words, at=at)
         if ended.code == 0:

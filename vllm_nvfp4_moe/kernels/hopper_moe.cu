@@ -1,8 +1,9 @@
 // NVFP4 routed experts on Hopper (sm_90a): bf16 activations, weights of 4.5 bits.
 //
-// Both GEMMs compute D[weight rows, tokens] = W X^T with WGMMA: the weights are the A operand and
-// come from registers, where they are made from E2M1 codes and block scales on the fly; the tokens
-// are the B operand, in shared memory, and may be as few as 8. Everything is streamed by bulk
+// Both GEMMs compute D[weight rows, tokens] = W X^T with WGMMA, or with each warp's own MMAs where
+// tokens are few: the weights are the A operand and come from registers, where they are made from
+// E2M1 codes and block scales on the fly; the tokens are the B operand, in shared memory, and may be
+// as few as 8. docs/kernel-notes.md has what was measured. Everything is streamed by bulk
 // copies, one thread of a CTA issuing them: weights are repacked at load into the order in which
 // the MMA's threads hold them (hopper_weights.py), activations are laid out in swizzled tiles by
 // `gather` and by the first GEMM's epilogue. A grid of one CTA per multiprocessor walks over tiles.
