@@ -9,33 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quantize.gates import Gate
-from vllm_nvfp4_moe.kernels import hopper_fp8_weights, hopper_moe, hopper_weights, jit
+from vllm_nvfp4_moe.kernels import hopper_fp8_weights, hopper_moe, hopper_weights
 
 UNITS = {"some": (8, 64), "many": (16, 128)}
 """Kernels by what they are for: sizes of tiles of tokens, and the largest."""
 KINDS = tuple(UNITS)
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Weights as the kernel wants them.
-
-    Attributes:
-        w13, w2: of :func:`hopper_fp8_weights.pack_experts`.
-        globals13, globals2: float32 ``[experts]``, global scales times what that says.
-    """
-
-    w13: torch.Tensor
-    w2: torch.Tensor
-    globals13: torch.Tensor
-    globals2: torch.Tensor
-    hidden: int
+class Experts(hopper_moe.Experts):
+    """As ``hopper_moe.Experts``, but of :func:`hopper_fp8_weights.pack_experts`; global scales are
+    times what that says."""
 
     @classmethod
     def pack(
@@ -62,25 +50,9 @@ class Experts:
 class _Layer(ctypes.Structure):
     """As ``Layer`` in hopper_fp8.cu."""
 
-    _fields_ = (
-        [
-            (name, ctypes.c_void_p)
-            for name in (
-                "x", "w13", "w2", "globals13", "globals2", "ids", "local", "weights", "out",
-                "rows1", "middle", "rows2", "parts", "scales1", "scales2", "tiles", "sorts",
-                "places",
-            )
-        ]
-        + [("stride", ctypes.c_int64)]
-        + [
-            (name, ctypes.c_int)
-            for name in (
-                "tokens", "top_k", "experts", "hidden", "hidden_padded", "intermediate_padded",
-                "row_tiles2", "kind", "processors",
-            )
-        ]
-        + [("gate", hopper_moe.CGate)]
-    )  # fmt: skip
+    _fields_ = hopper_moe.layer_fields(
+        "rows1", "middle", "rows2", "parts", "scales1", "scales2", "tiles", "sorts", "places"
+    )
 
 
 def source() -> str:
@@ -95,11 +67,7 @@ def library(device: int) -> ctypes.CDLL:
     Raises:
         KernelError: if they cannot be built, or not on this device.
     """
-    loaded = jit.load(source(), hopper_moe.ARCHITECTURE)
-    loaded.run.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
-    with torch.cuda.device(device):
-        hopper_moe.check(loaded.prepare())
-    return loaded
+    return hopper_moe.prepared(source(), _Layer, device)
 
 
 def kind(tokens: int, top_k: int, experts: int) -> str:

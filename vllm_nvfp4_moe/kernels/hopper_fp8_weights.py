@@ -29,10 +29,9 @@ from vllm_nvfp4_moe.kernels.hopper_weights import (
     BLOCK,
     COLUMNS,
     ROWS,
-    gate_and_up,
     padded_columns,
     padded_rows,
-    side_by_side,
+    rows_in_order,
 )
 
 PACKED = ROWS * COLUMNS // 2 + ROWS * COLUMNS // BLOCK
@@ -155,17 +154,7 @@ def pack_experts(
     """
     packed, factors = None, []
     for expert in range(codes.shape[0]):
-        parts = [codes[expert], scales[expert].view(torch.uint8)]
-        if gated:
-            half = codes.shape[1] // 2
-            more = padded_columns(half) - half
-            parts = [
-                gate_and_up(pad(part.view(2, half, -1), (0, 0, 0, more)).flatten(0, 1))
-                for part in parts
-            ]
-        else:
-            parts = [side_by_side(part) for part in parts]
-        matrix, factor = pack(parts[0], parts[1].view(torch.float8_e4m3fn))
+        matrix, factor = pack(*rows_in_order(codes[expert], scales[expert], gated))
         if packed is None:
             packed = matrix.new_empty(codes.shape[0], *matrix.shape)
         packed[expert] = matrix

@@ -70,27 +70,25 @@ class CGate(ctypes.Structure):
         return cls(gate.alpha, gate.beta, limit, gate.form == "gelu_tanh")
 
 
+def layer_fields(*workspace: str) -> list[tuple[str, type]]:
+    """Of a ``Layer`` in a ``.cu`` file, which differ in what memory they are lent."""
+    given = ("x", "w13", "w2", "globals13", "globals2", "ids", "local", "weights", "out")
+    sizes = (
+        "tokens", "top_k", "experts", "hidden", "hidden_padded", "intermediate_padded",
+        "row_tiles2", "kind", "processors",
+    )  # fmt: skip
+    return [
+        *((name, ctypes.c_void_p) for name in (*given, *workspace)),
+        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in sizes),
+        ("gate", CGate),
+    ]
+
+
 class _Layer(ctypes.Structure):
     """As ``Layer`` in hopper_moe.cu."""
 
-    _fields_ = (
-        [
-            (name, ctypes.c_void_p)
-            for name in (
-                "x", "w13", "w2", "globals13", "globals2", "ids", "local", "weights", "out",
-                "rows1", "rows2", "parts", "tiles", "sorts", "places",
-            )
-        ]
-        + [("stride", ctypes.c_int64)]
-        + [
-            (name, ctypes.c_int)
-            for name in (
-                "tokens", "top_k", "experts", "hidden", "hidden_padded", "intermediate_padded",
-                "row_tiles2", "kind", "processors",
-            )
-        ]
-        + [("gate", CGate)]
-    )  # fmt: skip
+    _fields_ = layer_fields("rows1", "rows2", "parts", "tiles", "sorts", "places")
 
 
 def wgmma(tokens: int, element: str, columns: int) -> str:
@@ -139,8 +137,13 @@ def library(device: int) -> ctypes.CDLL:
     Raises:
         KernelError: if they cannot be built, or not on this device.
     """
-    loaded = jit.load(source(), ARCHITECTURE)
-    loaded.run.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
+    return prepared(source(), _Layer, device)
+
+
+def prepared(source: str, layer: type[ctypes.Structure], device: int) -> ctypes.CDLL:
+    """``source`` compiled, whose ``run`` takes a ``layer``; raises as :func:`library`."""
+    loaded = jit.load(source, ARCHITECTURE)
+    loaded.run.argtypes = [ctypes.POINTER(layer), ctypes.c_void_p]
     with torch.cuda.device(device):
         check(loaded.prepare())
     return loaded

@@ -60,6 +60,26 @@ def side_by_side(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.unflatten(0, (-1, 4, 2, 2)).transpose(1, 2).flatten(0, 3)
 
 
+def rows_in_order(
+    codes: torch.Tensor, scales: torch.Tensor, gated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One expert's codes and E4M3 block scales, their rows as the MMA has them: as of
+    :func:`side_by_side`, or of :func:`gate_and_up`, each of these padded to a multiple of 128."""
+    parts = [codes, scales.view(torch.uint8)]
+    if gated:
+        half = codes.shape[0] // 2
+        more = padded_columns(half) - half
+        parts = [
+            gate_and_up(
+                torch.nn.functional.pad(part.view(2, half, -1), (0, 0, 0, more)).flatten(0, 1)
+            )
+            for part in parts
+        ]
+    else:
+        parts = [side_by_side(part) for part in parts]
+    return parts[0], parts[1].view(torch.float8_e4m3fn)
+
+
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """One expert's matrix.
 
@@ -139,19 +159,7 @@ def pack_experts(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> torc
     """
     packed = None
     for expert in range(codes.shape[0]):
-        parts = [codes[expert], scales[expert].view(torch.uint8)]
-        if gated:
-            half = codes.shape[1] // 2
-            more = padded_columns(half) - half
-            parts = [
-                gate_and_up(
-                    torch.nn.functional.pad(part.view(2, half, -1), (0, 0, 0, more)).flatten(0, 1)
-                )
-                for part in parts
-            ]
-        else:
-            parts = [side_by_side(part) for part in parts]
-        matrix = pack(parts[0], parts[1].view(torch.float8_e4m3fn))
+        matrix = pack(*rows_in_order(codes[expert], scales[expert], gated))
         if packed is None:
             packed = matrix.new_empty(codes.shape[0], *matrix.shape)
         packed[expert] = matrix
