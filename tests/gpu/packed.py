@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,12 +26,25 @@ class Packed(NamedTuple):
     shape: Shape
     w13: Stored
     w2: Stored
+    kernels: ModuleType
     experts: Any
+    rule: Callable[..., torch.Tensor]
 
     @classmethod
-    def random(cls, shape: Shape, device: torch.device, kernels: ModuleType = hopper_moe) -> Packed:
+    def random(
+        cls,
+        shape: Shape,
+        device: torch.device,
+        kernels: ModuleType = hopper_moe,
+        rule: Callable[..., torch.Tensor] = routed,
+    ) -> Packed:
+        """For ``kernels``, which are to give what ``rule`` does, arguments as ``routed``'s."""
         w13, w2 = random_weights(shape, device)
-        return cls(shape, w13, w2, kernels.Experts.pack(*w13, *w2))
+        return cls(shape, w13, w2, kernels, kernels.Experts.pack(*w13, *w2), rule)
+
+    def like(self, shape: Shape) -> Packed:
+        """The same of another shape."""
+        return Packed.random(shape, self.device, self.kernels, self.rule)
 
     @property
     def device(self) -> torch.device:
@@ -47,4 +61,11 @@ class Packed(NamedTuple):
     def truth(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
     ) -> torch.Tensor:
+        """What the kernels are to give."""
+        return self.rule(x, self.w13, self.w2, weights, ids, gate)
+
+    def exact(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
+    ) -> torch.Tensor:
+        """What nothing is rounded for."""
         return routed(x, self.w13, self.w2, weights, ids, gate)

@@ -10,30 +10,18 @@ hardware's: it adds E4M3's products with about 14 bits, cut off, by which a sum 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 
-from quantize.gates import Gate
-from tests.gpu import reference, reference_fp8
-from tests.gpu.layer import MODELS, Shape, error
+from tests.gpu import reference_fp8
+from tests.gpu.hopper_cases import SHAPES, Cases, poison
+from tests.gpu.layer import error
 from tests.gpu.packed import GATES, Packed
-from tests.gpu.reference import Stored
 from vllm_nvfp4_moe.kernels import hopper_fp8
-from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS, Experts
+from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS
 
-SHAPES = [
-    *MODELS,
-    # Slices of tensor parallelism: of 2 and 8 ranks.
-    Shape("qwen3-235b-tp2", 128, 4096, 768, 8),
-    Shape("qwen3-235b-tp8", 128, 4096, 192, 8),
-    # Neither a multiple of a tile.
-    Shape("pad-both", 32, 2880, 720, 4),
-    Shape("pad-narrow", 8, 448, 48, 2),
-    Shape("pad-rows", 8, 400, 80, 2),
-]
 TOKENS = (1, 3, 16, 64, 256, 1000, 8192)
 BOUND = 2e-2
 COST = 0.09
@@ -43,18 +31,7 @@ COST = 0.09
 def packed(gpu: torch.device, request: pytest.FixtureRequest) -> Packed:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel runs on compute capability 9.0 alone")
-    return Packed.random(request.param, gpu, hopper_fp8)
-
-
-def poison(packed: Packed, x: torch.Tensor) -> None:
-    """NaN where the kernel's workspace will likely lie, so that what it must not read shows."""
-    pairs = len(x) * packed.shape.top_k
-    for width in (packed.shape.hidden, packed.shape.intermediate, packed.shape.intermediate // 2):
-        torch.full(((pairs + 4096) * (width + 128),), torch.nan, dtype=x.dtype, device=x.device)
-
-
-def rounded(packed: Packed, x: Any, ids: Any, weights: Any, gate: str) -> torch.Tensor:
-    return reference_fp8.routed(x, packed.w13, packed.w2, weights, ids, gate)
+    return Packed.random(request.param, gpu, hopper_fp8, reference_fp8.routed)
 
 
 @pytest.mark.parametrize("routing", ["uniform", "skewed"])
@@ -64,8 +41,8 @@ def test_as_the_reference(
 ) -> None:
     for seed, tokens in enumerate(TOKENS):
         x, ids, weights = packed.batch(tokens, routing, seed)
-        truth = rounded(packed, x, ids, weights, gate)
-        unrounded = packed.truth(x, ids, weights, gate)
+        truth = packed.truth(x, ids, weights, gate)
+        unrounded = packed.exact(x, ids, weights, gate)
         for use in KINDS:
             poison(packed, x)
             out = hopper_fp8.run(x, packed.experts, ids, weights, GATES[gate], use=use)
@@ -81,88 +58,10 @@ def test_as_the_reference(
             assert torch.equal(out, again), (tokens, use)
 
 
-@pytest.mark.parametrize("use", KINDS)
-def test_graphs_give_the_same_bits(packed: Packed, use: str) -> None:
-    x, ids, weights = packed.batch(16, "uniform", 0)
-    eager = hopper_fp8.run(x, packed.experts, ids, weights, GATES["silu"], use=use)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = hopper_fp8.run(x, packed.experts, ids, weights, GATES["silu"], use=use)
-    other = packed.batch(16, "skewed", 1)
-    for inputs in (other, (x.clone(), ids.clone(), weights.clone())):
-        expected = hopper_fp8.run(inputs[0], packed.experts, *inputs[1:], GATES["silu"], use=use)
-        x.copy_(inputs[0])
-        ids.copy_(inputs[1])
-        weights.copy_(inputs[2])
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(out, expected)
-    assert torch.equal(out, eager)
+@pytest.fixture(params=KINDS)
+def use(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.mark.parametrize("use", KINDS)
-def test_half_of_the_experts_elsewhere(packed: Packed, use: str) -> None:
-    """Expert parallel: two ranks' outputs add up to one's; a rank without a token gives zeros."""
-    shape = packed.shape
-    x, ids, weights = packed.batch(33, "uniform", 2)
-    truth = rounded(packed, x, ids, weights, "silu")
-    total = torch.zeros_like(truth)
-    for rank in range(2):
-        mine = torch.arange(rank, shape.experts, 2, device=packed.device)
-        local = torch.full((shape.experts,), -1, dtype=torch.int32, device=packed.device)
-        local[mine] = torch.arange(len(mine), dtype=torch.int32, device=packed.device)
-        parts = [Stored(*(t[mine] for t in stored)) for stored in (packed.w13, packed.w2)]
-        experts = Experts.pack(*parts[0], *parts[1])
-        poison(packed, x)
-        total += hopper_fp8.run(x, experts, ids, weights, GATES["silu"], local=local, use=use)
-        nowhere = torch.full_like(local, -1)
-        out = hopper_fp8.run(x, experts, ids, weights, GATES["silu"], local=nowhere, use=use)
-        assert out.count_nonzero() == 0
-    assert error(total, truth).whole < BOUND
-
-
-@pytest.mark.parametrize("use", KINDS)
-def test_one_hot_expert(packed: Packed, use: str) -> None:
-    """All tokens choose the same experts: many tiles of one, none of most."""
-    shape = packed.shape
-    x, _, weights = packed.batch(300, "uniform", 3)
-    ids = torch.arange(shape.top_k, dtype=torch.int32, device=packed.device).repeat(300, 1)
-    ids += shape.experts - shape.top_k
-    poison(packed, x)
-    out = hopper_fp8.run(x, packed.experts, ids, weights, GATES["swiglu_oai"], use=use)
-    assert error(out, rounded(packed, x, ids, weights, "swiglu_oai")).whole < BOUND
-
-
-def test_rows_apart_and_in_place(packed: Packed) -> None:
-    """x may be a slice of wider rows, and the output may lie where x does."""
-    x, ids, weights = packed.batch(16, "uniform", 4)
-    expected = hopper_fp8.run(x, packed.experts, ids, weights, GATES["silu"])
-    wide = torch.full((16, x.shape[1] + 64), torch.nan, dtype=x.dtype, device=x.device)
-    wide[:, 8 : 8 + x.shape[1]] = x
-    apart = wide[:, 8 : 8 + x.shape[1]]
-    assert torch.equal(hopper_fp8.run(apart, packed.experts, ids, weights, GATES["silu"]), expected)
-    own = x.clone()
-    hopper_fp8.run(own, packed.experts, ids, weights, GATES["silu"], out=own)
-    assert torch.equal(own, expected)
-    none = hopper_fp8.run(x[:0], packed.experts, ids[:0], weights[:0], GATES["silu"])
-    assert none.shape == (0, x.shape[1])
-
-
-def test_nan_comes_out(packed: Packed) -> None:
-    """Of the token it went into, and of no other."""
-    x, ids, weights = packed.batch(16, "uniform", 5)
-    x[3, 5] = torch.nan
-    out = hopper_fp8.run(x, packed.experts, ids, weights, GATES["swiglu_oai"])
-    assert out[3].isnan().all()
-    assert out[[i for i in range(16) if i != 3]].isfinite().all()
-
-
-def test_gelu(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
-    monkeypatch.setitem(reference.GATES, "gelu_tanh", lambda gate, up: gelu(gate) * up)
-    x, ids, weights = packed.batch(16, "uniform", 6)
-    truth = rounded(packed, x, ids, weights, "gelu_tanh")
-    out = hopper_fp8.run(x, packed.experts, ids, weights, Gate("gelu_tanh"))
-    assert error(out, truth).whole < BOUND
+class TestCases(Cases):
+    bound = BOUND

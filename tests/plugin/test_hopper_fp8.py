@@ -9,23 +9,22 @@ The reading is written from PTX's and E4M3's definitions; of the package it take
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quantize.gates import Gate
 from tests.gpu import reference, reference_fp8
-from tests.gpu.layer import Shape, error
+from tests.gpu.layer import error
 from tests.gpu.packed import BOUND as BF16_BOUND
 from tests.gpu.packed import GATES, Packed
 from tests.gpu.reference import Stored
 from tests.gpu.reference_fp8 import rounded
+from tests.plugin.emulated_cases import SHAPES, Cases
 from tests.plugin.emulation import CPU, Emulated, body, build
 from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_fp8_weights, hopper_moe
-from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS, Experts
+from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 BOUND = 4e-3
@@ -178,12 +177,6 @@ def test_experts_are_shifted_apart() -> None:
 # ------------------------------------------------------------------------------------- the kernel
 
 
-def truth(
-    packed: Packed, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
-) -> torch.Tensor:
-    return reference_fp8.routed(x, packed.w13, packed.w2, weights, ids, gate)
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build(tmp_path_factory.mktemp("emulated"), body(hopper_fp8), hopper_fp8)
@@ -194,124 +187,25 @@ def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     return Emulated(library, hopper_fp8, monkeypatch)
 
 
-SHAPES = [
-    Shape("nano", 8, 384, 128, 2),
-    # Neither a multiple of a tile; row tiles no multiple of four.
-    Shape("pad-both", 8, 400, 48, 2),
-    Shape("odd", 8, 512, 320, 2),
-    # Of its columns there are more than the pipelines hold.
-    Shape("deep", 3, 3264, 64, 2),
-]
-
-
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(request: pytest.FixtureRequest) -> Packed:
-    return Packed.random(request.param, CPU, hopper_fp8)
+    return Packed.random(request.param, CPU, hopper_fp8, reference_fp8.routed)
 
 
 @pytest.fixture(scope="module")
 def small() -> Packed:
-    return Packed.random(SHAPES[1], CPU, hopper_fp8)
+    return Packed.random(SHAPES[1], CPU, hopper_fp8, reference_fp8.routed)
 
 
-@pytest.mark.parametrize("use", KINDS)
-@pytest.mark.parametrize(
-    ("tokens", "routing", "gate", "processors"),
-    [
-        (1, "uniform", "swiglu_oai", 132),
-        (5, "uniform", "silu", 7),
-        (40, "skewed", "swiglu_oai", 3),
-        (300, "uniform", "silu", 5),
-    ],
-)
-def test_as_the_reference(
-    emulated: Emulated,
-    packed: Packed,
-    use: str,
-    tokens: int,
-    routing: str,
-    gate: str,
-    processors: int,
-) -> None:
-    x, ids, weights = packed.batch(tokens, routing)
-    out = emulated.twice(
-        x, packed.experts, ids, weights, GATES[gate], use=use, processors=processors
-    )
-    assert error(out, truth(packed, x, ids, weights, gate)).whole < BOUND
-    assert error(out, packed.truth(x, ids, weights, gate)).whole < COST
+@pytest.fixture(params=KINDS)
+def use(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.mark.parametrize("processors", [1, 4])
-@pytest.mark.parametrize(
-    ("use", "counts"),
-    [
-        ("some", (64, 56, 41, 33, 32, 24, 9, 1, 65, 130, 0, 17)),
-        ("many", (128, 97, 96, 80, 64, 48, 33, 16, 129, 1, 0, 257, 112)),
-    ],
-)
-def test_every_size_of_tile_at_once(
-    emulated: Emulated, use: str, counts: tuple[int, ...], processors: int
-) -> None:
-    packed = Packed.random(Shape("one choice", len(counts), 256, 128, 1), CPU, hopper_fp8)
-    ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].unsqueeze(1)
-    x, _, weights = packed.batch(len(ids))
-    out = emulated.twice(
-        x, packed.experts, ids, weights, GATES["silu"], use=use, processors=processors
-    )
-    assert error(out, truth(packed, x, ids, weights)).token < 3 * BOUND
-
-
-@pytest.mark.parametrize("use", KINDS)
-def test_one_hot_expert(emulated: Emulated, small: Packed, use: str) -> None:
-    x, ids, weights = small.batch(150)
-    ids = torch.tensor([7, 5], dtype=torch.int32).repeat(150, 1)
-    out = emulated.twice(x, small.experts, ids, weights, GATES["silu"], use=use)
-    assert error(out, truth(small, x, ids, weights)).whole < BOUND
-
-
-@pytest.mark.parametrize("use", KINDS)
-def test_choices_of_nobody(emulated: Emulated, small: Packed, use: str) -> None:
-    """An expert of -1, with and without a map, adds nothing; nor does a token with no other."""
-    x, ids, weights = small.batch(20)
-    ids[::3, 1] = -1
-    ids[4] = -1
-    silent = weights.masked_fill(ids < 0, 0)
-    expected = truth(small, x, ids.clamp(min=0), silent)
-    for local in (None, torch.arange(8, dtype=torch.int32)):
-        out = emulated.run(x, small.experts, ids, weights, GATES["silu"], local=local, use=use)
-        assert error(out, expected + 1e-30).whole < BOUND
-        assert not out[4].count_nonzero()
-
-
-@pytest.mark.parametrize("use", KINDS)
-def test_half_of_the_experts_elsewhere(emulated: Emulated, small: Packed, use: str) -> None:
-    """Two ranks' outputs add up to one's; a rank without a token gives zeros."""
-    x, ids, weights = small.batch(33)
-    total = torch.zeros(x.shape)
-    for rank in range(2):
-        mine = torch.arange(rank, 8, 2)
-        local = torch.full((8,), -1, dtype=torch.int32)
-        local[mine] = torch.arange(4, dtype=torch.int32)
-        experts = Experts.pack(*(t[mine] for t in small.w13), *(t[mine] for t in small.w2))
-        rest = ids, weights, GATES["silu"]
-        total += emulated.twice(x, experts, *rest, local=local, use=use)
-        nowhere = torch.full_like(local, -1)
-        assert not emulated.run(x, experts, *rest, local=nowhere, use=use).count_nonzero()
-    assert error(total, truth(small, x, ids, weights)).whole < BOUND
-
-
-def test_rows_apart_and_in_place(emulated: Emulated, small: Packed) -> None:
-    """x may be a slice of wider rows, and the output may lie where x does."""
-    x, ids, weights = small.batch(16)
-    rest = ids, weights, GATES["silu"]
-    expected = emulated.run(x, small.experts, *rest)
-    wide = torch.full((16, x.shape[1] + 64), torch.nan, dtype=x.dtype)
-    apart = wide[:, 8 : 8 + x.shape[1]]
-    apart.copy_(x)
-    assert torch.equal(emulated.run(apart, small.experts, *rest), expected)
-    emulated.run(x, small.experts, *rest, out=x)
-    assert torch.equal(x, expected)
+class TestCases(Cases):
+    bound = BOUND
+    token_bound = 3 * BOUND
+    cost = COST
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -322,7 +216,7 @@ def test_a_token_has_its_own_scale(emulated: Emulated, small: Packed, scale: flo
     x[3] *= scale
     x[5], x[6] = 0, 1e-39
     out = emulated.run(x, small.experts, ids, weights, GATES["silu"])
-    assert error(out[3:4], truth(small, x[3:4], ids[3:4], weights[3:4])).whole < BOUND
+    assert error(out[3:4], small.truth(x[3:4], ids[3:4], weights[3:4])).whole < BOUND
     assert not out[5].count_nonzero()
     assert float(out[6].abs().max()) < 1e-30
     others = [i for i in range(16) if i not in (3, 5, 6)]
@@ -330,7 +224,6 @@ def test_a_token_has_its_own_scale(emulated: Emulated, small: Packed, scale: flo
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("use", KINDS)
 def test_nan_comes_out(emulated: Emulated, small: Packed, use: str, bad: float) -> None:
     """Of the token it went into, and of no other."""
     x, ids, weights = small.batch(16)
@@ -340,14 +233,6 @@ def test_nan_comes_out(emulated: Emulated, small: Packed, use: str, bad: float) 
     assert out[5].isnan().all()
     others = torch.arange(16) != 5
     assert torch.equal(out[others], expected[others])
-
-
-def test_gelu(emulated: Emulated, small: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
-    monkeypatch.setitem(reference.GATES, "gelu_tanh", lambda gate, up: gelu(gate) * up)
-    x, ids, weights = small.batch(16)
-    out = emulated.run(x, small.experts, ids, weights, Gate("gelu_tanh"))
-    assert error(out, truth(small, x, ids, weights, "gelu_tanh")).whole < BOUND
 
 
 def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
@@ -377,7 +262,7 @@ def test_the_bf16_kernel_is_the_more_exact(
     other = Packed.random(small.shape, CPU)
     bf16 = Emulated(build(tmp_path, body(hopper_moe), hopper_moe), hopper_moe, monkeypatch)
     x, ids, weights = small.batch(40)
-    exact = small.truth(x, ids, weights)
+    exact = small.exact(x, ids, weights)
     ours = emulated.run(x, small.experts, ids, weights, GATES["silu"])
     theirs = bf16.run(x, other.experts, ids, weights, GATES["silu"])
     assert error(theirs, exact).whole < BF16_BOUND < error(ours, exact).whole
@@ -414,4 +299,4 @@ def test_faults_are_found(
     x, ids, weights = small.batch(150)
     with pytest.raises(AssertionError, match=message):
         out = broken.run(x, small.experts, ids, weights, GATES["silu"], use="some", processors=1)
-        assert error(out, truth(small, x, ids, weights)).whole < BOUND
+        assert error(out, small.truth(x, ids, weights)).whole < BOUND

@@ -1,0 +1,135 @@
+"""What each Hopper kernel's source, run on a CPU, is held to."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from quantize.gates import Gate
+from tests.gpu import reference
+from tests.gpu.layer import Shape, error
+from tests.gpu.packed import GATES, Packed
+from tests.plugin.emulation import Emulated
+
+SHAPES = [
+    Shape("nano", 8, 384, 128, 2),
+    # Neither a multiple of a tile; row tiles no multiple of two or four.
+    Shape("pad-both", 8, 400, 48, 2),
+    Shape("odd", 8, 512, 320, 2),
+    # Of its columns there are more than the pipelines hold.
+    Shape("deep", 3, 3264, 64, 2),
+]
+
+
+class Cases:
+    """A subclass says how large errors may be: against the kernel's own reference, of a batch and
+    of a token, and against exact experts. Its module has the fixtures ``emulated``, ``packed`` (of
+    each of ``SHAPES``), ``small`` (of the second) and ``use``, a kind of kernel."""
+
+    bound: float
+    token_bound: float
+    cost: float
+
+    @pytest.mark.parametrize(
+        ("tokens", "routing", "gate", "processors"),
+        [
+            (1, "uniform", "swiglu_oai", 132),
+            (5, "uniform", "silu", 7),
+            (40, "skewed", "swiglu_oai", 3),
+            (300, "uniform", "silu", 5),
+        ],
+    )
+    def test_as_the_reference(
+        self,
+        emulated: Emulated,
+        packed: Packed,
+        use: str,
+        tokens: int,
+        routing: str,
+        gate: str,
+        processors: int,
+    ) -> None:
+        x, ids, weights = packed.batch(min(tokens, 60) if use == "few" else tokens, routing)
+        out = emulated.twice(
+            x, packed.experts, ids, weights, GATES[gate], use=use, processors=processors
+        )
+        assert error(out, packed.truth(x, ids, weights, gate)).whole < self.bound
+        assert error(out, packed.exact(x, ids, weights, gate)).whole < self.cost
+
+    @pytest.mark.parametrize("processors", [1, 4])
+    @pytest.mark.parametrize(
+        ("kind", "counts"),
+        [
+            ("some", (64, 56, 41, 33, 32, 24, 9, 1, 65, 130, 0, 17)),
+            ("many", (128, 97, 96, 80, 64, 48, 33, 16, 129, 1, 0, 257, 112)),
+        ],
+    )
+    def test_every_size_of_tile_at_once(
+        self, emulated: Emulated, small: Packed, kind: str, counts: tuple[int, ...], processors: int
+    ) -> None:
+        packed = small.like(Shape("one choice", len(counts), 256, 128, 1))
+        ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].unsqueeze(1)
+        x, _, weights = packed.batch(len(ids))
+        out = emulated.twice(
+            x, packed.experts, ids, weights, GATES["silu"], use=kind, processors=processors
+        )
+        assert error(out, packed.truth(x, ids, weights)).token < self.token_bound
+
+    def test_one_hot_expert(self, emulated: Emulated, small: Packed, use: str) -> None:
+        x, ids, weights = small.batch(150)
+        ids = torch.tensor([7, 5], dtype=torch.int32).repeat(150, 1)
+        out = emulated.twice(x, small.experts, ids, weights, GATES["silu"], use=use)
+        assert error(out, small.truth(x, ids, weights)).whole < self.bound
+
+    def test_choices_of_nobody(self, emulated: Emulated, small: Packed, use: str) -> None:
+        """An expert of -1, with and without a map, adds nothing; nor does a token with no other."""
+        x, ids, weights = small.batch(20)
+        ids[::3, 1] = -1
+        ids[4] = -1
+        silent = weights.masked_fill(ids < 0, 0)
+        expected = small.truth(x, ids.clamp(min=0), silent)
+        for local in (None, torch.arange(8, dtype=torch.int32)):
+            out = emulated.run(x, small.experts, ids, weights, GATES["silu"], local=local, use=use)
+            assert error(out, expected + 1e-30).whole < self.bound
+            assert not out[4].count_nonzero()
+
+    def test_half_of_the_experts_elsewhere(
+        self, emulated: Emulated, small: Packed, use: str
+    ) -> None:
+        """Two ranks' outputs add up to one's; a rank without a token gives zeros."""
+        x, ids, weights = small.batch(33)
+        total = torch.zeros(x.shape)
+        for rank in range(2):
+            mine = torch.arange(rank, 8, 2)
+            local = torch.full((8,), -1, dtype=torch.int32)
+            local[mine] = torch.arange(4, dtype=torch.int32)
+            experts = small.kernels.Experts.pack(
+                *(t[mine] for t in small.w13), *(t[mine] for t in small.w2)
+            )
+            rest = ids, weights, GATES["silu"]
+            total += emulated.twice(x, experts, *rest, local=local, use=use)
+            nowhere = torch.full_like(local, -1)
+            assert not emulated.run(x, experts, *rest, local=nowhere, use=use).count_nonzero()
+        assert error(total, small.truth(x, ids, weights)).whole < self.bound
+
+    def test_rows_apart_and_in_place(self, emulated: Emulated, small: Packed) -> None:
+        """x may be a slice of wider rows, and the output may lie where x does."""
+        x, ids, weights = small.batch(16)
+        rest = ids, weights, GATES["silu"]
+        expected = emulated.run(x, small.experts, *rest)
+        wide = torch.full((16, x.shape[1] + 64), torch.nan, dtype=x.dtype)
+        apart = wide[:, 8 : 8 + x.shape[1]]
+        apart.copy_(x)
+        assert torch.equal(emulated.run(apart, small.experts, *rest), expected)
+        emulated.run(x, small.experts, *rest, out=x)
+        assert torch.equal(x, expected)
+
+    def test_gelu(self, emulated: Emulated, small: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+        gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+        monkeypatch.setitem(reference.GATES, "gelu_tanh", lambda gate, up: gelu(gate) * up)
+        x, ids, weights = small.batch(16)
+        out = emulated.run(x, small.experts, ids, weights, Gate("gelu_tanh"))
+        assert error(out, small.truth(x, ids, weights, "gelu_tanh")).whole < self.bound
