@@ -17,7 +17,7 @@ import torch
 
 from tests.gpu import reference_fp8
 from tests.gpu.hopper_cases import SHAPES, Cases, poison
-from tests.gpu.layer import error
+from tests.gpu.layer import error, skip_elsewhere
 from tests.gpu.packed import GATES, Packed
 from vllm_nvfp4_moe.kernels import hopper_fp8
 from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS
@@ -29,8 +29,7 @@ COST = 0.09
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(gpu: torch.device, request: pytest.FixtureRequest) -> Packed:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the Hopper kernel runs on compute capability 9.0 alone")
+    skip_elsewhere("hopper")
     return Packed.random(request.param, gpu, hopper_fp8, reference_fp8.routed)
 
 

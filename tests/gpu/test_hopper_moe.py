@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.gpu.hopper_cases import SHAPES, Cases, poison
-from tests.gpu.layer import error
+from tests.gpu.layer import error, skip_elsewhere
 from tests.gpu.packed import BOUND, GATES, Packed
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.hopper_moe import KINDS
@@ -24,8 +24,7 @@ TOKENS = (1, 2, 3, 7, 16, 33, 64, 256, 1000, 8192)
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(gpu: torch.device, request: pytest.FixtureRequest) -> Packed:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the Hopper kernel runs on compute capability 9.0 alone")
+    skip_elsewhere("hopper")
     return Packed.random(request.param, gpu)
 
 
