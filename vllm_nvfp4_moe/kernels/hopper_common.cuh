@@ -1,7 +1,7 @@
 // What the Hopper kernels share: primitives, tiles, the pipeline, routing and the last sum.
 //
 // Included by hopper_moe.cu and hopper_fp8.cu, which have said how many bytes an activation has
-// (ELEMENT) and which define `consume`. What a host's compiler cannot do is not there if EMULATED:
+// (ELEMENT) and how many sizes tiles may have (MOST_SORTS), and which define `consume`. What a host's compiler cannot do is not there if EMULATED:
 // tests/plugin/cuda_emulation.h has it.
 
 namespace {
@@ -12,7 +12,7 @@ constexpr int ROWS = 64;               // rows of weights a warpgroup's tile
 constexpr int CODES = ROWS * CHUNK / 2;        // bytes of a chunk's codes,
 constexpr int PACKED = CODES + ROWS * CHUNK / 16;  // and with its block scales
 constexpr int WEIGHTS = PACKED * STAGE / CHUNK;    // bytes of a warpgroup's weights a stage
-constexpr int MOST_EXPERTS = 1024, MOST_SORTS = 8;  // sorts: sizes of tiles
+constexpr int MOST_EXPERTS = 1024;
 
 // ---------------------------------------------------------------------------------- primitives
 

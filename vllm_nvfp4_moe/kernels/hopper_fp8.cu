@@ -11,7 +11,7 @@
 // share a scale. Activations are stored in that order.
 //
 // The hardware adds e4m3's products with fewer bits than float32 has: about 14, and cut off. There
-// are no registers to add parts of a tile of 128 tokens up in float32.
+// are no registers to add parts of the larger tiles up in float32.
 
 #ifndef EMULATED
 #include <cuda_bf16.h>
@@ -20,7 +20,8 @@
 
 namespace {
 
-constexpr int ELEMENT = 1;  // bytes of an activation
+constexpr int ELEMENT = 1;      // bytes of an activation
+constexpr int MOST_SORTS = 16;  // sizes of tiles
 
 }  // namespace
 
@@ -278,16 +279,40 @@ extern "C" __global__ void __launch_bounds__(QUANTIZERS) requantize(const uint4*
 }
 
 GEMM(some, 64, 4, 1, 64, 56, 48, 40, 32, 24, 16, 8)      // decoding
-GEMM(many, 128, 4, 1, 128, 112, 96, 80, 64, 48, 32, 16)  // prefill
+GEMM(many, 128, 4, 1, 128, 112, 96, 80, 64, 48, 32, 16)
+// The more tokens for each weight that a warpgroup makes, the less of the GPU's power goes into
+// making it; but tiles of up to 128 tokens hide it better behind copies where experts have few.
+GEMM(more, 192, 3, 1, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
+GEMM(most, 256, 2, 1, 256, 240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
+
+namespace {
+
+// As UNITS in hopper_fp8.py, in its order.
+constexpr int UNIT[] = {8, 16, 16, 16}, MOST[] = {64, 128, 192, 256};
+
+int multiply(int kind, bool gated, const Gemm& args, int processors, cudaStream_t stream) {
+    switch (kind) {
+        case 0: return start<64, 4, 1>(gated ? some_gated : some_plain, args, processors, stream);
+        case 1: return start<128, 4, 1>(gated ? many_gated : many_plain, args, processors, stream);
+        case 2: return start<192, 3, 1>(gated ? more_gated : more_plain, args, processors, stream);
+        default: return start<256, 2, 1>(gated ? most_gated : most_plain, args, processors, stream);
+    }
+}
+
+}  // namespace
 
 // Everything below is called through ctypes; each returns a cudaError_t.
 
 extern "C" int prepare() {
     int error = 0;
-    if (!error) error = allow<64, 4, 1>(some_gated);
-    if (!error) error = allow<64, 4, 1>(some_plain);
-    if (!error) error = allow<128, 4, 1>(many_gated);
-    if (!error) error = allow<128, 4, 1>(many_plain);
+    for (const auto kernel : {some_gated, some_plain})
+        if (!error) error = allow<64, 4, 1>(kernel);
+    for (const auto kernel : {many_gated, many_plain})
+        if (!error) error = allow<128, 4, 1>(kernel);
+    for (const auto kernel : {more_gated, more_plain})
+        if (!error) error = allow<192, 3, 1>(kernel);
+    for (const auto kernel : {most_gated, most_plain})
+        if (!error) error = allow<256, 2, 1>(kernel);
     return error;
 }
 
@@ -311,9 +336,8 @@ struct Layer {
 extern "C" int run(const Layer* layer, cudaStream_t stream) {
     const Layer& l = *layer;
     const int pairs = l.tokens * l.top_k;
-    const int unit = l.kind ? 16 : 8, most = l.kind ? 128 : 64;
-    int error = launch(route, 1, 1024, 0, stream, false, l.ids, l.local, pairs, l.experts, unit, most,
-                       l.tiles, l.sorts, l.places);
+    int error = launch(route, 1, 1024, 0, stream, false, l.ids, l.local, pairs, l.experts,
+                       UNIT[l.kind], MOST[l.kind], l.tiles, l.sorts, l.places);
     if (!error)
         error = launch(gather, l.tokens, QUANTIZERS, 0, stream, true, static_cast<const uint4*>(l.x),
                        l.stride, l.top_k, l.hidden, l.hidden_padded, l.places,
@@ -324,16 +348,12 @@ extern "C" int run(const Layer* layer, cudaStream_t stream) {
     Gemm second{static_cast<const uint8_t*>(l.w2), l.globals2, static_cast<const uint8_t*>(l.rows2),
                 l.tiles, l.sorts, static_cast<uint8_t*>(l.parts), l.row_tiles2,
                 l.intermediate_padded / CHUNK, l.hidden, l.gate, {}, l.scales2};
-    if (!error)
-        error = l.kind ? start<128, 4, 1>(many_gated, first, l.processors, stream)
-                       : start<64, 4, 1>(some_gated, first, l.processors, stream);
+    if (!error) error = multiply(l.kind, true, first, l.processors, stream);
     if (!error)
         error = launch(requantize, pairs, QUANTIZERS, 0, stream, true,
                        static_cast<const uint4*>(l.middle), l.intermediate_padded, l.places,
                        static_cast<uint8_t*>(l.rows2), l.scales2);
-    if (!error)
-        error = l.kind ? start<128, 4, 1>(many_plain, second, l.processors, stream)
-                       : start<64, 4, 1>(some_plain, second, l.processors, stream);
+    if (!error) error = multiply(l.kind, false, second, l.processors, stream);
     if (error) return error;
     const int across = (l.hidden / 8 + COMBINED - 1) / COMBINED;
     return launch(combine, l.tokens * across, COMBINED, 0, stream, true,

@@ -16,7 +16,7 @@ import torch
 from quantize.gates import Gate
 from vllm_nvfp4_moe.kernels import hopper_fp8_weights, hopper_moe, hopper_weights
 
-UNITS = {"some": (8, 64), "many": (16, 128)}
+UNITS = {"some": (8, 64), "many": (16, 128), "more": (16, 192), "most": (16, 256)}
 """Kernels by what they are for: sizes of tiles of tokens, and the largest."""
 KINDS = tuple(UNITS)
 
@@ -71,8 +71,14 @@ def library(device: int) -> ctypes.CDLL:
 
 
 def kind(tokens: int, top_k: int, experts: int) -> str:
-    """Which of :data:`KINDS` is for a batch of ``tokens``."""
-    return "some" if tokens * top_k <= 48 * experts else "many"
+    """Which of :data:`KINDS` is for a batch of ``tokens``, as measured (docs/kernel-notes.md)."""
+    each = tokens * top_k / experts
+    if each <= 48:
+        return "some"
+    if each <= 112:
+        return "many"
+    # Of 256 tokens an expert, say, half have more, which are two tiles of 144 but three of 96.
+    return "most" if 160 < each <= 384 else "more"
 
 
 def run(
@@ -118,7 +124,7 @@ def run(
     # Each CTA also reads the tile after its last.
     table = empty(4 * (tiles + processors), torch.int32)
     places = empty(4 * pairs, torch.int32)
-    sorts = empty(8, torch.int32)
+    sorts = empty(16, torch.int32)
     layer = _Layer(
         *(
             None if tensor is None else tensor.data_ptr()

@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int ELEMENT = 2;        // bytes of an activation
+constexpr int MOST_SORTS = 8;     // sizes of tiles
 constexpr int WARPS_TOKENS = 16;  // up to which each warp's own MMAs are used
 
 }  // namespace
