@@ -13,8 +13,14 @@ from quantize.gates import Gate
 
 BYTES = 4.5 / 8
 """Of a weight."""
-GOAL = {"geomean": 1.3, "memory": 0.80, "flops": 0.70}
-TITLES = {"ours": "ours", "humming": "Humming", "marlin": "Marlin", "bf16": "bf16 Triton"}
+GOAL = {"geomean": 1.3, "memory": 0.80, "flops": 0.70, "fp8": 1.5}
+TITLES = {
+    "ours": "ours",
+    "fp8": "ours, FP8",
+    "humming": "Humming",
+    "marlin": "Marlin",
+    "bf16": "bf16 Triton",
+}
 
 
 SILU = Gate("silu")
@@ -93,10 +99,12 @@ class Row:
         self.active: float = saved["active"]
         self.ms: dict[str, float] = saved["ms"]
         self.floor = floor(shape, self.tokens, self.active, about["bandwidth"], about["flops"])
-        others = [ms for name, ms in self.ms.items() if name != "ours"]
-        ours = self.ms.get("ours")
+        others = [ms for name, ms in self.ms.items() if name not in ("ours", "fp8")]
+        ours, fp8 = self.ms.get("ours"), self.ms.get("fp8")
         self.ratio = min(others) / ours if ours and others else None
         """Of the best other's time to ours: above 1 where ours is faster."""
+        self.gain = ours / fp8 if ours and fp8 else None
+        """Of our time to that with FP8 activations."""
 
     def reached(self, bound: float) -> float | None:
         """``bound`` (ms) over our time; None if ours was not timed."""
@@ -128,11 +136,13 @@ def table(saved: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     kernels = [name for name in TITLES if name in saved["kernels"]]
     head = ["tokens", "experts", *(TITLES[name] for name in kernels)]
     head += ["floor", "bound", "best other / ours", "floor / ours"]
+    head += ["ours / FP8"] if "fp8" in kernels else []
     lines = [f"| {' | '.join(head)} |", "| ---: " * len(head) + "|"]
     for row in _rows(saved, about):
         cells = [str(row.tokens), f"{row.active:.0f}", *(number(row.ms.get(k)) for k in kernels)]
         cells += [number(row.floor.ms), row.floor.bound]
         cells += [_share(row.ratio), _share(row.reached(row.floor.ms))]
+        cells += [_share(row.gain)] if "fp8" in kernels else []
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -160,6 +170,9 @@ def summary(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         ("smallest memory floor / ours at 16 to 256", _least(memory), GOAL["memory"]),
         ("FLOP floor / ours at 8192", _least(flops), GOAL["flops"]),
     ]
+    if "fp8" in saved["kernels"]:
+        gains = [row.gain for row in rows if row.tokens == 8192]
+        goals.append(("ours / FP8 at 8192", _least(gains), GOAL["fp8"]))
     for what, found, wanted in goals:
         if found is None:
             lines.append(f"GOAL not measured: {what}, at least {wanted:.2f}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -16,16 +18,19 @@ from quantize.layouts import LAYOUTS
 
 
 class Way(NamedTuple):
-    """vLLM's ``moe_backend``, and what must come of it: the method's class, its kernel's name."""
+    """vLLM's ``moe_backend``, and what must come of it: the method's class, its kernel's name.
+    Activations are as this package's Hopper kernels take them."""
 
     backend: str
     method: str
     kernel: str
+    activations: str = "bf16"
 
 
 WAYS = {
     "cuda": {
-        "ours": Way("auto", "HopperMethod", "HOPPER"),
+        "ours": Way("auto", "HopperMethod", "HOPPER ("),
+        "fp8": Way("auto", "HopperMethod", "HOPPER FP8 (", "fp8"),
         "humming": Way("humming", "VllmKernelsMethod", "HUMMING"),
         "marlin": Way("marlin", "VllmKernelsMethod", "MARLIN"),
         "bf16": Way("triton", "UnquantizedFusedMoEMethod", "TRITON"),
@@ -123,6 +128,7 @@ def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
     from vllm.config.kernel import KernelConfig
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
+    from vllm_nvfp4_moe.backends import hopper_variants
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
     device, gate = w13.codes.device, shape.gate
@@ -143,7 +149,8 @@ def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
         load_config=LoadConfig(load_format="dummy"),
         kernel_config=KernelConfig(moe_backend=way.backend),
     )
-    with set_current_vllm_config(config), torch.device(device):
+    asked = mock.patch.dict(os.environ, {hopper_variants.VARIABLE: way.activations})
+    with asked, set_current_vllm_config(config), torch.device(device):
         runner = FusedMoEFactory(
             num_experts=shape.experts,
             top_k=shape.top_k,

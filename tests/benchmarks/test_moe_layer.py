@@ -193,6 +193,26 @@ def test_the_table() -> None:
     assert {line.count("|") for line in lines} == {10}
 
 
+def with_fp8(ms: float) -> dict[str, Any]:
+    """``GOOD`` and our kernel with FP8 activations at 8192 tokens."""
+    results = saved(GOOD)
+    results["kernels"]["fp8"] = "Hopper FP8"
+    results["rows"][3]["ms"]["fp8"] = ms
+    return results
+
+
+def test_fp8_activations_are_beside_and_no_rival() -> None:
+    """Even where it is the fastest, ours is compared with what others do in bf16."""
+    results = with_fp8(4.0)
+    lines = table(results, ABOUT).splitlines()
+    assert lines[0].split(" | ")[2:4] == ["ours", "ours, FP8"] and "| ours / FP8 |" in lines[0]
+    last = "| 8192 | 128 | 6.500 | 4.000 | 9.750 | 9.800 | 4.697 | FLOPs | 1.50 | 0.72 | 1.62 |"
+    assert lines[5] == last and lines[2].endswith("| 1.50 | 0.59 | - |")
+    assert summary(results, ABOUT)[-1] == "GOAL holds: ours / FP8 at 8192 1.625, at least 1.50"
+    assert summary(with_fp8(4.5), ABOUT)[-1].startswith("GOAL MISSED: ours / FP8")
+    assert summary(results, ABOUT)[:-1] == summary(saved(GOOD), ABOUT)
+
+
 def test_what_was_not_timed_is_a_dash() -> None:
     results = saved(GOOD)
     del results["rows"][0]["ms"]["ours"]
@@ -271,7 +291,7 @@ def test_a_saved_run_is_printed_without_vllm(tmp_path: Path) -> None:
 def test_arguments() -> None:
     args = parse([])
     assert args.tokens == [2**n for n in range(15)] and args.tp == [1, 2, 4, 8]
-    assert args.kernels == ["ours", "humming", "marlin", "bf16"] and args.device == "cuda"
+    assert args.kernels == ["ours", "fp8", "humming", "marlin", "bf16"] and args.device == "cuda"
     args = parse(["--kernels", "marlin", "ours", "--tp", "4", "--limit", "60", "--skewed"])
     assert args.kernels == ["ours", "marlin"] and args.skewed and args.limit == 60
     for wrong in (["--tokens", "0"], ["--rounds", "1"], ["--shapes", "gpt"], ["--tp", "3"]):
@@ -397,6 +417,11 @@ def test_the_kernels_name_is_checked_too() -> None:
     method = type("VllmKernelsMethod", (), {"kernel": "MARLIN (Y)", "passed_over": ()})()
     layer = Layer(type("Experts", (), {"quant_method": method})(), None)
     layer.check(moe_layer.WAYS["cuda"]["marlin"])
+    own = type("HopperMethod", (), {"kernel": "HOPPER FP8 (Z)", "passed_over": ()})()
+    eight = Layer(type("Experts", (), {"quant_method": own})(), None)
+    eight.check(moe_layer.WAYS["cuda"]["fp8"])
+    with pytest.raises(WrongKernelError, match="runs HOPPER FP8"):
+        eight.check(moe_layer.WAYS["cuda"]["ours"])
     for name in ("humming", "ours"):
         with pytest.raises(WrongKernelError, match="runs MARLIN"):
             layer.check(moe_layer.WAYS["cuda"][name])

@@ -7,9 +7,11 @@ model loads it, converted, and run either below the router (``apply``) or whole 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -65,8 +67,8 @@ def start(device: torch.device, folder: Path) -> None:
 
 
 def skip_elsewhere(backend: str) -> None:
-    """Skip a test of our Hopper kernel on another GPU."""
-    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+    """Skip a test of our Hopper kernels on another GPU."""
+    if backend.startswith("hopper") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel runs on compute capability 9.0 alone")
 
 
@@ -180,7 +182,7 @@ def build(
     """A layer with these weights, converted for ``backend``.
 
     Args:
-        backend: vLLM's ``moe_backend``, or ``hopper``: this package's kernel.
+        backend: vLLM's ``moe_backend``, or ``hopper`` or ``hopper fp8``: this package's kernels.
         gate: a key of ``tests.gpu.reference.GATES``; the router is that of :func:`route`.
         stock: with vLLM's own ``modelopt_fp4`` method in place of this package's.
     """
@@ -210,10 +212,14 @@ def build(
     else:
         quantization = NvFp4MoEConfig.from_config(stored)
         quantization.gates = Gates.uniform(Gate(gate, *numbers))
-    wanted = KernelConfig(moe_backend="auto" if backend == "hopper" else backend)
+    ours = backend.startswith("hopper")
+    wanted = KernelConfig(moe_backend="auto" if ours else backend)
+    activations = mock.patch.dict(
+        os.environ, {"NVFP4_MOE_ACTIVATIONS": "fp8" if "fp8" in backend else "bf16"}
+    )
     config = VllmConfig(load_config=LoadConfig(), kernel_config=wanted)
     sigmoid = gate == "swiglu_oai"
-    with set_current_vllm_config(config), torch.device(device):
+    with activations, set_current_vllm_config(config), torch.device(device):
         runner = FusedMoEFactory(
             num_experts=shape.experts,
             top_k=shape.top_k,
@@ -232,7 +238,7 @@ def build(
         )
         layer = Layer(runner, config)
         method = layer.experts.quant_method
-        assert backend != "hopper" or method.kernel.startswith("HOPPER"), method.passed_over
+        assert not ours or method.kernel.startswith(f"{backend.upper()} ("), method.passed_over
         load(layer.experts, w13, w2)
         method.process_weights_after_loading(layer.experts)
     return layer

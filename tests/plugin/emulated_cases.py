@@ -29,7 +29,8 @@ COUNTS = {
     "more": (192, 161, 176, 160, 130, 128, 112, 96, 193, 70, 64, 48, 17, 0, 1, 385),
     "most": (256, 225, 224, 208, 192, 165, 160, 144, 257, 113, 90, 70, 64, 48, 17, 1, 0, 112),
 }
-"""Of each kind of kernel, how many tokens choose each expert: tiles of all sizes, and more than one."""
+"""Of each kind of kernel, how many tokens choose each expert: tiles of all sizes,
+and several of one expert."""
 
 
 class Cases:

@@ -27,13 +27,19 @@ from tests.plugin.emulation import Emulated, body, build
 from tests.plugin.reference import experts_of, routed
 from tests.plugin.test_layer import relative, routing
 from vllm_nvfp4_moe import backends
-from vllm_nvfp4_moe.backends import hopper_experts, hopper_support
-from vllm_nvfp4_moe.backends.hopper import NAME, HopperMethod
+from vllm_nvfp4_moe.backends import hopper_support, hopper_variants
+from vllm_nvfp4_moe.backends.hopper import HopperMethod
+from vllm_nvfp4_moe.backends.hopper_variants import VARIANTS
 from vllm_nvfp4_moe.config import NvFp4MoEConfig
-from vllm_nvfp4_moe.kernels import hopper_moe, hopper_weights, jit
+from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_moe, jit
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 LAYER = "model.layers.1.mlp.experts"
+NAME = VARIANTS["bf16"].name
+ERROR = {"bf16": 6e-3, "fp8": 0.08}
+"""Of a batch, relative: bf16 roundings; E4M3's, of weights and activations."""
+CHECKED = {"bf16": 8e-3, "fp8": 0.1}
+"""Of the self-check's worst token."""
 Load = Callable[..., dict[str, Any]]
 MonkeyPatch = pytest.MonkeyPatch
 
@@ -84,10 +90,12 @@ def hopper(
     """A machine with a Hopper GPU, on which the kernel can be built."""
     layer_of()  # imports of vLLM what would keep the pretended platform
     pretend(monkeypatch, (9, 0))
-    for name in (hopper_support.VARIABLE, "VLLM_HUMMING_INPUT_QUANT_CONFIG"):
+    wishes = (hopper_support.VARIABLE, hopper_variants.VARIABLE, "VLLM_HUMMING_INPUT_QUANT_CONFIG")
+    for name in wishes:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(hopper_moe, "library", lambda device: None)
+    for variant in VARIANTS.values():
+        monkeypatch.setattr(variant.kernels, "library", lambda device: None)
     hopper_support.missing.cache_clear()
     yield config
     hopper_support.missing.cache_clear()
@@ -101,6 +109,49 @@ def test_hopper_takes_our_kernel(hopper: VllmConfig, gate: Gate) -> None:
     assert method.passed_over == []
     assert (method.quantizes_activations, method.activation_bits) == (False, 16)
     assert method.supports_eplb
+
+
+def test_fp8_activations_are_for_who_asks(
+    hopper: VllmConfig, warnings: list[str], monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "fp8")
+    method = choose(layer_of())
+    assert type(method) is HopperMethod
+    assert method.kernel.startswith("HOPPER FP8")
+    assert (method.quantizes_activations, method.activation_bits) == (False, 8)
+    assert warnings == []
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "bf16")
+    assert choose(layer_of()).kernel == NAME
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "int8")
+    with pytest.raises(ValueError, match="NVFP4_MOE_ACTIVATIONS=int8: must be one of bf16, fp8"):
+        choose(layer_of())
+
+
+def test_who_asks_for_fp8_in_vain_is_told(
+    hopper: VllmConfig, warnings: list[str], monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "fp8")
+    pretend(monkeypatch, (8, 9))
+    assert not choose(layer_of()).kernel.startswith("HOPPER")
+    (line,) = warnings
+    assert line.startswith("NVFP4_MOE_ACTIVATIONS=fp8 is for this package's Hopper kernel")
+    assert "compute capability 8.9" in line
+    pretend(monkeypatch, (9, 0))
+    monkeypatch.setenv("NVFP4_MOE_HOPPER", "0")
+    assert not choose(layer_of()).kernel.startswith("HOPPER")
+    assert "which does not run: NVFP4_MOE_HOPPER=0. vLLM's own" in warnings[-1]
+
+
+def test_the_kernel_that_was_asked_for_is_built(
+    hopper: VllmConfig, warnings: list[str], monkeypatch: MonkeyPatch
+) -> None:
+    """Where it cannot be, the other does not step in: it runs, or vLLM's kernels do."""
+    monkeypatch.setattr(hopper_fp8, "library", lambda device: no_nvcc(Path()))
+    assert choose(layer_of()).kernel == NAME
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "fp8")
+    method = choose(layer_of())
+    assert method.kernel.startswith("HUMMING")
+    assert "no nvcc" in dict(method.passed_over)[VARIANTS["fp8"].name]
 
 
 PARALLEL = {
@@ -286,20 +337,24 @@ def test_without_a_compiler(
     assert "vLLM's own kernels are used; NVFP4_MOE_HOPPER=0" in line
 
 
-@pytest.mark.parametrize("mine", [True, False])
-@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("mine", ["bf16", "fp8", None])
+@pytest.mark.parametrize("others", ["bf16", "fp8", None])
 def test_ranks_that_exchange_weights_agree(
-    hopper: VllmConfig, monkeypatch: MonkeyPatch, mine: bool, others: bool
+    hopper: VllmConfig, monkeypatch: MonkeyPatch, mine: str | None, others: str | None
 ) -> None:
     asked = []
 
-    def reduce(able: torch.Tensor, operation: Any, group: str) -> None:
+    def reduce(span: torch.Tensor, operation: Any, group: str) -> None:
         asked.append(group)
-        able.fill_(min(int(able), others))
+        assert operation == torch.distributed.ReduceOp.MIN
+        code = [None, "bf16", "fp8"].index(others)
+        span.copy_(torch.minimum(span, torch.tensor([code, -code])))
 
     monkeypatch.setattr(hopper_support, "get_ep_group", lambda: SimpleNamespace(cpu_group="ours"))
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
-    if not mine:
+    if mine:
+        monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", mine)
+    else:
         monkeypatch.setattr(hopper_moe, "library", lambda device: no_nvcc(Path()))
     layer = layer_of()
     parallel(layer, ep_size=2, use_ep=True, enable_eplb=True)
@@ -308,26 +363,37 @@ def test_ranks_that_exchange_weights_agree(
     if not mine:
         assert "no nvcc" in str(reason)
     else:
-        assert reason == (None if others else "--enable-eplb, and another rank cannot run it")
+        refused = "--enable-eplb, and another rank does not run it"
+        assert reason == (None if others == mine else refused)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("emulated"), body(hopper_moe), hopper_moe)
+@pytest.fixture(scope="module", params=VARIANTS)
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ctypes.CDLL]:
+    kernels = VARIANTS[request.param].kernels
+    return request.param, build(tmp_path_factory.mktemp("emulated"), body(kernels), kernels)
 
 
 @pytest.fixture
-def kernel(library: ctypes.CDLL, monkeypatch: MonkeyPatch) -> SimpleNamespace:
-    """Layers take our method here, and its kernel runs on the CPU; ``calls`` are its options."""
-    emulated = Emulated(library, hopper_moe, monkeypatch)
+def kernel(library: tuple[str, ctypes.CDLL], monkeypatch: MonkeyPatch) -> SimpleNamespace:
+    """Layers take our method here, and its kernel of one variant after the other runs on the CPU;
+    ``calls`` are its options."""
+    name, loaded = library
+    variant = VARIANTS[name]
+    emulated = Emulated(loaded, variant.kernels, monkeypatch)
     calls: list[dict[str, Any]] = []
 
     def run(*args: Any, **options: Any) -> torch.Tensor:
         calls.append(options)
         return emulated.run(*args, **options)
 
-    found = SimpleNamespace(run=run, Experts=hopper_moe.Experts, calls=calls)
-    monkeypatch.setattr(hopper_experts, "hopper_moe", found)
+    found = SimpleNamespace(
+        run=run, Experts=variant.kernels.Experts, calls=calls, name=variant.name, error=ERROR[name],
+        checked=CHECKED[name],
+    )  # fmt: skip
+    monkeypatch.setitem(VARIANTS, name, variant._replace(kernels=found))
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", name)
     monkeypatch.setattr(HopperMethod, "unsupported", classmethod(lambda cls, layer: None))
     return found
 
@@ -347,13 +413,13 @@ def test_experts_match_the_reference(
     assert type(method) is HopperMethod
     check = method.config.self_check
     assert check.skipped is None
-    assert 0 < check.worst < 8e-3
+    assert 0 < check.worst < kernel.checked
     truth = experts_of(shallow[layout], LAYER, layout, 32)
     for tokens in (1, 7, 40):
         x, weights, ids = batch(tokens)
         out = method.apply(layer, x, weights, ids, None, None)
         assert out.dtype == torch.bfloat16
-        assert relative(out, routed(x, truth, weights, ids)) < 6e-3, tokens
+        assert relative(out, routed(x, truth, weights, ids)) < kernel.error, tokens
         # vLLM's own output, without a copy.
         assert kernel.calls[-1]["out"].data_ptr() == out.data_ptr()
         again = method.apply(layer, x, weights.double(), ids.long(), None, None)
@@ -374,7 +440,7 @@ def test_the_line_at_load(
     )
     load(shallow["modelopt"])
     (line,) = lines
-    assert f"; kernel {NAME}; 0.00 GiB on this rank; " in line
+    assert f"; kernel {kernel.name}; 0.00 GiB on this rank; " in line
     assert "self-check passed" in line
 
 
@@ -419,7 +485,7 @@ def test_experts_of_other_ranks(
     layer._expert_map = torch.arange(32, dtype=torch.int32).where(torch.arange(32) % 3 > 0, -1)
     out = layer.quant_method.apply(layer, x, weights, ids, None, None)
     truth = experts_of(shallow["modelopt"], LAYER, "modelopt", 32)
-    assert relative(out, routed(x, truth, weights.where(ids % 3 > 0, 0), ids)) < 6e-3
+    assert relative(out, routed(x, truth, weights.where(ids % 3 > 0, 0), ids)) < kernel.error
 
 
 def test_a_hidden_size_that_is_padded(
@@ -430,12 +496,12 @@ def test_a_hidden_size_that_is_padded(
         HopperMethod, "maybe_roundup_sizes", lambda self, hidden, inner, *_: (512, inner)
     )
     layer = load(shallow["modelopt"])[LAYER].routed_experts
-    assert layer.quant_method.config.self_check.worst < 8e-3
+    assert layer.quant_method.config.self_check.worst < kernel.checked
     x, weights, ids = batch(5)
     padded = torch.nn.functional.pad(x, (0, 128))
     out = layer.quant_method.apply(layer, padded, weights, ids, None, None)
     truth = routed(x, experts_of(shallow["modelopt"], LAYER, "modelopt", 32), weights, ids)
-    assert relative(out[:, :384], truth) < 6e-3
+    assert relative(out[:, :384], truth) < kernel.error
     assert not out[:, 384:].count_nonzero()
 
 
@@ -447,7 +513,7 @@ def test_another_gate_is_noticed(
     kernel.run = lambda x, experts, ids, weights, gate, **more: right(
         x, experts, ids, weights, wrong, **more
     )
-    with pytest.raises(ValueError, match=r"self-check: HOPPER \(vllm_nvfp4_moe\) does not compute"):
+    with pytest.raises(ValueError, match=r"self-check: HOPPER.* does not compute"):
         load(shallow["modelopt"])
 
 
@@ -455,16 +521,16 @@ def test_one_matrix_is_twice_in_memory(
     load: Load, shallow: dict[str, Path], kernel: SimpleNamespace, monkeypatch: MonkeyPatch
 ) -> None:
     """Codes and scales of gate and up are gone before down's are packed, and those after it."""
-    pack = hopper_weights.pack_experts
+    pack = kernel.Experts.matrix
     before: list[StorageWeakRef] = []
     left = []
 
-    def packing(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> torch.Tensor:
+    def packing(codes: torch.Tensor, scales: torch.Tensor, *rest: Any, **more: Any) -> Any:
         left.append([storage.expired() for storage in before])
         before.extend(StorageWeakRef(t.untyped_storage()) for t in (codes, scales))
-        return pack(codes, scales, gated)
+        return pack(codes, scales, *rest, **more)
 
-    monkeypatch.setattr(hopper_weights, "pack_experts", packing)
+    kernel.Experts = type("Watched", (kernel.Experts,), {"matrix": staticmethod(packing)})
     load(shallow["modelopt"])
     assert left == [[], [True, True]]
     assert all(storage.expired() for storage in before)

@@ -1,9 +1,10 @@
-"""Our own kernel for Hopper GPUs (``kernels/hopper_moe.cu``), which keeps activations in bf16.
+"""Our own kernels for Hopper GPUs: with activations in bf16 (``kernels/hopper_moe.cu``), or in FP8
+for who asks for that (``kernels/hopper_fp8.cu``).
 
 After ``prepare`` a layer holds
 
-* ``w13_weight``, ``w2_weight`` uint8 ``[experts, row tiles, chunks, bytes]``, codes and block
-  scales together (``kernels.hopper_weights``);
+* ``w13_weight``, ``w2_weight`` uint8 ``[experts, row tiles, chunks or stages, bytes]``, codes and
+  block scales together (``kernels.hopper_weights``, ``kernels.hopper_fp8_weights``);
 * ``w13_weight_scale_2``, ``w2_weight_scale_2`` float32 ``[experts]``
 
 and no input scales. All are parameters with an expert a row, which is what EPLB moves, in place.
@@ -19,19 +20,22 @@ from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_nvfp4_moe import compat
-from vllm_nvfp4_moe.backends import hopper_support
+from vllm_nvfp4_moe.backends import hopper_support, hopper_variants
 from vllm_nvfp4_moe.backends.hopper_experts import HopperExperts
 from vllm_nvfp4_moe.backends.modular import ModularMethod
-from vllm_nvfp4_moe.kernels import hopper_weights
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-NAME = "HOPPER (vllm_nvfp4_moe)"
+    from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
 
 class HopperMethod(ModularMethod):
     """See the module's docstring. ``unsupported`` has built the kernel, so no request does."""
+
+    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
+        super().__init__(config, layer, weight_only)
+        self.variant = hopper_variants.VARIANTS[hopper_variants.asked()]
 
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
@@ -39,28 +43,35 @@ class HopperMethod(ModularMethod):
 
     @classmethod
     def missed(cls, layer: RoutedExperts) -> str | None:
-        return None if hopper_support.elsewhere() or hopper_support.declined(layer) else NAME
+        if hopper_support.elsewhere() or hopper_support.declined(layer):
+            return None
+        return hopper_variants.VARIANTS[hopper_variants.asked()].name
 
     @property
     def kernel(self) -> str:
-        return NAME
+        return self.variant.name
+
+    @property
+    def activation_bits(self) -> int:
+        return self.variant.bits
 
     def prepare(self, layer: RoutedExperts) -> None:
         compat.route_with_float32_bias(layer)
         for prefix in ("w13", "w2"):
             # One matrix after the other, so that no more than one lies in memory twice.
-            packed = hopper_weights.pack_experts(
+            global_scales = getattr(layer, f"{prefix}_weight_scale_2").data
+            packed, global_scales = self.variant.kernels.Experts.matrix(
                 getattr(layer, f"{prefix}_weight").data,
                 getattr(layer, f"{prefix}_weight_scale").data,
+                # Gate's and up's are equal by now.
+                global_scales[:, 0] if prefix == "w13" else global_scales,
                 gated=prefix == "w13",
             )
             delattr(layer, f"{prefix}_weight_scale")
             replace_parameter(layer, f"{prefix}_weight", packed)
+            replace_parameter(layer, f"{prefix}_weight_scale_2", global_scales)
             if hasattr(layer, f"{prefix}_input_scale"):
                 delattr(layer, f"{prefix}_input_scale")
-        # Gate's and up's are equal by now.
-        first = layer.w13_weight_scale_2.data[:, 0].contiguous()
-        replace_parameter(layer, "w13_weight_scale_2", first)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         steps = maybe_make_prepare_finalize(
             moe=self.moe,
@@ -68,7 +79,9 @@ class HopperMethod(ModularMethod):
             routing_tables=layer._expert_routing_tables(),
             allow_new_interface=True,
         )
-        experts = HopperExperts(self.moe, self.moe_quant_config, layer, self.gate)
+        experts = HopperExperts(
+            self.moe, self.moe_quant_config, layer, self.gate, self.variant.kernels
+        )
         self.moe_kernel = FusedMoEKernel(steps, experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:

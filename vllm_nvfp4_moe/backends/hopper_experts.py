@@ -11,9 +11,11 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Static
 
-from vllm_nvfp4_moe.kernels import hopper_moe, hopper_weights
+from vllm_nvfp4_moe.kernels import hopper_weights
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from vllm.model_executor.layers.fused_moe.config import (
         FusedMoEConfig,
         FusedMoEParallelConfig,
@@ -31,7 +33,7 @@ ACTIVATIONS = (
     MoEActivation.SWIGLUOAI_UNINTERLEAVE,
     MoEActivation.GELU_TANH,
 )
-"""vLLM's names of the gates that ``activate`` in hopper_moe.cu has."""
+"""vLLM's names of the gates that the kernels have (``Gate`` in hopper_common.cuh)."""
 
 DISPATCHES = (
     "allgather_reducescatter",
@@ -59,6 +61,7 @@ class HopperExperts(mk.FusedMoEExpertsModular):
         layer: after ``HopperMethod.prepare``; global scales are read from it in each call, since
             EPLB and reloading change or replace its parameters.
         gate: the contract's; vLLM's name for it, which calls bring, has no numbers.
+        kernels: the module of the weights' kind, of ``hopper_variants``.
     """
 
     def __init__(
@@ -67,9 +70,10 @@ class HopperExperts(mk.FusedMoEExpertsModular):
         quant_config: FusedMoEQuantConfig,
         layer: RoutedExperts,
         gate: Gate,
+        kernels: ModuleType,
     ) -> None:
         super().__init__(moe_config, quant_config)
-        self.layer, self.gate = layer, gate
+        self.layer, self.gate, self.kernels = layer, gate, kernels
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -120,7 +124,7 @@ class HopperExperts(mk.FusedMoEExpertsModular):
     def workspace_shapes(
         self, tokens: int, rows: int, hidden: int, *_: Any
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """No workspace of vLLM's: ``hopper_moe.run`` takes its own, of other dtypes."""
+        """No workspace of vLLM's: the kernels take their own, of other dtypes."""
         return (0,), (0,), (tokens, hidden)
 
     def apply(
@@ -141,20 +145,20 @@ class HopperExperts(mk.FusedMoEExpertsModular):
 
         Args:
             hidden_states: bf16 ``[tokens, hidden]``.
-            w1, w2: of ``hopper_weights.pack_experts``.
+            w1, w2: of the kernels' ``Experts.matrix``.
             topk_ids: ``[tokens, k]`` of any integers, global expert numbers, -1 for none.
         """
         x = hidden_states
         if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        experts = hopper_moe.Experts(
+        experts = self.kernels.Experts(
             w1,
             w2,
             self.layer.w13_weight_scale_2,
             self.layer.w2_weight_scale_2,
             self.moe_config.hidden_dim,
         )
-        hopper_moe.run(
+        self.kernels.run(
             x,
             experts,
             topk_ids.to(torch.int32).contiguous(),

@@ -21,6 +21,8 @@ from vllm_nvfp4_moe.backends.hopper_experts import (
     HopperExperts,
     capability,
 )
+from vllm_nvfp4_moe.backends.hopper_variants import VARIABLE as ACTIVATIONS_VARIABLE
+from vllm_nvfp4_moe.backends.hopper_variants import VARIANTS, asked
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
@@ -57,24 +59,44 @@ def declined(layer: RoutedExperts) -> str | None:
 
 
 def unsupported(layer: RoutedExperts) -> str | None:
-    """Why the kernel cannot run ``layer``, None if it can; builds the kernel to know."""
+    """Why the kernel that is asked for cannot run ``layer``, None if it can; builds it to know.
+
+    Raises:
+        ValueError: if what is asked for does not exist.
+    """
+    variant = asked()
+    problem = _unsupported(layer, variant)
+    if problem and variant != "bf16":
+        logger.warning_once(
+            "%s=%s is for this package's Hopper kernel, which does not run: %s. vLLM's own kernels "
+            "are used",
+            ACTIVATIONS_VARIABLE,
+            variant,
+            problem,
+        )
+    return problem
+
+
+def _unsupported(layer: RoutedExperts, variant: str) -> str | None:
     if problem := elsewhere():
         return problem
     if get_current_vllm_config().parallel_config.enable_elastic_ep:
         # Not tried. Ranks that join later could not agree with those that run.
         return "--enable-elastic-ep changes the number of a rank's experts"
-    problem = declined(layer) or _layer(layer) or _parallel(layer) or missing()
+    problem = declined(layer) or _layer(layer) or _parallel(layer) or missing(variant)
     parallel = layer.moe_config.moe_parallel_config
-    return _agreed(problem) if parallel.enable_eplb and parallel.ep_size > 1 else problem
+    return _agreed(problem, variant) if parallel.enable_eplb and parallel.ep_size > 1 else problem
 
 
-def _agreed(problem: str | None) -> str | None:
-    """``problem``, or that another rank has one: load balancing exchanges weights between ranks as
-    they lie in memory, which must be one kernel's way on all of them."""
-    able = torch.tensor(int(problem is None), device="cpu")
+def _agreed(problem: str | None, variant: str) -> str | None:
+    """``problem``, or that another rank has one or another variant: load balancing exchanges
+    weights between ranks as they lie in memory, which must be one kernel's way on all of them."""
+    mine = 0 if problem else 1 + list(VARIANTS).index(variant)
+    span = torch.tensor([mine, -mine], device="cpu")  # becomes the smallest, and minus the largest
     group = get_ep_group().cpu_group
-    torch.distributed.all_reduce(able, torch.distributed.ReduceOp.MIN, group=group)
-    return problem or (None if able else "--enable-eplb, and another rank cannot run it")
+    torch.distributed.all_reduce(span, torch.distributed.ReduceOp.MIN, group=group)
+    alike = int(span.sum()) == 0
+    return problem or (None if alike else "--enable-eplb, and another rank does not run it")
 
 
 def _layer(layer: RoutedExperts) -> str | None:
@@ -113,10 +135,10 @@ def _parallel(layer: RoutedExperts) -> str | None:
 
 
 @functools.cache
-def missing() -> str | None:
+def missing(variant: str) -> str | None:
     """Why the kernel cannot be built in this process, None once it is loaded; logs a warning."""
     try:
-        hopper_moe.library(torch.cuda.current_device())
+        VARIANTS[variant].kernels.library(torch.cuda.current_device())
     except (KernelError, OSError, subprocess.SubprocessError) as error:
         problem = " ".join(str(error).split()).rstrip(".")
         logger.warning_once(

@@ -25,26 +25,13 @@ class Experts(hopper_moe.Experts):
     """As ``hopper_moe.Experts``, but of :func:`hopper_fp8_weights.pack_experts`; global scales are
     times what that says."""
 
-    @classmethod
-    def pack(
-        cls,
-        w13: torch.Tensor,
-        scales13: torch.Tensor,
-        globals13: torch.Tensor,
-        w2: torch.Tensor,
-        scales2: torch.Tensor,
-        globals2: torch.Tensor,
-    ) -> Experts:
-        """As ``hopper_moe.Experts.pack``."""
-        packed13, factors13 = hopper_fp8_weights.pack_experts(w13, scales13, True)
-        packed2, factors2 = hopper_fp8_weights.pack_experts(w2, scales2, False)
-        return cls(
-            packed13,
-            packed2,
-            globals13.float() * factors13,
-            globals2.float() * factors2,
-            w2.shape[1],
-        )
+    @staticmethod
+    def matrix(
+        codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, gated: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``hopper_moe.Experts.matrix``."""
+        packed, factors = hopper_fp8_weights.pack_experts(codes, scales, gated)
+        return packed, global_scales.float() * factors
 
 
 class _Layer(ctypes.Structure):

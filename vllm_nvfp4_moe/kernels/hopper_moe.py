@@ -26,7 +26,7 @@ class Experts:
     """Weights as the kernel wants them.
 
     Attributes:
-        w13, w2: of :func:`hopper_weights.pack_experts`.
+        w13, w2: of :meth:`matrix`.
         globals13, globals2: float32 ``[experts]``, global scales; gate and up share one.
     """
 
@@ -35,6 +35,21 @@ class Experts:
     globals13: torch.Tensor
     globals2: torch.Tensor
     hidden: int
+
+    @staticmethod
+    def matrix(
+        codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, gated: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One of the two matrices of all experts, and its global scales.
+
+        Args:
+            codes: uint8 ``[experts, rows, columns / 2]``, gate's rows before up's.
+            scales: E4M3 ``[experts, rows, columns / 16]``.
+            global_scales: ``[experts]``.
+            gated: whether it is gate's and up's.
+        """
+        packed = hopper_weights.pack_experts(codes, scales, gated)
+        return packed, global_scales.float().contiguous()
 
     @classmethod
     def pack(
@@ -46,15 +61,10 @@ class Experts:
         scales2: torch.Tensor,
         globals2: torch.Tensor,
     ) -> Experts:
-        """From codes uint8 ``[experts, rows, columns / 2]`` and E4M3 block scales, gate's rows
-        before up's."""
-        return cls(
-            hopper_weights.pack_experts(w13, scales13, True),
-            hopper_weights.pack_experts(w2, scales2, False),
-            globals13.float().contiguous(),
-            globals2.float().contiguous(),
-            w2.shape[1],
-        )
+        """Both, as :meth:`matrix`."""
+        packed13, factors13 = cls.matrix(w13, scales13, globals13, True)
+        packed2, factors2 = cls.matrix(w2, scales2, globals2, False)
+        return cls(packed13, packed2, factors13, factors2, w2.shape[1])
 
 
 class CGate(ctypes.Structure):
