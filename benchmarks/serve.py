@@ -6,6 +6,7 @@
 that are started here:
 
 * ``ours``: NVFP4 with ``--quantization nvfp4_moe``;
+* ``ours-fp8``: the same with ``NVFP4_MOE_ACTIVATIONS=fp8`` (not among the default ``--variants``);
 * ``stock``: NVFP4 without the plugin (``VLLM_PLUGINS=``), with ``--quantization modelopt_fp4``
   (or ``compressed-tensors``, if that is the layout);
 * ``bf16``: the folder given, or with ``dummy`` NVFP4's config without its quantization and weights
@@ -44,7 +45,7 @@ from rich.markup import escape
 from benchmarks.serving_table import BenchmarkError, Run, table, verdicts
 from examples import server
 
-OURS, STOCK, BF16 = "ours", "stock", "bf16"
+OURS, FP8, STOCK, BF16 = "ours", "ours-fp8", "stock", "bf16"
 NAME = "model"
 WARM_OUTPUT = 8
 
@@ -113,9 +114,10 @@ def variants(args: argparse.Namespace) -> list[Variant]:
     bare = (("VLLM_PLUGINS", ""),)
     made = []
     for name in args.variants:
-        if name == OURS:
+        if name in (OURS, FP8):
             options = [*common, "--quantization", "nvfp4_moe", *shlex.split(args.ours_args)]
-            made.append(Variant(name, args.nvfp4, "nvfp4_moe", tuple(options)))
+            variables = (("NVFP4_MOE_ACTIVATIONS", "fp8" if name == FP8 else "bf16"),)
+            made.append(Variant(name, args.nvfp4, "nvfp4_moe", tuple(options), variables))
         elif name == STOCK:
             method = "modelopt_fp4" if modelopt else "compressed-tensors"
             options = [*common, "--quantization", method, *shlex.split(args.stock_args)]
@@ -329,7 +331,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("nvfp4", metavar="NVFP4", type=Path, help="a quantized folder")
     add("--bf16", default="dummy", help="a folder, or dummy (default)")
-    add("--variants", nargs="+", default=[OURS, STOCK, BF16], choices=[OURS, STOCK, BF16])
+    add("--variants", nargs="+", default=[OURS, STOCK, BF16], choices=[OURS, FP8, STOCK, BF16])
     add("--concurrency", nargs="+", type=int, default=[1, 16, 128])
     add("--input-len", type=int, default=512)
     add("--output-len", type=int, default=128)

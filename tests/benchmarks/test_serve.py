@@ -83,7 +83,10 @@ def test_every_other_round_goes_backwards(tmp_path: Path) -> None:
 def test_stock_and_bf16_run_without_the_plugin_and_ours_with(tmp_path: Path) -> None:
     ours, stock, bf16 = variants(arguments(tmp_path, "--stock-args=--enforce-eager"))
     assert ours.folder == stock.folder == tmp_path
-    assert not ours.variables
+    assert dict(ours.variables) == {"NVFP4_MOE_ACTIVATIONS": "bf16"}
+    (eight,) = variants(arguments(tmp_path, "--variants", "ours-fp8"))
+    assert eight.options == ours.options
+    assert dict(eight.variables) == {"NVFP4_MOE_ACTIVATIONS": "fp8"}
     assert dict(stock.variables) == dict(bf16.variables) == {"VLLM_PLUGINS": ""}
     assert ours.options[-2:] == ("--quantization", "nvfp4_moe")
     assert stock.options[-3:] == ("--quantization", "modelopt_fp4", "--enforce-eager")

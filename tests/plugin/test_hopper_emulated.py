@@ -99,6 +99,35 @@ def test_nan_comes_out(emulated: Emulated, small: Packed, use: str) -> None:
     assert torch.equal(out[others], expected[others])
 
 
+# On an H200: experts, intermediate size, k, tokens, and how many times as long "some" took as
+# "few".
+MEASURED = [
+    *[(128, 3072, 4, t, ratio) for t, ratio in ((1, 1.08), (2, 1.08), (4, 0.84), (8, 0.88))],
+    *[(128, 1536, 4, t, ratio) for t, ratio in ((1, 1.33), (2, 1.06), (8, 0.87), (16, 0.85))],
+    *[(128, 768, 4, t, ratio) for t, ratio in ((1, 1.86), (2, 1.30), (16, 0.90), (32, 0.82))],
+    *[(128, 384, 4, t, ratio) for t, ratio in ((1, 1.93), (4, 1.20), (8, 0.92), (32, 0.75))],
+    *[(128, 1536, 8, t, ratio) for t, ratio in ((4, 0.91), (8, 0.85), (16, 0.83), (32, 0.82))],
+    *[(128, 192, 8, t, ratio) for t, ratio in ((1, 1.61), (2, 1.46), (4, 1.06), (8, 0.78))],
+    *[(256, 2048, 8, t, ratio) for t, ratio in ((1, 0.89), (2, 0.87), (4, 0.84), (32, 0.82))],
+    *[(256, 1024, 8, t, ratio) for t, ratio in ((1, 1.26), (2, 0.87), (4, 0.82), (32, 0.81))],
+    *[(256, 256, 8, t, ratio) for t, ratio in ((1, 1.78), (2, 1.58), (4, 1.06), (8, 0.72))],
+]
+
+
+@pytest.mark.parametrize(("experts", "intermediate", "top_k", "tokens", "ratio"), MEASURED)
+def test_the_faster_kernel_is_chosen(
+    experts: int, intermediate: int, top_k: int, tokens: int, ratio: float
+) -> None:
+    """Where the two were more than 5 % apart."""
+    chosen = hopper_moe.kind(tokens, top_k, experts, 2 * intermediate // 64, 132)
+    assert chosen == ("few" if ratio > 1 else "some")
+
+
+def test_many_tokens_have_a_kernel() -> None:
+    assert hopper_moe.kind(768, 8, 128, 48, 132) == "some"
+    assert hopper_moe.kind(769, 8, 128, 48, 132) == "many"
+
+
 RELEASE = """if (half == 0 && first == 0 && before >= 0 && lane == 0)
                     barrier_arrive(empty + 8 * before);"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,22 @@ def check(error: int) -> None:
         raise KernelError(f"CUDA error {error}")
 
 
-def kind(tokens: int, top_k: int, experts: int) -> str:
-    """Which of :data:`KINDS` is for a batch of ``tokens``."""
+def kind(tokens: int, top_k: int, experts: int, row_tiles: int, processors: int) -> str:
+    """Which of :data:`KINDS` is for a batch of ``tokens``, as measured (docs/kernel-notes.md).
+
+    Args:
+        row_tiles: of 64 rows of gate and up.
+        processors: the GPU's.
+    """
     pairs = tokens * top_k
-    if pairs <= 8:
+    if pairs > 48 * experts:
+        return "many"
+    # "few" divides the work into four times as many tiles, and takes a fifth longer for as much.
+    tiles = pairs * row_tiles
+    waves = math.ceil(pairs * math.ceil(row_tiles / 4) / processors)
+    if tiles <= 2 * processors or (pairs <= 8 and 1.2 * tiles < 4 * waves * processors):
         return "few"
-    return "some" if pairs <= 48 * experts else "many"
+    return "some"
 
 
 def most_tiles(pairs: int, experts: int, most: int) -> int:
@@ -240,7 +251,8 @@ def run(
     tokens, hidden = x.shape
     count, top_k = experts.w13.shape[0], ids.shape[1]
     check_arguments(x, experts, ids, weights, local, out)
-    use = use or kind(tokens, top_k, count)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    use = use or kind(tokens, top_k, count, experts.w13.shape[1], processors)
     unit, most = UNITS[use]
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
@@ -257,7 +269,6 @@ def run(
 
     rows1 = empty(rows * hidden_padded, torch.bfloat16)  # then each row's output
     rows2 = empty(rows * intermediate_padded, torch.bfloat16)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     # Each CTA also reads the tile after its last.
     table = empty(4 * (tiles + processors), torch.int32)
     places = empty(4 * pairs, torch.int32)
