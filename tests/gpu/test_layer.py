@@ -30,14 +30,15 @@ BACKENDS = ("hopper", "hopper fp8", "humming", "marlin", "emulation")
 
 # Largest relative error of a batch and of a token in it. The largest seen on an H200: 5.6e-3 and
 # 9.9e-3 (Humming), 5.5e-3 and 1.0e-2 (Marlin), of which 4e-3 are roundings to bfloat16 of
-# activations and of each expert's output. Emulation: 6.8e-2 and 0.19 of the reference that rounds
+# activations and of each expert's output. 7.6e-2 and 9.0e-2 with FP8 activations, for pad-narrow's
+# single tokens 0.11 and 0.17. Emulation: 6.8e-2 and 0.19 of the reference that rounds
 # activations to 4 bits too (1.7e-2 without pad-narrow, whose 48 intermediate values are three
 # blocks): where the values before that rounding differ in bfloat16, it may fall the other way.
 BOUNDS = {
     ("hopper", "silu"): (7e-3, 1.5e-2),
     ("hopper", "swiglu_oai"): (7e-3, 1.5e-2),
-    ("hopper fp8", "silu"): (9e-2, 0.15),
-    ("hopper fp8", "swiglu_oai"): (9e-2, 0.15),
+    ("hopper fp8", "silu"): (0.12, 0.2),
+    ("hopper fp8", "swiglu_oai"): (0.12, 0.2),
     ("humming", "silu"): (7e-3, 1.5e-2),
     ("humming", "swiglu_oai"): (7e-3, 1.5e-2),
     ("marlin", "silu"): (7e-3, 1.5e-2),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
@@ -72,6 +73,9 @@ class HopperMethod(ModularMethod):
             replace_parameter(layer, f"{prefix}_weight_scale_2", global_scales)
             if hasattr(layer, f"{prefix}_input_scale"):
                 delattr(layer, f"{prefix}_input_scale")
+            # What was freed is a little smaller than the next layer's packed matrix: PyTorch would
+            # keep it and take as much again from the driver.
+            torch.cuda.empty_cache()
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         steps = maybe_make_prepare_finalize(
             moe=self.moe,

@@ -21,7 +21,6 @@ from vllm_nvfp4_moe.backends.hopper_experts import (
     HopperExperts,
     capability,
 )
-from vllm_nvfp4_moe.backends.hopper_variants import VARIABLE as ACTIVATIONS_VARIABLE
 from vllm_nvfp4_moe.backends.hopper_variants import VARIANTS, asked
 from vllm_nvfp4_moe.kernels import hopper_moe
 from vllm_nvfp4_moe.kernels.jit import KernelError
@@ -68,9 +67,8 @@ def unsupported(layer: RoutedExperts) -> str | None:
     problem = _unsupported(layer, variant)
     if problem and variant != "bf16":
         logger.warning_once(
-            "%s=%s is for this package's Hopper kernel, which does not run: %s. vLLM's own kernels "
-            "are used",
-            ACTIVATIONS_VARIABLE,
+            "NVFP4_MOE_ACTIVATIONS=%s is for this package's Hopper kernel, which does not run: %s. "
+            "vLLM's own kernels are used",
             variant,
             problem,
         )

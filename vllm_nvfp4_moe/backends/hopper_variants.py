@@ -34,5 +34,5 @@ def asked() -> str:
     """
     name = os.environ.get(VARIABLE) or "bf16"
     if name not in VARIANTS:
-        raise ValueError(f"{VARIABLE}={name}: must be one of {', '.join(VARIANTS)}")
+        raise ValueError(f"NVFP4_MOE_ACTIVATIONS={name}: must be one of {', '.join(VARIANTS)}")
     return name
