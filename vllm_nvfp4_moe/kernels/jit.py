@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ import tempfile
 from pathlib import Path
 
 VARIABLE = "NVFP4_MOE_CACHE"
+
+logger = logging.getLogger("vllm.nvfp4_moe.jit")
+"""Below vLLM's, whose handlers it has in a server."""
 
 
 class KernelError(RuntimeError):
@@ -59,6 +63,7 @@ def build(source: str, architecture: str) -> Path:
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if library.exists():
         return library
+    logger.info("Compiling a kernel for sm_%s with %s, once: %s", architecture, compiler, library)
     folder.mkdir(parents=True, exist_ok=True)
     # Ranks may compile side by side: each in a folder of its own, and the last one's stays.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
