@@ -200,7 +200,9 @@ def measure_row(
     first, *rest = outs or [""]
     differ = {name: apart(outs[name], outs[first]) for name in rest}
     problems += [
-        f"{name} and {first} {e:.3f} apart" for name, e in differ.items() if not e <= most(name)
+        f"{name} and {first} {e:.3f} apart"
+        for name, e in differ.items()
+        if not e <= most(name, first)
     ]
     outs.clear()
     timer = time_on_gpu if on_gpu else time_on_cpu

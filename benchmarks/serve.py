@@ -57,7 +57,8 @@ class Variant:
     """How one server is started.
 
     ``quantization`` is what its log must say: without the plugin, vLLM 0.32 takes a ModelOpt folder
-    asked for with ``--quantization nvfp4_moe`` as ``modelopt_fp4``, and says nothing.
+    asked for with ``--quantization nvfp4_moe`` as ``modelopt_fp4``, and says nothing. So it must of
+    ``kernel``, where another may step in.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Variant:
     quantization: str
     options: tuple[str, ...]
     variables: tuple[tuple[str, str], ...] = ()
+    kernel: str = ""
 
     def check(self, log: Path) -> None:
         """Raises BenchmarkError if the log is not that of a server of this variant."""
@@ -75,6 +77,8 @@ class Variant:
                 f"{self.name}: {log} says quantization={found}, not {self.quantization}: is the "
                 "plugin installed for this Python (entry point vllm.general_plugins)?"
             )
+        if self.kernel and f"kernel {self.kernel}" not in log.read_text(errors="replace"):
+            raise BenchmarkError(f"{self.name}: {log} does not say `kernel {self.kernel}`")
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def variants(args: argparse.Namespace) -> list[Variant]:
         if name in (OURS, FP8):
             options = [*common, "--quantization", "nvfp4_moe", *shlex.split(args.ours_args)]
             variables = (("NVFP4_MOE_ACTIVATIONS", "fp8" if name == FP8 else "bf16"),)
-            made.append(Variant(name, args.nvfp4, "nvfp4_moe", tuple(options), variables))
+            kernel = "HOPPER FP8" if name == FP8 else ""
+            made.append(Variant(name, args.nvfp4, "nvfp4_moe", tuple(options), variables, kernel))
         elif name == STOCK:
             method = "modelopt_fp4" if modelopt else "compressed-tensors"
             options = [*common, "--quantization", method, *shlex.split(args.stock_args)]

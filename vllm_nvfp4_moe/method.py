@@ -95,6 +95,11 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         """Of the GEMMs' inputs, as the kernel takes them."""
         return 4 if self.quantizes_activations else 16
 
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the kernel multiplies by other numbers than the weights that the codes mean."""
+        return False
+
     input_scales_by_expert = False
     """Whether the kernel takes each expert's own input scale; else the largest of all."""
 

@@ -58,10 +58,11 @@ class Error(NamedTuple):
     total: float = 0.0
 
 
-BOUNDS = {16: Error(0.02, 0.15), 8: Error(0.15, 1.0), 4: Error(0.25, 1.5)}
+BOUNDS = {16: Error(0.02, 0.15), 8: Error(0.1, 0.6), 4: Error(0.25, 1.5)}
 """By the bits of the kernel's activations. With 16, only roundings differ, 0.6 % in bfloat16. 8 are
-not reproduced here: up to 0.10 and 0.67 were seen of this package's FP8 kernel, for experts of few
-columns. 4 are, but a kernel may round elsewhere."""
+not reproduced here. 4 are, but a kernel may round elsewhere."""
+ROUNDED_WEIGHTS = Error(0.15, 1.0)
+"""Of 8 bits where weights are rounded too: 0.10 and 0.67 were seen, for experts of few columns."""
 
 _TELLING = 0.2
 """Part of the error by which a gate must differ from the contract's to be told from it."""
@@ -136,7 +137,7 @@ class SelfCheck:
     def _judge(
         self, output: torch.Tensor, sample: Sample, layer: RoutedExperts, method: NvFp4MoEMethod
     ) -> None:
-        bound = BOUNDS[method.activation_bits]
+        bound = ROUNDED_WEIGHTS if method.rounds_weights else BOUNDS[method.activation_bits]
         own = sample.truth[method.gate]
         error = _error(output, own)
         errors = {

@@ -87,6 +87,11 @@ def test_stock_and_bf16_run_without_the_plugin_and_ours_with(tmp_path: Path) -> 
     (eight,) = variants(arguments(tmp_path, "--variants", "ours-fp8"))
     assert eight.options == ours.options
     assert dict(eight.variables) == {"NVFP4_MOE_ACTIVATIONS": "fp8"}
+    log = tmp_path / "log"
+    log.write_text("quantization=nvfp4_moe, ... kernel HUMMING (HummingIndexedExperts); ...")
+    ours.check(log)
+    with pytest.raises(BenchmarkError, match="does not say `kernel HOPPER FP8`"):
+        eight.check(log)
     assert dict(stock.variables) == dict(bf16.variables) == {"VLLM_PLUGINS": ""}
     assert ours.options[-2:] == ("--quantization", "nvfp4_moe")
     assert stock.options[-3:] == ("--quantization", "modelopt_fp4", "--enforce-eager")

@@ -25,7 +25,7 @@ from vllm_nvfp4_moe.kernels import hopper_fp8
 from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS
 
 TOKENS = (1, 3, 16, 64, 256, 1000, 8192)
-BOUND = 2e-2
+BOUND = 3e-2
 FEW = 5e-2
 """With fewer than 16 tokens."""
 COST = 0.09

@@ -119,6 +119,22 @@ class Cases:
             assert not emulated.run(x, experts, *rest, local=nowhere, use=use).count_nonzero()
         assert error(total, small.truth(x, ids, weights)).whole < self.bound
 
+    def test_what_the_choice_of_a_kernel_is_told(
+        self, emulated: Emulated, small: Packed, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a rank that has half of the experts, half of the pairs; it starts with those, and the
+        experts' number."""
+        told = []
+        choose = small.kernels.kind
+        monkeypatch.setattr(small.kernels, "kind", lambda *args: told.append(args) or choose(*args))
+        x, ids, weights = small.batch(20)
+        rest = ids, weights, GATES["silu"]
+        emulated.run(x, small.experts, *rest, processors=5)
+        local = torch.arange(16, dtype=torch.int32).where(torch.arange(16) < 8, -1)
+        emulated.run(x, small.experts, *rest, local=local, processors=5)
+        more = () if len(told[0]) == 2 else (small.experts.w13.shape[1], 5)
+        assert told == [(40, 8, *more), (20, 8, *more)]
+
     def test_rows_apart_and_in_place(self, emulated: Emulated, small: Packed) -> None:
         """x may be a slice of wider rows, and the output may lie where x does."""
         x, ids, weights = small.batch(16)

@@ -139,7 +139,7 @@ def test_who_asks_for_fp8_in_vain_is_told(
     pretend(monkeypatch, (9, 0))
     monkeypatch.setenv("NVFP4_MOE_HOPPER", "0")
     assert not choose(layer_of()).kernel.startswith("HOPPER")
-    assert "which does not run: NVFP4_MOE_HOPPER=0. vLLM's own" in warnings[-1]
+    assert "which does not run: NVFP4_MOE_HOPPER=0. Another kernel" in warnings[-1]
 
 
 def test_the_kernel_that_was_asked_for_is_built(
@@ -147,11 +147,14 @@ def test_the_kernel_that_was_asked_for_is_built(
 ) -> None:
     """Where it cannot be, the other does not step in: it runs, or vLLM's kernels do."""
     monkeypatch.setattr(hopper_fp8, "library", lambda device: no_nvcc(Path()))
+    assert warnings == []
     assert choose(layer_of()).kernel == NAME
     monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "fp8")
     method = choose(layer_of())
     assert method.kernel.startswith("HUMMING")
     assert "no nvcc" in dict(method.passed_over)[VARIANTS["fp8"].name]
+    (line,) = warnings
+    assert line.startswith("NVFP4_MOE_ACTIVATIONS=fp8 is for") and "no nvcc" in line
 
 
 PARALLEL = {
@@ -520,7 +523,10 @@ def test_another_gate_is_noticed(
 def test_one_matrix_is_twice_in_memory(
     load: Load, shallow: dict[str, Path], kernel: SimpleNamespace, monkeypatch: MonkeyPatch
 ) -> None:
-    """Codes and scales of gate and up are gone before down's are packed, and those after it."""
+    """Codes and scales of gate and up are gone before down's are packed, and those after it. Nor
+    does PyTorch keep what was freed."""
+    given_back: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(None))
     pack = kernel.Experts.matrix
     before: list[StorageWeakRef] = []
     left = []
@@ -533,6 +539,7 @@ def test_one_matrix_is_twice_in_memory(
     kernel.Experts = type("Watched", (kernel.Experts,), {"matrix": staticmethod(packing)})
     load(shallow["modelopt"])
     assert left == [[], [True, True]]
+    assert len(given_back) == 2
     assert all(storage.expired() for storage in before)
 
 

@@ -17,7 +17,7 @@ from tests.gpu.layer import Shape, error
 from tests.gpu.packed import BOUND, GATES, Packed
 from tests.plugin.emulated_cases import SHAPES, Cases
 from tests.plugin.emulation import CPU, Emulated, body, build
-from vllm_nvfp4_moe.kernels import hopper_moe
+from vllm_nvfp4_moe.kernels import hopper_moe, hopper_weights
 from vllm_nvfp4_moe.kernels.hopper_moe import KINDS, Experts
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
@@ -119,13 +119,14 @@ def test_the_faster_kernel_is_chosen(
     experts: int, intermediate: int, top_k: int, tokens: int, ratio: float
 ) -> None:
     """Where the two were more than 5 % apart."""
-    chosen = hopper_moe.kind(tokens, top_k, experts, 2 * intermediate // 64, 132)
+    rows = 2 * hopper_weights.padded_columns(intermediate)
+    chosen = hopper_moe.kind(tokens * top_k, experts, rows // 64, 132)
     assert chosen == ("few" if ratio > 1 else "some")
 
 
 def test_many_tokens_have_a_kernel() -> None:
-    assert hopper_moe.kind(768, 8, 128, 48, 132) == "some"
-    assert hopper_moe.kind(769, 8, 128, 48, 132) == "many"
+    assert hopper_moe.kind(6144, 128, 48, 132) == "some"
+    assert hopper_moe.kind(6145, 128, 48, 132) == "many"
 
 
 RELEASE = """if (half == 0 && first == 0 && before >= 0 && lane == 0)

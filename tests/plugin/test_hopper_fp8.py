@@ -251,11 +251,14 @@ def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
 
 
 def test_which_kernel_is_for_what() -> None:
-    assert hopper_fp8.kind(1, 8, 128) == hopper_fp8.kind(768, 8, 128) == "some"
-    assert hopper_fp8.kind(769, 8, 128) == hopper_fp8.kind(1792, 8, 128) == "many"
-    assert hopper_fp8.kind(1793, 8, 128) == hopper_fp8.kind(2560, 8, 128) == "more"
-    assert hopper_fp8.kind(2561, 8, 128) == hopper_fp8.kind(6144, 8, 128) == "most"
-    assert hopper_fp8.kind(6145, 8, 128) == hopper_fp8.kind(100_000, 8, 128) == "more"
+    def chosen(tokens: int) -> str:
+        return hopper_fp8.kind(8 * tokens, 128)
+
+    assert chosen(1) == chosen(768) == "some"
+    assert chosen(769) == chosen(1792) == "many"
+    assert chosen(1793) == chosen(2560) == "more"
+    assert chosen(2561) == chosen(6144) == "most"
+    assert chosen(6145) == chosen(100_000) == "more"
 
 
 def test_the_bf16_kernel_is_the_more_exact(

@@ -56,6 +56,10 @@ class HopperMethod(ModularMethod):
     def activation_bits(self) -> int:
         return self.variant.bits
 
+    @property
+    def rounds_weights(self) -> bool:
+        return self.variant.bits < 16
+
     def prepare(self, layer: RoutedExperts) -> None:
         compat.route_with_float32_bias(layer)
         for prefix in ("w13", "w2"):

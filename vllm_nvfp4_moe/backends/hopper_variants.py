@@ -1,5 +1,5 @@
 """Our Hopper kernels, by the type of the activations that they multiply. A new one is a module with
-``hopper_moe``'s functions and one entry here."""
+``hopper_moe``'s ``Experts``, ``run`` and ``library``, and one entry here."""
 
 from __future__ import annotations
 

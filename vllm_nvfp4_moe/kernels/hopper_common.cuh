@@ -1,8 +1,8 @@
 // What the Hopper kernels share: primitives, tiles, the pipeline, routing and the last sum.
 //
 // Included by hopper_moe.cu and hopper_fp8.cu, which have said how many bytes an activation has
-// (ELEMENT) and how many sizes tiles may have (MOST_SORTS), and which define `consume`. What a host's compiler cannot do is not there if EMULATED:
-// tests/plugin/cuda_emulation.h has it.
+// (ELEMENT) and how many sizes tiles may have (MOST_SORTS), and which define `consume`. What a
+// host's compiler cannot do is not there if EMULATED: tests/plugin/cuda_emulation.h has it.
 
 namespace {
 
@@ -306,6 +306,7 @@ __device__ __forceinline__ void produce(const Gemm& args, int across, int total,
 template <int MAX_N, int WM, int WK, bool GATED, int... NS>
 __device__ __forceinline__ void gemm(const Gemm& args) {
     using S = Shape<MAX_N, WM, WK>;
+    static_assert(sizeof...(NS) <= MOST_SORTS, "more sizes than `route` counts");
     extern __shared__ uint8_t memory[];
     uint8_t* const aligned = memory + (1024 - shared(memory) % 1024) % 1024;
     float* const partial = reinterpret_cast<float*>(aligned + S::STAGES * S::STAGE_BYTES);

@@ -290,7 +290,7 @@ namespace {
 // As UNITS in hopper_fp8.py, in its order.
 constexpr int UNIT[] = {8, 16, 16, 16}, MOST[] = {64, 128, 192, 256};
 
-int multiply(int kind, bool gated, const Gemm& args, int processors, cudaStream_t stream) {
+int start_kind(int kind, bool gated, const Gemm& args, int processors, cudaStream_t stream) {
     switch (kind) {
         case 0: return start<64, 4, 1>(gated ? some_gated : some_plain, args, processors, stream);
         case 1: return start<128, 4, 1>(gated ? many_gated : many_plain, args, processors, stream);
@@ -348,12 +348,12 @@ extern "C" int run(const Layer* layer, cudaStream_t stream) {
     Gemm second{static_cast<const uint8_t*>(l.w2), l.globals2, static_cast<const uint8_t*>(l.rows2),
                 l.tiles, l.sorts, static_cast<uint8_t*>(l.parts), l.row_tiles2,
                 l.intermediate_padded / CHUNK, l.hidden, l.gate, {}, l.scales2};
-    if (!error) error = multiply(l.kind, true, first, l.processors, stream);
+    if (!error) error = start_kind(l.kind, true, first, l.processors, stream);
     if (!error)
         error = launch(requantize, pairs, QUANTIZERS, 0, stream, true,
                        static_cast<const uint4*>(l.middle), l.intermediate_padded, l.places,
                        static_cast<uint8_t*>(l.rows2), l.scales2);
-    if (!error) error = multiply(l.kind, false, second, l.processors, stream);
+    if (!error) error = start_kind(l.kind, false, second, l.processors, stream);
     if (error) return error;
     const int across = (l.hidden / 8 + COMBINED - 1) / COMBINED;
     return launch(combine, l.tokens * across, COMBINED, 0, stream, true,

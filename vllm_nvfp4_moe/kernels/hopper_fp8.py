@@ -57,14 +57,14 @@ def library(device: int) -> ctypes.CDLL:
     return hopper_moe.prepared(source(), _Layer, device)
 
 
-def kind(tokens: int, top_k: int, experts: int) -> str:
-    """Which of :data:`KINDS` is for a batch of ``tokens``, as measured (docs/kernel-notes.md)."""
-    each = tokens * top_k / experts
+def kind(pairs: float, experts: int) -> str:
+    """Which of :data:`KINDS` is for a batch of so many ``pairs`` of a token and an expert, as
+    measured (docs/kernel-notes.md)."""
+    each = pairs / experts
     if each <= 48:
         return "some"
     if each <= 112:
         return "many"
-    # Of 256 tokens an expert, say, half have more, which are two tiles of 144 but three of 96.
     return "most" if 160 < each <= 384 else "more"
 
 
@@ -87,7 +87,7 @@ def run(
     tokens, hidden = x.shape
     count, top_k = experts.w13.shape[0], ids.shape[1]
     hopper_moe.check_arguments(x, experts, ids, weights, local, out)
-    use = use or kind(tokens, top_k, count)
+    use = use or kind(hopper_moe.expected_pairs(ids, count, local), count)
     unit, most = UNITS[use]
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
@@ -111,7 +111,7 @@ def run(
     # Each CTA also reads the tile after its last.
     table = empty(4 * (tiles + processors), torch.int32)
     places = empty(4 * pairs, torch.int32)
-    sorts = empty(16, torch.int32)
+    sorts = empty(max(largest // size for size, largest in UNITS.values()), torch.int32)
     layer = _Layer(
         *(
             None if tensor is None else tensor.data_ptr()

@@ -281,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(128) gather(const uint4* x, int64_t
     }
 }
 
-GEMM(few, 8, 1, 4, 8)                                      // a token or two
+GEMM(few, 8, 1, 4, 8)                                      // where tiles are few
 GEMM(some, 64, 4, 1, 64, 56, 48, 40, 32, 24, 16, 8)        // decoding
 GEMM(many, 128, 4, 1, 128, 112, 96, 80, 64, 48, 32, 16)    // prefill
 

@@ -166,14 +166,19 @@ def check(error: int) -> None:
         raise KernelError(f"CUDA error {error}")
 
 
-def kind(tokens: int, top_k: int, experts: int, row_tiles: int, processors: int) -> str:
-    """Which of :data:`KINDS` is for a batch of ``tokens``, as measured (docs/kernel-notes.md).
+def expected_pairs(ids: torch.Tensor, experts: int, local: torch.Tensor | None) -> float:
+    """Of ``ids``, how many will be for this rank's ``experts`` if all are chosen as often."""
+    return ids.numel() * (1 if local is None else experts / len(local))
+
+
+def kind(pairs: float, experts: int, row_tiles: int, processors: int) -> str:
+    """Which of :data:`KINDS` is for a batch, as measured (docs/kernel-notes.md).
 
     Args:
+        pairs: of a token and an expert.
         row_tiles: of 64 rows of gate and up.
         processors: the GPU's.
     """
-    pairs = tokens * top_k
     if pairs > 48 * experts:
         return "many"
     # "few" divides the work into four times as many tiles, and takes a fifth longer for as much.
@@ -252,7 +257,7 @@ def run(
     count, top_k = experts.w13.shape[0], ids.shape[1]
     check_arguments(x, experts, ids, weights, local, out)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    use = use or kind(tokens, top_k, count, experts.w13.shape[1], processors)
+    use = use or kind(expected_pairs(ids, count, local), count, experts.w13.shape[1], processors)
     unit, most = UNITS[use]
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
@@ -272,7 +277,7 @@ def run(
     # Each CTA also reads the tile after its last.
     table = empty(4 * (tiles + processors), torch.int32)
     places = empty(4 * pairs, torch.int32)
-    sorts = empty(8, torch.int32)
+    sorts = empty(max(largest // size for size, largest in UNITS.values()), torch.int32)
     layer = _Layer(
         *(
             None if tensor is None else tensor.data_ptr()
