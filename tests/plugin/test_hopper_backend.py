@@ -340,6 +340,21 @@ def test_without_a_compiler(
     assert "vLLM's own kernels are used; NVFP4_MOE_HOPPER=0" in line
 
 
+def test_ranks_on_other_devices_do_not_keep_others_waiting(
+    hopper: VllmConfig, monkeypatch: MonkeyPatch
+) -> None:
+    met: list[list[int]] = []
+    monkeypatch.setattr(hopper_support, "get_ep_group", lambda: SimpleNamespace(cpu_group="ours"))
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda span, *_, **__: met.append(span.tolist())
+    )
+    pretend(monkeypatch, (10, 0))
+    layer = layer_of()
+    parallel(layer, ep_size=2, use_ep=True, enable_eplb=True)
+    assert "compute capability 10.0" in str(hopper_support.unsupported(layer))
+    assert met == [[0, 0]]
+
+
 @pytest.mark.parametrize("mine", ["bf16", "fp8", None])
 @pytest.mark.parametrize("others", ["bf16", "fp8", None])
 def test_ranks_that_exchange_weights_agree(

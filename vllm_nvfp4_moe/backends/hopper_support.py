@@ -76,12 +76,12 @@ def unsupported(layer: RoutedExperts) -> str | None:
 
 
 def _unsupported(layer: RoutedExperts, variant: str) -> str | None:
-    if problem := elsewhere():
-        return problem
+    problem = elsewhere()
     if get_current_vllm_config().parallel_config.enable_elastic_ep:
         # Not tried. Ranks that join later could not agree with those that run.
-        return "--enable-elastic-ep changes the number of a rank's experts"
-    problem = declined(layer) or _layer(layer) or _parallel(layer) or missing(variant)
+        return problem or "--enable-elastic-ep changes the number of a rank's experts"
+    problem = problem or declined(layer) or _layer(layer) or _parallel(layer) or missing(variant)
+    # Also where another device is the reason: ranks with a Hopper GPU would wait for this one.
     parallel = layer.moe_config.moe_parallel_config
     return _agreed(problem, variant) if parallel.enable_eplb and parallel.ep_size > 1 else problem
 
