@@ -434,9 +434,30 @@ extern "C" __global__ void __launch_bounds__(COMBINED) combine(const uint4* part
     extern "C" __global__ void __launch_bounds__(Shape<MAX_N, WM, WK>::THREADS, 1)                 \
         NAME##_plain(const __grid_constant__ Gemm args) {                                          \
         gemm<MAX_N, WM, WK, false, __VA_ARGS__>(args);                                             \
-    }
+    }                                                                                              \
+    static int NAME##_start(bool gated, const Gemm& args, int processors, cudaStream_t stream) {   \
+        return start<MAX_N, WM, WK>(gated ? NAME##_gated : NAME##_plain, args, processors, stream); \
+    }                                                                                              \
+    static int NAME##_allow() {                                                                    \
+        const int error = allow<MAX_N, WM, WK>(NAME##_gated);                                      \
+        return error ? error : allow<MAX_N, WM, WK>(NAME##_plain);                                 \
+    }                                                                                              \
+    constexpr int NAME##_sizes[] = {__VA_ARGS__};                                                  \
+    constexpr Kind NAME##_kind{smallest(NAME##_sizes), MAX_N, NAME##_start, NAME##_allow};
 
 namespace {
+
+// Both GEMMs' kernels of one shape: tiles are multiples of `unit`, up to `most`.
+struct Kind {
+    int unit, most;
+    int (*start)(bool gated, const Gemm& args, int processors, cudaStream_t stream);
+    int (*allow)();
+};
+
+template <int COUNT>
+constexpr int smallest(const int (&sizes)[COUNT]) {
+    return sizes[COUNT - 1];
+}
 
 template <int MAX_N, int WM, int WK, typename Kernel>
 int start(Kernel kernel, const Gemm& args, int processors, cudaStream_t stream) {

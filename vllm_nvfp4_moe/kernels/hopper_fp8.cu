@@ -285,35 +285,14 @@ GEMM(many, 128, 4, 1, 128, 112, 96, 80, 64, 48, 32, 16)
 GEMM(more, 192, 3, 1, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
 GEMM(most, 256, 2, 1, 256, 240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
 
-namespace {
-
-// As UNITS in hopper_fp8.py, in its order.
-constexpr int UNIT[] = {8, 16, 16, 16}, MOST[] = {64, 128, 192, 256};
-
-int start_kind(int kind, bool gated, const Gemm& args, int processors, cudaStream_t stream) {
-    switch (kind) {
-        case 0: return start<64, 4, 1>(gated ? some_gated : some_plain, args, processors, stream);
-        case 1: return start<128, 4, 1>(gated ? many_gated : many_plain, args, processors, stream);
-        case 2: return start<192, 3, 1>(gated ? more_gated : more_plain, args, processors, stream);
-        default: return start<256, 2, 1>(gated ? most_gated : most_plain, args, processors, stream);
-    }
-}
-
-}  // namespace
+constexpr Kind KINDS[] = {some_kind, many_kind, more_kind, most_kind};  // as hopper_fp8.py's UNITS
 
 // Everything below is called through ctypes; each returns a cudaError_t.
 
 extern "C" int prepare() {
-    int error = 0;
-    for (const auto kernel : {some_gated, some_plain})
-        if (!error) error = allow<64, 4, 1>(kernel);
-    for (const auto kernel : {many_gated, many_plain})
-        if (!error) error = allow<128, 4, 1>(kernel);
-    for (const auto kernel : {more_gated, more_plain})
-        if (!error) error = allow<192, 3, 1>(kernel);
-    for (const auto kernel : {most_gated, most_plain})
-        if (!error) error = allow<256, 2, 1>(kernel);
-    return error;
+    for (const Kind& kind : KINDS)
+        if (const int error = kind.allow()) return error;
+    return 0;
 }
 
 struct Layer {
@@ -336,8 +315,9 @@ struct Layer {
 extern "C" int run(const Layer* layer, cudaStream_t stream) {
     const Layer& l = *layer;
     const int pairs = l.tokens * l.top_k;
-    int error = launch(route, 1, 1024, 0, stream, false, l.ids, l.local, pairs, l.experts,
-                       UNIT[l.kind], MOST[l.kind], l.tiles, l.sorts, l.places);
+    const Kind& kind = KINDS[l.kind];
+    int error = launch(route, 1, 1024, 0, stream, false, l.ids, l.local, pairs, l.experts, kind.unit,
+                       kind.most, l.tiles, l.sorts, l.places);
     if (!error)
         error = launch(gather, l.tokens, QUANTIZERS, 0, stream, true, static_cast<const uint4*>(l.x),
                        l.stride, l.top_k, l.hidden, l.hidden_padded, l.places,
@@ -348,12 +328,12 @@ extern "C" int run(const Layer* layer, cudaStream_t stream) {
     Gemm second{static_cast<const uint8_t*>(l.w2), l.globals2, static_cast<const uint8_t*>(l.rows2),
                 l.tiles, l.sorts, static_cast<uint8_t*>(l.parts), l.row_tiles2,
                 l.intermediate_padded / CHUNK, l.hidden, l.gate, {}, l.scales2};
-    if (!error) error = start_kind(l.kind, true, first, l.processors, stream);
+    if (!error) error = kind.start(true, first, l.processors, stream);
     if (!error)
         error = launch(requantize, pairs, QUANTIZERS, 0, stream, true,
                        static_cast<const uint4*>(l.middle), l.intermediate_padded, l.places,
                        static_cast<uint8_t*>(l.rows2), l.scales2);
-    if (!error) error = start_kind(l.kind, false, second, l.processors, stream);
+    if (!error) error = kind.start(false, second, l.processors, stream);
     if (error) return error;
     const int across = (l.hidden / 8 + COMBINED - 1) / COMBINED;
     return launch(combine, l.tokens * across, COMBINED, 0, stream, true,

@@ -84,47 +84,23 @@ def run(
     Args:
         use: of :data:`KINDS`, instead of what :func:`kind` says.
     """
-    tokens, hidden = x.shape
-    count, top_k = experts.w13.shape[0], ids.shape[1]
     hopper_moe.check_arguments(x, experts, ids, weights, local, out)
-    use = use or kind(hopper_moe.expected_pairs(ids, count, local), count)
-    unit, most = UNITS[use]
-    if out is None:
-        out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
-    if tokens == 0:
-        return out
-    pairs = tokens * top_k
-    tiles = hopper_moe.most_tiles(pairs, count, most)
-    rows = pairs + tiles * unit
-    hidden_padded = experts.w13.shape[2] * hopper_weights.COLUMNS
-    intermediate_padded = experts.w2.shape[2] * hopper_weights.COLUMNS
-
-    def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=x.device)
-
-    # FP8 in its first half, then each row's output in bf16.
-    rows1 = empty(rows * hidden_padded, torch.bfloat16)
-    middle = empty(rows * intermediate_padded, torch.bfloat16)
-    rows2 = empty(rows * intermediate_padded, torch.float8_e4m3fn)
-    scales1, scales2 = empty(rows, torch.float32), empty(rows, torch.float32)
+    count = experts.w13.shape[0]
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    # Each CTA also reads the tile after its last.
-    table = empty(4 * (tiles + processors), torch.int32)
-    places = empty(4 * pairs, torch.int32)
-    sorts = empty(max(largest // size for size, largest in UNITS.values()), torch.int32)
-    layer = _Layer(
-        *(
-            None if tensor is None else tensor.data_ptr()
-            for tensor in (
-                x, experts.w13, experts.w2, experts.globals13, experts.globals2, ids, local,
-                weights, out, rows1, middle, rows2, rows1, scales1, scales2, table, sorts, places,
-            )
-        ),
-        x.stride(0), tokens, top_k, count, hidden, hidden_padded, intermediate_padded,
-        experts.w2.shape[1], KINDS.index(use), processors, hopper_moe.CGate.of(gate),
+    use = use or kind(hopper_moe.expected_pairs(ids, count, local), count)
+
+    def workspace(rows: int, hidden: int, intermediate: int) -> tuple[torch.Tensor, ...]:
+        def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=x.device)
+
+        # FP8 in its first half, then each row's output in bf16.
+        rows1 = empty(rows * hidden, torch.bfloat16)
+        middle = empty(rows * intermediate, torch.bfloat16)
+        rows2 = empty(rows * intermediate, torch.float8_e4m3fn)
+        scales1, scales2 = empty(rows, torch.float32), empty(rows, torch.float32)
+        return rows1, middle, rows2, rows1, scales1, scales2
+
+    return hopper_moe.launch(
+        x, experts, ids, weights, gate, local, out,
+        _Layer, library, UNITS, use, processors, hopper_weights.COLUMNS, workspace,
     )  # fmt: skip
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        device = torch.cuda.current_device()
-        hopper_moe.check(library(device).run(ctypes.byref(layer), stream))
-    return out

@@ -285,17 +285,14 @@ GEMM(few, 8, 1, 4, 8)                                      // where tiles are fe
 GEMM(some, 64, 4, 1, 64, 56, 48, 40, 32, 24, 16, 8)        // decoding
 GEMM(many, 128, 4, 1, 128, 112, 96, 80, 64, 48, 32, 16)    // prefill
 
+constexpr Kind KINDS[] = {few_kind, some_kind, many_kind};  // as hopper_moe.py's UNITS
+
 // Everything below is called through ctypes; each returns a cudaError_t.
 
 extern "C" int prepare() {
-    int error = 0;
-    if (!error) error = allow<8, 1, 4>(few_gated);
-    if (!error) error = allow<8, 1, 4>(few_plain);
-    if (!error) error = allow<64, 4, 1>(some_gated);
-    if (!error) error = allow<64, 4, 1>(some_plain);
-    if (!error) error = allow<128, 4, 1>(many_gated);
-    if (!error) error = allow<128, 4, 1>(many_plain);
-    return error;
+    for (const Kind& kind : KINDS)
+        if (const int error = kind.allow()) return error;
+    return 0;
 }
 
 struct Layer {
@@ -317,9 +314,9 @@ struct Layer {
 extern "C" int run(const Layer* layer, cudaStream_t stream) {
     const Layer& l = *layer;
     const int pairs = l.tokens * l.top_k;
-    const int unit = l.kind == 2 ? 16 : 8, most = l.kind == 2 ? 128 : l.kind == 1 ? 64 : 8;
-    int error = launch(route, 1, 1024, 0, stream, false, l.ids, l.local, pairs, l.experts, unit, most,
-                       l.tiles, l.sorts, l.places);
+    const Kind& kind = KINDS[l.kind];
+    int error = launch(route, 1, 1024, 0, stream, false, l.ids, l.local, pairs, l.experts, kind.unit,
+                       kind.most, l.tiles, l.sorts, l.places);
     if (!error)
         error = launch(gather, pairs, 128, 0, stream, true, static_cast<const uint4*>(l.x), l.stride,
                        l.top_k, l.hidden, l.hidden_padded, l.places, static_cast<uint8_t*>(l.rows1));
@@ -329,16 +326,8 @@ extern "C" int run(const Layer* layer, cudaStream_t stream) {
     Gemm second{static_cast<const uint8_t*>(l.w2), l.globals2, static_cast<const uint8_t*>(l.rows2),
                 l.tiles, l.sorts, static_cast<uint8_t*>(l.parts), l.row_tiles2,
                 l.intermediate_padded / CHUNK, l.hidden, l.gate};
-    if (l.kind == 0) {
-        if (!error) error = start<8, 1, 4>(few_gated, first, l.processors, stream);
-        if (!error) error = start<8, 1, 4>(few_plain, second, l.processors, stream);
-    } else if (l.kind == 1) {
-        if (!error) error = start<64, 4, 1>(some_gated, first, l.processors, stream);
-        if (!error) error = start<64, 4, 1>(some_plain, second, l.processors, stream);
-    } else {
-        if (!error) error = start<128, 4, 1>(many_gated, first, l.processors, stream);
-        if (!error) error = start<128, 4, 1>(many_plain, second, l.processors, stream);
-    }
+    if (!error) error = kind.start(true, first, l.processors, stream);
+    if (!error) error = kind.start(false, second, l.processors, stream);
     if (error) return error;
     const int across = (l.hidden / 8 + COMBINED - 1) / COMBINED;
     return launch(combine, l.tokens * across, COMBINED, 0, stream, true,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,44 +254,79 @@ def run(
     Raises:
         KernelError: if it cannot be built, CUDA reports an error, or an argument is not as it says.
     """
-    tokens, hidden = x.shape
-    count, top_k = experts.w13.shape[0], ids.shape[1]
     check_arguments(x, experts, ids, weights, local, out)
+    count = experts.w13.shape[0]
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     use = use or kind(expected_pairs(ids, count, local), count, experts.w13.shape[1], processors)
-    unit, most = UNITS[use]
+
+    def workspace(rows: int, hidden: int, intermediate: int) -> tuple[torch.Tensor, ...]:
+        rows1 = torch.empty(rows * hidden, dtype=torch.bfloat16, device=x.device)
+        rows2 = torch.empty(rows * intermediate, dtype=torch.bfloat16, device=x.device)
+        return rows1, rows2, rows1  # the first's are each row's output in the end
+
+    return launch(
+        x, experts, ids, weights, gate, local, out,
+        _Layer, library, UNITS, use, processors, hopper_weights.CHUNK, workspace,
+    )  # fmt: skip
+
+
+def launch(
+    x: torch.Tensor,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate: Gate,
+    local: torch.Tensor | None,
+    out: torch.Tensor | None,
+    layer: type[ctypes.Structure],
+    library: Callable[[int], ctypes.CDLL],
+    units: dict[str, tuple[int, int]],
+    use: str,
+    processors: int,
+    columns: int,
+    workspace: Callable[[int, int, int], tuple[torch.Tensor, ...]],
+) -> torch.Tensor:
+    """What :func:`run` does once a kernel was chosen, whatever the type of activations.
+
+    Args:
+        layer: of :func:`layer_fields`.
+        units: the kernels there are, in the order of their numbers.
+        use: of ``units``.
+        processors: the GPU's.
+        columns: of a unit of packed weights.
+        workspace: of a number of rows, and of the padded hidden and intermediate sizes: what
+            ``layer`` has before the tiles.
+    """
+    tokens, hidden = x.shape
+    count, top_k = experts.w13.shape[0], ids.shape[1]
+    unit, most = units[use]
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
     if tokens == 0:
         return out
     pairs = tokens * top_k
     tiles = most_tiles(pairs, count, most)
-    rows = pairs + tiles * unit
-    hidden_padded = experts.w13.shape[2] * hopper_weights.CHUNK
-    intermediate_padded = experts.w2.shape[2] * hopper_weights.CHUNK
-
-    def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=x.device)
-
-    rows1 = empty(rows * hidden_padded, torch.bfloat16)  # then each row's output
-    rows2 = empty(rows * intermediate_padded, torch.bfloat16)
+    hidden_padded, intermediate_padded = (
+        matrix.shape[2] * columns for matrix in (experts.w13, experts.w2)
+    )
+    lent = workspace(pairs + tiles * unit, hidden_padded, intermediate_padded)
     # Each CTA also reads the tile after its last.
-    table = empty(4 * (tiles + processors), torch.int32)
-    places = empty(4 * pairs, torch.int32)
-    sorts = empty(max(largest // size for size, largest in UNITS.values()), torch.int32)
-    layer = _Layer(
+    table, sorts, places = (
+        torch.empty(size, dtype=torch.int32, device=x.device)
+        for size in (4 * (tiles + processors), most // unit, 4 * pairs)
+    )
+    filled = layer(
         *(
             None if tensor is None else tensor.data_ptr()
             for tensor in (
                 x, experts.w13, experts.w2, experts.globals13, experts.globals2, ids, local,
-                weights, out, rows1, rows2, rows1, table, sorts, places,
+                weights, out, *lent, table, sorts, places,
             )
         ),
         x.stride(0), tokens, top_k, count, hidden, hidden_padded, intermediate_padded,
-        experts.w2.shape[1], KINDS.index(use),
-        processors, CGate.of(gate),
+        experts.w2.shape[1], list(units).index(use), processors, CGate.of(gate),
     )  # fmt: skip
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        check(library(torch.cuda.current_device()).run(ctypes.byref(layer), stream))
+        check(library(torch.cuda.current_device()).run(ctypes.byref(filled), stream))
     return out
