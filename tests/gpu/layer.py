@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,29 +15,14 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks.moe_layer_table import SHAPES, Shape
 from tests.gpu.reference import GATES, MAGNITUDES, Stored, bias, route, routed
 
 PREACTIVATION = 6.0
 """Standard deviation of gate and up: the clamp at 7 is reached by a fourth of the values."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a layer; ``top_k`` experts a token."""
-
-    name: str
-    experts: int
-    hidden: int
-    intermediate: int
-    top_k: int
-
-
-MODELS = (
-    Shape("minimax-m3", 128, 6144, 3072, 4),
-    Shape("qwen3-235b", 128, 4096, 1536, 8),
-    Shape("deepseek-v3", 256, 7168, 2048, 8),
-    Shape("m3-nano", 32, 384, 128, 4),
-)
+MODELS = (*SHAPES.values(), Shape("m3-nano", 32, 384, 128, 4))
 
 
 def start(device: torch.device, folder: Path) -> None:
