@@ -245,8 +245,8 @@ def avoid_frozen_attention(vllm_config: VllmConfig) -> None:
     when attention's module is imported, but the setting is made later, by ``VllmConfig``; quantized
     checkpoints import that module before it. An engine process forked from there (``LLM(...)``'s
     default) captures attention with the rest, and short prompts are answered with one token
-    repeated for ever: seen on an H200 with stock vLLM, in bf16 as in NVFP4 (docs/evidence.md).
-    ``vllm serve`` spawns its engine, which is not affected.
+    repeated for ever: seen on an H200 with stock vLLM, in bf16 as in NVFP4
+    (docs/evidence/engine.md). ``vllm serve`` spawns its engine, which is not affected.
 
     Where that is so, only this engine's mode is changed: decode keeps its graphs, prefill runs
     eagerly. Can go when vLLM decides at capture.
