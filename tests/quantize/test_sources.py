@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantize import sources
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint import sources
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from tests.quantize import published as pub
 from tests.quantize.checkpoints import save
