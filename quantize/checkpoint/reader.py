@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from quantize.checkpoint import sources
 from quantize.checkpoint.headers import check_counts, check_index, find_files, read_header
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.memory import Arena
+from quantize.checkpoint.sources.find import find_stored_weights
+from quantize.checkpoint.sources.refusals import undecodable
 from quantize.checkpoint.tensors import BYTES, DTYPES, TensorInfo
 from quantize.errors import QuantizeError
 
@@ -65,7 +66,7 @@ class Checkpoint:
                 self.stored[info.name] = info
         check_index(folder, self.stored)
         check_counts(folder / "config.json", self.config, len(self.stored))
-        self._encoded = sources.find_encoded(self.stored, self.config) if decode else {}
+        self._stored_weights = find_stored_weights(self.stored, self.config) if decode else {}
         self.tensors = self._decoded_view()
 
     def __enter__(self) -> Checkpoint:
@@ -83,13 +84,13 @@ class Checkpoint:
     @property
     def formats(self) -> set[str]:
         """Names of the quantized formats that some tensors are stored in."""
-        decoded = {encoded.format for encoded in self._encoded.values()}
-        return decoded | sources.undecodable(self.stored)
+        decoded = {weight.format for weight in self._stored_weights.values()}
+        return decoded | undecodable(self.stored)
 
     def parts(self, name: str) -> tuple[str, ...]:
         """The stored tensors that ``tensors[name]`` consists of: mostly just itself."""
-        encoded = self._encoded.get(name)
-        return encoded.parts if encoded else (name,)
+        weight = self._stored_weights.get(name)
+        return weight.parts if weight else (name,)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes in the files of ``tensors[name]``."""
@@ -125,7 +126,7 @@ class Checkpoint:
             experts: how many lie one after another in the first dimension, where they have none of
                 their own.
         """
-        if experts and name in self._encoded:  # block scales need not end where experts do
+        if experts and name in self._stored_weights:  # block scales need not end where experts do
             return self._load(name, None, arena, device).unflatten(0, (experts, -1))[expert]
         return self._load(name, (expert, experts), arena, device)
 
@@ -185,14 +186,14 @@ class Checkpoint:
         parts = [self._read(self.stored[part], expert, arena) for part in self.parts(name)]
         if device is not None and device.type != "cpu":
             parts = [part.to(device, non_blocking=True) for part in parts]
-        encoded = self._encoded.get(name)
-        if encoded is None:
+        weight = self._stored_weights.get(name)
+        if weight is None:
             return parts[0]
         out = None
         if arena and parts[0].device.type == "cpu":  # a GPU's allocator reuses memory by itself
-            count = math.prod(encoded.shape if expert is None else encoded.shape[1:])
+            count = math.prod(weight.shape if expert is None else weight.shape[1:])
             out = arena.take(4 * count).view(torch.float32)
-        return encoded.decode(*parts, out=out)
+        return weight.decode(*parts, out=out)
 
     def _read(self, info: TensorInfo, expert: _Expert | None, arena: Arena | None) -> torch.Tensor:
         start, size, shape = _extent(info, expert)
@@ -217,13 +218,15 @@ class Checkpoint:
 
     def _decoded_view(self) -> dict[str, TensorInfo]:
         view: dict[str, TensorInfo] = {}
-        owner = {part: name for name, enc in self._encoded.items() for part in enc.parts}
+        owner = {
+            part: name for name, weight in self._stored_weights.items() for part in weight.parts
+        }
         for name, info in self.stored.items():
             logical = owner.get(name)
             if logical is None:
                 view[name] = info
             elif logical not in view:
-                shape = self._encoded[logical].shape
+                shape = self._stored_weights[logical].shape
                 view[logical] = TensorInfo(logical, "BF16", shape, info.file)
         return view
 

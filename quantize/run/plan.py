@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from quantize.checkpoint import sources
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.refusals import check_config
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts import linears
@@ -114,7 +114,7 @@ def plan(
     """
     options = options or Options()
     where = str(checkpoint.folder / "config.json")
-    sources.check_config(checkpoint.config, checkpoint.formats, where)
+    check_config(checkpoint.config, checkpoint.formats, where)
     found = find(checkpoint)
     if options.gate:
         gates = Gates.uniform(options.gate)

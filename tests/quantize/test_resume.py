@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantize.errors import QuantizeError
-from quantize.run.record import FOLDER
-from quantize.run.workers import REPORT
+from quantize.run.record import FOLDER, REPORT
 from tests.quantize import checkpoints, processes
 from tests.quantize.checkpoints import convert
 from tests.quantize.reference import INDEX

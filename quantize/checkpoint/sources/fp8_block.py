@@ -16,23 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from quantize.checkpoint.sources.lookup import E4M3, lookup, scale_values
 from quantize.checkpoint.sources.mxfp8 import SCALE_DTYPES, is_mxfp8
 from quantize.checkpoint.sources.stored_weight import (
-    Encoded,
+    ALONE,
+    StoredWeight,
     from_pair,
     is_scale,
     quantization_config,
     scale_of,
 )
+from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
-
-if TYPE_CHECKING:
-    from quantize.checkpoint.tensors import TensorInfo
 
 _DEFAULT_BLOCK = (128, 128)
 _SCALES = ("F32", "BF16", "F16", *SCALE_DTYPES)
@@ -42,8 +41,16 @@ class Fp8Block:
     """See ``quantize.checkpoint.sources.SourceFormat``."""
 
     name = "fp8"
+    config_names = frozenset(
+        {
+            *("fp8", "fbgemm_fp8", "deepseek_v4_fp8"),
+            *("fp8_pb_wo", "fp8_per_channel_per_token"),  # ModelOpt
+            *("float-quantized", "naive-quantized"),  # compressed-tensors
+            "fp8_e4m3",  # Quark
+        }
+    )
 
-    def find(self, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> list[Encoded]:
+    def find(self, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> list[StoredWeight]:
         block = _block_size(config)
         found = []
         for name, info in stored.items():
@@ -54,6 +61,17 @@ class Fp8Block:
                 cut = partial(decode, **_cut(info, scale, block))
                 found.append(from_pair(self.name, name, info.shape, (info, scale), stored, cut))
         return found
+
+    def complaint(self, info: TensorInfo) -> str | None:
+        if info.dtype in ("F8_E4M3", "F8_E5M2") and not is_scale(info.name):
+            return (
+                f"is {info.dtype}, but has no scale that is known ({info.name}_scale_inv, "
+                f"{info.name}_scale); without one, its values mean nothing"
+            )
+        return ALONE if info.name.endswith("_scale_inv") else None
+
+
+FP8_BLOCK = Fp8Block()
 
 
 def decode(

@@ -17,17 +17,21 @@ What has E4M3 scales instead is NVFP4, and not found here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from quantize.checkpoint.sources.lookup import E2M1_PAIRS, lookup
 from quantize.checkpoint.sources.mxfp8 import BLOCK, SCALE_DTYPES, apply
-from quantize.checkpoint.sources.stored_weight import Encoded, from_pair, is_scale, scale_of
+from quantize.checkpoint.sources.stored_weight import (
+    ALONE,
+    StoredWeight,
+    from_pair,
+    is_scale,
+    scale_of,
+)
+from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
-
-if TYPE_CHECKING:
-    from quantize.checkpoint.tensors import TensorInfo
 
 _PACKED = (".weight_packed", ".weight_scale")
 _STACKED = ("_blocks", "_scales")
@@ -37,8 +41,11 @@ class MxFp4:
     """See ``quantize.checkpoint.sources.SourceFormat``."""
 
     name = "mxfp4"
+    config_names = frozenset(
+        {"mxfp4", "gpt_oss_mxfp4", "w4a8_mxfp4_fp8", "mxfp4-pack-quantized", "fp4"}
+    )
 
-    def find(self, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> list[Encoded]:
+    def find(self, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> list[StoredWeight]:
         found = []
         for codes in stored.values():
             if codes.dtype not in ("U8", "I8") or is_scale(codes.name):
@@ -48,6 +55,12 @@ class MxFp4:
                 shape = _shape(codes, scale)
                 found.append(from_pair(self.name, name, shape, (codes, scale), stored, decode))
         return found
+
+    def complaint(self, info: TensorInfo) -> str | None:
+        return ALONE if info.dtype == "U8" and info.name.endswith(_STACKED) else None
+
+
+MXFP4 = MxFp4()
 
 
 def decode(

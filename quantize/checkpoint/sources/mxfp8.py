@@ -9,15 +9,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from quantize.checkpoint.sources.lookup import E4M3, lookup, scale_values
-from quantize.checkpoint.sources.stored_weight import Encoded, from_pair, is_scale, scale_of
-
-if TYPE_CHECKING:
-    from quantize.checkpoint.tensors import TensorInfo
+from quantize.checkpoint.sources.stored_weight import (
+    ALONE,
+    StoredWeight,
+    from_pair,
+    is_scale,
+    scale_of,
+)
+from quantize.checkpoint.tensors import TensorInfo
 
 BLOCK = 32
 """Inputs that share one scale, in every MX format."""
@@ -30,13 +34,20 @@ class MxFp8:
     """See ``quantize.checkpoint.sources.SourceFormat``."""
 
     name = "mxfp8"
+    config_names = frozenset({"mxfp8", "mxfp8-quantized"})
 
-    def find(self, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> list[Encoded]:
+    def find(self, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> list[StoredWeight]:
         return [
             from_pair(self.name, name, info.shape, (info, scale), stored, decode)
             for name, info in stored.items()
             if (scale := scale_of(name, stored)) and is_mxfp8(info, scale)
         ]
+
+    def complaint(self, info: TensorInfo) -> str | None:
+        return ALONE if info.dtype == "F8_E8M0" else None
+
+
+MXFP8 = MxFp8()
 
 
 def is_mxfp8(weight: TensorInfo, scale: TensorInfo) -> bool:

@@ -1,30 +1,23 @@
-"""What is refused as a source, and why: other formats, and weights of which a part is missing."""
+"""What is refused as a source, and why: formats that cannot be, or should not be, read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from quantize.checkpoint.sources.stored_weight import Encoded, is_scale, quantization_config
+from quantize.checkpoint.sources import FORMATS
+from quantize.checkpoint.sources.stored_weight import quantization_config
+from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
-
-if TYPE_CHECKING:
-    from quantize.checkpoint.tensors import TensorInfo
 
 NVFP4 = "nvfp4"
 _NVFP4_SUFFIXES = ("scale_2", "weight_global_scale")
 
 _ORIGINAL = "start from the original one (bfloat16, float16, float32, FP8, MXFP8 or MXFP4)"
 
-_READABLE = {
-    "none",  # ModelOpt, where only the KV cache is quantized
-    *("fp8", "fbgemm_fp8", "deepseek_v4_fp8", "mxfp8", "mxfp4", "gpt_oss_mxfp4"),  # quant_method
-    *("fp8_pb_wo", "fp8_per_channel_per_token", "w4a8_mxfp4_fp8"),  # ModelOpt's quant_algo
-    *("dense", "float-quantized", "naive-quantized"),  # compressed-tensors' format
-    *("mxfp8-quantized", "mxfp4-pack-quantized"),
-    *("fp8_e4m3", "fp4"),  # Quark's dtype of weights
-}
-"""Whatever a config calls what ``sources.FORMATS`` can read; the tensors then decide."""
+_UNQUANTIZED = {"none", "dense"}
+"""What configs say where nothing but the KV cache is quantized: ModelOpt's and compressed-tensors'
+words."""
 
 
 def undecodable(stored: Mapping[str, TensorInfo]) -> set[str]:
@@ -53,41 +46,12 @@ def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
             f"{where}: the checkpoint is already NVFP4; quantizing 4-bit values again only loses "
             f"accuracy; {_ORIGINAL}"
         )
-    if unreadable := sorted(schemes - _READABLE):
+    readable = _UNQUANTIZED.union(*(fmt.config_names for fmt in FORMATS.values()))
+    if unreadable := sorted(schemes - readable):
         raise QuantizeError(
             f"{where}: the checkpoint is already quantized ({_method(quantization)}: "
             f"{', '.join(unreadable)}), in a format that cannot be read; {_ORIGINAL}"
         )
-
-
-def check_complete(stored: Mapping[str, TensorInfo], encoded: Iterable[Encoded]) -> None:
-    """Every 8-bit weight has its scale, and every block scale its weight.
-
-    Raises:
-        QuantizeError: naming the tensor.
-    """
-    parts: set[str] = set()
-    for weight in encoded:
-        twice = weight.name in stored and weight.name not in weight.parts
-        if twice or not parts.isdisjoint(weight.parts):
-            raise QuantizeError(
-                f"{' and '.join(weight.parts)} are {weight.name}, of which there is another"
-            )
-        parts.update(weight.parts)
-    for name, info in stored.items():
-        if name in parts:
-            continue
-        if info.dtype in ("F8_E4M3", "F8_E5M2") and not is_scale(name):
-            raise QuantizeError(
-                f"{info.file.name}: {name} is {info.dtype}, but has no scale that is known "
-                f"({name}_scale_inv, {name}_scale); without one, its values mean nothing"
-            )
-        packed = info.dtype == "U8" and name.endswith(("_blocks", "_scales"))
-        if packed or info.dtype == "F8_E8M0" or name.endswith("_scale_inv"):
-            raise QuantizeError(
-                f"{info.file.name}: {name} is there without the weight that it belongs to, or "
-                "that is not quantized; the checkpoint is incomplete or mixed up"
-            )
 
 
 def _schemes(quantization: Any) -> set[str]:

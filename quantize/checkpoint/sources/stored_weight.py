@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from quantize.checkpoint.tensors import TensorInfo
+from quantize.checkpoint.tensors import TensorInfo
 
 _SCALE = re.compile(r"(?:.*[._])?scales?(?:_inv|_2)?")
 _INPUT_SCALES = ("input_scale", "activation_scale")
@@ -25,7 +24,7 @@ class Decode(Protocol):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class StoredWeight:
     """One weight that is stored as several tensors.
 
     Attributes:
@@ -69,7 +68,7 @@ def from_pair(
     pair: tuple[TensorInfo, TensorInfo],
     stored: Mapping[str, TensorInfo],
     decode: Decode,
-) -> Encoded:
+) -> StoredWeight:
     """The weight of ``pair``, codes and scale, which ``decode`` takes.
 
     Static scales of the weight's inputs are among its parts, unused: they mean nothing to the
@@ -89,7 +88,14 @@ def from_pair(
     ) -> torch.Tensor:
         return decode(codes, scale, out=out)
 
-    return Encoded(fmt, name, shape, parts, decode_pair)
+    return StoredWeight(fmt, name, shape, parts, decode_pair)
+
+
+ALONE = (
+    "is there without the weight that it belongs to, or that is not quantized; the checkpoint is "
+    "incomplete or mixed up"
+)
+"""A complaint about codes or scales that have lost their counterpart."""
 
 
 def quantization_config(config: dict[str, Any]) -> Any:
