@@ -23,7 +23,7 @@ from quantize.experts.group import source_names
 from quantize.experts.identify import identify
 from quantize.layouts import detect
 from quantize.layouts.layout import Layout, stored_tensors
-from quantize.nvfp4.format import E4M3_MAX, NvFp4, bad_scales
+from quantize.nvfp4.format import NvFp4, bad_scales
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
@@ -257,7 +257,7 @@ class _Comparison:
             return None
         loaded = [self.target.load(out.name, worker.arena) for out in wanted]
         for out, tensor in zip(wanted[1:], loaded[1:], strict=True):
-            if not _clearly_good(tensor) and (problem := bad_scales(tensor)):
+            if problem := bad_scales(tensor):
                 file = self.target.tensors[out.name].file.name
                 part.problems.append(f"{file}: {out.name}: {problem}")
         if len(part.problems) > before:
@@ -319,15 +319,6 @@ class _Comparison:
             worker.arena.reset()
             copy = self.target.load_expert(info.name, expert, arena=worker.arena)
             yield copy, worker.load_expert(info.name, expert)
-
-
-def _clearly_good(scales: torch.Tensor) -> bool:
-    """Whether block scales are all positive and finite, judged quickly by their bits."""
-    if scales.dtype != torch.float8_e4m3fn:
-        return False
-    highest = int(torch.tensor(E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8))
-    bits = scales.view(torch.uint8)
-    return bool(bits.amin() >= 1 and bits.amax() <= highest)
 
 
 def _check_gate(target: Checkpoint, truth: Gates, report: Report) -> None:

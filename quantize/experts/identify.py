@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from quantize.errors import QuantizeError, first_line
 from quantize.experts.gates import FORMS, Gate, Gates
+from quantize.experts.gates.contract import first_number
 from quantize.experts.gates.drive import CannotDriveError, drive
 from quantize.experts.gates.probe import FAR, Probe
 from quantize.experts.model import build, config_of, is_foreign, model_classes, offline
@@ -36,8 +36,6 @@ _REMOTE = (
 )
 # Around every kink and clamp that the forms have, and far outside.
 _GRID = (-FAR, -33.0, -9.0, -7.5, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 6.5, 7.5, 10.5, 40.0, FAR)
-
-_LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})(?:\.|$)")
 
 
 def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
@@ -79,8 +77,8 @@ def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
             gate = _gate_of(module)
         except NotImplementedError:
             continue  # a part of something else: JetMoE's attention is made of experts too
-        found = _LAYER.search(path)
-        number = int(found[1]) if found else -1
+        number = first_number(path)
+        number = -1 if number is None else number
         if layers.setdefault(number, gate) != gate:
             raise QuantizeError(
                 f"model type {config.model_type!r} has several gates in one layer "

@@ -36,14 +36,11 @@ from quantize.run.workers import Progress, all_devices, make_shards
 _RETRIES = 3
 """Times that a task is started again when its machine or process dies."""
 
-_CONNECT = 10.0
-"""Seconds to wait for the cluster's head to answer; Ray's own patience is minutes."""
+_CONNECT = 5.0
+"""Seconds to wait for the cluster's head to answer; Ray itself would wait for minutes."""
 
 _PATIENCE = 10.0
 """Seconds for tasks to stop."""
-
-_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a client begins to talk to Ray; the reply starts with a frame of the same kind, 4."""
 
 _SETTLE = 60.0
 """Seconds until what one machine wrote can be seen on all: network file systems cache that long."""
@@ -59,9 +56,10 @@ def connected(address: str) -> Iterator[None]:
         QuantizeError: if Ray is not installed, or not there.
     """
     try:
+        import grpc  # noqa: F401  (of Ray's client, for what follows)
         import ray
     except ImportError:
-        raise QuantizeError("--ray needs Ray: pip install 'ray>=2.40'") from None
+        raise QuantizeError("--ray needs Ray: pip install 'ray[client]>=2.40'") from None
     if ray.is_initialized():
         yield
         return
@@ -148,24 +146,30 @@ def _check_address(address: str) -> None:
     scheme, found, rest = address.rpartition("://")
     if address == "auto" or (found and scheme != "ray"):
         return
+    import grpc
+
     host, _, port = rest.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise QuantizeError(
             f"--ray {address} is neither auto, nor HOST:PORT, nor ray://HOST:PORT of a cluster"
         )
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT) as connection:
-            connection.sendall(_HTTP2)
-            reply = connection.recv(4)
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT):
+            pass
     except OSError as error:
         raise QuantizeError(
             f"--ray {address}: no cluster there ({error.strerror or error})"
         ) from error
-    if reply[3:] != b"\4" and "RAY_USE_TLS" not in os.environ:
-        raise QuantizeError(
-            f"--ray {address}: no cluster there (something else than Ray answers; its own port is "
-            "6379 unless it was started with another, that of its client server 10001)"
-        )
+    if "RAY_USE_TLS" in os.environ:  # then only Ray knows with which certificates
+        return
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_CONNECT)
+        except grpc.FutureTimeoutError:
+            raise QuantizeError(
+                f"--ray {address}: no cluster there (something else than Ray answers; its own port "
+                "is 6379 unless it was started with another, that of its client server 10001)"
+            ) from None
 
 
 def _resources(threads: int | None) -> dict[str, int]:

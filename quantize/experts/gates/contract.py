@@ -55,8 +55,8 @@ class Gates:
 
     def of(self, prefix: str) -> Gate:
         """The gate of the experts at a module path such as ``model.layers.3.mlp.experts``."""
-        found = _NUMBER.search(prefix)
-        return self.layers.get(int(found[1]), self.default) if found else self.default
+        number = first_number(prefix)
+        return self.default if number is None else self.layers.get(number, self.default)
 
     def concatenated(self) -> Gates:
         """The same gates for tensors that have been split into gate and up."""
@@ -74,6 +74,12 @@ class Gates:
                 for gate, numbers in by_gate.items()
             ]
         )
+
+
+def first_number(path: str) -> int | None:
+    """The number by which the contract calls the layer at a module path: the first one in it."""
+    found = _NUMBER.search(path)
+    return int(found[1]) if found else None
 
 
 def to_contract(gates: Gates) -> dict[str, Any]:
