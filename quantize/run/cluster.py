@@ -1,9 +1,9 @@
-"""Past one machine: a run's shards as tasks of a Ray cluster, the engine's own way to scale.
+"""Making shards on several machines: each shard is a task of a Ray cluster.
 
-Every machine of the cluster needs this package, in the same version and for the Python that Ray
-runs there, and the storage that source and target are on, at the same paths. Nothing else: a task
-is one shard, plans for itself, reads the source and writes into the target. It can be repeated
-anywhere at any time: it depends on nothing but the plan, and its output gets its name in one step.
+Every machine of the cluster needs this package, in the same version, and the storage that source
+and target are on, at the same paths. It needs nothing else: a task plans for itself, reads the
+source and writes one shard into the target. A task can be repeated anywhere at any time, because
+it depends on the plan alone and its shard gets its name in one step.
 
 The command is started on one of the machines (``--ray auto``, ``--ray HEAD:6379``), or on another
 that has the storage too, through Ray's client server (``--ray ray://HEAD:10001``).
@@ -48,9 +48,9 @@ _SETTLE = 60.0
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Be a driver of the Ray cluster at ``address``; nothing happens if this process is one.
+    """Connect to the Ray cluster at ``address``, unless this process is connected already.
 
-    Meanwhile standard output goes to standard error: that is where Ray's notices belong.
+    Within the context, standard output goes to standard error, because Ray prints notices.
 
     Raises:
         QuantizeError: if Ray is not installed, or not there.
@@ -122,7 +122,7 @@ def make_shards_on_ray(
 
 
 def _end(tasks: list[Any], stop: Path) -> None:
-    """Have no task write into the target once the caller hears of a failure.
+    """Stop all tasks, so that none writes into the target after the caller has failed.
 
     They end by themselves when they see the file ``stop``. Ray kills what does not; only that,
     since a driver of Ray 2.60 can crash when a task that it kills ends at the same moment.

@@ -12,12 +12,13 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to write; it becomes ``path`` in one step, once all of it is on the disk.
+    """A file to write. It becomes ``path`` in one step, when all of it is on the disk.
 
-    Whatever ``path`` was, a symbolic link too, is replaced and not written to.
+    Whatever ``path`` was before is replaced and never written to, a symbolic link too.
 
     Args:
-        partial: as for :class:`ShardWriter`.
+        partial: what the file is called until then, in the same file system; by default a hidden
+            file beside ``path``.
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
@@ -35,7 +36,7 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's data, or the names in a folder, to the disk."""
+    """Flush a file's data, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,7 +45,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: object, partial: Path | None = None) -> None:
-    """Write ``value`` to ``path``, as :func:`replacing` does."""
+    """Write ``value`` to ``path`` as JSON, whole or not at all; see :func:`replacing`."""
     encoded = (json.dumps(value, indent=2) + "\n").encode()
     with replacing(path, partial) as file:
         file.write(encoded)

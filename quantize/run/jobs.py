@@ -1,6 +1,6 @@
-"""The steps that a run consists of: each makes some tensors of the output from some of the source.
+"""The jobs that a run consists of: each makes some tensors of the output from some of the source.
 
-A job is independent of all others, so they run in any order, on any thread, device or machine.
+A job depends on no other job, so jobs run in any order, on any thread, device or machine.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PIECE = 16 * 2**20
 
 
 class Job(Protocol):
-    """One step.
+    """One job.
 
     Attributes:
-        outputs: the tensors it makes.
-        sources: the tensors it reads, as ``Checkpoint.tensors`` has them.
-        modules: module paths of the weights it quantizes.
-        nbytes: of the source, as stored.
-        memory: bytes that it needs while it runs, at most.
+        outputs: the tensors that it writes.
+        sources: names of the tensors that it reads, keys of ``Checkpoint.tensors``.
+        modules: module paths of the weights that it quantizes.
+        nbytes: how many bytes of the source it reads, as they are stored.
+        memory: how many bytes it needs at most while it runs.
     """
 
     @property
@@ -48,15 +48,15 @@ class Job(Protocol):
     def memory(self) -> int: ...
 
     def will_need(self, checkpoint: Checkpoint) -> None:
-        """Have the system read what the job will ask for."""
+        """Ask the system to read from disk what the job will need."""
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
-        """Write ``outputs``."""
+        """Write ``outputs``; returns what each quantized weight lost."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that stays as it is, byte for byte; one in a quantized format becomes bfloat16."""
+    """Copies a tensor byte for byte; one in a quantized format is dequantized to bfloat16."""
 
     output: TensorInfo
     nbytes: int
@@ -110,7 +110,15 @@ class Copy:
 
 @dataclass(frozen=True)
 class QuantizeExpert:
-    """One expert's gate and up (``inputs``), which share a global scale, or its down."""
+    """Quantizes one expert's gate and up, which share a global scale, or its down.
+
+    Attributes:
+        inputs: it does gate and up; False: down.
+        interleaved: rows of a fused ``gate_up_proj`` alternate between gate and up.
+        rule: a key of ``quantize.nvfp4.scales.RULES``.
+        nbytes: how many bytes of the source it reads.
+        decoded: the source is stored in a quantized format, and comes as float32.
+    """
 
     group: ExpertGroup
     expert: int
@@ -170,11 +178,11 @@ class QuantizeExpert:
 
 @dataclass(frozen=True)
 class CopyStaged:
-    """What :class:`QuantizeExpert` would make, of an expert that calibration has rounded already.
+    """Copies an expert's weights that calibration has rounded already.
 
     Attributes:
-        job: whose outputs these are.
-        staged: where they lie.
+        job: the job that would have quantized them; both write the same tensors.
+        staged: the files that calibration has written.
     """
 
     job: QuantizeExpert
@@ -187,7 +195,7 @@ class CopyStaged:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What they were made of; not read again."""
+        """The tensors that calibration read; they are not read again."""
         return self.job.sources
 
     @property
@@ -203,7 +211,7 @@ class CopyStaged:
         return sum(out.nbytes for out in self.outputs)
 
     def will_need(self, checkpoint: Checkpoint) -> None:
-        """Nothing of the source."""
+        """Does nothing: the job reads no tensor of the source."""
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
         for out in self.outputs:
@@ -213,7 +221,7 @@ class CopyStaged:
 
 @dataclass(frozen=True)
 class QuantizeLinears:
-    """Dense linears that an engine may fuse into one: they share a global scale."""
+    """Quantizes dense linears that share a global scale, since an engine may fuse them."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
@@ -254,7 +262,7 @@ class QuantizeLinears:
 
 @dataclass(frozen=True)
 class Biases:
-    """One expert's biases, split and named as its weights are."""
+    """Copies one expert's biases, split and named as its weights are."""
 
     group: ExpertGroup
     expert: int
@@ -275,7 +283,7 @@ class Biases:
         return 4 * self.nbytes
 
     def will_need(self, checkpoint: Checkpoint) -> None:
-        """Too small to be worth asking."""
+        """Does nothing: biases are too small to be worth it."""
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
         biases = self.group.biases(worker, self.expert, self.interleaved)

@@ -1,9 +1,9 @@
 """Writing safetensors shards as a stream.
 
-The library's own writer wants a whole shard in memory. Here names, dtypes and shapes are known
-before any data is, so every tensor's place in the file is too: tensors may come in any order, from
-any thread, and memory holds one at a time. A shard has its real name only once it is complete and
-on the disk.
+The library's own writer needs a whole shard in memory. Here the names, dtypes and shapes of all
+tensors are known before their data, and so is each tensor's place in the file. Tensors can
+therefore be written in any order and from any thread, and memory holds one at a time. A shard gets
+its real name only when all of it is on the disk.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header
 padded with spaces to 8 bytes, data).
@@ -25,7 +25,7 @@ from quantize.errors import QuantizeError
 
 
 def header(outputs: Sequence[TensorInfo]) -> bytes:
-    """The first bytes of a shard that holds ``outputs`` in that order: all but their data."""
+    """The first bytes of a shard that holds ``outputs`` in that order: everything but their data."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for out in outputs:
@@ -42,7 +42,7 @@ def header(outputs: Sequence[TensorInfo]) -> bytes:
 
 
 def is_complete(path: Path, outputs: Sequence[TensorInfo]) -> bool:
-    """Whether ``path`` is a shard of just these ``outputs``; their data is not looked at."""
+    """Whether ``path`` is a shard of just these ``outputs``, going by its header and size."""
     expected = header(outputs)
     try:
         with path.open("rb") as file:
@@ -54,9 +54,9 @@ def is_complete(path: Path, outputs: Sequence[TensorInfo]) -> bool:
 
 
 class ShardWriter:
-    """Writes ``outputs`` to ``path``; until :meth:`finish`, the file is called ``partial``.
+    """Writes ``outputs`` to ``path``. Until :meth:`finish`, the file is called ``partial``.
 
-    As a context manager: on leaving without an error the shard is finished, else it is removed.
+    As a context manager, it finishes the shard, or removes it if there was an error.
 
     Args:
         partial: in the same file system as ``path``; by default hidden beside it.
@@ -90,8 +90,14 @@ class ShardWriter:
             raise
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
-        """Write a tensor, contiguous and of the dtype and shape announced, or its bytes from
-        ``start`` on. Safe from several threads."""
+        """Write the tensor ``name``, of the dtype and shape announced for it, or a part of it.
+
+        Several threads may call this at once.
+
+        Args:
+            tensor: the data; of a part, contiguous bytes.
+            start: where the part begins, in bytes.
+        """
         out = self._outputs[name]
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         if start + data.nbytes > out.nbytes:
@@ -99,7 +105,7 @@ class ShardWriter:
         self._write(data.data, self._offsets[name] + start)
 
     def finish(self) -> None:
-        """Bring everything to the disk, then give the file its name in one step."""
+        """Flush everything to the disk, then give the file its name in one step."""
         if self._missing:
             raise AssertionError(f"{self.path}: {self._missing} bytes were never written")
         try:

@@ -1,7 +1,8 @@
-"""Experts that calibration has quantized, until they are written to the output's shards.
+"""Experts that calibration has quantized, until they are copied to the output's shards.
 
-A file for each group of experts, with the very tensors that the output will hold, and beside it
-what is to be said of them; that comes last, so a group without it is not there.
+Each group of experts has a safetensors file with the very tensors that the output will hold, and a
+JSON file with what the report says of them. The JSON file is written last, so a group counts as
+staged only if it is there.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from quantize.run.weight_error import WeightError
 
 @dataclass
 class Findings:
-    """What is said of one group.
+    """What the report says of one group.
 
     Attributes:
-        prefix: the group's.
-        tokens: that each expert was given.
-        rules: how each expert was quantized.
-        before, after: relative errors of each expert's two products, ``[experts][2]``: of their
-            outputs, over the calibration tokens, quantized plainly and as staged. NaN where there
-            were no tokens.
-        lost: ``quantize.run.weight_error.WeightError`` of each module, as lists.
+        prefix: the group's module path.
+        tokens: how many tokens each expert was given.
+        rules: how each expert was quantized: by a rounding, or by a scale rule alone.
+        before, after: ``[experts][2]``, the relative errors of the outputs of gate-and-up and of
+            down over the calibration tokens: as the scale rule alone would quantize them, and as
+            they are staged. NaN where there were no tokens.
+        lost: a ``WeightError`` for each module, as a list.
     """
 
     prefix: str
@@ -46,7 +47,7 @@ class Findings:
 
 
 class Staged:
-    """The files in one folder."""
+    """The staged groups in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +55,7 @@ class Staged:
         self._lost: dict[Path, dict[str, list[Any]]] = {}
 
     def is_done(self, group: ExpertGroup, outputs: list[TensorInfo]) -> bool:
-        """Whether the group is there: a file of just these tensors, and what is said of them."""
+        """Whether the group is staged: its file holds just ``outputs``, and its findings are there."""
         try:
             found = self.findings(group)
             lost = sorted(entry[0] for entry in found.lost)
@@ -64,21 +65,21 @@ class Staged:
         return lost == wanted and is_complete(self._file(group), outputs)
 
     def writer(self, group: ExpertGroup, outputs: list[TensorInfo]) -> ShardWriter:
-        """For the group's tensors."""
+        """A writer for the group's tensors ``outputs``; call :meth:`finish` after it is finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._findings(group).unlink(missing_ok=True)
         file = self._file(group)
         return ShardWriter(file, outputs, file.with_suffix(".partial"))
 
     def finish(self, group: ExpertGroup, findings: Findings) -> None:
-        """The group's tensors are written."""
+        """Write the findings; from then on the group is staged."""
         write_json(self._findings(group), asdict(findings))
 
     def findings(self, group: ExpertGroup) -> Findings:
-        """What is to be said of a group that is there.
+        """The findings of a staged group.
 
         Raises:
-            QuantizeError: if it is not.
+            QuantizeError: if the group is not staged.
         """
         try:
             return Findings(**json.loads(self._findings(group).read_text(encoding="utf-8")))
@@ -88,14 +89,14 @@ class Staged:
             ) from error
 
     def lost(self, group: ExpertGroup, modules: tuple[str, ...]) -> list[WeightError]:
-        """What ``Findings.lost`` says of some of the group's modules."""
+        """What quantizing some of the group's modules lost."""
         file = self._file(group)
         if file not in self._lost:
             self._lost[file] = {entry[0]: entry for entry in self.findings(group).lost}
         return [WeightError(*self._lost[file][module]) for module in modules]
 
     def tensor(self, group: ExpertGroup, name: str) -> torch.Tensor:
-        """The bytes of a tensor of the group, uint8."""
+        """The bytes of one of the group's tensors, uint8 ``[nbytes]``."""
         file = self._file(group)
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")

@@ -14,13 +14,13 @@ from quantize.nvfp4.kernels.kernel import Kernel
 
 
 class Worker:
-    """What one thread needs to run jobs: memory, a device and its kernel.
+    """What one thread needs to run jobs: memory, a device and that device's kernel.
 
-    Tensors that it loads are on ``device``, and valid until the job ends.
+    The tensors that a worker loads are on ``device``. They are valid until its arena is reset.
 
     Args:
-        memory: bytes that its largest job needs, taken at once if they are to be page-locked, which
-            is slow.
+        memory: how many bytes the worker's largest job needs. With a GPU they are allocated at
+            once, page-locked, because that is too slow to be done for each job.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, memory: int = 0) -> None:
@@ -32,7 +32,7 @@ class Worker:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Where the thread that runs jobs must be: kernels start on the thread's GPU and stream."""
+        """The context that jobs must run in: it selects the worker's GPU and a stream of its own."""
         with torch.inference_mode():
             if self.device.type != "cuda":
                 yield
@@ -49,6 +49,6 @@ class Worker:
         return self.checkpoint.load_expert(name, expert, experts, self.arena, self.device)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor's bytes, uint8, in main memory."""
+        """The bytes of ``tensor``, uint8 ``[nbytes]``, in main memory."""
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         return flat if flat.device.type == "cpu" else self.arena.take(flat.numel()).copy_(flat)

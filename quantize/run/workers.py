@@ -1,7 +1,8 @@
-"""Making shards on threads that read, quantize and write, each one job after another.
+"""Making shards on threads: each reads, quantizes and writes, one job after another.
 
-While one thread computes, another's data is read ahead by the system and a third's is written, so
-the three overlap without queues between them. Memory is a job's, times the threads.
+While one thread computes, the system reads ahead what another will need and writes what a third
+has made. So reading, computing and writing overlap without queues between them, and the memory in
+use is that of one job for each thread.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from quantize.run.weight_error import WeightError
 from quantize.run.worker import Worker
 
 MEMORY = 384 * 2**20
-"""Bytes that the threads' jobs may need together, if not one of them alone needs more."""
+"""Bytes that the jobs of all CPU threads may need together. One thread always runs."""
 
 PER_GPU = 8
-"""Threads a GPU: while it computes for one, others read, copy and write."""
+"""Threads for each GPU: while it computes for one of them, the others read, copy and write."""
 
 _AT_ONCE = 4
-"""Shards written at the same time, at most: what a kill can undo."""
+"""Shards that are written at the same time, at most: their work is lost if the run is killed."""
 
 Progress = Callable[[int], None]
 """Told how many bytes of the source have just been done."""
@@ -45,7 +46,18 @@ def make_shards(
     threads: int | None = None,
     progress: Progress = lambda _: None,
 ) -> None:
-    """Write some of the plan's shards, and to ``record`` what their weights lost."""
+    """Make some of the plan's shards, and record what quantizing their weights lost.
+
+    Args:
+        shards: numbers of the shards, indices of ``plan.shards``.
+        devices: every GPU among them gets ``PER_GPU`` threads; without one, the CPU computes.
+        threads: how many CPU threads; by default one a core, as far as ``MEMORY`` allows.
+        progress: called with the bytes of the source that a job has read.
+
+    Raises:
+        QuantizeError: if a tensor cannot be read, quantized or written, or another run has taken
+            the target over. Unfinished shards are removed then.
+    """
     if not shards:
         return
     wanted = [job for i in shards for job in plan.shards[i]]
@@ -93,14 +105,14 @@ def make_shards(
 
 
 def all_devices() -> list[torch.device]:
-    """Every GPU of this machine; its CPU if it has none."""
+    """All GPUs of this machine, or its CPU if it has none."""
     if torch.cuda.is_available():
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [torch.device("cpu")]
 
 
 def _interleaved(plan: Plan, shards: Sequence[int], count: int) -> Iterator[tuple[int, Job]]:
-    """All jobs, in turn from up to ``count`` shards: a file takes one write at a time."""
+    """All jobs, taken in turn from up to ``count`` shards: a file takes one write at a time."""
     count = min(count, _AT_ONCE)
     for first in range(0, len(shards), count):
         jobs = zip_longest(
@@ -110,7 +122,7 @@ def _interleaved(plan: Plan, shards: Sequence[int], count: int) -> Iterator[tupl
 
 
 class _OpenShards:
-    """The shards that threads are writing; each is finished once its last job is done."""
+    """The shards that threads are writing. Each is finished when its last job is done."""
 
     def __init__(self, plan: Plan, record: Record) -> None:
         self._plan = plan
@@ -124,7 +136,7 @@ class _OpenShards:
         self._finishing: list[Future[None]] = []
 
     def writer(self, shard: int) -> ShardWriter:
-        """The shard's writer."""
+        """The writer of a shard, which the first call opens."""
         with self._lock:
             if shard not in self._writers:
                 name = self._plan.names[shard]
@@ -137,7 +149,7 @@ class _OpenShards:
             return self._writers[shard]
 
     def done(self, shard: int, errors: list[WeightError]) -> None:
-        """A job of the shard is done."""
+        """Note that a job of the shard is done, and what its weights lost."""
         with self._lock:
             self._errors[shard] += errors
             self._left[shard] -= 1
@@ -150,12 +162,12 @@ class _OpenShards:
             future.result()  # a full disk may show only here: no use in going on
 
     def wait(self) -> None:
-        """Until all shards are finished; raises what went wrong."""
+        """Wait until all shards are finished; raises what went wrong."""
         for future in self._finishing:
             future.result()
 
     def close(self) -> None:
-        """Remove what is unfinished."""
+        """Remove unfinished shards."""
         self._finisher.shutdown()
         for writer in self._writers.values():
             with suppress(OSError):
@@ -188,7 +200,7 @@ def _team(
 
 @contextmanager
 def threads_of_our_own() -> Iterator[None]:
-    """PyTorch's own threads would compete with ours; what it does beside them is small."""
+    """Keep PyTorch from starting threads of its own, which would compete with ours."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -198,7 +210,7 @@ def threads_of_our_own() -> Iterator[None]:
 
 
 def cores(memory: int) -> int:
-    """How many threads to run whose jobs need ``memory`` bytes each: all cores, within MEMORY."""
+    """How many threads to run if each needs ``memory`` bytes: one a core, within ``MEMORY``."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
