@@ -25,7 +25,7 @@ from quantize.errors import QuantizeError
 
 
 def header(outputs: Sequence[TensorInfo]) -> bytes:
-    """The first bytes of a shard that holds ``outputs`` in that order: everything but their data."""
+    """What a shard that holds ``outputs`` in that order begins with: all but their data."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for out in outputs:

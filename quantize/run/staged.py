@@ -55,7 +55,7 @@ class Staged:
         self._lost: dict[Path, dict[str, list[Any]]] = {}
 
     def is_done(self, group: ExpertGroup, outputs: list[TensorInfo]) -> bool:
-        """Whether the group is staged: its file holds just ``outputs``, and its findings are there."""
+        """Whether a file of just ``outputs`` is there for the group, with its findings."""
         try:
             found = self.findings(group)
             lost = sorted(entry[0] for entry in found.lost)
@@ -65,7 +65,7 @@ class Staged:
         return lost == wanted and is_complete(self._file(group), outputs)
 
     def writer(self, group: ExpertGroup, outputs: list[TensorInfo]) -> ShardWriter:
-        """A writer for the group's tensors ``outputs``; call :meth:`finish` after it is finished."""
+        """A writer for the group's tensors; :meth:`finish` comes after its own."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._findings(group).unlink(missing_ok=True)
         file = self._file(group)

@@ -32,7 +32,7 @@ class Worker:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """The context that jobs must run in: it selects the worker's GPU and a stream of its own."""
+        """The context that jobs must run in: the worker's GPU, and a stream of its own."""
         with torch.inference_mode():
             if self.device.type != "cuda":
                 yield
