@@ -59,12 +59,13 @@ from examples.perplexity import (
     standard_library,
     token_stream,
 )
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.identify import identify
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
-from quantize.scales import RULES
+from quantize.execute import execute
+from quantize.experts.identify import identify
+from quantize.nvfp4.scales import RULES
+from quantize.run.options import Options
+from quantize.run.plan import plan
 
 ROW = 513
 """Tokens a row, one more than are scored."""

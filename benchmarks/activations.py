@@ -38,10 +38,11 @@ from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Stream
 from quantize.calibration.walk import Nobody, Visitor, Weights
-from quantize.checkpoint import Checkpoint
-from quantize.experts import ExpertGroup, find
-from quantize.identify import identify
-from quantize.nvfp4 import E2M1_MAX, E4M3_MAX
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.find import find
+from quantize.experts.group import ExpertGroup
+from quantize.experts.identify import identify
+from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX
 
 PRIORS = (1e-4, 1e-2, 1e-1, 1.0)
 """Of the inputs' mean square: how firmly the best weights are drawn towards those there are."""

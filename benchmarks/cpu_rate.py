@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute
-from quantize.plan import plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import execute
+from quantize.run.plan import plan
 
 
 def run(model: Path, *more: str) -> dict[str, Any]:

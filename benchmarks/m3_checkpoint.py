@@ -32,11 +32,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.m3_slice import Slice
-from quantize.checkpoint import INDEX, Checkpoint
+from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
-from quantize.gates import KEY, to_contract
-from quantize.plan import Options, plan
-from quantize.shards import Output, header, write_json
+from quantize.experts.gates import KEY, to_contract
+from quantize.run.files import write_json
+from quantize.run.options import Options
+from quantize.run.plan import plan
+from quantize.run.shards import header
 
 STD = 0.02
 FILE_SIZE = 10**9
@@ -98,26 +102,26 @@ class Model(Slice):
         }
         return outer
 
-    def tensors(self) -> Iterator[Output]:
+    def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor of the bf16 model."""
-        yield Output("model.embed_tokens.weight", "BF16", (self.vocabulary, self.hidden))
+        yield TensorInfo("model.embed_tokens.weight", "BF16", (self.vocabulary, self.hidden))
         query, key = self.heads * 128, self.kv_heads * 128
         for layer in range(self.layers):
             base = f"model.layers.{layer}"
             for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-                yield Output(f"{base}.self_attn.{name}.weight", "BF16", (rows, self.hidden))
-            yield Output(f"{base}.self_attn.o_proj.weight", "BF16", (self.hidden, query))
-            yield Output(f"{base}.self_attn.q_norm.weight", "BF16", (128,))
-            yield Output(f"{base}.self_attn.k_norm.weight", "BF16", (128,))
+                yield TensorInfo(f"{base}.self_attn.{name}.weight", "BF16", (rows, self.hidden))
+            yield TensorInfo(f"{base}.self_attn.o_proj.weight", "BF16", (self.hidden, query))
+            yield TensorInfo(f"{base}.self_attn.q_norm.weight", "BF16", (128,))
+            yield TensorInfo(f"{base}.self_attn.k_norm.weight", "BF16", (128,))
             shared = f"{base}.block_sparse_moe.shared_experts"
             for name in ("gate_proj", "up_proj"):
                 wide = (self.intermediate, self.hidden)
-                yield Output(f"{shared}.{name}.weight", "BF16", wide)
+                yield TensorInfo(f"{shared}.{name}.weight", "BF16", wide)
             tall = (self.hidden, self.intermediate)
-            yield Output(f"{shared}.down_proj.weight", "BF16", tall)
+            yield TensorInfo(f"{shared}.down_proj.weight", "BF16", tall)
         yield from super().tensors()
-        yield Output("model.norm.weight", "BF16", (self.hidden,))
-        yield Output("lm_head.weight", "BF16", (self.vocabulary, self.hidden))
+        yield TensorInfo("model.norm.weight", "BF16", (self.hidden,))
+        yield TensorInfo("lm_head.weight", "BF16", (self.vocabulary, self.hidden))
 
     @property
     def quantized_layer_bytes(self) -> int:
@@ -179,7 +183,7 @@ def write(
     return model
 
 
-Files = list[list[Output]]
+Files = list[list[TensorInfo]]
 
 
 def _plain(model: Model) -> tuple[Files, dict[str, Any], dict[str, Any]]:
@@ -211,7 +215,7 @@ def _planned(model: Model, layout: str) -> tuple[Files, dict[str, Any], dict[str
     return files, config, steps.layout.extra_files(steps.ignore)
 
 
-def _write_file(path: Path, outputs: Sequence[Output], bits: np.random.SFC64) -> None:
+def _write_file(path: Path, outputs: Sequence[TensorInfo], bits: np.random.SFC64) -> None:
     generator = np.random.Generator(bits)
     with path.open("wb", buffering=0) as file:
         file.write(header(outputs))
@@ -221,7 +225,7 @@ def _write_file(path: Path, outputs: Sequence[Output], bits: np.random.SFC64) ->
                 data = data[file.write(data) :]
 
 
-def _random(out: Output, generator: np.random.Generator) -> np.ndarray:
+def _random(out: TensorInfo, generator: np.random.Generator) -> np.ndarray:
     """The bytes of one tensor, see the module's docstring."""
     numbers = math.prod(out.shape)
     if out.dtype == "F32":

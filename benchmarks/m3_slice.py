@@ -25,9 +25,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from quantize.checkpoint import INDEX
+from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.tensors import TensorInfo
+from quantize.cli.options import parse_size
 from quantize.errors import QuantizeError
-from quantize.shards import Output, parse_size, write_json
+from quantize.run.files import write_json
 
 STD = 0.02
 
@@ -86,27 +88,27 @@ class Slice:
             "text_config": text | published,
         }
 
-    def tensors(self) -> Iterator[Output]:
+    def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor, in the order of the files."""
         wide, tall = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
         for layer in range(self.layers):
             base = f"model.layers.{layer}"
-            yield Output(f"{base}.input_layernorm.weight", "BF16", (self.hidden,))
-            yield Output(f"{base}.post_attention_layernorm.weight", "BF16", (self.hidden,))
+            yield TensorInfo(f"{base}.input_layernorm.weight", "BF16", (self.hidden,))
+            yield TensorInfo(f"{base}.post_attention_layernorm.weight", "BF16", (self.hidden,))
             if self.fused:
                 moe = f"{base}.mlp"
-                yield Output(f"{moe}.gate.weight", "BF16", (self.experts, self.hidden))
-                yield Output(f"{moe}.gate.e_score_correction_bias", "F32", (self.experts,))
+                yield TensorInfo(f"{moe}.gate.weight", "BF16", (self.experts, self.hidden))
+                yield TensorInfo(f"{moe}.gate.e_score_correction_bias", "F32", (self.experts,))
                 stacked = (self.experts, 2 * self.intermediate, self.hidden)
-                yield Output(f"{moe}.experts.gate_up_proj", "BF16", stacked)
-                yield Output(f"{moe}.experts.down_proj", "BF16", (self.experts, *tall))
+                yield TensorInfo(f"{moe}.experts.gate_up_proj", "BF16", stacked)
+                yield TensorInfo(f"{moe}.experts.down_proj", "BF16", (self.experts, *tall))
                 continue
             moe = f"{base}.block_sparse_moe"
-            yield Output(f"{moe}.gate.weight", "F32", (self.experts, self.hidden))
-            yield Output(f"{moe}.e_score_correction_bias", "F32", (self.experts,))
+            yield TensorInfo(f"{moe}.gate.weight", "F32", (self.experts, self.hidden))
+            yield TensorInfo(f"{moe}.e_score_correction_bias", "F32", (self.experts,))
             for expert in range(self.experts):
                 for name, shape in (("w1", wide), ("w2", tall), ("w3", wide)):
-                    yield Output(f"{moe}.experts.{expert}.{name}.weight", "BF16", shape)
+                    yield TensorInfo(f"{moe}.experts.{expert}.{name}.weight", "BF16", shape)
 
 
 def write(target: Path, what: Slice, file_size: int = 10**9, seed: int = 0) -> int:
@@ -118,7 +120,7 @@ def write(target: Path, what: Slice, file_size: int = 10**9, seed: int = 0) -> i
     Raises:
         QuantizeError: if the disk has no room for it.
     """
-    files: list[list[Output]] = [[]]
+    files: list[list[TensorInfo]] = [[]]
     for out in what.tensors():
         if files[-1] and sum(other.nbytes for other in files[-1]) + out.nbytes > file_size:
             files.append([])
@@ -148,7 +150,7 @@ def write(target: Path, what: Slice, file_size: int = 10**9, seed: int = 0) -> i
     return total
 
 
-def _write_header(file: BinaryIO, outputs: list[Output]) -> None:
+def _write_header(file: BinaryIO, outputs: list[TensorInfo]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for out in outputs:
@@ -160,7 +162,7 @@ def _write_header(file: BinaryIO, outputs: list[Output]) -> None:
     file.write(len(encoded).to_bytes(8, "little") + encoded)
 
 
-def _write_normal(file: BinaryIO, out: Output, piece: int, generator: torch.Generator) -> None:
+def _write_normal(file: BinaryIO, out: TensorInfo, piece: int, generator: torch.Generator) -> None:
     """Normal numbers for ``out``, ``piece`` of them at a time."""
     dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[out.dtype]
     left = out.nbytes // dtype.itemsize

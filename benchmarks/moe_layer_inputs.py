@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.moe_layer_table import Shape
-from quantize.nvfp4 import BLOCK, E2M1_VALUES, dequantize
+from quantize.nvfp4.format import BLOCK, E2M1_VALUES, dequantize
 
 
 class Batch(NamedTuple):

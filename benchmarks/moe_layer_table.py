@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 
 BYTES = 4.5 / 8
 """Of a weight."""

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.moe_layer_inputs import Batch, Stored
 from benchmarks.moe_layer_table import Shape
-from quantize.gates import Gates
+from quantize.experts.gates import Gates
 from quantize.layouts import LAYOUTS
 
 

@@ -122,9 +122,9 @@ def qwen3(folder: Path, tokenizer: Path) -> Path:
     """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from quantize.checkpoint import Checkpoint
-    from quantize.pipeline import execute
-    from quantize.plan import plan
+    from quantize.checkpoint.reader import Checkpoint
+    from quantize.execute import execute
+    from quantize.run.plan import plan
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(

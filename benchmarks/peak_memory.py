@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measure import CommandError, Measured, Sample, measure
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 
 LIMIT = 10**9
 

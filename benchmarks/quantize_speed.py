@@ -73,9 +73,10 @@ print(f"WORK {time.perf_counter() - started:.2f} s")
 REPEATED = """
 import shutil, sys
 from pathlib import Path
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import execute
+from quantize.run.options import Options
+from quantize.run.plan import plan
 source, target, rule = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 with Checkpoint(source) as checkpoint:
     steps = plan(checkpoint, Options(scales=rule))

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.stored import Experts
-from quantize.gates import Gate, Gates
-from quantize.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, decode
+from quantize.experts.gates import Gate, Gates
+from quantize.nvfp4.format import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, decode
 
 EIGHT_BITS = "fp8"
 SCALES = ("shared", "expert", EIGHT_BITS)

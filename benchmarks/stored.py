@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import torch
 
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import PROJECTIONS
-from quantize.gates import KEY, Gates, from_contract
-from quantize.layouts import Layout, detect
-from quantize.nvfp4 import NvFp4
+from quantize.experts.gates import KEY, Gates, from_contract
+from quantize.experts.names import PROJECTIONS
+from quantize.layouts import detect
+from quantize.layouts.layout import Layout
+from quantize.nvfp4.format import NvFp4
 
 _KINDS = {name: kind for names in PROJECTIONS for kind, name in enumerate(names)}
 _WEIGHT = re.compile(
@@ -113,9 +114,10 @@ def _weight(
     missing = [name for name in names[:3] if name not in checkpoint.stored]
     if missing:
         raise QuantizeError(f"{checkpoint.folder}: {missing[0]} is missing")
-    tensors = [checkpoint.load(name) for name in names if name in checkpoint.stored]
-    absent = len(tensors) == 3
-    if absent:
-        tensors.append(torch.ones(()))
-    weight, scale = layout.restore(tuple(tensors))
-    return weight, None if absent else scale.float()
+    tensors = {
+        suffix: checkpoint.load(name)
+        for suffix, name in zip(layout.suffixes, names, strict=True)
+        if name in checkpoint.stored
+    }
+    weight, scale = layout.restore(tensors)
+    return weight, None if scale is None else scale.float()

@@ -1,8 +1,6 @@
-"""``python -m quantize SRC DST``: the same as ``nvfp4-moe quantize SRC DST``."""
+"""``python -m quantize``: the command ``nvfp4-moe``."""
 
-import typer
-
-from quantize.cli import quantize
+from quantize.cli import main
 
 if __name__ == "__main__":
-    typer.run(quantize)
+    main()

@@ -7,10 +7,10 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantize.checkpoint import Checkpoint
-from quantize.experts import ExpertGroup, source_names
-from quantize.jobs import Biases, QuantizeExpert
-from quantize.plan import Plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.group import ExpertGroup, source_names
+from quantize.run.jobs import Biases, QuantizeExpert
+from quantize.run.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 
-from quantize import linears
-from quantize.checkpoint import Checkpoint, TensorInfo
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
-from quantize.experts import find, source_names
-from quantize.gates import KEY, Gate, Gates, from_contract
-from quantize.identify import identify
-from quantize.jobs import PIECE, Biases, QuantizeExpert, Worker, outputs
-from quantize.layouts import Layout, detect
-from quantize.nvfp4 import E4M3_MAX, NvFp4, bad_scales
-from quantize.pipeline import cores, threads_of_our_own
-from quantize.plan import expert_jobs
-from quantize.shards import Output
+from quantize.experts import linears
+from quantize.experts.find import find
+from quantize.experts.gates import KEY, Gate, Gates, from_contract
+from quantize.experts.group import source_names
+from quantize.experts.identify import identify
+from quantize.layouts import detect
+from quantize.layouts.layout import Layout, stored_tensors
+from quantize.nvfp4.format import NvFp4, bad_scales
+from quantize.run.jobs import PIECE, Biases, QuantizeExpert
+from quantize.run.plan import expert_jobs
+from quantize.run.worker import Worker
+from quantize.run.workers import cores, threads_of_our_own
 
 IMPLAUSIBLE = 0.5
 """Relative error above which a weight cannot be the source's: NVFP4 leaves about 0.1."""
@@ -186,7 +189,7 @@ class _Comparison:
                         yield partial(self._expert, job)
         for name in dense:
             rows, columns = self.source.tensors[name].shape
-            outs = outputs(name.removesuffix(".weight"), (rows, columns), self.layout)
+            outs = stored_tensors(name.removesuffix(".weight"), (rows, columns), self.layout)
             self.expected.update(out.name for out in outs)
             yield partial(self._linear, name, outs)
         done = source_names(quantized) | set(dense)
@@ -213,7 +216,7 @@ class _Comparison:
             self._weight(module, weight, job.outputs[count * i : count * (i + 1)], worker, part)
         return part, job.nbytes
 
-    def _linear(self, name: str, outs: tuple[Output, ...], worker: Worker) -> tuple[_Part, int]:
+    def _linear(self, name: str, outs: tuple[TensorInfo, ...], worker: Worker) -> tuple[_Part, int]:
         part = _Part("dense linears")
         self._weight(name.removesuffix(".weight"), worker.load(name), outs, worker, part)
         return part, self.source.stored_bytes(name)
@@ -222,7 +225,7 @@ class _Comparison:
         self,
         module: str,
         weight: torch.Tensor,
-        wanted: tuple[Output, ...],
+        wanted: tuple[TensorInfo, ...],
         worker: Worker,
         part: _Part,
     ) -> None:
@@ -238,10 +241,10 @@ class _Comparison:
         part.noise += noise
         part.signal += signal
 
-    def _restore(self, wanted: tuple[Output, ...], worker: Worker, part: _Part) -> NvFp4 | None:
+    def _restore(self, wanted: tuple[TensorInfo, ...], worker: Worker, part: _Part) -> NvFp4 | None:
         """The stored weight; None, with the problems noted, if its tensors are not sane."""
         before = len(part.problems)
-        for name, dtype, dims in wanted:
+        for name, dtype, dims, *_ in wanted:
             info = self.target.tensors.get(name)
             if info is None:
                 part.problems.append(f"{name} is missing")
@@ -252,14 +255,14 @@ class _Comparison:
                 )
         if len(part.problems) > before:
             return None
-        tensors = tuple(self.target.load(out.name, worker.arena) for out in wanted)
-        for out, tensor in zip(wanted[1:], tensors[1:], strict=True):
-            if not _clearly_good(tensor) and (problem := bad_scales(tensor)):
+        loaded = [self.target.load(out.name, worker.arena) for out in wanted]
+        for out, tensor in zip(wanted[1:], loaded[1:], strict=True):
+            if problem := bad_scales(tensor):
                 file = self.target.tensors[out.name].file.name
                 part.problems.append(f"{file}: {out.name}: {problem}")
         if len(part.problems) > before:
             return None
-        return self.layout.restore(tensors)[0]
+        return self.layout.restore(dict(zip(self.layout.suffixes, loaded, strict=True)))[0]
 
     def _biases(self, job: Biases, worker: Worker) -> tuple[_Part, int]:
         part, group = _Part(), job.group
@@ -316,15 +319,6 @@ class _Comparison:
             worker.arena.reset()
             copy = self.target.load_expert(info.name, expert, arena=worker.arena)
             yield copy, worker.load_expert(info.name, expert)
-
-
-def _clearly_good(scales: torch.Tensor) -> bool:
-    """Whether block scales are all positive and finite, judged quickly by their bits."""
-    if scales.dtype != torch.float8_e4m3fn:
-        return False
-    highest = int(torch.tensor(E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8))
-    bits = scales.view(torch.uint8)
-    return bool(bits.amin() >= 1 and bits.amax() <= highest)
 
 
 def _check_gate(target: Checkpoint, truth: Gates, report: Report) -> None:

@@ -53,10 +53,11 @@ def m3_nano_hub(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def quantized(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """m3-nano quantized by this package, in each layout; treat as read-only."""
-    from quantize.checkpoint import Checkpoint
+    from quantize.checkpoint.reader import Checkpoint
+    from quantize.execute import execute
     from quantize.layouts import LAYOUTS
-    from quantize.pipeline import execute
-    from quantize.plan import Options, plan
+    from quantize.run.options import Options
+    from quantize.run.plan import plan
 
     folders = {}
     for layout in LAYOUTS:

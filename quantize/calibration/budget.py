@@ -12,12 +12,13 @@ from rich.filesize import decimal
 from quantize.calibration.routing import CHUNK
 from quantize.calibration.run import precision, staged_bytes
 from quantize.calibration.walk import TOKENS
-from quantize.checkpoint import Checkpoint
-from quantize.experts import ExpertGroup, layer_number, source_names
-from quantize.rounding import NEEDS_OUTPUT
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.names import layer_number
+from quantize.nvfp4.rounding import METHODS
 
 if TYPE_CHECKING:
-    from quantize.plan import Plan
+    from quantize.run.plan import Plan
 
 
 class Budget(NamedTuple):
@@ -58,7 +59,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     hidden = max(group.hidden for group in plan.found)
     inner = max(group.intermediate for group in plan.found)
     wide = hidden * residual_streams(checkpoint)  # of what layers pass on
-    back = settings.method in NEEDS_OUTPUT
+    back = METHODS[settings.method].needs_output
     # An expert: its weights, in float32 and quantized; what rounding keeps of gate and up; moments
     # with their factors in float64.
     expert = hidden * inner * (3 * (width + 12) + 2 * 24) + max(hidden, inner) ** 2 * 48

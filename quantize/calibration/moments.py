@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantize.nvfp4 import E2M1_MAX, E4M3_MAX
+from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX
 
 HEADROOM = 2.0
 """How much larger than in calibration inputs may be without being clipped. Block scales are E4M3

@@ -8,30 +8,29 @@ from itertools import chain
 
 import torch
 
-from quantize import nvfp4
 from quantize.calibration.moments import Moments, input_scale
 from quantize.calibration.routing import Chunk, Routing
-from quantize.calibration.settings import Calibration
-from quantize.calibration.staged import Findings, Staged
 from quantize.calibration.walk import Weights
+from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup
-from quantize.jobs import WeightError, outputs
-from quantize.kernels import (
+from quantize.experts.group import ExpertGroup
+from quantize.layouts.layout import Layout, stored_tensors
+from quantize.nvfp4 import format as nvfp4
+from quantize.nvfp4.kernels import for_device
+from quantize.nvfp4.kernels.kernel import (
     Kernel,
     NotFiniteError,
     Quantized,
-    for_device,
     quantize_weights,
     shared_scale,
 )
-from quantize.layouts import Layout
-from quantize.rounding import METHODS, NEEDS_OUTPUT, loss
-from quantize.shards import Output, ShardWriter
+from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.rounding.loss import loss
+from quantize.run.options import FEW, Calibration
+from quantize.run.shards import ShardWriter
+from quantize.run.staged import Findings, Staged
+from quantize.run.weight_error import WeightError
 
-FEW = 32
-"""Tokens below which an expert's own say too little: then its weights are rounded to nearest with
-``FALLBACK`` scales, and its input scales are those of the layer."""
 FALLBACK = "mse"
 
 
@@ -88,8 +87,8 @@ class Quantizer:
             first, second = (input_scale(x) for x in (layer if expert in self._few else own))
             modules = group.modules(expert)
             for module, scale in zip(modules, [first] * (len(modules) - 1) + [second], strict=True):
-                name = f"{module}.{self._layout.suffixes[3]}"
-                self._write(self._writer, name, _stored_scale(self._layout, scale))
+                for suffix, tensor in self._layout.store_input_scale(scale).items():
+                    self._write(self._writer, f"{module}.{suffix}", tensor)
         self._writer.finish()
         self._staged.finish(group, self._findings)
 
@@ -129,8 +128,7 @@ class Quantizer:
         findings.before.append([before for before, _ in pairs])
         findings.after.append([after for _, after in pairs])
         for module, result in zip(group.modules(number), chain(inputs, down), strict=True):
-            stored = self._layout.store(result.weight, 1.0)
-            for suffix, tensor in zip(self._layout.suffixes[:3], stored[:3], strict=True):
+            for suffix, tensor in self._layout.store(result.weight).items():
                 self._write(self._writer, f"{module}.{suffix}", tensor)
             lost = WeightError(module, result.noise, result.signal, result.counts.tolist())
             findings.lost.append(list(lost))
@@ -142,7 +140,7 @@ class Quantizer:
         what gate and up make, one above the other, and by what down makes."""
         device = weights.down.device
         first = Moments(group.hidden, device)
-        needed = self._settings.method in NEEDS_OUTPUT
+        needed = METHODS[self._settings.method].needs_output
         before = Moments(sum(map(len, weights.inputs)), device) if needed else None
         after = Moments(group.hidden, device) if needed else None
         for chunk in tokens:
@@ -180,7 +178,7 @@ class Quantizer:
         # Gate and up have the same inputs and global scale: one above the other, one weight.
         both = torch.cat([weight.float() for weight in weights])
         by_output = outputs.estimate() if outputs is not None else None
-        codes, block_scale = METHODS[rule](both, moments.estimate(), scale, by_output)
+        codes, block_scale = METHODS[rule].round(both, moments.estimate(), scale, by_output)
         results = []
         sizes = [len(weight) for weight in weights]
         parts = zip(weights, codes.split(sizes), block_scale.split(sizes), strict=True)
@@ -220,17 +218,8 @@ class Quantizer:
         writer.write(name, tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu())
 
 
-def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[Output]:
+def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[TensorInfo]:
     """The tensors of all experts of a group, without biases."""
     for expert in range(group.num_experts):
         for module, shape in zip(group.modules(expert), group.shapes, strict=True):
-            yield from outputs(module, shape, layout)
-
-
-def _stored_scale(layout: Layout, scale: float) -> torch.Tensor:
-    example = nvfp4.NvFp4(
-        torch.empty(1, 8, dtype=torch.uint8),
-        torch.empty(1, 1, dtype=torch.float8_e4m3fn),
-        torch.ones(()),
-    )
-    return layout.store(example, scale)[3]
+            yield from stored_tensors(module, shape, layout)

@@ -11,18 +11,19 @@ import torch
 
 from quantize.calibration.backward import Backward
 from quantize.calibration.quantizer import Quantizer, staged_outputs
-from quantize.calibration.staged import Staged
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Stream
 from quantize.calibration.walk import Nobody, Walk, gradients_name, states_name
-from quantize.checkpoint import Checkpoint, read_json
+from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup
-from quantize.rounding import NEEDS_OUTPUT
-from quantize.shards import sync, write_json
+from quantize.experts.group import ExpertGroup
+from quantize.nvfp4.rounding import METHODS
+from quantize.run.files import sync, write_json
+from quantize.run.staged import Staged
 
 if TYPE_CHECKING:
-    from quantize.plan import Plan
+    from quantize.run.plan import Plan
 
 Progress = Callable[[float, int], None]
 """Told how many layers are done, parts included, and how many there are."""
@@ -58,7 +59,7 @@ def calibrate(
     store = Store(folder / "states")
     quantizer = Quantizer(Staged(folder), undone, plan.layout, settings, plan.options.scales)
     journey = Journey(plan, stream, store, dtype, undone, progress)
-    if settings.method in NEEDS_OUTPUT:
+    if METHODS[settings.method].needs_output:
         there_and_back(Backward(checkpoint, plan.gates, stream, rows, store), quantizer, journey)
     else:
         there(Walk(checkpoint, plan.gates, stream, rows, store), quantizer, journey)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from quantize.checkpoint.tensors import DTYPE_NAMES
 from quantize.errors import QuantizeError
-from quantize.shards import DTYPE_NAMES, write_json
+from quantize.run.files import write_json
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _INDEX = "index.json"

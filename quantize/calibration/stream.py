@@ -31,10 +31,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError, first_line
-from quantize.experts import ExpertGroup, source_names
-from quantize.model import build, config_of, offline, parameters_on_meta
+from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.model import build, config_of, offline, parameters_on_meta
 
 Returned = tuple[torch.Tensor, ...]
 """What a layer returns, all of it that is not None."""

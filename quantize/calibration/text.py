@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,3 +173,8 @@ def _text(row: Any, where: str, tokenizer: Any) -> str:
                     f"({first_line(error)})"
                 ) from error
     raise QuantizeError(f"{where}: has none of the fields {', '.join(FIELDS)}")
+
+
+def digest_of(tokens: torch.Tensor) -> str:
+    """Equal only for equal tokens, int64 ``[rows, length]``."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()

@@ -16,10 +16,10 @@ import torch
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Routed, Stream
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup
-from quantize.gates import Gate, Gates
+from quantize.experts.gates import Gate, Gates
+from quantize.experts.group import ExpertGroup
 
 TOKENS = 4096
 """In one run of a layer, about."""

@@ -6,41 +6,53 @@ from the library's own models, so that it stays what the library reads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import (
-    QuantizationConfig,
-    QuantizationStatus,
-    preset_name_to_scheme,
-)
 
-from quantize.nvfp4 import NvFp4
+from quantize.nvfp4.format import NvFp4
+
+_FORMAT = "nvfp4-pack-quantized"
+"""The library's ``CompressionFormat.nvfp4_pack_quantized``; importing it takes seconds."""
 
 
 class CompressedTensors:
-    """See ``quantize.layouts.Layout``."""
+    """See ``quantize.layouts.layout.Layout``."""
 
     name = "compressed-tensors"
     suffixes = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     reciprocal = True
+    config_files: tuple[str, ...] = ()
 
-    def store(self, weight: NvFp4, input_scale: float) -> tuple[torch.Tensor, ...]:
-        scale = torch.tensor([1 / input_scale], dtype=torch.float32)
-        return weight.codes, weight.block_scale, weight.global_scale.reshape(1).reciprocal(), scale
+    def store(self, weight: NvFp4) -> dict[str, torch.Tensor]:
+        return {
+            "weight_packed": weight.codes,
+            "weight_scale": weight.block_scale,
+            "weight_global_scale": weight.global_scale.reshape(1).reciprocal(),
+        }
 
-    def restore(self, tensors: tuple[torch.Tensor, ...]) -> tuple[NvFp4, torch.Tensor]:
-        codes, block_scale, global_scale, input_scale = tensors
+    def store_input_scale(self, input_scale: float) -> dict[str, torch.Tensor]:
+        return {"input_global_scale": torch.tensor([1 / input_scale], dtype=torch.float32)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> tuple[NvFp4, torch.Tensor | None]:
+        codes, block_scale, global_scale = (tensors[s] for s in self.suffixes[:3])
+        input_scale = tensors.get("input_global_scale")
         weight = NvFp4(codes, block_scale, global_scale.reshape(()).reciprocal())
-        return weight, input_scale.reshape(()).reciprocal()
+        return weight, None if input_scale is None else input_scale.reshape(()).reciprocal()
 
     def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
+        from compressed_tensors.quantization import (  # takes seconds to import
+            QuantizationConfig,
+            QuantizationStatus,
+            preset_name_to_scheme,
+        )
+
         scheme = preset_name_to_scheme("NVFP4", ["Linear"])
-        scheme.format = CompressionFormat.nvfp4_pack_quantized.value
+        scheme.format = _FORMAT
         config = QuantizationConfig(
             config_groups={"group_0": scheme},
-            format=CompressionFormat.nvfp4_pack_quantized.value,
+            format=_FORMAT,
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=ignore,
         )
@@ -56,4 +68,7 @@ class CompressedTensors:
         formats = [quantization_config.get("format")]
         if isinstance(groups, dict):
             formats += [g.get("format") for g in groups.values() if isinstance(g, dict)]
-        return CompressionFormat.nvfp4_pack_quantized.value in formats
+        return _FORMAT in formats
+
+
+COMPRESSED_TENSORS = CompressedTensors()

@@ -7,11 +7,12 @@ vLLM 0.32's ``quantization/modelopt.py``, which reads either ``config.json``'s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from quantize.nvfp4 import BLOCK, NvFp4
+from quantize.nvfp4.format import BLOCK, NvFp4
 
 MIXED = "MIXED_PRECISION"
 """The algorithm of a checkpoint that has one for each module, in ``quantized_layers``."""
@@ -32,19 +33,28 @@ def algorithm(entry: dict[str, Any]) -> str:
 
 
 class ModelOpt:
-    """See ``quantize.layouts.Layout``."""
+    """See ``quantize.layouts.layout.Layout``."""
 
     name = "modelopt"
     suffixes = ("weight", "weight_scale", "weight_scale_2", "input_scale")
     reciprocal = False
+    config_files = ("hf_quant_config.json",)
 
-    def store(self, weight: NvFp4, input_scale: float) -> tuple[torch.Tensor, ...]:
-        scale = torch.tensor(input_scale, dtype=torch.float32)
-        return weight.codes, weight.block_scale, weight.global_scale.reshape(()), scale
+    def store(self, weight: NvFp4) -> dict[str, torch.Tensor]:
+        return {
+            "weight": weight.codes,
+            "weight_scale": weight.block_scale,
+            "weight_scale_2": weight.global_scale.reshape(()),
+        }
 
-    def restore(self, tensors: tuple[torch.Tensor, ...]) -> tuple[NvFp4, torch.Tensor]:
-        codes, block_scale, global_scale, input_scale = tensors
-        return NvFp4(codes, block_scale, global_scale.reshape(())), input_scale.reshape(())
+    def store_input_scale(self, input_scale: float) -> dict[str, torch.Tensor]:
+        return {"input_scale": torch.tensor(input_scale, dtype=torch.float32)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> tuple[NvFp4, torch.Tensor | None]:
+        codes, block_scale, global_scale = (tensors[s] for s in self.suffixes[:3])
+        input_scale = tensors.get("input_scale")
+        weight = NvFp4(codes, block_scale, global_scale.reshape(()))
+        return weight, None if input_scale is None else input_scale.reshape(())
 
     def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
         arguments = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
@@ -89,3 +99,6 @@ class ModelOpt:
         return any(
             algorithm(entry) in WEIGHT_ONLY for entry in layers.values() if isinstance(entry, dict)
         )
+
+
+MODELOPT = ModelOpt()

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 
+from quantize.nvfp4.rounding import METHODS
 from quantize.report.data import CalibrationReport, Experience, LayerReport
 from quantize.report.heatmap import EXPERTS, cell_id, step
 from quantize.report.markup import number, plural, text
-from quantize.rounding import NEEDS_OUTPUT
 
 _UNITS = 200
 """Height of the largest count in a skyline's own units, which are stretched to pixels."""
@@ -66,7 +66,7 @@ def section(calibration: CalibrationReport, plain: str, layers: list[LayerReport
         "its layer's input scales."
     )
     over = "all tokens" if calibration.every_expert else "its tokens, each with its router weight"
-    if calibration.method in NEEDS_OUTPUT:
+    if METHODS[calibration.method].needs_output:
         over += ", and each direction with the size of the loss's gradient along it"
     return (
         '<section class="card calibration"><h2>Calibration</h2>'

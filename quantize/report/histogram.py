@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from quantize.nvfp4 import E4M3_MAX, E4M3_MIN
+from quantize.nvfp4.format import E4M3_MAX, E4M3_MIN
 from quantize.report.markup import plural, text
 
 PATTERNS = 127

@@ -15,9 +15,9 @@ from benchmarks import modelopt_on_cpu, peers
 from benchmarks.accuracy import RECIPES, Bench, Figures, Row, table
 from examples.perplexity import model_perplexity
 from quantize.layouts import LAYOUTS
-from quantize.scales import quantize_weights
 from tests.benchmarks import tiny
 from tests.gpu.reference import Stored
+from tests.quantize.plain import plainly
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
@@ -108,7 +108,7 @@ def test_what_cannot_be_had_says_why(bench: Bench, monkeypatch: pytest.MonkeyPat
 
 def test_modelopts_kernels_on_a_cpu_are_this_packages_max_rule() -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    expected = quantize_weights([weight])[0].dequantize()
+    expected = plainly([weight])[0].dequantize()
     amax = weight.unflatten(-1, (-1, 16)).abs().amax(-1)
     assert torch.allclose(modelopt_on_cpu.dynamic(weight, 16, None, 4, 2, 8, 4), expected)
     assert torch.allclose(modelopt_on_cpu.static(weight, amax), expected)

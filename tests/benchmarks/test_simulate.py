@@ -19,13 +19,14 @@ from benchmarks.simulate import (
     weights_in_e4m3,
 )
 from benchmarks.stored import Experts, read
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.gates import Gate, Gates
+from quantize.execute import execute
+from quantize.experts.gates import Gate, Gates
 from quantize.layouts import LAYOUTS
-from quantize.nvfp4 import NvFp4
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
+from quantize.nvfp4.format import NvFp4
+from quantize.run.options import Options
+from quantize.run.plan import plan
 from tests.benchmarks import tiny
 from tests.gpu.reference import clamped_swiglu_oai, nearest_nvfp4, silu_gate
 

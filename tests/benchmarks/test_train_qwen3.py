@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.train_qwen3 import Sizes, configuration, grouped_in_bf16, make, texts, tokenise
-from quantize.checkpoint import Checkpoint
-from quantize.identify import identify
-from quantize.plan import plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.identify import identify
+from quantize.run.plan import plan
 from tests.benchmarks import tiny
 
 SIZES = Sizes(hidden=64, layers=1, experts=4, chosen=2, intermediate=64, batch=2, length=32)

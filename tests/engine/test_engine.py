@@ -86,9 +86,9 @@ def test_experts_are_sharded(tmp_path: Path) -> None:
     """A random Qwen3-MoE (no shared expert): one rank, two tensor-parallel, two expert-parallel."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from quantize.checkpoint import Checkpoint
-    from quantize.pipeline import execute
-    from quantize.plan import plan
+    from quantize.checkpoint.reader import Checkpoint
+    from quantize.execute import execute
+    from quantize.run.plan import plan
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(

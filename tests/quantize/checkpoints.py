@@ -10,10 +10,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import Summary, execute
-from quantize.plan import Options, plan
-from quantize.record import REPORT
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import Summary, execute
+from quantize.run.options import Options
+from quantize.run.plan import plan
+from quantize.run.record import REPORT
 from tests.quantize.reference import INDEX
 
 SIZES = {

@@ -17,10 +17,11 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from quantize.checkpoint import Checkpoint
-from quantize.experts import ExpertGroup, find
-from quantize.gates import Gates
-from quantize.identify import identify_config
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.find import find
+from quantize.experts.gates import Gates
+from quantize.experts.group import ExpertGroup
+from quantize.experts.identify import identify_config
 from tests.conftest import ROOT
 from tests.quantize import checkpoints
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantize import cli
+from quantize.cli import app as cli
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__, "tests.quantize.warm"])

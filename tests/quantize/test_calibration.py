@@ -24,14 +24,15 @@ from transformers import (
 from benchmarks.m3_checkpoint import Model
 from quantize.calibration import quantizer
 from quantize.calibration.budget import needed
-from quantize.calibration.settings import Calibration, digest_of
 from quantize.calibration.store import Store
-from quantize.calibration.text import load_rows
-from quantize.checkpoint import Checkpoint
+from quantize.calibration.text import digest_of, load_rows
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
-from quantize.shards import header, write_json
+from quantize.execute import execute
+from quantize.run.files import write_json
+from quantize.run.options import Calibration, Options
+from quantize.run.plan import plan
+from quantize.run.shards import header
 from quantize.verify import verify
 from tests.quantize import reference
 from tests.quantize.test_cli import refusal, run

@@ -16,9 +16,10 @@ from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Stream
 from quantize.calibration.walk import Nobody
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find
+from quantize.experts.find import find
+from quantize.experts.group import ExpertGroup
 from tests.quantize import families
 from tests.quantize.test_calibration_walk import CPU, FAMILIES, NOT_WALKED, rows_of
 

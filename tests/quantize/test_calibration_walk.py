@@ -14,10 +14,11 @@ from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
 from quantize.calibration.stream import Stream
 from quantize.calibration.walk import Walk, Weights, states_name
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find
-from quantize.identify import identify
+from quantize.experts.find import find
+from quantize.experts.group import ExpertGroup
+from quantize.experts.identify import identify
 from tests.quantize import families
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from quantize.cli import app
+from quantize.cli.app import app
 from tests.quantize import reference
 from tests.quantize.checkpoints import contents
 

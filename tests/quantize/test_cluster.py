@@ -17,11 +17,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quantize import cluster
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.plan import Options, plan
-from quantize.record import FOLDER, Record
+from quantize.run import cluster
+from quantize.run.options import Options
+from quantize.run.plan import plan
+from quantize.run.record import FOLDER, Record
 from tests.quantize import checkpoints
 from tests.quantize.checkpoints import ONE_THREAD
 from tests.quantize.test_cli import refusal, run
@@ -171,11 +172,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
-from quantize.calibration.settings import Calibration, digest_of
-from quantize.checkpoint import Checkpoint
-from quantize.cluster import connected
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
+from quantize.calibration.text import digest_of
+from quantize.run.options import Calibration
+from quantize.checkpoint.reader import Checkpoint
+from quantize.run.cluster import connected
+from quantize.execute import execute
+from quantize.run.options import Options
+from quantize.run.plan import plan
 
 source, target, address = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 rows = torch.randint(1, 16, (4, 64), generator=torch.Generator().manual_seed(0))

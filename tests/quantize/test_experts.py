@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import ExpertGroup, find, left_as_is
-from quantize.gates import Gate
+from quantize.experts.find import find, left_as_is
+from quantize.experts.gates import Gate
+from quantize.experts.group import ExpertGroup
 from tests.quantize import checkpoints
 from tests.quantize.checkpoints import EXPERTS, HIDDEN, INTERMEDIATE
 

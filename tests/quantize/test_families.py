@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import linear
 
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import find
-from quantize.gates import Gate, Gates, from_contract
-from quantize.identify import identify
+from quantize.experts.find import find
+from quantize.experts.gates import Gate, Gates, from_contract
+from quantize.experts.identify import identify
 from tests.quantize import checkpoints, families, reference
 from tests.quantize.families import UNSUPPORTED
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from quantize.cli import app
+from quantize.cli.app import app
 from tests.quantize import checkpoints
 from tests.quantize.checkpoints import write_index
 from tests.quantize.reference import INDEX

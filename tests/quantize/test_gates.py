@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from quantize.errors import QuantizeError
-from quantize.gates import FORMS, Gate, Gates, from_contract, to_contract
-from quantize.gates.probe import Probe
-from quantize.identify import identify, identify_config, match
+from quantize.experts.gates import FORMS, Gate, Gates, from_contract, to_contract
+from quantize.experts.gates.probe import Probe
+from quantize.experts.identify import identify, identify_config, match
 from tests.quantize import checkpoints
 
 OAI = {"form": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0}

@@ -13,11 +13,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from quantize import identify, model
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import find
-from quantize.gates import Gate, Gates, from_contract
+from quantize.experts import identify, model
+from quantize.experts.find import find
+from quantize.experts.gates import Gate, Gates, from_contract
 from tests.conftest import ROOT
 from tests.quantize.checkpoints import ONE_THREAD
 

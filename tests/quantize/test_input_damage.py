@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.pipeline import REPORT, execute
-from quantize.plan import Options, plan
+from quantize.execute import execute
+from quantize.run.options import Options
+from quantize.run.plan import plan
+from quantize.run.record import REPORT
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import convert
 from tests.quantize.reference import INDEX

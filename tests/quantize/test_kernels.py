@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.kernels import Kernel, NotFiniteError, Quantized, for_device, quantize_weights
-from quantize.kernels.reference import ReferenceKernel
-from quantize.scales import RULES
+from quantize.nvfp4.kernels import for_device
+from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, quantize_weights
+from quantize.nvfp4.kernels.reference import ReferenceKernel
+from quantize.nvfp4.scales import RULES
 
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

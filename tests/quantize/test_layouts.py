@@ -16,11 +16,12 @@ from compressed_tensors.quantization import (
 from safetensors.torch import load_file
 
 from quantize import layouts
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import execute
 from quantize.layouts import LAYOUTS
-from quantize.nvfp4 import NvFp4
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
+from quantize.nvfp4.format import NvFp4
+from quantize.run.options import Options
+from quantize.run.plan import plan
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import EXPERTS, HIDDEN, INTERMEDIATE
 
@@ -113,7 +114,10 @@ def test_store_and_restore_are_inverse(layout: str) -> None:
     codes = torch.from_numpy(generator.integers(0, 256, (4, 16), dtype=np.uint8))
     scales = torch.from_numpy(generator.integers(1, 127, (4, 2), dtype=np.uint8))
     weight = NvFp4(codes, scales.view(torch.float8_e4m3fn), torch.tensor(0.00371))
-    restored, input_scale = LAYOUTS[layout].restore(LAYOUTS[layout].store(weight, 0.25))
+    stored = LAYOUTS[layout].store(weight) | LAYOUTS[layout].store_input_scale(0.25)
+    assert tuple(stored) == LAYOUTS[layout].suffixes
+    restored, input_scale = LAYOUTS[layout].restore(stored)
+    assert input_scale is not None
     assert torch.equal(restored.codes, codes)
     assert torch.equal(restored.block_scale.view(torch.uint8), scales)
     assert restored.global_scale.item() == pytest.approx(0.00371, rel=2.0**-22)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.m3_slice import Slice, write
-from quantize.checkpoint import Checkpoint
-from quantize.experts import find
-from quantize.identify import identify
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.find import find
+from quantize.experts.identify import identify
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -20,9 +20,10 @@ Folders = Callable[[str], Path]
 MEASURE = """
 import re, sys, threading, time
 from pathlib import Path
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import execute
+from quantize.run.options import Options
+from quantize.run.plan import plan
 
 def anonymous():
     # Memory of this process's own; pages of mapped files, which the kernel can drop, do not count.

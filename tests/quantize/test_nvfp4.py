@@ -8,9 +8,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from quantize import nvfp4
-from quantize.scales import RULES, quantize_weights
+from quantize.nvfp4 import format as nvfp4
+from quantize.nvfp4.scales import RULES
 from tests.quantize import reference
+from tests.quantize.plain import plainly
 from tests.quantize.reference import E2M1, E4M3, POSITIVE_E4M3
 
 TINY = 2.0**-149
@@ -129,7 +130,7 @@ def test_max_rule_is_bit_exact(dtype: torch.dtype, spread: float) -> None:
     up[3] = 0  # zero blocks
     gate[5, :16] = 1e-9  # a block far below the others: the smallest scale
     scale, wanted = reference.max_rule(gate.float().numpy(), up.float().numpy())
-    results = quantize_weights([gate, up], "max")
+    results = plainly([gate, up], "max")
     for got, (codes, scales) in zip(results, wanted, strict=True):
         assert got.global_scale.dtype == torch.float32
         assert got.global_scale.shape == ()
@@ -141,14 +142,14 @@ def test_max_rule_is_bit_exact(dtype: torch.dtype, spread: float) -> None:
 def test_row_chunks_change_nothing() -> None:
     weight = torch.randn(37, 32, generator=torch.Generator().manual_seed(1))
     for rule in RULES:
-        whole, parts = (quantize_weights([weight], rule, rows)[0] for rows in (4096, 5))
+        whole, parts = (plainly([weight], rule, rows)[0] for rows in (4096, 5))
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_all_zero_weights_stay_zero_with_usable_scales(rule: str, dtype: torch.dtype) -> None:
-    for got in quantize_weights([torch.zeros(4, 32, dtype=dtype)] * 2, rule):
+    for got in plainly([torch.zeros(4, 32, dtype=dtype)] * 2, rule):
         assert got.global_scale.item() == 1.0
         assert (bits(got.block_scale) >= 1).all()
         assert (bits(got.block_scale) <= 126).all()
@@ -159,7 +160,7 @@ def test_all_zero_weights_stay_zero_with_usable_scales(rule: str, dtype: torch.d
 def test_zero_blocks_stay_zero_beside_large_ones(rule: str) -> None:
     weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
     weight[:, 16:32] = 0
-    got = quantize_weights([weight], rule)[0]
+    got = plainly([weight], rule)[0]
     assert (bits(got.block_scale) >= 1).all()
     assert not got.dequantize()[:, 16:32].any()
 
@@ -167,7 +168,7 @@ def test_zero_blocks_stay_zero_beside_large_ones(rule: str) -> None:
 def test_the_largest_block_scale_is_448() -> None:
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(3))
     weight[4, 100] = -17.0
-    got = quantize_weights([weight], "max")[0]
+    got = plainly([weight], "max")[0]
     assert E4M3[bits(got.block_scale)].max() == 448.0
     assert got.dequantize()[4, 100].item() == pytest.approx(-17.0, rel=1e-6)
 
@@ -215,7 +216,7 @@ NORMAL = 6 * 448 * 2.0**-126
 @given(tensors())
 def test_round_trip_is_within_half_a_grid_step(weight: torch.Tensor) -> None:
     for rule in ("max", "mse"):
-        got = quantize_weights([weight], rule)[0]
+        got = plainly([weight], rule)[0]
         step = block_steps(got)
         exact = weight.double().numpy()
         units = np.abs(exact) / step
@@ -234,7 +235,7 @@ def test_round_trip_is_within_half_a_grid_step(weight: torch.Tensor) -> None:
 @settings(max_examples=300, deadline=None)
 @given(tensors(smallest=NORMAL))
 def test_max_clips_by_no_more_than_its_scale_was_rounded(weight: torch.Tensor) -> None:
-    got = quantize_weights([weight], "max")[0]
+    got = plainly([weight], "max")[0]
     patterns = bits(got.block_scale).astype(int)
     blocks = np.abs(weight.double().numpy()).reshape(*patterns.shape, 16).max(-1)
     # Half a step above the chosen E4M3 value; nothing is above 448, so nothing rounds to it.
@@ -251,7 +252,7 @@ def test_max_clips_by_no_more_than_its_scale_was_rounded(weight: torch.Tensor) -
 def test_scales_are_always_usable(weight: torch.Tensor) -> None:
     """Positive and finite, and so is the reciprocal that compressed-tensors stores."""
     for rule in ("max", "mse"):
-        got = quantize_weights([weight], rule)[0]
+        got = plainly([weight], rule)[0]
         patterns = bits(got.block_scale)
         assert ((patterns >= 1) & (patterns <= 126)).all()
         scale = got.global_scale
@@ -325,7 +326,7 @@ KINDS = ["normal", "heavy", "mixed", "bf16"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_mse_is_the_best_scale_from_half_to_one_and_a_half(kind: str) -> None:
     weight = random_blocks(kind)
-    largest, got = (quantize_weights([weight], rule)[0] for rule in ("max", "mse"))
+    largest, got = (plainly([weight], rule)[0] for rule in ("max", "mse"))
     start = bits(largest.block_scale)
     best = searched(weight, got.global_scale.item(), start, range(-8, 6))
     ours = block_errors(weight, got)
@@ -337,7 +338,7 @@ def test_mse_is_the_best_scale_from_half_to_one_and_a_half(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_mse_is_the_best_of_all_scales(kind: str) -> None:
     weight = random_blocks(kind)
-    got = quantize_weights([weight], "mse")[0]
+    got = plainly([weight], "mse")[0]
     lowest = np.ones(got.block_scale.shape, int)
     best = searched(weight, got.global_scale.item(), lowest, range(126))
     np.testing.assert_allclose(block_errors(weight, got), best, rtol=1e-5)
@@ -347,7 +348,7 @@ def test_mse_is_the_best_of_all_scales(kind: str) -> None:
 def test_four_six_is_the_better_of_its_two(kind: str) -> None:
     """By a plain search: the largest value at 6, or at 4."""
     weight = random_blocks(kind)
-    got = quantize_weights([weight], "four-six")[0]
+    got = plainly([weight], "four-six")[0]
     scale = got.global_scale.item()
     amax = weight.float().abs().unflatten(-1, (-1, 16)).amax(-1)
     both = []
@@ -356,14 +357,14 @@ def test_four_six_is_the_better_of_its_two(kind: str) -> None:
         both.append(searched(weight, scale, start, range(1)))
     np.testing.assert_allclose(block_errors(weight, got), np.minimum(*both), rtol=1e-4)
     if kind != "mixed":
-        largest = quantize_weights([weight], "max")[0]
+        largest = plainly([weight], "max")[0]
         assert block_errors(weight, got).sum() < 0.97 * block_errors(weight, largest).sum()
 
 
 @settings(max_examples=300, deadline=None)
 @given(tensors(smallest=1e-12, largest=1e15))
 def test_mse_is_never_worse_than_max(weight: torch.Tensor) -> None:
-    largest, got = (quantize_weights([weight], rule)[0] for rule in ("max", "mse"))
+    largest, got = (plainly([weight], rule)[0] for rule in ("max", "mse"))
     ours, theirs = block_errors(weight, got), block_errors(weight, largest)
     # Below 1e-13 of the tensor's largest value, the search's squares leave float32.
     slack = 1e-5 * theirs + 16 * (1e-13 * weight.double().abs().max().item()) ** 2
@@ -375,7 +376,7 @@ def test_mse_does_not_depend_on_the_magnitude(magnitude: float) -> None:
     """Squares of such weights leave float32's range; the choice must not change."""
     exponent = round(math.log2(magnitude))
     weight = torch.rand(32, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    plain = quantize_weights([weight], "mse")[0]
-    scaled = quantize_weights([torch.ldexp(weight, torch.tensor(exponent))], "mse")[0]
+    plain = plainly([weight], "mse")[0]
+    scaled = plainly([torch.ldexp(weight, torch.tensor(exponent))], "mse")[0]
     np.testing.assert_array_equal(bits(scaled.block_scale), bits(plain.block_scale))
     assert torch.equal(scaled.codes, plain.codes)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from quantize.record import FOLDER
+from quantize.run.record import FOLDER
 from tests.quantize.checkpoints import contents, convert
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.test_damage import assert_not_a_checkpoint

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantize.cli.options import parse_size
 from quantize.errors import QuantizeError
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from quantize.layouts import LAYOUTS
-from quantize.record import FOLDER
-from quantize.shards import parse_size
+from quantize.run.record import FOLDER
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import contents, convert
 from tests.quantize.reference import INDEX, Raw

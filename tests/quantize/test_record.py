@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from quantize import cli, pipeline
-from quantize.checkpoint import Checkpoint
+from quantize import execute
+from quantize.checkpoint.reader import Checkpoint
+from quantize.cli import app as cli
 from quantize.errors import QuantizeError
-from quantize.plan import Options, plan
-from quantize.record import FOLDER, Record
+from quantize.run import workers
+from quantize.run.options import Options
+from quantize.run.plan import plan
+from quantize.run.record import FOLDER, Record
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import contents, convert
 
@@ -40,7 +43,7 @@ def interrupted(source: Path, target: Path) -> list[str]:
         files = {str(f.resolve()): f.stat().st_mtime_ns for f in checkpoint.files}
         record = Record(target, steps.fingerprint(checkpoint), files=files)
         record.begin(overwrite=False, resume=False)
-        pipeline.make_shards(checkpoint, steps, record, range(len(steps.shards)), CPU, 1)
+        workers.make_shards(checkpoint, steps, record, range(len(steps.shards)), CPU, 1)
     return steps.names
 
 
@@ -99,7 +102,7 @@ def test_two_runs_in_one_target(saved: Folders, tmp_path: Path) -> None:
         other = Record(out, second.fingerprint(checkpoint))
         other.begin(overwrite=True, resume=False)
         with pytest.raises(QuantizeError, match=r"another run has taken .*out over"):
-            pipeline.make_shards(checkpoint, first, record, [0], CPU, 1)
+            workers.make_shards(checkpoint, first, record, [0], CPU, 1)
         record.abandon()
         assert not list(out.glob("*.safetensors"))
         assert (out / FOLDER / "run.json").exists()  # the other's
@@ -133,7 +136,7 @@ def test_what_nobody_foresaw_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "make_shards", fail)
+    monkeypatch.setattr(execute, "make_shards", fail)
     monkeypatch.delenv(cli._TRACEBACK, raising=False)
     words = ["quantize", str(saved("qwen3_moe")), str(tmp_path / "out")]
     result = CliRunner().invoke(cli.app, words)

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from quantize import pipeline, results
-from quantize.calibration.quantizer import FEW
-from quantize.calibration.settings import Calibration, digest_of
-from quantize.calibration.staged import Findings, Staged
-from quantize.checkpoint import Checkpoint
-from quantize.plan import Options, plan
-from quantize.record import REPORT
+from quantize import execute
+from quantize.calibration.text import digest_of
+from quantize.checkpoint.reader import Checkpoint
 from quantize.report import CalibrationReport, Experience, LayerReport, RunReport, render
+from quantize.report import collect as results
+from quantize.run.options import FEW, Calibration, Options
+from quantize.run.plan import plan
+from quantize.run.record import REPORT
+from quantize.run.staged import Findings, Staged
 from tests.quantize.test_report import TIMES, Node, Tree, layer, parse, run
 
 ARROW, DASH = "\N{RIGHTWARDS ARROW}", "\N{EN DASH}"
@@ -198,17 +199,17 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
         if done >= 2.5:
             raise Stopped
 
-    monkeypatch.setattr(pipeline, "collect", seen)
+    monkeypatch.setattr(execute, "collect", seen)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with Checkpoint(m3_nano) as checkpoint:
             steps = plan(checkpoint, options)
             whole, again = tmp_path / "a" / "out", tmp_path / "b" / "out"
-            pipeline.execute(checkpoint, steps, whole, rows=rows)
+            execute.execute(checkpoint, steps, whole, rows=rows)
             with pytest.raises(Stopped):
-                pipeline.execute(checkpoint, steps, again, rows=rows, calibrating=stop)
-            pipeline.execute(checkpoint, steps, again, rows=rows, resume=True)
+                execute.execute(checkpoint, steps, again, rows=rows, calibrating=stop)
+            execute.execute(checkpoint, steps, again, rows=rows, resume=True)
     finally:
         torch.set_num_threads(threads)
     assert (whole / REPORT).read_bytes() == (again / REPORT).read_bytes()

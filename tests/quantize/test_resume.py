@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantize.errors import QuantizeError
-from quantize.pipeline import REPORT
-from quantize.record import FOLDER
+from quantize.run.record import FOLDER, REPORT
 from tests.quantize import checkpoints, processes
 from tests.quantize.checkpoints import convert
 from tests.quantize.reference import INDEX
@@ -317,7 +316,7 @@ def test_a_source_that_moved_is_the_same(
 def test_another_version_is_refused(
     half: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.plan.package_version", lambda: "99.0")
+    monkeypatch.setattr("quantize.run.plan.package_version", lambda: "99.0")
     with pytest.raises(QuantizeError, match="another source, options or version"):
         convert(source, half, resume=True, max_shard_size=6000)
 

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize import nvfp4
-from quantize.rounding import METHODS, loss
-from quantize.rounding.blocks import codes_of
-from quantize.rounding.descent import Descent
-from quantize.rounding.gptq import DAMPING, damped, gptq
-from quantize.scales import quantize_weights
+from quantize.nvfp4 import format as nvfp4
+from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.rounding.blocks import codes_of
+from quantize.nvfp4.rounding.descent import Descent
+from quantize.nvfp4.rounding.gptq import DAMPING, damped, gptq
+from quantize.nvfp4.rounding.loss import loss
+from tests.quantize.plain import plainly
 
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -37,7 +38,7 @@ def lost(weight: torch.Tensor, moment: torch.Tensor, stored: nvfp4.NvFp4) -> flo
 
 def found(method: str, case: Case) -> float:
     weight, moment, scale = case
-    codes, block_scale = METHODS[method](weight, moment, scale)
+    codes, block_scale = METHODS[method].round(weight, moment, scale)
     assert codes.dtype == torch.uint8
     assert block_scale.dtype == torch.float8_e4m3fn
     assert nvfp4.bad_scales(block_scale) is None
@@ -48,8 +49,8 @@ def found(method: str, case: Case) -> float:
 def test_without_correlation_it_is_the_mse_rule(method: str) -> None:
     """Nothing can be made up for, and every column counts the same."""
     weight, _, scale = case(24, 64)
-    codes, block_scale = METHODS[method](weight, torch.eye(64), scale)
-    plain = quantize_weights([weight], "mse")[0]
+    codes, block_scale = METHODS[method].round(weight, torch.eye(64), scale)
+    plain = plainly([weight], "mse")[0]
     stored = nvfp4.NvFp4(codes, block_scale, scale)
     assert torch.equal(block_scale.view(torch.uint8), plain.block_scale.view(torch.uint8))
     assert torch.equal(stored.dequantize(), plain.dequantize())
@@ -59,7 +60,7 @@ def test_without_correlation_it_is_the_mse_rule(method: str) -> None:
 @pytest.mark.parametrize("correlation", [0.5, 1.0, 3.0])
 def test_each_method_is_closer_than_those_before(seed: int, correlation: float) -> None:
     weight, moment, scale = case(48, 192, seed, correlation)
-    plain = lost(weight, moment, quantize_weights([weight], "mse")[0])
+    plain = lost(weight, moment, plainly([weight], "mse")[0])
     first, second = (found(method, (weight, moment, scale)) for method in ("gptq", "descent"))
     assert first < 0.9 * plain
     assert second < 0.95 * first
@@ -120,7 +121,7 @@ def test_a_column_without_input_and_an_expert_without_tokens() -> None:
     moment[5] = moment[:, 5] = 0
     for moments in (moment, torch.zeros(32, 32)):
         for method in METHODS.values():
-            codes, block_scale = method(weight, moments, scale, torch.zeros(8, 8))
+            codes, block_scale = method.round(weight, moments, scale, torch.zeros(8, 8))
             restored = nvfp4.dequantize(codes, block_scale, scale)
             assert torch.isfinite(restored).all()
             assert (restored - weight).norm() < 0.5 * weight.norm()

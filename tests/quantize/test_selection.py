@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize import linears
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts import find
-from quantize.gates import Gate
+from quantize.experts import linears
+from quantize.experts.find import find
+from quantize.experts.gates import Gate
 from quantize.layouts import LAYOUTS
-from quantize.plan import Options, plan
+from quantize.run.options import Options
+from quantize.run.plan import plan
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import convert
 from tests.quantize.reference import Raw

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantize import sources
-from quantize.checkpoint import Checkpoint
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.find import find_stored_weights
+from quantize.checkpoint.sources.refusals import check_config
+from quantize.checkpoint.sources.stored_weight import StoredWeight
 from quantize.errors import QuantizeError
 from tests.quantize import published as pub
 from tests.quantize.checkpoints import save
@@ -52,7 +54,7 @@ def test_published(publish: Callable[[], Published], tmp_path: Path) -> None:
     """Through a checkpoint: one tensor of floats by its usual name, each of its experts alike."""
     published = publish()
     with Checkpoint(write(tmp_path, published)) as checkpoint:
-        sources.check_config(checkpoint.config, checkpoint.formats, "config.json")
+        check_config(checkpoint.config, checkpoint.formats, "config.json")
         assert checkpoint.formats == {published.format}
         assert set(checkpoint.tensors) == {*published.weights, *PLAIN}
         [(name, expected)] = published.weights.items()
@@ -88,9 +90,9 @@ def test_nested_config(tmp_path: Path) -> None:
         assert_same(checkpoint.load(name), expected)
 
 
-def find(published: Published) -> dict[str, sources.Encoded]:
+def find(published: Published) -> dict[str, StoredWeight]:
     """Without files: what is looked at is names, dtypes and shapes."""
-    return sources.find_encoded(headers(published.stored), config_of(published))
+    return find_stored_weights(headers(published.stored), config_of(published))
 
 
 class Header(NamedTuple):
@@ -166,7 +168,7 @@ def test_fp8_every_size(
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_scale_reaches_the_caller(bad: float) -> None:
     stored = {"a.weight": torch.ones(4, 4).to(E4M3), "a.weight_scale_inv": torch.full((1, 1), bad)}
-    encoded = sources.find_encoded(headers(stored), {})["a.weight"]
+    encoded = find_stored_weights(headers(stored), {})["a.weight"]
     assert not encoded.decode(*stored.values()).isfinite().any()
 
 
@@ -301,7 +303,7 @@ def test_nvfp4_is_refused(quantization: dict[str, Any]) -> None:
     message = r"^here: .*already NVFP4; quantizing 4-bit values again only loses accuracy; start fr"
     for placed in (config(quantization), {"text_config": config(quantization)}):
         with pytest.raises(QuantizeError, match=message):
-            sources.check_config(placed, set(), "here")
+            check_config(placed, set(), "here")
 
 
 @pytest.mark.parametrize("name", ["a.weight_scale_2", "a.weight_global_scale"])
@@ -311,7 +313,7 @@ def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
     with Checkpoint(tmp_path) as checkpoint:
         for said in ({}, config({"quant_method": "fp8"})):
             with pytest.raises(QuantizeError, match="already NVFP4"):
-                sources.check_config(said, checkpoint.formats, "here")
+                check_config(said, checkpoint.formats, "here")
 
 
 @pytest.mark.parametrize(
@@ -338,13 +340,13 @@ def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
 )
 def test_other_methods_are_refused(quantization: Any, named: str) -> None:
     with pytest.raises(QuantizeError, match=rf"^here: .*already quantized \(.*{named}.*start from"):
-        sources.check_config(config(quantization), {"fp8"}, "here")
+        check_config(config(quantization), {"fp8"}, "here")
 
 
 @pytest.mark.parametrize("quantization", [None, {"quant_method": "modelopt", "quant_algo": None}])
 def test_unquantized_is_let_through(quantization: Any) -> None:
-    sources.check_config({}, set(), "here")
-    sources.check_config(config(quantization), set(), "here")
+    check_config({}, set(), "here")
+    check_config(config(quantization), set(), "here")
 
 
 CODES = torch.ones(64, 64).to(E4M3)
@@ -401,14 +403,14 @@ BYTES = torch.ones(64, 32, dtype=torch.uint8)
 )
 def test_incomplete_checkpoints(stored: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(QuantizeError, match=message):
-        sources.find_encoded(headers(stored), {})
+        find_stored_weights(headers(stored), {})
 
 
 @pytest.mark.parametrize("size", [128, [128], [128, 0], [128, 1.5], ["128", "128"], [True, True]])
 def test_bad_block_size(size: Any) -> None:
     stored = headers({"a.weight": CODES, "a.weight_scale_inv": torch.ones(1, 1)})
     with pytest.raises(QuantizeError, match=r"weight_block_size is .*two positive integers"):
-        sources.find_encoded(stored, config({"weight_block_size": size}))
+        find_stored_weights(stored, config({"weight_block_size": size}))
 
 
 def test_what_is_not_a_source_format_stays() -> None:
@@ -425,4 +427,4 @@ def test_what_is_not_a_source_format_stays() -> None:
         "d.qweight": torch.ones(4, 4, dtype=torch.int32),
         "d.scales": torch.ones(4, 4).half(),
     }
-    assert sources.find_encoded(headers(stored), {}) == {}
+    assert find_stored_weights(headers(stored), {}) == {}

@@ -2,8 +2,9 @@
 
 import torch
 
-from quantize import cli
-from quantize.kernels import for_device, quantize_weights
+from quantize.cli import app as cli
+from quantize.nvfp4.kernels import for_device
+from quantize.nvfp4.kernels.kernel import quantize_weights
 
 assert cli.app
 torch.set_num_threads(1)

@@ -1,0 +1,155 @@
+"""FP8 (E4M3) with one scale for a block of weights, as DeepSeek-V3 publishes it.
+
+``weight`` F8_E4M3 ``[..., out, in]`` and ``weight_scale_inv`` ``[..., ceil(out / 128),
+ceil(in / 128)]`` mean ``e4m3(code) * scale``: despite its name, the scale multiplies. Sources:
+DeepSeek-V3's ``inference/kernel.py`` (``weight_dequant``), Transformers 5's ``Fp8Dequantize``.
+The block is ``weight_block_size`` of the config, 128 by 128 if it says nothing; scales are F32,
+BF16, F16 or, as in DeepSeek-V4 (``scale_fmt: ue8m0``), powers of two.
+
+One scale a tensor or one a row (ModelOpt, compressed-tensors, Quark) is the same with a larger
+block. Stacked ``gate_up_proj`` holds two weights, gate and up, and each is cut into blocks on its
+own, as Transformers' ``_alloc_expert_proj`` (at least two rows of scales) and ``Fp8Dequantize``
+(rows of weights by rows of scales) have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from quantize.checkpoint.sources.lookup import E4M3, lookup, scale_values
+from quantize.checkpoint.sources.mxfp8 import SCALE_DTYPES, is_mxfp8
+from quantize.checkpoint.sources.stored_weight import (
+    ALONE,
+    StoredWeight,
+    from_pair,
+    is_scale,
+    quantization_config,
+    scale_of,
+)
+from quantize.checkpoint.tensors import TensorInfo
+from quantize.errors import QuantizeError
+
+_DEFAULT_BLOCK = (128, 128)
+_SCALES = ("F32", "BF16", "F16", *SCALE_DTYPES)
+
+
+class Fp8Block:
+    """See ``quantize.checkpoint.sources.SourceFormat``."""
+
+    name = "fp8"
+    config_names = frozenset(
+        {
+            *("fp8", "fbgemm_fp8", "deepseek_v4_fp8"),
+            *("fp8_pb_wo", "fp8_per_channel_per_token"),  # ModelOpt
+            *("float-quantized", "naive-quantized"),  # compressed-tensors
+            "fp8_e4m3",  # Quark
+        }
+    )
+
+    def find(self, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> list[StoredWeight]:
+        block = _block_size(config)
+        found = []
+        for name, info in stored.items():
+            if info.dtype != "F8_E4M3" or is_scale(name):
+                continue
+            scale = scale_of(name, stored)
+            if scale is not None and not is_mxfp8(info, scale):
+                cut = partial(decode, **_cut(info, scale, block))
+                found.append(from_pair(self.name, name, info.shape, (info, scale), stored, cut))
+        return found
+
+    def complaint(self, info: TensorInfo) -> str | None:
+        if info.dtype in ("F8_E4M3", "F8_E5M2") and not is_scale(info.name):
+            return (
+                f"is {info.dtype}, but has no scale that is known ({info.name}_scale_inv, "
+                f"{info.name}_scale); without one, its values mean nothing"
+            )
+        return ALONE if info.name.endswith("_scale_inv") else None
+
+
+FP8_BLOCK = Fp8Block()
+
+
+def decode(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor | None = None,
+    *,
+    block: tuple[int, int],
+    groups: int = 1,
+) -> torch.Tensor:
+    """Float32 ``[..., out, in]`` from E4M3 ``[..., out, in]``; one rounding, the product's.
+
+    Args:
+        scale: any shape with one value a block, in order.
+        block: rows and columns that share a scale; the last ones may be fewer.
+        groups: weights stacked along ``out``, each cut into blocks on its own.
+    """
+    weight = lookup(codes, E4M3, out)
+    *lead, outputs, inputs = weight.shape
+    height, width = block
+    rows = outputs // groups
+    grid = (-(-rows // height), -(-inputs // width))
+    stacked = weight.view(*lead, groups, rows, inputs)
+    scale = scale_values(scale).reshape(*lead, groups, *grid)
+    for across, scales_across, high in _pieces(rows, height):
+        for along, scales_along, wide in _pieces(inputs, width):
+            blocks = stacked[..., across, along].unflatten(-2, (-1, high)).unflatten(-1, (-1, wide))
+            blocks.mul_(scale[..., scales_across, scales_along][..., :, None, :, None])
+    return weight
+
+
+def _pieces(size: int, block: int) -> Iterator[tuple[slice, slice, int]]:
+    """Weights, their scales, and the block, for all whole blocks of a dimension and for the rest.
+
+    Within a piece blocks are alike, so that scales can be broadcast instead of spread in memory.
+    """
+    whole, rest = divmod(size, block)
+    if whole:
+        yield slice(0, whole * block), slice(0, whole), block
+    if rest:
+        yield slice(whole * block, size), slice(whole, whole + 1), rest
+
+
+def _cut(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> dict[str, Any]:
+    """How ``weight`` is cut into blocks: arguments of :func:`decode`."""
+    if scale.dtype not in _SCALES:
+        raise QuantizeError(f"{scale.name} has dtype {scale.dtype}, expected one of {_SCALES}")
+    if len(weight.shape) < 2 or 0 in weight.shape:
+        raise QuantizeError(f"{weight.name} has shape {list(weight.shape)}, expected a matrix")
+    *lead, rows, columns = weight.shape
+    groups = 2 if weight.name.endswith("gate_up_proj") and rows % 2 == 0 else 1
+    grid = (groups * -(-rows // groups // block[0]), -(-columns // block[1]))
+    if scale.shape == (*lead, *grid):
+        return {"block": block, "groups": groups}
+    if scale.shape in ((*lead, rows), (*lead, rows, 1)):
+        return {"block": (1, columns)}
+    if scale.shape in ((*lead,), (*lead, 1), (*lead, 1, 1)):
+        return {"block": (rows, columns)}
+    raise QuantizeError(
+        f"{scale.name} has shape {list(scale.shape)}; {weight.name} {list(weight.shape)} needs "
+        f"{[*lead, *grid]} (blocks of {block[0]} x {block[1]}), or one scale a row or a matrix"
+    )
+
+
+def _block_size(config: dict[str, Any]) -> tuple[int, int]:
+    """``weight_block_size``, or compressed-tensors' ``block_structure``."""
+    quantization = quantization_config(config)
+    if not isinstance(quantization, dict):
+        return _DEFAULT_BLOCK
+    size = quantization.get("weight_block_size")
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        size = size or (weights.get("block_structure") if isinstance(weights, dict) else None)
+    if size is None:
+        return _DEFAULT_BLOCK
+    if not isinstance(size, list) or [type(n) for n in size] != [int, int] or min(size) < 1:
+        raise QuantizeError(
+            f"config.json: weight_block_size is {size!r}; expected two positive integers"
+        )
+    return size[0], size[1]

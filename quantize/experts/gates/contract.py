@@ -1,0 +1,119 @@
+"""The gate contract: which activation a checkpoint's experts apply between their two GEMMs.
+
+Written by ``nvfp4-moe quantize`` into ``config.json`` under ``nvfp4_moe``, a key that stock readers
+ignore, and obeyed by the vLLM plugin whatever the engine's own layer would do::
+
+    {"nvfp4_moe": {"version": 1, "gate": {"form": "swiglu_oai", "alpha": 1.702, "beta": 1.0,
+                                          "limit": 7.0, "interleaved": false}}}
+
+Where layers differ, it is version 2: ``gate`` is that of most layers, and ``layers`` maps the
+numbers of the others to theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from quantize.errors import QuantizeError
+from quantize.experts.gates.gate import Gate
+
+KEY = "nvfp4_moe"
+
+_VERSIONS = (1, 2)
+_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates of a model's routed experts.
+
+    Attributes:
+        default: of every layer that is not in ``layers``.
+        layers: by layer number, only where they differ from ``default``.
+    """
+
+    default: Gate
+    layers: Mapping[int, Gate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        different = {n: gate for n, gate in sorted(self.layers.items()) if gate != self.default}
+        object.__setattr__(self, "layers", different)
+
+    @classmethod
+    def uniform(cls, gate: Gate) -> Gates:
+        """One gate for all layers."""
+        return cls(gate)
+
+    @classmethod
+    def of_layers(cls, gates: Mapping[int, Gate]) -> Gates:
+        """From the gate of each layer; the most frequent becomes the default."""
+        return cls(Counter(gates.values()).most_common(1)[0][0], gates)
+
+    def of(self, prefix: str) -> Gate:
+        """The gate of the experts at a module path such as ``model.layers.3.mlp.experts``."""
+        number = first_number(prefix)
+        return self.default if number is None else self.layers.get(number, self.default)
+
+    def concatenated(self) -> Gates:
+        """The same gates for tensors that have been split into gate and up."""
+        layers = {number: gate.concatenated() for number, gate in self.layers.items()}
+        return Gates(self.default.concatenated(), layers)
+
+    def __str__(self) -> str:
+        by_gate: dict[Gate, list[int]] = {}
+        for number, gate in self.layers.items():
+            by_gate.setdefault(gate, []).append(number)
+        return "".join(
+            [str(self.default)]
+            + [
+                f"; in layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}: {gate}"
+                for gate, numbers in by_gate.items()
+            ]
+        )
+
+
+def first_number(path: str) -> int | None:
+    """The number by which the contract calls the layer at a module path: the first one in it."""
+    found = _NUMBER.search(path)
+    return int(found[1]) if found else None
+
+
+def to_contract(gates: Gates) -> dict[str, Any]:
+    """The value of ``config.json``'s ``nvfp4_moe`` key."""
+    if not gates.layers:
+        return {"version": 1, "gate": asdict(gates.default)}
+    layers = {str(number): asdict(gate) for number, gate in gates.layers.items()}
+    return {"version": 2, "gate": asdict(gates.default), "layers": layers}
+
+
+def from_contract(value: Any, where: str = "config.json") -> Gates:
+    """The gates in a contract.
+
+    Raises:
+        QuantizeError: if ``value`` is malformed, or of a version or form this code does not know.
+    """
+    try:
+        version = value["version"]
+        if version not in _VERSIONS or isinstance(version, bool):
+            raise QuantizeError(
+                f"{where}: {KEY}.version is {version!r}, this package knows "
+                f"{' and '.join(map(str, _VERSIONS))}; update vllm-nvfp4-moe"
+            )
+        if ("layers" in value) != (version == 2):
+            raise QuantizeError("'layers' belongs to version 2, and only to it")
+        layers = {_layer(key): Gate(**gate) for key, gate in value.get("layers", {}).items()}
+        return Gates(Gate(**dict(value["gate"])), layers)
+    except QuantizeError as error:
+        raise QuantizeError(f"{where}: {KEY}: {error}") from None
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise QuantizeError(f"{where}: {KEY} is not a gate contract: {error!r}") from error
+
+
+def _layer(key: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", key):
+        raise ValueError(f"layer number {key!r}")
+    return int(key)

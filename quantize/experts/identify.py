@@ -1,0 +1,187 @@
+"""Establishing a model's gates from its Transformers class: by running it, never by its name.
+
+The model is built on the meta device, which takes no memory; the gating code of each of its layers
+is driven with a grid of numbers and matched to the known forms, with alpha, beta and limit read
+off the outputs. So a new model with a known gate needs no new code, and a gate that is not exactly
+one of the forms is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from quantize.errors import QuantizeError, first_line
+from quantize.experts.gates import FORMS, Gate, Gates
+from quantize.experts.gates.contract import first_number
+from quantize.experts.gates.drive import CannotDriveError, drive
+from quantize.experts.gates.probe import FAR, Probe
+from quantize.experts.model import build, config_of, is_foreign, model_classes, offline
+
+_HELP = (
+    "If you know the gate, pass it: --gate silu, or --gate "
+    '\'{"form": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0}\''
+)
+_REMOTE = (
+    "The checkpoint has Python code of its own; if you trust it, --trust-remote-code lets it be "
+    "run to find the gate. "
+)
+# Around every kink and clamp that the forms have, and far outside.
+_GRID = (-FAR, -33.0, -9.0, -7.5, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 6.5, 7.5, 10.5, 40.0, FAR)
+
+
+def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
+    """The gates of the experts of the checkpoint ``source``, a folder or a hub id.
+
+    Args:
+        trust_remote_code: run the checkpoint's own code if Transformers does not know the model.
+
+    Raises:
+        QuantizeError: if the model is unknown, a gate is no known form, or experts of one layer
+            have different gates.
+    """
+    remote = ""
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(source)
+        remote = _REMOTE if is_foreign(raw) and not trust_remote_code else ""
+        config = config_of(source, trust_remote_code)
+    except Exception as error:  # Transformers raises many kinds here
+        raise QuantizeError(
+            f"{source}/config.json: Transformers does not know this model, so its gate is "
+            f"unknown ({first_line(error)}). {remote}{_HELP}"
+        ) from error
+    return identify_config(config, trust_remote_code)
+
+
+def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Gates:
+    """The gates of the model that ``config`` describes; raises as :func:`identify`."""
+    with nullcontext() if trust_remote_code else offline():
+        try:
+            sites = list(_sites(build(config, trust_remote_code)))
+        except QuantizeError as error:
+            sites = _alone(config)
+            if not sites:
+                raise QuantizeError(f"{error}, so its gate is unknown. {_HELP}") from error
+    layers: dict[int, Gate] = {}
+    first: dict[int, str] = {}
+    for path, module in sites:
+        try:
+            gate = _gate_of(module)
+        except NotImplementedError:
+            continue  # a part of something else: JetMoE's attention is made of experts too
+        number = first_number(path)
+        number = -1 if number is None else number
+        if layers.setdefault(number, gate) != gate:
+            raise QuantizeError(
+                f"model type {config.model_type!r} has several gates in one layer "
+                f"({first[number]}: {layers[number]}; {path}: {gate}). {_HELP}"
+            )
+        first.setdefault(number, path)
+    if not layers:
+        raise QuantizeError(
+            f"model type {config.model_type!r}: its Transformers class has no '…Experts' module, "
+            f"so the gate is unknown. {_HELP}"
+        )
+    return Gates.of_layers(layers)
+
+
+def match(probe: Probe) -> Gate | None:
+    """The known form, with its numbers, that equals ``probe`` over the whole grid; None if none."""
+    points = torch.tensor(_GRID, dtype=torch.float64)
+    gate, up = (axis.flatten() for axis in torch.meshgrid(points, points, indexing="ij"))
+    truth = probe.function(gate, up)
+    for name, form in FORMS.items():
+        numbers = form.recover(probe) if form.gated == probe.gated else None
+        if numbers is None:
+            continue
+        candidate = Gate(name, **numbers)
+        applied = candidate.apply(gate, up) if form.gated else candidate.apply(up)
+        if torch.allclose(applied, truth, rtol=1e-6, atol=1e-9):
+            return candidate
+    return None
+
+
+def _sites(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules that hold a layer's routed experts, or the first of them, with their paths."""
+    inside = ""
+    for path, module in model.named_modules():
+        named = path.rpartition(".")[2]
+        listed = isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
+        experts = type(module).__name__.endswith("Experts") or (listed and named == "experts")
+        if not experts or "shared" in named or (inside and path.startswith(inside)):
+            continue
+        if listed:
+            inside = f"{path}."
+            children = list(module.children())
+            if children:
+                yield path, children[0]
+        elif [name for name, _ in module.named_parameters()] == ["weight"]:
+            # One GEMM of two, as JetMoE has them: what is between is its owner's.
+            parent = path.rpartition(".")[0]
+            inside = f"{parent}."
+            yield parent, model.get_submodule(parent)
+        else:
+            inside = f"{path}."
+            yield path, module
+
+
+def _alone(config: PreTrainedConfig) -> list[tuple[str, torch.nn.Module]]:
+    """Experts classes of the model's file, built without a model, with their names.
+
+    For models that cannot be built here: a tower lacks its library, or vLLM, after it has loaded a
+    model through its Transformers backend, wants to know its own config in the class's constructor.
+    Empty if a class takes more than the config, since it may then differ from layer to layer.
+    """
+    text = config.get_text_config()
+    models = (*model_classes(text, False), *model_classes(config, False))
+    found: list[tuple[str, Any]] = [
+        (name, cls)
+        for file in {sys.modules[model.__module__] for model in models}
+        for name, cls in inspect.getmembers(file, inspect.isclass)
+        if name.endswith("Experts") and hasattr(cls, "_apply_gate")
+    ]
+    if any(set(inspect.signature(cls).parameters) != {"config"} for _, cls in found):
+        return []
+    try:
+        with torch.device("meta"):
+            return [(name, cls(copy.deepcopy(text))) for name, cls in found]
+    except Exception:  # then what kept the whole model from being built is the better message
+        return []
+
+
+def _gate_of(module: torch.nn.Module) -> Gate:
+    where = f"{type(module).__module__}.{type(module).__name__}"
+    try:
+        driven = drive(module)
+    except CannotDriveError as error:
+        raise QuantizeError(
+            f"{where}: its gating code cannot be driven: {error}. {_HELP}"
+        ) from error
+
+    def stacked(gate: torch.Tensor, up: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        if not driven.gated:
+            return driven.run(up)
+        order = torch.stack((gate, up), dim=-1) if interleaved else torch.stack((gate, up))
+        return driven.run(order.flatten())
+
+    for interleaved in (False, True) if driven.joined else (False,):
+        probe = Probe(lambda g, u, i=interleaved: stacked(g, u, i), driven.gated)  # type: ignore[misc]
+        try:
+            found = match(probe)
+        except Exception as error:
+            raise QuantizeError(
+                f"{where}: its gating code fails on plain numbers ({first_line(error)}). {_HELP}"
+            ) from error
+        if found is not None:
+            return Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
+    known = ", ".join(name for name, form in FORMS.items() if form.gated == driven.gated)
+    what = "gate" if driven.gated else "activation (it has no gate)"
+    raise QuantizeError(f"{where}: its {what} is none of {known}. {_HELP}")

@@ -1,0 +1,74 @@
+"""Finding the dense linears of a mixture-of-experts model, for those who want them quantized too.
+
+Only layers of the stack that the routed experts are in are looked at, so that vision and audio
+towers stay, and only names of projections that engines load as quantizable linears: embeddings, the
+output head, routers, norms and latent-attention's ``kv_b_proj``, which engines take apart, stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.tensors import PLAIN, TensorInfo
+from quantize.experts.group import ExpertGroup, source_names
+from quantize.nvfp4.format import BLOCK
+
+OUTPUTS = {"o_proj", "down_proj", "w2", "q_b_proj"}
+"""Last parts of the module paths that are taken: projections that no engine fuses with others."""
+
+INPUTS = {
+    *("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    *("q_a_proj", "kv_a_proj_with_mqa"),
+    *("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
+}
+"""And those that are fused with siblings, or may be."""
+
+_NOT_FUSED_IN_NVFP4 = {"b_proj", "index_q_proj", "index_k_proj"}
+"""What vLLM fuses with query, key and value (Bailing, MiniMax-M3) but does not load in NVFP4."""
+
+_LAYER = re.compile(r"(?P<stack>(?:.*\.)?layers)\.(?P<number>\d+)\.")
+
+
+def find(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> list[tuple[str, ...]]:
+    """Weights ``[out, in]`` in sets that must share a global scale.
+
+    Engines fuse projections of the same input into one linear with one global scale (query, key
+    and value; gate and up). Which ones is theirs to decide, so all that have the same parent module
+    and the same ``in`` share one; E4M3 block scales have range to spare. If one of a set cannot be
+    quantized, none is.
+    """
+    stacks = {match["stack"] for group in groups if (match := _LAYER.match(group.prefix))}
+    layers = checkpoint.text_config().get("num_hidden_layers")
+    experts = source_names(groups)
+    sets: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    for name, info in checkpoint.tensors.items():
+        module, weight, _ = name.rpartition(".weight")
+        parent, _, projection = module.rpartition(".")
+        match = _LAYER.match(name)
+        if (
+            weight
+            and projection in INPUTS | OUTPUTS | _NOT_FUSED_IN_NVFP4
+            and name not in experts
+            and match
+            and match["stack"] in stacks
+            and not (isinstance(layers, int) and int(match["number"]) >= layers)  # drafting layers
+            and "experts" not in parent.split(".")  # of a layer that is not quantized
+            and len(info.shape) == 2
+        ):
+            alone = projection if projection in OUTPUTS else ""
+            sets[parent, info.shape[1], alone].append(name)
+    return [
+        tuple(names)
+        for names in sets.values()
+        if all(_can_be_quantized(checkpoint.tensors[name]) for name in names)
+    ]
+
+
+def _can_be_quantized(info: TensorInfo) -> bool:
+    return (
+        info.name.split(".")[-2] not in _NOT_FUSED_IN_NVFP4
+        and info.dtype in PLAIN
+        and all(size % BLOCK == 0 for size in info.shape)
+    )

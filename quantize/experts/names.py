@@ -1,0 +1,66 @@
+"""What the tensors of routed experts are called, in all checkpoints that are known."""
+
+from __future__ import annotations
+
+import re
+
+PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""Names of gate, up and down."""
+
+EXPERTS = r"(?P<prefix>(?:.*\.)?experts)\."
+STACKED: tuple[tuple[str, str, str], ...] = (
+    ("gate_up", "", EXPERTS + r"gate_up_proj(?:\.weight)?"),
+    ("gate", "", EXPERTS + r"gate_proj(?:\.weight)?"),
+    ("up", "", EXPERTS + r"up_proj(?:\.weight)?"),
+    ("down", "", EXPERTS + r"down_proj(?:\.weight)?"),
+    ("gate_up_bias", "", EXPERTS + r"gate_up_proj(?:_|\.)bias"),
+    ("gate_bias", "", EXPERTS + r"gate_proj(?:_|\.)bias"),
+    ("up_bias", "", EXPERTS + r"up_proj(?:_|\.)bias"),
+    ("down_bias", "", EXPERTS + r"down_proj(?:_|\.)bias"),
+    # Aria
+    ("gate_up", "", EXPERTS + r"fc1\.weight"),
+    ("down", "", EXPERTS + r"fc2\.weight"),
+    # Inkling
+    ("gate_up", "", EXPERTS + r"w13_weight"),
+    ("down", "", EXPERTS + r"w2_weight"),
+    # Granite, JetMoE
+    ("gate_up", ".experts", r"(?P<prefix>.*)\.input_linear\.weight"),
+    ("down", ".experts", r"(?P<prefix>.*)\.output_linear\.weight"),
+    # Step-3.7
+    ("gate", ".experts", r"(?P<prefix>.*\.moe)\.gate_proj\.weight"),
+    ("up", ".experts", r"(?P<prefix>.*\.moe)\.up_proj\.weight"),
+    ("down", ".experts", r"(?P<prefix>.*\.moe)\.down_proj\.weight"),
+    # DBRX: two dimensions, one expert's rows after another's
+    ("gate", "", EXPERTS + r"mlp\.w1"),
+    ("up", "", EXPERTS + r"mlp\.v1"),
+    ("down", "", EXPERTS + r"mlp\.w2"),
+)
+"""What a tensor is, what its prefix lacks to be that of the experts, and its names."""
+
+STACKED_PATTERNS = [(kind, suffix, re.compile(pattern)) for kind, suffix, pattern in STACKED]
+SINGLE_PATTERN = re.compile(
+    EXPERTS + r"(?P<expert>[0-9]{1,9})\."
+    rf"(?P<kind>{'|'.join(name for names in PROJECTIONS for name in names)})"
+    r"\.(?P<what>weight|bias)"
+)
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the decoder layer that a tensor or module is in."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def natural_order(name: str) -> list[int | str]:
+    """A key to sort names by, numbers in them by value."""
+    parts = re.split(r"([0-9]{1,9})", name)  # every other one is a number
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
+
+
+def ignored_modules(prefix: str) -> set[str]:
+    """What an ignore list must hold for engines to leave the experts at ``prefix`` unquantized.
+
+    They ask for the module, or for the projections of its expert 0, however those are stored.
+    """
+    return {prefix} | {f"{prefix}.0.{name}" for names in PROJECTIONS for name in names}

@@ -1,0 +1,277 @@
+"""The CPU's kernel, in numba: bit for bit what the reference kernel computes.
+
+A weight is one run of blocks, wherever its rows end. It is worked on in chunks that stay in the
+first-level cache, by plain loops without branches, which LLVM turns into vector instructions. No
+fast-math: every operation rounds as it does in the reference. The interpreter lock is released, so
+threads work on different weights at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from quantize.nvfp4.format import BLOCK, NvFp4, decode
+from quantize.nvfp4.kernels.kernel import Quantized
+from quantize.nvfp4.kernels.reference import ReferenceKernel
+from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
+from quantize.nvfp4.scales.rule import ScaleRule
+
+_CHUNK = 256
+"""Blocks worked on at a time: 4096 weights, 16 KB as float32."""
+
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+
+_VALUES = torch.arange(127, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
+E4M3 = _VALUES.numpy()
+"""float32 [127]: the value of each E4M3 bit pattern that is not negative."""
+_PAIRS = decode(torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(1)).numpy()
+"""float32 [256, 2]: both values of each packed byte."""
+_RECIPROCALS = _VALUES.reciprocal().numpy()
+
+_F, _I, _U = np.float32, np.int32, np.uint32
+# Adding and subtracting one of these rounds to a multiple of 0.5, 1 or 2, ties to even: E2M1's
+# spacing below 2, below 4, and from there on.
+_HALVES, _ONES, _TWOS = _F(1.5 * 2**22), _F(1.5 * 2**23), _F(1.5 * 2**24)
+_MAGNITUDE = _U(0x7FFFFFFF)
+_MIN, _MAX, _NORMAL = _F(2.0**-9), _F(448), _F(2.0**-6)
+"""E4M3's smallest, largest, and smallest normal values."""
+
+
+def compiled(function: Any) -> Any:
+    """Compile ``function`` at its first call, and keep the result for later processes."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(**options, cache=True)(function)
+    except RuntimeError:  # no folder to keep it in is writable
+        return njit(**options)(function)
+
+
+@njit(inline="always")
+def round_e2m1(t: Any) -> Any:
+    """The E2M1 magnitude nearest to ``t >= 0``."""
+    magic = _HALVES if t < _F(2) else (_ONES if t < _F(4) else _TWOS)
+    return min((t + magic) - magic, _F(6))
+
+
+@compiled
+def _largest(bits, mask):  # type: ignore[no-untyped-def]
+    """The largest magnitude, as bits; infinity and NaN come out largest of all."""
+    best = bits[0] & mask
+    for i in range(bits.shape[0]):
+        best = max(best, bits[i] & mask)
+    return best
+
+
+@compiled
+def _widen(source, half, x):  # type: ignore[no-untyped-def]
+    """float32 bits of ``source``: bits of float32, bfloat16, or float16 (``half``)."""
+    if source.itemsize == 4:
+        for i in range(source.shape[0]):
+            x[i] = source[i]
+    elif half:
+        floats = x.view(np.float32)
+        for i in range(source.shape[0]):
+            x[i] = _U(source[i] & np.uint16(0x7FFF)) << _U(13)
+            floats[i] *= _F(2.0**112)  # the difference of the exponents' biases
+            x[i] |= _U(source[i] & np.uint16(0x8000)) << _U(16)
+    else:
+        for i in range(source.shape[0]):
+            x[i] = _U(source[i]) << _U(16)
+
+
+@compiled
+def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
+    """``quantize.nvfp4.scales.max``: ``scale`` (E4M3 bits) of each block of float32 bits ``x``."""
+    blocks = scale.shape[0]
+    ratio = bits.view(np.float32)
+    for b in range(blocks):
+        largest = _U(0)
+        for j in range(BLOCK):
+            largest = max(largest, x[BLOCK * b + j] & _MAGNITUDE)
+        bits[b] = largest
+    for b in range(blocks):
+        ratio[b] = min(max(ratio[b] / divisor, _MIN), _MAX)
+    for b in range(blocks):
+        # To three bits of mantissa, ties to even; the exponent's bias changes from 127 to 7.
+        rounded = bits[b] + _U(0x7FFFF) + ((bits[b] >> _U(20)) & _U(1))
+        normal = (rounded >> _U(20)) - _U(120 << 3)
+        subnormal = _U((ratio[b] * _F(512) + _F(2.0**23)) - _F(2.0**23))
+        scale[b] = np.uint8(subnormal if ratio[b] < _NORMAL else normal)
+
+
+@compiled
+def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, scale):  # type: ignore[no-untyped-def]
+    """``quantize.nvfp4.scales.mse``: improves ``scale``, which the max rule has set.
+
+    Blocks lie side by side in ``y`` ``[16, blocks]``, so that one vector holds many of them.
+    """
+    blocks = scale.shape[0]
+    best, error, value, inverse = work[0], work[1], work[2], work[3]
+    for b in range(blocks):
+        for k in range(BLOCK):
+            y[k, b] = abs(x[BLOCK * b + k]) / global_scale
+    for b in range(blocks):
+        start[b] = scale[b]
+        best[b] = np.inf
+    for offset in offsets:
+        for b in range(blocks):
+            candidate = min(max(start[b] + offset, LOWEST), HIGHEST)
+            value[b] = e4m3[candidate]
+            inverse[b] = reciprocals[candidate]
+            error[b] = _F(0)
+        for k in range(BLOCK):
+            for b in range(blocks):
+                lost = y[k, b] - round_e2m1(y[k, b] * inverse[b]) * value[b]
+                error[b] += lost * lost
+        for b in range(blocks):
+            better = error[b] < best[b]
+            best[b] = error[b] if better else best[b]
+            candidate = min(max(start[b] + offset, LOWEST), HIGHEST)
+            scale[b] = np.uint8(candidate) if better else scale[b]
+
+
+@compiled
+def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type: ignore[no-untyped-def]
+    """``format.encode``; adds up the squares, in units of the global scale, by column."""
+    bits = x.view(np.uint32)
+    inverse = _F(1) / global_scale
+    for b in range(scale.shape[0]):
+        value = e4m3[scale[b]]
+        step = value * global_scale
+        for j in range(BLOCK):
+            i = BLOCK * b + j
+            magnitude = round_e2m1(abs(x[i]) / step)
+            # From 1 on, exponent and first bit of mantissa count the codes up from 2.
+            above = _I(_F(magnitude).view(np.int32) >> _I(22)) - _I(252)
+            code = _I(magnitude * _F(2)) if magnitude < _F(1) else above
+            codes[i] = np.uint8(code | _I((bits[i] >> _U(31)) << _U(3)))
+            whole = abs(x[i]) * inverse
+            lost = whole - magnitude * value
+            noise[j] += lost * lost
+            signal[j] += whole * whole
+    pairs = codes.view(np.uint16)
+    for i in range(packed.shape[0]):
+        packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+
+@compiled
+def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scale, counts):  # type: ignore[no-untyped-def]
+    """A whole weight; returns noise and signal in units of the squared global scale."""
+    bits = np.empty(BLOCK * _CHUNK, np.uint32)
+    x = bits.view(np.float32)
+    codes = np.empty(BLOCK * _CHUNK, np.uint8)
+    largest = np.empty(_CHUNK, np.uint32)
+    y = np.empty((BLOCK, _CHUNK), np.float32)
+    work = np.empty((4, _CHUNK), np.float32)
+    start = np.empty(_CHUNK, np.int32)
+    sums = np.zeros((2, BLOCK), np.float32)
+    noise = signal = 0.0
+    divisor = _F(6) * global_scale
+    for first in range(0, scale.shape[0], _CHUNK):
+        last = min(first + _CHUNK, scale.shape[0])
+        part = scale[first:last]
+        _widen(source[BLOCK * first : BLOCK * last], half, bits)
+        _max_scales(bits, largest, divisor, part)
+        if offsets.shape[0]:
+            _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, part)
+        out = packed[BLOCK // 2 * first : BLOCK // 2 * last]
+        _codes(x, global_scale, part, e4m3, codes, out, sums[0], sums[1])
+        for j in range(BLOCK):
+            noise += sums[0, j]
+            signal += sums[1, j]
+        sums[:] = 0
+        for b in range(part.shape[0]):
+            counts[part[b]] += 1
+    return noise, signal
+
+
+@compiled
+def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: ignore[no-untyped-def]
+    """Noise and signal in units of the squared global scale."""
+    bits = np.empty(BLOCK * _CHUNK, np.uint32)
+    x = bits.view(np.float32)
+    sums = np.zeros((2, BLOCK), np.float32)
+    noise = signal = 0.0
+    inverse = _F(1) / global_scale
+    for first in range(0, scale.shape[0], _CHUNK):
+        last = min(first + _CHUNK, scale.shape[0])
+        _widen(source[BLOCK * first : BLOCK * last], half, bits)
+        for b in range(first, last):
+            value = e4m3[scale[b]]
+            for j in range(BLOCK // 2):
+                byte = packed[BLOCK // 2 * b + j]
+                for k in range(2):
+                    whole = x[BLOCK * (b - first) + 2 * j + k] * inverse
+                    lost = pairs[byte, k] * value - whole
+                    sums[0, 2 * j + k] += lost * lost
+                    sums[1, 2 * j + k] += whole * whole
+        for j in range(BLOCK):
+            noise += sums[0, j]
+            signal += sums[1, j]
+        sums[:] = 0
+    return noise, signal
+
+
+class NumbaKernel(ReferenceKernel):
+    """See ``Kernel``; other dtypes, and rules that do not search, go to the reference."""
+
+    def amax(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype not in _BITS or not weight.numel():
+            return super().amax(weight)
+        bits = _flat_bits(weight)
+        largest = int(_largest(bits, bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)))
+        if largest >= _INFINITY[weight.dtype]:
+            return torch.tensor(torch.inf)
+        return torch.tensor(largest).to(_BITS[weight.dtype]).view(weight.dtype).float()
+
+    def encode(
+        self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
+    ) -> Quantized:
+        if weight.dtype not in _BITS or rule.offsets is None:
+            return super().encode(weight, global_scale, rule)
+        rows, columns = weight.shape
+        codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        block_scale = torch.empty(rows, columns // BLOCK, dtype=torch.uint8)
+        counts = torch.zeros(127, dtype=torch.int64)
+        scale = float(global_scale)
+        noise, signal = _encode(
+            _flat_bits(weight),
+            weight.dtype == torch.float16,
+            np.float32(scale),
+            np.array(rule.offsets, np.int32),
+            E4M3,
+            _RECIPROCALS,
+            codes.view(-1).numpy(),
+            block_scale.view(-1).numpy(),
+            counts.numpy(),
+        )
+        return Quantized(
+            NvFp4(codes, block_scale.view(torch.float8_e4m3fn), global_scale),
+            noise * scale * scale,
+            signal * scale * scale,
+            counts,
+        )
+
+    def compare(self, weight: torch.Tensor, stored: NvFp4) -> tuple[float, float]:
+        if weight.dtype not in _BITS:
+            return super().compare(weight, stored)
+        scale = float(stored.global_scale)
+        noise, signal = _compare(
+            _flat_bits(weight),
+            weight.dtype == torch.float16,
+            np.float32(scale),
+            _PAIRS,
+            E4M3,
+            stored.codes.contiguous().view(-1).numpy(),
+            stored.block_scale.contiguous().view(-1).view(torch.uint8).numpy(),
+        )
+        return noise * scale * scale, signal * scale * scale
+
+
+def _flat_bits(weight: torch.Tensor) -> Any:
+    return weight.contiguous().view(-1).view(_BITS[weight.dtype]).numpy()

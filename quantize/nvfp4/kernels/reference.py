@@ -1,0 +1,56 @@
+"""The judge of every faster kernel: the format and the rules as they are; any device, any rule."""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.nvfp4 import format as nvfp4
+from quantize.nvfp4.kernels.kernel import Quantized
+from quantize.nvfp4.scales.rule import ScaleRule
+
+
+class ReferenceKernel:
+    """See ``quantize.nvfp4.kernels.kernel.Kernel``.
+
+    Args:
+        rows: of a weight that are worked on at a time, so that float32 temporaries stay small
+            beside the weight; the result does not depend on it.
+    """
+
+    def __init__(self, rows: int = 4096) -> None:
+        self._rows = rows
+
+    def amax(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.abs().amax().float()
+
+    def encode(
+        self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
+    ) -> Quantized:
+        codes, scales = [], []
+        noise = signal = 0.0
+        for part in weight.split(self._rows):
+            block_scale = rule.block_scale(part, global_scale)
+            packed = nvfp4.encode(part, block_scale, global_scale)
+            lost = nvfp4.dequantize(packed, block_scale, global_scale).double() - part.double()
+            noise += float(lost.square().sum())
+            signal += float(part.double().square().sum())
+            codes.append(packed)
+            scales.append(block_scale)
+        block_scale = torch.cat(scales)
+        counts = torch.bincount(block_scale.view(torch.uint8).flatten().cpu(), minlength=127)
+        weight_ = nvfp4.NvFp4(torch.cat(codes), block_scale, global_scale)
+        return Quantized(weight_, noise, signal, counts)
+
+    def compare(self, weight: torch.Tensor, stored: nvfp4.NvFp4) -> tuple[float, float]:
+        noise = signal = 0.0
+        parts = zip(
+            weight.split(self._rows),
+            stored.codes.split(self._rows),
+            stored.block_scale.split(self._rows),
+            strict=True,
+        )
+        for part, codes, block_scale in parts:
+            restored = nvfp4.dequantize(codes, block_scale, stored.global_scale)
+            noise += float((restored.double() - part.double()).square().sum())
+            signal += float(part.double().square().sum())
+        return noise, signal

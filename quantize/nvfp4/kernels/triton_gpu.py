@@ -1,0 +1,151 @@
+"""The GPU's kernel, in Triton: bit for bit what the reference kernel computes.
+
+One lane works on one block of 16 weights, and reads them again for every pass: from the first-level
+cache, since the bus to the GPU is some ten times slower than this kernel. Contraction of products
+and sums is off, and divisions are IEEE's, so every operation rounds as in the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantize.nvfp4.format import BLOCK, NvFp4
+from quantize.nvfp4.kernels.kernel import Quantized
+from quantize.nvfp4.kernels.reference import ReferenceKernel
+from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
+from quantize.nvfp4.scales.rule import ScaleRule
+
+_LANES = 128
+"""Blocks a program."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def _round_e2m1(t):  # type: ignore[no-untyped-def]
+    """The E2M1 magnitude nearest to ``t >= 0``, ties to even: see ``numba_cpu``."""
+    magic = tl.where(t < 2.0, 6291456.0, tl.where(t < 4.0, 12582912.0, 25165824.0))
+    return tl.minimum((t + magic) - magic, 6.0)
+
+
+@triton.jit
+def _e4m3_value(bits):  # type: ignore[no-untyped-def]
+    """float32 of non-negative E4M3 bits (int32)."""
+    normal = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    return tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, normal)
+
+
+@triton.jit
+def _e4m3_bits(x):  # type: ignore[no-untyped-def]
+    """Bits (int32) of the E4M3 value nearest to ``x`` within [2^-9, 448], ties to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    subnormal = ((x * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)
+    return tl.where(x < 0.015625, subnormal, normal)
+
+
+@triton.jit
+def _encode(  # type: ignore[no-untyped-def]
+    source, global_scale, packed, scales, sums, blocks,
+    SIZE: tl.constexpr, REACH: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = block < blocks
+    scale = tl.load(global_scale)
+    first = source + block * SIZE
+
+    amax = tl.zeros([LANES], tl.float32)
+    for k in tl.static_range(SIZE):
+        amax = tl.maximum(amax, tl.abs(tl.load(first + k, mask=inside, other=0.0).to(tl.float32)))
+    ratio = tl.math.div_rn(amax, tl.zeros([LANES], tl.float32) + 6.0 * scale)
+    start = _e4m3_bits(tl.minimum(tl.maximum(ratio, 0.001953125), 448.0))
+
+    chosen = start
+    if REACH > 0:
+        wide = tl.zeros([LANES], tl.float32) + scale
+        best = tl.full([LANES], float("inf"), tl.float32)
+        # Offsets 0, then -REACH to REACH: the max rule's own scale keeps a tie, and seen a second
+        # time it is not better than itself.
+        for step in range(-REACH - 1, REACH + 1):
+            offset = tl.where(step < -REACH, 0, step)
+            bits = tl.minimum(tl.maximum(start + offset, LOWEST), HIGHEST)
+            value = _e4m3_value(bits)
+            inverse = tl.math.div_rn(tl.full([LANES], 1.0, tl.float32), value)
+            error = tl.zeros([LANES], tl.float32)
+            for k in tl.static_range(SIZE):
+                x = tl.abs(tl.load(first + k, mask=inside, other=0.0).to(tl.float32))
+                y = tl.math.div_rn(x, wide)
+                lost = y - _round_e2m1(y * inverse) * value
+                error += lost * lost
+            better = error < best
+            best = tl.where(better, error, best)
+            chosen = tl.where(better, bits, chosen)
+    tl.store(scales + block, chosen.to(tl.uint8), mask=inside)
+
+    value = _e4m3_value(chosen)
+    width = value * scale
+    unit = 1.0 / scale
+    noise = tl.zeros([LANES], tl.float32)
+    signal = tl.zeros([LANES], tl.float32)
+    for pair in tl.static_range(SIZE // 2):
+        byte = tl.zeros([LANES], tl.int32)
+        for half in tl.static_range(2):
+            x = tl.load(first + 2 * pair + half, mask=inside, other=0.0).to(tl.float32)
+            magnitude = _round_e2m1(tl.math.div_rn(tl.abs(x), width))
+            above = (magnitude.to(tl.int32, bitcast=True) >> 22) - 252
+            code = tl.where(magnitude < 1.0, (magnitude * 2.0).to(tl.int32), above)
+            sign = (x.to(tl.int32, bitcast=True) >> 31) & 1
+            byte |= (code | (sign << 3)) << (4 * half)
+            whole = tl.abs(x) * unit
+            lost = whole - magnitude * value
+            noise += lost * lost
+            signal += whole * whole
+        tl.store(packed + block * (SIZE // 2) + pair, byte.to(tl.uint8), mask=inside)
+    tl.store(sums + 2 * tl.program_id(0), tl.sum(noise))
+    tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(signal))
+
+
+class TritonKernel(ReferenceKernel):
+    """See ``Kernel``; other dtypes and rules go to the reference."""
+
+    def encode(
+        self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
+    ) -> Quantized:
+        reach = _reach(rule)
+        if weight.dtype not in _DTYPES or reach is None:
+            return super().encode(weight, global_scale, rule)
+        weight = weight.contiguous()
+        rows, columns = weight.shape
+        device, blocks = weight.device, weight.numel() // BLOCK
+        codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+        block_scale = torch.empty(rows, columns // BLOCK, dtype=torch.uint8, device=device)
+        programs = triton.cdiv(blocks, _LANES)
+        sums = torch.empty(programs, 2, dtype=torch.float32, device=device)
+        with torch.cuda.device(device):  # Triton starts kernels on the current one
+            _encode[(programs,)](
+                weight, global_scale, codes, block_scale, sums, blocks,
+                SIZE=BLOCK, REACH=reach, LOWEST=LOWEST, HIGHEST=HIGHEST, LANES=_LANES,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+        counts = torch.bincount(block_scale.flatten(), minlength=127)
+        # In units of the squared global scale, as float32 has to hold them.
+        noise, signal = (sums.double().sum(0) * global_scale.double().square()).tolist()
+        return Quantized(
+            NvFp4(codes, block_scale.view(torch.float8_e4m3fn), global_scale),
+            noise,
+            signal,
+            counts.cpu(),
+        )
+
+
+def _reach(rule: ScaleRule) -> int | None:
+    """How far from the ``max`` rule's scale a search tries others, all of them to both sides with
+    its own scale first: what the kernel does. None if the rule is another."""
+    if rule.offsets is None:
+        return None
+    reach = max(rule.offsets, default=0)
+    tried = (0, *(k for k in range(-reach, reach + 1) if k)) if reach else ()
+    return reach if rule.offsets == tried else None

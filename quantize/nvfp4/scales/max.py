@@ -1,0 +1,17 @@
+"""``max``: each block's largest value maps to 6, E2M1's largest. Nothing is ever clipped."""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.nvfp4.format import BLOCK, E2M1_MAX, round_to_e4m3
+from quantize.nvfp4.scales.rule import ScaleRule
+
+
+def max_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """E4M3 ``[out, in / 16]``: ``amax / 6 / global_scale`` per block, rounded to nearest."""
+    amax = weight.unflatten(-1, (-1, BLOCK)).abs().amax(-1).float()
+    return round_to_e4m3(amax / (E2M1_MAX * global_scale))
+
+
+MAX = ScaleRule(max_scale, offsets=())

@@ -1,0 +1,108 @@
+"""What a finished run tells its report: the weights' errors, put together by layer."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.group import ExpertGroup
+from quantize.layouts.layout import stored_tensors
+from quantize.report import CalibrationReport, Experience, LayerReport, RunReport
+from quantize.run.options import FEW
+from quantize.run.plan import Plan
+from quantize.run.record import Record
+from quantize.run.staged import Staged
+from quantize.run.version import package_version
+from quantize.run.weight_error import WeightError
+
+
+def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
+    """The report's contents; the same for a run in one go and one that was resumed."""
+    lost = record.errors(plan)
+    settings = plan.options.calibration
+    staged = Staged(record.calibration) if settings else None
+    return RunReport(
+        source=record.source,
+        target=record.target.name,
+        command=record.command,
+        layout=plan.layout.name,
+        scales=plan.options.scales,
+        versions={
+            "vllm-nvfp4-moe": package_version(),
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        },
+        bytes_before=checkpoint.nbytes,
+        bytes_after=plan.nbytes,
+        layers=[_layer(checkpoint, plan, group, lost, staged) for group in plan.groups],
+        dense=_dense(checkpoint, plan, lost) if plan.dense else None,
+        calibration=CalibrationReport(
+            settings.text,
+            settings.rows,
+            settings.length,
+            settings.method,
+            settings.every_expert,
+            FEW,
+        )
+        if settings
+        else None,
+    )
+
+
+def _layer(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    group: ExpertGroup,
+    lost: dict[str, WeightError],
+    staged: Staged | None,
+) -> LayerReport:
+    experts = [
+        [lost[module] for module in group.modules(expert)] for expert in range(group.num_experts)
+    ]
+    written = sum(
+        out.nbytes
+        for module, shape in zip(group.modules(0), group.shapes, strict=True)
+        for out in stored_tensors(module, shape, plan.layout)
+    )
+    return LayerReport(
+        prefix=group.prefix,
+        gate=str(plan.gates.of(group.prefix)),
+        projections=("gate", "up", "down")[-len(group.names) :],
+        errors=[tuple(map(_relative, weights)) for weights in experts],
+        scale_counts=_total([weight for weights in experts for weight in weights]),
+        bytes_before=sum(checkpoint.stored_bytes(name) for name in group.sources),
+        bytes_after=written * group.num_experts,
+        given=_experience(staged, group) if staged else None,
+    )
+
+
+def _experience(staged: Staged, group: ExpertGroup) -> Experience:
+    found = staged.findings(group)
+    return Experience(found.tokens, found.rules, found.before, found.after)
+
+
+def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> LayerReport:
+    names = [name for names in plan.dense for name in names]
+    modules = [name.removesuffix(".weight") for name in names]
+    written = 0
+    for name, module in zip(names, modules, strict=True):
+        rows, columns = checkpoint.tensors[name].shape
+        written += sum(out.nbytes for out in stored_tensors(module, (rows, columns), plan.layout))
+    return LayerReport(
+        prefix="dense linears",
+        gate="",
+        projections=("weight",),
+        errors=[(_relative(lost[module]),) for module in modules],
+        scale_counts=_total([lost[module] for module in modules]),
+        bytes_before=sum(checkpoint.stored_bytes(name) for name in names),
+        bytes_after=written,
+        names=tuple(modules),
+    )
+
+
+def _relative(weight: WeightError) -> float:
+    return math.sqrt(weight.noise / weight.signal) if weight.signal else math.nan
+
+
+def _total(weights: list[WeightError]) -> list[int]:
+    return [sum(column) for column in zip(*(w.counts for w in weights), strict=True)]

@@ -1,0 +1,319 @@
+"""The jobs that a run consists of: each makes some tensors of the output from some of the source.
+
+A job depends on no other job, so jobs run in any order, on any thread, device or machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.tensors import TensorInfo
+from quantize.errors import QuantizeError
+from quantize.experts.group import ExpertGroup
+from quantize.layouts.layout import INPUT_SCALE, Layout, stored_tensors
+from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
+from quantize.run.shards import ShardWriter
+from quantize.run.staged import Staged
+from quantize.run.weight_error import WeightError
+from quantize.run.worker import Worker
+
+PIECE = 16 * 2**20
+"""Bytes of a tensor copied or compared at a time."""
+
+
+class Job(Protocol):
+    """One job.
+
+    Attributes:
+        outputs: the tensors that it writes.
+        sources: names of the tensors that it reads, keys of ``Checkpoint.tensors``.
+        modules: module paths of the weights that it quantizes.
+        nbytes: how many bytes of the source it reads, as they are stored.
+        memory: how many bytes it needs at most while it runs.
+    """
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]: ...
+    @property
+    def modules(self) -> tuple[str, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        """Ask the system to read from disk what the job will need."""
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        """Write ``outputs``; returns what each quantized weight lost."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copies a tensor byte for byte; one in a quantized format is dequantized to bfloat16."""
+
+    output: TensorInfo
+    nbytes: int
+    decoded: bool
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return (self.output,)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.output.name,)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def memory(self) -> int:
+        if not self.decoded:
+            return min(PIECE, self.nbytes)
+        return 4 * self.output.nbytes // (self.output.shape[0] if self._stacked else 1)
+
+    @property
+    def _stacked(self) -> bool:
+        return len(self.output.shape) == 3
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        checkpoint.will_need(self.output.name)
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        name = self.output.name
+        if self.decoded and self._stacked:
+            size = self.output.nbytes // self.output.shape[0]
+            for expert in range(self.output.shape[0]):
+                worker.arena.reset()
+                decoded = worker.load_expert(name, expert).bfloat16()
+                writer.write(name, worker.to_host(decoded), expert * size)
+            return []
+        if self.decoded:
+            writer.write(name, worker.to_host(worker.load(name).bfloat16()))
+            return []
+        info = worker.checkpoint.stored[name]
+        buffer = worker.arena.take(min(PIECE, self.nbytes))
+        for start in range(0, self.nbytes, PIECE):
+            piece = buffer[: min(PIECE, self.nbytes - start)]
+            worker.checkpoint.read_into(piece, info, start)
+            writer.write(name, piece, start)
+        return []
+
+
+@dataclass(frozen=True)
+class QuantizeExpert:
+    """Quantizes one expert's gate and up, which share a global scale, or its down.
+
+    Attributes:
+        inputs: it does gate and up; False: down.
+        interleaved: rows of a fused ``gate_up_proj`` alternate between gate and up.
+        rule: a key of ``quantize.nvfp4.scales.RULES``.
+        nbytes: how many bytes of the source it reads.
+        decoded: the source is stored in a quantized format, and comes as float32.
+    """
+
+    group: ExpertGroup
+    expert: int
+    inputs: bool
+    interleaved: bool
+    layout: Layout
+    rule: str
+    nbytes: int
+    decoded: bool
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The written weights' module paths."""
+        modules = self.group.modules(self.expert)
+        return modules[:-1] if self.inputs else modules[-1:]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors that are read."""
+        weights = self.group.weights_of(self.expert)
+        return weights[:-1] if self.inputs else weights[-1:]
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        shape = self.group.shapes[0 if self.inputs else -1]
+        return tuple(
+            out for name in self.modules for out in stored_tensors(name, shape, self.layout)
+        )
+
+    @property
+    def memory(self) -> int:
+        weights = self.group.intermediate * self.group.hidden * len(self.modules)
+        floats = 4 * weights if self.decoded else self.nbytes
+        # Splitting interleaved rows and transposing each make a copy.
+        copies = self.interleaved + (self.group.transposed or self.group.flat)
+        source = self.nbytes * self.decoded + floats * (1 + copies)
+        return source + sum(out.nbytes for out in self.outputs)
+
+    def weights(self, worker: Worker) -> list[torch.Tensor]:
+        """The source's weights, each ``[out, in]``, one for each of ``modules``."""
+        if self.inputs:
+            return list(self.group.inputs(worker, self.expert, self.interleaved))
+        return [self.group.down(worker, self.expert)]
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        group = self.group
+        experts = group.num_experts if group.flat else None
+        for name in self.sources:
+            checkpoint.will_need(name, self.expert if group.fused else None, experts)
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        weights = self.weights(worker)
+        return _quantize(
+            weights, self.modules, self.sources, self.rule, self.layout, worker, writer
+        )
+
+
+@dataclass(frozen=True)
+class CopyStaged:
+    """Copies an expert's weights that calibration has rounded already.
+
+    Attributes:
+        job: the job that would have quantized them; both write the same tensors.
+        staged: the files that calibration has written.
+    """
+
+    job: QuantizeExpert
+    staged: Staged
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The written weights' module paths."""
+        return self.job.modules
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors that calibration read; they are not read again."""
+        return self.job.sources
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return self.job.outputs
+
+    @property
+    def nbytes(self) -> int:
+        return self.job.nbytes
+
+    @property
+    def memory(self) -> int:
+        return sum(out.nbytes for out in self.outputs)
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        """Does nothing: the job reads no tensor of the source."""
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        for out in self.outputs:
+            writer.write(out.name, self.staged.tensor(self.job.group, out.name))
+        return self.staged.lost(self.job.group, self.modules)
+
+
+@dataclass(frozen=True)
+class QuantizeLinears:
+    """Quantizes dense linears that share a global scale, since an engine may fuse them."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    layout: Layout
+    rule: str
+    nbytes: int
+    decoded: bool
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.names
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The written weights' module paths."""
+        return tuple(name.removesuffix(".weight") for name in self.names)
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        pairs = zip(self.modules, self.shapes, strict=True)
+        return tuple(
+            out for name, shape in pairs for out in stored_tensors(name, shape, self.layout)
+        )
+
+    @property
+    def memory(self) -> int:
+        weights = sum(rows * columns for rows, columns in self.shapes)
+        return self.nbytes + 4 * weights * self.decoded + sum(out.nbytes for out in self.outputs)
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        for name in self.names:
+            checkpoint.will_need(name)
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        weights = [worker.load(name) for name in self.names]
+        return _quantize(weights, self.modules, self.names, self.rule, self.layout, worker, writer)
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Copies one expert's biases, split and named as its weights are."""
+
+    group: ExpertGroup
+    expert: int
+    interleaved: bool
+    outputs: tuple[TensorInfo, ...]
+    nbytes: int
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.group.bias_names
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def memory(self) -> int:
+        return 4 * self.nbytes
+
+    def will_need(self, checkpoint: Checkpoint) -> None:
+        """Does nothing: biases are too small to be worth it."""
+
+    def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        biases = self.group.biases(worker, self.expert, self.interleaved)
+        for module, bias in biases.items():
+            if not torch.isfinite(bias).all():
+                raise QuantizeError(f"{module}.bias holds NaN or infinite values")
+            writer.write(f"{module}.bias", worker.to_host(bias))
+        return []
+
+
+def _quantize(
+    weights: list[torch.Tensor],
+    modules: tuple[str, ...],
+    sources: tuple[str, ...],
+    rule: str,
+    layout: Layout,
+    worker: Worker,
+    writer: ShardWriter,
+) -> list[WeightError]:
+    try:
+        results = quantize_weights(weights, rule, worker.kernel)
+    except NotFiniteError:
+        raise QuantizeError(
+            f"{' and '.join(modules)} ({', '.join(sources)}) hold NaN or infinite weights; "
+            "the source is damaged"
+        ) from None
+    lost = []
+    for module, result in zip(modules, results, strict=True):
+        stored = layout.store(result.weight) | layout.store_input_scale(INPUT_SCALE)
+        for suffix, tensor in stored.items():
+            writer.write(f"{module}.{suffix}", worker.to_host(tensor))
+        lost.append(WeightError(module, result.noise, result.signal, result.counts.tolist()))
+    return lost

@@ -1,0 +1,70 @@
+"""What a user decides about a run."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from quantize.experts.gates import Gate
+
+FEW = 32
+"""Tokens below which an expert's own say too little: its weights are then rounded to nearest, and
+its input scales are those of its layer."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See ``--calibrate`` and the options beside it.
+
+    Attributes:
+        text: where the text is from, as the user said it.
+        rows: of tokens; length: of each.
+        digest: of the tokens themselves.
+        method: a key of ``quantize.nvfp4.rounding.METHODS``.
+        every_expert: experts are calibrated with all tokens, not only those routed to them.
+    """
+
+    text: str
+    rows: int
+    length: int
+    digest: str
+    method: str = "descent"
+    every_expert: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user decides about the output.
+
+    Attributes:
+        layout: a key of ``quantize.layouts.LAYOUTS``.
+        scales: a key of ``quantize.nvfp4.scales.RULES``.
+        max_shard_size: bytes; a shard exceeds it only if a single tensor does.
+        gate: the experts' gate, if the user states it; else it is identified.
+        include: patterns of module paths (``fnmatch``); if there are any, only layers' experts and
+            linears that match one are quantized.
+        exclude: patterns of module paths that are not quantized, though included.
+        linears: quantize dense linears too (``quantize.experts.linears``).
+        trust_remote_code: run a checkpoint's own Python code to identify its gate.
+        calibration: how experts are calibrated; None: not at all.
+    """
+
+    layout: str = "modelopt"
+    scales: str = "max"
+    max_shard_size: int = 5 * 10**9
+    gate: Gate | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    linears: bool = False
+    trust_remote_code: bool = False
+    calibration: Calibration | None = None
+
+    def takes(self, module: str) -> bool:
+        """Whether ``include`` and ``exclude`` leave ``module`` to be quantized."""
+        wanted = not self.include or matches(module, self.include)
+        return wanted and not matches(module, self.exclude)
+
+
+def matches(module: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a module path matches one of ``patterns``, as ``fnmatch`` has it."""
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)

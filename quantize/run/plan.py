@@ -1,0 +1,278 @@
+"""Planning a run: everything about the output that follows from the source's headers.
+
+Which tensors it has, of which shapes, in which shards, at which offsets, and the independent jobs
+that make them. The same source and options always give the same plan, on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.refusals import check_config
+from quantize.checkpoint.tensors import TensorInfo
+from quantize.errors import QuantizeError
+from quantize.experts import linears
+from quantize.experts.find import find, left_as_is
+from quantize.experts.gates import Gates, to_contract
+from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.identify import identify
+from quantize.experts.names import ignored_modules
+from quantize.layouts import LAYOUTS
+from quantize.layouts.layout import Layout
+from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.options import Options, matches
+from quantize.run.staged import Staged
+from quantize.run.version import package_version
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that is known before it.
+
+    Attributes:
+        found: all routed experts.
+        groups: those that are quantized.
+        dense: the linears that are, in sets that share a global scale.
+        ignore: modules with a weight of two or more dimensions that stay.
+        shards: jobs, in the order of their outputs in each shard.
+    """
+
+    options: Options
+    found: list[ExpertGroup]
+    groups: list[ExpertGroup]
+    dense: list[tuple[str, ...]]
+    gates: Gates
+    layout: Layout
+    ignore: list[str]
+    shards: list[list[Job]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors in the output."""
+        return sum(out.nbytes for i in range(len(self.shards)) for out in self.outputs(i))
+
+    @property
+    def names(self) -> list[str]:
+        """The shards' file names."""
+        count = len(self.shards)
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+    def outputs(self, shard: int) -> list[TensorInfo]:
+        """The tensors of one shard, in the file's order."""
+        return [out for job in self.shards[shard] for out in job.outputs]
+
+    def fingerprint(self, checkpoint: Checkpoint) -> str:
+        """Equal for two runs only if all their output's files are, but for what the report says of
+        where they ran. Of the weights only a little is looked at."""
+        options = asdict(self.options)
+        if self.options.calibration:
+            del options["calibration"]["text"]  # where the tokens are from; their digest is there
+        what: dict[str, Any] = {
+            "version": package_version(),
+            "options": options,
+            "gates": to_contract(self.gates),
+            "config": checkpoint.config,
+            "sample": checkpoint.sample(),
+            "source": [
+                (t.name, t.file.name, t.dtype, t.shape, t.offset)
+                for t in checkpoint.stored.values()
+            ],
+            "outputs": [
+                [(out.name, out.dtype, out.shape) for out in self.outputs(i)]
+                for i in range(len(self.shards))
+            ],
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def with_staged(self, staged: Staged) -> Plan:
+        """The same plan once calibration has rounded all experts: they are copied from there."""
+        shards: list[list[Job]] = [
+            [CopyStaged(job, staged) if isinstance(job, QuantizeExpert) else job for job in jobs]
+            for jobs in self.shards
+        ]
+        return replace(self, shards=shards)
+
+
+def plan(
+    checkpoint: Checkpoint, options: Options | None = None, gates: Gates | None = None
+) -> Plan:
+    """Plan the quantization of ``checkpoint``; reads headers only.
+
+    Args:
+        gates: if they are known already; else they are identified.
+
+    Raises:
+        QuantizeError: see ``find``, ``identify`` and ``check_config``; also if the patterns leave
+            nothing.
+    """
+    options = options or Options()
+    where = str(checkpoint.folder / "config.json")
+    check_config(checkpoint.config, checkpoint.formats, where)
+    found = find(checkpoint)
+    if options.gate:
+        gates = Gates.uniform(options.gate)
+    gates = gates or identify(checkpoint.folder, options.trust_remote_code)
+    for group in found:
+        group.check_gate(gates.of(group.prefix))
+    groups = [group for group in found if options.takes(group.prefix)]
+    candidates = linears.find(checkpoint, found)
+    if options.linears and not candidates:
+        raise QuantizeError(
+            "--all-linears: no linears besides the experts that can be quantized; known are "
+            f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers"
+        )
+    _check_patterns(checkpoint, options, found, candidates)
+    # Siblings stay together: an engine that fuses them needs all of them in one format.
+    dense = [
+        names
+        for names in candidates
+        if options.linears and all(options.takes(name.removesuffix(".weight")) for name in names)
+    ]
+    if not groups and not dense:
+        raise QuantizeError(
+            "--include and --exclude leave nothing to quantize; linears that engines fuse (query, "
+            "key and value; gate and up) are quantized only if all of them are included"
+        )
+    quantized = source_names(groups) | {name for names in dense for name in names}
+    left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
+    unquantized = [group.prefix for group in found if group not in groups]
+    for prefix in (*unquantized, *left_as_is(checkpoint)):
+        left |= ignored_modules(prefix)
+    jobs = _jobs(checkpoint, groups, dense, gates, LAYOUTS[options.layout], options.scales)
+    shards = _into_shards(jobs, options.max_shard_size)
+    _check_unique(shards)
+    return Plan(options, found, groups, dense, gates, LAYOUTS[options.layout], sorted(left), shards)
+
+
+def _check_patterns(
+    checkpoint: Checkpoint,
+    options: Options,
+    groups: list[ExpertGroup],
+    candidates: list[tuple[str, ...]],
+) -> None:
+    """A pattern that changes nothing is a mistake, unless it excludes what stays anyway."""
+    prefixes = {group.prefix for group in groups}
+    dense = {name.removesuffix(".weight") for names in candidates for name in names}
+    others = checkpoint.tensors.keys() - source_names(groups)
+    what = {
+        "--include": (options.include, prefixes | dense if options.linears else prefixes),
+        "--exclude": (options.exclude, prefixes | {name.rpartition(".")[0] for name in others}),
+    }
+    for option, (patterns, modules) in what.items():
+        for pattern in patterns:
+            if any(matches(module, (pattern,)) for module in modules):
+                continue
+            if any(matches(module, (pattern,)) for module in dense):
+                raise QuantizeError(
+                    f"{option} {pattern!r} matches only linears, and these are quantized only with "
+                    "--all-linears"
+                )
+            raise QuantizeError(
+                f"{option} {pattern!r} matches nothing; patterns are compared with module paths "
+                f"such as {groups[0].prefix}"
+            )
+
+
+def _linear_weights(checkpoint: Checkpoint) -> set[str]:
+    return {
+        name
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(info.shape) >= 2
+    }
+
+
+def _jobs(
+    checkpoint: Checkpoint,
+    groups: list[ExpertGroup],
+    dense: list[tuple[str, ...]],
+    gates: Gates,
+    layout: Layout,
+    rule: str,
+) -> Iterator[Job]:
+    """In the source's order of files and tensors, so that reading stays sequential."""
+    first = {group.sources[0]: group for group in groups}
+    sets = {names[0]: names for names in dense}
+    done = source_names(groups) | {name for names in dense for name in names}
+    for name, info in checkpoint.tensors.items():
+        if name in first:
+            group = first[name]
+            interleaved = gates.of(group.prefix).interleaved
+            for expert in range(group.num_experts):
+                yield from expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
+        elif name in sets:
+            shapes = tuple(checkpoint.tensors[n].shape for n in sets[name])
+            yield QuantizeLinears(
+                sets[name],
+                tuple((rows, columns) for rows, columns in shapes),
+                layout,
+                rule,
+                sum(checkpoint.stored_bytes(n) for n in sets[name]),
+                any(len(checkpoint.parts(n)) > 1 for n in sets[name]),
+            )
+        elif name not in done:
+            decoded = checkpoint.parts(name) != (name,)
+            output = TensorInfo(name, info.dtype, info.shape)
+            yield Copy(output, checkpoint.stored_bytes(name), decoded)
+
+
+def expert_jobs(
+    checkpoint: Checkpoint,
+    group: ExpertGroup,
+    expert: int,
+    interleaved: bool,
+    layout: Layout,
+    rule: str,
+) -> Iterator[QuantizeExpert | Biases]:
+    """What makes one expert: its gate and up, its down, its biases if it has any."""
+    share = group.num_experts if group.fused else 1
+    for inputs in (True, False):
+        job = QuantizeExpert(group, expert, inputs, interleaved, layout, rule, 0, False)
+        yield QuantizeExpert(
+            group,
+            expert,
+            inputs,
+            interleaved,
+            layout,
+            rule,
+            nbytes=sum(checkpoint.stored_bytes(n) for n in job.sources) // share,
+            decoded=any(checkpoint.parts(n) != (n,) for n in job.sources),
+        )
+    if group.bias_names:
+        sizes = [group.intermediate] * (len(group.names) - 1) + [group.hidden]
+        names = group.sources_of(expert)[len(group.weights_of(expert)) :]
+        dtypes = [checkpoint.tensors[name].dtype for name in names]
+        dtypes = dtypes[:1] * group.joined + dtypes
+        outputs = tuple(
+            TensorInfo(f"{module}.bias", dtype, (size,))
+            for module, dtype, size in zip(group.modules(expert), dtypes, sizes, strict=True)
+        )
+        yield Biases(group, expert, interleaved, outputs, sum(out.nbytes for out in outputs))
+
+
+def _check_unique(shards: list[list[Job]]) -> None:
+    """Names such as ``experts.0`` and ``experts.00`` are one expert's."""
+    seen: set[str] = set()
+    for out in (out for jobs in shards for job in jobs for out in job.outputs):
+        if out.name in seen:
+            raise QuantizeError(f"two tensors of the source would both be written as {out.name}")
+        seen.add(out.name)
+
+
+def _into_shards(jobs: Iterator[Job], max_size: int) -> list[list[Job]]:
+    shards: list[list[Job]] = [[]]
+    size = 0
+    for job in jobs:
+        nbytes = sum(out.nbytes for out in job.outputs)
+        if shards[-1] and size + nbytes > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(job)
+        size += nbytes
+    return shards

@@ -1,0 +1,218 @@
+"""Making shards on threads: each reads, quantizes and writes, one job after another.
+
+While one thread computes, the system reads ahead what another will need and writes what a third
+has made. So reading, computing and writing overlap without queues between them, and the memory in
+use is that of one job for each thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from itertools import zip_longest
+from threading import Lock
+
+import torch
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.run.jobs import Job
+from quantize.run.plan import Plan
+from quantize.run.record import Record
+from quantize.run.shards import ShardWriter
+from quantize.run.weight_error import WeightError
+from quantize.run.worker import Worker
+
+MEMORY = 384 * 2**20
+"""Bytes that the jobs of all CPU threads may need together. One thread always runs."""
+
+PER_GPU = 8
+"""Threads for each GPU: while it computes for one of them, the others read, copy and write."""
+
+_AT_ONCE = 4
+"""Shards that are written at the same time, at most: their work is lost if the run is killed."""
+
+Progress = Callable[[int], None]
+"""Told how many bytes of the source have just been done."""
+
+
+def make_shards(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    record: Record,
+    shards: Sequence[int],
+    devices: Sequence[torch.device],
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Make some of the plan's shards, and record what quantizing their weights lost.
+
+    Args:
+        shards: numbers of the shards, indices of ``plan.shards``.
+        devices: every GPU among them gets ``PER_GPU`` threads; without one, the CPU computes.
+        threads: how many CPU threads; by default one a core, as far as ``MEMORY`` allows.
+        progress: called with the bytes of the source that a job has read.
+
+    Raises:
+        QuantizeError: if a tensor cannot be read, quantized or written, or another run has taken
+            the target over. Unfinished shards are removed then.
+    """
+    if not shards:
+        return
+    wanted = [job for i in shards for job in plan.shards[i]]
+    team = _team(checkpoint, wanted, devices, threads)
+    jobs = list(_interleaved(plan, shards, len(team)))
+    open_shards = _OpenShards(plan, record)
+    numbers = iter(range(len(jobs)))
+    failed: list[bool] = []
+    lock = Lock()
+
+    def work(worker: Worker) -> None:
+        with worker.at_work():
+            while not failed:
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                shard, job = jobs[number]
+                ahead = number + len(team)
+                if ahead < len(jobs):
+                    jobs[ahead][1].will_need(checkpoint)
+                worker.arena.reset()
+                errors = job.run(worker, open_shards.writer(shard))
+                open_shards.done(shard, errors)
+                progress(job.nbytes)
+
+    def guarded(worker: Worker) -> None:
+        try:
+            work(worker)
+        except BaseException:
+            failed.append(True)  # the others stop after their job
+            raise
+
+    try:
+        with threads_of_our_own(), ThreadPoolExecutor(len(team), "quantize") as pool:
+            try:
+                for future in as_completed([pool.submit(guarded, worker) for worker in team]):
+                    future.result()
+            except BaseException:
+                failed.append(True)
+                raise
+        open_shards.wait()
+    finally:
+        open_shards.close()
+
+
+def all_devices() -> list[torch.device]:
+    """All GPUs of this machine, or its CPU if it has none."""
+    if torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu")]
+
+
+def _interleaved(plan: Plan, shards: Sequence[int], count: int) -> Iterator[tuple[int, Job]]:
+    """All jobs, taken in turn from up to ``count`` shards: a file takes one write at a time."""
+    count = min(count, _AT_ONCE)
+    for first in range(0, len(shards), count):
+        jobs = zip_longest(
+            *([(i, job) for job in plan.shards[i]] for i in shards[first : first + count])
+        )
+        yield from (job for some in jobs for job in some if job is not None)
+
+
+class _OpenShards:
+    """The shards that threads are writing. Each is finished when its last job is done."""
+
+    def __init__(self, plan: Plan, record: Record) -> None:
+        self._plan = plan
+        self._record = record
+        self._writers: dict[int, ShardWriter] = {}
+        self._errors: dict[int, list[WeightError]] = {}
+        self._left = {i: len(jobs) for i, jobs in enumerate(plan.shards)}
+        self._lock = Lock()
+        # Bringing a shard to the disk takes a while; the threads go on with the next meanwhile.
+        self._finisher = ThreadPoolExecutor(1, "finish")
+        self._finishing: list[Future[None]] = []
+
+    def writer(self, shard: int) -> ShardWriter:
+        """The writer of a shard, which the first call opens."""
+        with self._lock:
+            if shard not in self._writers:
+                name = self._plan.names[shard]
+                self._writers[shard] = ShardWriter(
+                    self._record.target / name,
+                    self._plan.outputs(shard),
+                    self._record.partial(name),
+                )
+                self._errors[shard] = []
+            return self._writers[shard]
+
+    def done(self, shard: int, errors: list[WeightError]) -> None:
+        """Note that a job of the shard is done, and what its weights lost."""
+        with self._lock:
+            self._errors[shard] += errors
+            self._left[shard] -= 1
+            if not self._left[shard]:
+                writer, every = self._writers.pop(shard), self._errors.pop(shard)
+                self._finishing.append(self._finisher.submit(self._finish, writer, every))
+            finished = [future for future in self._finishing if future.done()]
+            self._finishing = [future for future in self._finishing if future not in finished]
+        for future in finished:
+            future.result()  # a full disk may show only here: no use in going on
+
+    def wait(self) -> None:
+        """Wait until all shards are finished; raises what went wrong."""
+        for future in self._finishing:
+            future.result()
+
+    def close(self) -> None:
+        """Remove unfinished shards."""
+        self._finisher.shutdown()
+        for writer in self._writers.values():
+            with suppress(OSError):
+                writer.abort()
+
+    def _finish(self, writer: ShardWriter, errors: list[WeightError]) -> None:
+        try:
+            self._record.check_ours()
+            self._record.save_errors(writer.path.name, errors)
+        except BaseException:
+            writer.abort()
+            raise
+        writer.finish()
+
+
+def _team(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    devices: Sequence[torch.device],
+    threads: int | None,
+) -> list[Worker]:
+    largest = max(job.memory for job in jobs)
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus:
+        return [Worker(checkpoint, device, largest) for _ in range(PER_GPU) for device in gpus]
+    if threads is None:
+        threads = min(cores(largest), len(jobs))
+    return [Worker(checkpoint, devices[0]) for _ in range(threads)]
+
+
+@contextmanager
+def threads_of_our_own() -> Iterator[None]:
+    """Keep PyTorch from starting threads of its own, which would compete with ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores(memory: int) -> int:
+    """How many threads to run if each needs ``memory`` bytes: one a core, within ``MEMORY``."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        count = os.cpu_count() or 1
+    return max(1, min(count, MEMORY // max(1, memory)))
