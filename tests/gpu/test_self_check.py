@@ -12,7 +12,7 @@ import torch
 
 from tests.gpu.layer import Case, Shape, build, error, skip_elsewhere
 from vllm_nvfp4_moe import self_check
-from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_moe
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 SHAPES = [
     Shape("minimax-m3", 128, 6144, 3072, 4),
@@ -79,7 +79,7 @@ def other_numbers(**numbers: float) -> Callable[[MonkeyPatch], None]:
 
         others = {name.removeprefix("swiglu_"): number for name, number in numbers.items()}
 
-        for kernels in (hopper_moe, hopper_fp8):
+        for kernels in KERNELS.values():
             run = kernels.run
 
             def run_with(
@@ -106,7 +106,7 @@ def before_conversion(damage: Callable[[Any], None]) -> Callable[[MonkeyPatch], 
         from vllm.model_executor.layers.quantization import modelopt
 
         from vllm_nvfp4_moe.backends import vllm_kernels
-        from vllm_nvfp4_moe.backends.hopper import HopperMethod
+        from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 
         convert = vllm_kernels.convert_to_nvfp4_moe_kernel_format
 

@@ -1,4 +1,4 @@
-"""When our Hopper kernel is chosen, and what vLLM's layer makes of it.
+"""When a Hopper kernel is chosen, and what vLLM's layer makes of it.
 
 The device is pretended where the choice is at issue; where results are, the kernel is its CUDA
 source on a CPU (``test_hopper_emulated``), from the weights as they were packed.
@@ -6,6 +6,7 @@ source on a CPU (``test_hopper_emulated``), from the weights as they were packed
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import weakref
@@ -27,15 +28,15 @@ from tests.plugin.emulation import Emulated, body, build
 from tests.plugin.reference import experts_of, routed
 from tests.plugin.test_layer import relative, routing
 from vllm_nvfp4_moe import backends
-from vllm_nvfp4_moe.backends import hopper_support, hopper_variants
-from vllm_nvfp4_moe.backends.hopper import HopperMethod
-from vllm_nvfp4_moe.backends.hopper_variants import VARIANTS
+from vllm_nvfp4_moe.backends.hopper import support
+from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 from vllm_nvfp4_moe.config import NvFp4MoEConfig
-from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_moe, jit
+from vllm_nvfp4_moe.kernels import jit
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 LAYER = "model.layers.1.mlp.experts"
-NAME = VARIANTS["bf16"].name
+NAME = KERNELS["bf16"].name
 ERROR = {"bf16": 6e-3, "fp8": 0.08}
 """Of a batch, relative: bf16 roundings; E4M3's, of weights and activations."""
 CHECKED = {"bf16": 8e-3, "fp8": 0.1}
@@ -78,7 +79,7 @@ def config() -> Iterator[VllmConfig]:
 def warnings(monkeypatch: MonkeyPatch) -> list[str]:
     found: list[str] = []
     monkeypatch.setattr(
-        hopper_support.logger, "warning_once", lambda text, *args: found.append(text % args)
+        support.logger, "warning_once", lambda text, *args: found.append(text % args)
     )
     return found
 
@@ -90,15 +91,15 @@ def hopper(
     """A machine with a Hopper GPU, on which the kernel can be built."""
     layer_of()  # imports of vLLM what would keep the pretended platform
     pretend(monkeypatch, (9, 0))
-    wishes = (hopper_support.VARIABLE, hopper_variants.VARIABLE, "VLLM_HUMMING_INPUT_QUANT_CONFIG")
+    wishes = (support.VARIABLE, support.ACTIVATIONS_VARIABLE, "VLLM_HUMMING_INPUT_QUANT_CONFIG")
     for name in wishes:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for variant in VARIANTS.values():
-        monkeypatch.setattr(variant.kernels, "library", lambda device: None)
-    hopper_support.missing.cache_clear()
+    for kernel in KERNELS.values():
+        monkeypatch.setattr(kernel, "library", lambda device: None)
+    support.missing.cache_clear()
     yield config
-    hopper_support.missing.cache_clear()
+    support.missing.cache_clear()
 
 
 @pytest.mark.parametrize("gate", [SILU, M3, GELU_TANH], ids=str)
@@ -146,13 +147,13 @@ def test_the_kernel_that_was_asked_for_is_built(
     hopper: VllmConfig, warnings: list[str], monkeypatch: MonkeyPatch
 ) -> None:
     """Where it cannot be, the other does not step in: it runs, or vLLM's kernels do."""
-    monkeypatch.setattr(hopper_fp8, "library", lambda device: no_nvcc(Path()))
+    monkeypatch.setattr(KERNELS["fp8"], "library", lambda device: no_nvcc(Path()))
     assert warnings == []
     assert choose(layer_of()).kernel == NAME
     monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "fp8")
     method = choose(layer_of())
     assert method.kernel.startswith("HUMMING")
-    assert "no nvcc" in dict(method.passed_over)[VARIANTS["fp8"].name]
+    assert "no nvcc" in dict(method.passed_over)[KERNELS["fp8"].name]
     (line,) = warnings
     assert line.startswith("NVFP4_MOE_ACTIVATIONS=fp8 is for") and "no nvcc" in line
 
@@ -172,7 +173,7 @@ def parallel(layer: Any, **modes: Any) -> None:
 def test_parallel_modes(hopper: VllmConfig, modes: dict[str, Any]) -> None:
     layer = layer_of()
     parallel(layer, **modes)
-    assert hopper_support.unsupported(layer) is None
+    assert support.unsupported(layer) is None
 
 
 ALL_TO_ALL = {
@@ -196,10 +197,10 @@ def test_ways_to_other_ranks(hopper: VllmConfig, name: str) -> None:
     layer = layer_of()
     parallel(layer, dp_size=2, ep_size=2, use_ep=True, all2all_backend=name)
     expected = None if ALL_TO_ALL[name] else f"tokens come by {name}"
-    assert hopper_support.unsupported(layer) == expected
+    assert support.unsupported(layer) == expected
     # Without data parallelism nothing travels, but experts may still dispatch for themselves.
     parallel(layer, dp_size=1)
-    assert (hopper_support.unsupported(layer) is None) == (name != "passthrough")
+    assert (support.unsupported(layer) is None) == (name != "passthrough")
 
 
 def attribute(name: str, value: Any) -> Callable[[Any], None]:
@@ -227,7 +228,7 @@ def test_what_the_kernel_does_not_do(hopper: VllmConfig, reason: str) -> None:
     change, gate = REASONS[reason]
     layer = layer_of(gate)
     change(layer)
-    assert reason in str(hopper_support.unsupported(layer))
+    assert reason in str(support.unsupported(layer))
     assert HopperMethod.missed(layer) == NAME
 
 
@@ -238,13 +239,13 @@ def test_another_device(
     pretend(monkeypatch, capability)
     layer = layer_of()
     said = "compute capability {}.{}, and the kernel is for 9.0 alone".format(*capability)
-    assert hopper_support.unsupported(layer) == said
+    assert support.unsupported(layer) == said
     assert HopperMethod.missed(layer) is None
 
 
 def test_no_gpu(config: VllmConfig) -> None:
     layer = layer_of()
-    assert hopper_support.unsupported(layer) == "the device is not an NVIDIA GPU"
+    assert support.unsupported(layer) == "the device is not an NVIDIA GPU"
     assert HopperMethod.missed(layer) is None
 
 
@@ -263,7 +264,7 @@ def test_who_asks_for_another_gets_it(
     layer = layer_of(moe_backend="auto" if wish else "marlin")
     if wish:
         monkeypatch.setenv(*wish)
-    assert reason in str(hopper_support.unsupported(layer))
+    assert reason in str(support.unsupported(layer))
     method = choose(layer)
     assert method.kernel.split()[0] == ("HUMMING" if wish else "MARLIN")
     assert NAME not in dict(method.passed_over)
@@ -273,9 +274,9 @@ def test_settings_of_vllm(hopper: VllmConfig, monkeypatch: MonkeyPatch) -> None:
     layer = layer_of()
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_BATCH_INVARIANT", "1")
-        assert hopper_support.unsupported(layer) == "VLLM_BATCH_INVARIANT"
+        assert support.unsupported(layer) == "VLLM_BATCH_INVARIANT"
     monkeypatch.setattr(hopper.parallel_config, "enable_elastic_ep", True)
-    assert "--enable-elastic-ep" in str(hopper_support.unsupported(layer))
+    assert "--enable-elastic-ep" in str(support.unsupported(layer))
 
 
 def test_load_balancing_wants_one_layout_in_all_layers(hopper: VllmConfig) -> None:
@@ -283,11 +284,11 @@ def test_load_balancing_wants_one_layout_in_all_layers(hopper: VllmConfig) -> No
     layer = layer_of(SILU)
     parallel(layer, use_ep=True, enable_eplb=True)
     layer.quant_config.gates = Gates(SILU, {3: M3})
-    assert hopper_support.unsupported(layer) is None
+    assert support.unsupported(layer) is None
     layer.quant_config.gates = Gates(SILU, {3: STEP})
-    assert "other layers apply swiglu_step" in str(hopper_support.unsupported(layer))
+    assert "other layers apply swiglu_step" in str(support.unsupported(layer))
     parallel(layer, enable_eplb=False)
-    assert hopper_support.unsupported(layer) is None
+    assert support.unsupported(layer) is None
 
 
 def no_nvcc(path: Path) -> Path:
@@ -330,7 +331,7 @@ def test_without_a_compiler(
     monkeypatch.setenv(jit.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(jit, "nvcc", lambda: compiler(tmp_path))
     source = "int nothing;"
-    monkeypatch.setattr(hopper_moe, "library", lambda device: jit.load(source, "90a"))
+    monkeypatch.setattr(KERNELS["bf16"], "library", lambda device: jit.load(source, "90a"))
     for _ in range(2):
         method = choose(layer_of())
         assert method.kernel.startswith("HUMMING")
@@ -344,14 +345,14 @@ def test_ranks_on_other_devices_do_not_keep_others_waiting(
     hopper: VllmConfig, monkeypatch: MonkeyPatch
 ) -> None:
     met: list[list[int]] = []
-    monkeypatch.setattr(hopper_support, "get_ep_group", lambda: SimpleNamespace(cpu_group="ours"))
+    monkeypatch.setattr(support, "get_ep_group", lambda: SimpleNamespace(cpu_group="ours"))
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda span, *_, **__: met.append(span.tolist())
     )
     pretend(monkeypatch, (10, 0))
     layer = layer_of()
     parallel(layer, ep_size=2, use_ep=True, enable_eplb=True)
-    assert "compute capability 10.0" in str(hopper_support.unsupported(layer))
+    assert "compute capability 10.0" in str(support.unsupported(layer))
     assert met == [[0, 0]]
 
 
@@ -368,15 +369,15 @@ def test_ranks_that_exchange_weights_agree(
         code = [None, "bf16", "fp8"].index(others)
         span.copy_(torch.minimum(span, torch.tensor([code, -code])))
 
-    monkeypatch.setattr(hopper_support, "get_ep_group", lambda: SimpleNamespace(cpu_group="ours"))
+    monkeypatch.setattr(support, "get_ep_group", lambda: SimpleNamespace(cpu_group="ours"))
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     if mine:
         monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", mine)
     else:
-        monkeypatch.setattr(hopper_moe, "library", lambda device: no_nvcc(Path()))
+        monkeypatch.setattr(KERNELS["bf16"], "library", lambda device: no_nvcc(Path()))
     layer = layer_of()
     parallel(layer, ep_size=2, use_ep=True, enable_eplb=True)
-    reason = hopper_support.unsupported(layer)
+    reason = support.unsupported(layer)
     assert asked == ["ours"]
     if not mine:
         assert "no nvcc" in str(reason)
@@ -385,32 +386,31 @@ def test_ranks_that_exchange_weights_agree(
         assert reason == (None if others == mine else refused)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=KERNELS)
 def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ctypes.CDLL]:
-    kernels = VARIANTS[request.param].kernels
-    return request.param, build(tmp_path_factory.mktemp("emulated"), body(kernels), kernels)
+    kernel = KERNELS[request.param]
+    return request.param, build(tmp_path_factory.mktemp("emulated"), body(kernel), kernel)
 
 
 @pytest.fixture
-def kernel(library: tuple[str, ctypes.CDLL], monkeypatch: MonkeyPatch) -> SimpleNamespace:
-    """Layers take our method here, and its kernel of one variant after the other runs on the CPU;
-    ``calls`` are its options."""
+def kernel(library: tuple[str, ctypes.CDLL], monkeypatch: MonkeyPatch) -> Any:
+    """Layers take our method here, and one kernel after the other runs on the CPU. It is a copy of
+    the kernel's object, with the errors that it may have, and ``calls``, the options it was called
+    with."""
     name, loaded = library
-    variant = VARIANTS[name]
-    emulated = Emulated(loaded, variant.kernels, monkeypatch)
+    emulated = Emulated(loaded, KERNELS[name], monkeypatch)
     calls: list[dict[str, Any]] = []
 
     def run(*args: Any, **options: Any) -> torch.Tensor:
         calls.append(options)
         return emulated.run(*args, **options)
 
-    found = SimpleNamespace(
-        run=run, Experts=variant.kernels.Experts, calls=calls, name=variant.name, error=ERROR[name],
-        checked=CHECKED[name],
-    )  # fmt: skip
-    monkeypatch.setitem(VARIANTS, name, variant._replace(kernels=found))
+    found: Any = copy.copy(KERNELS[name])
+    found.run, found.calls = run, calls
+    found.error, found.checked = ERROR[name], CHECKED[name]
+    monkeypatch.setitem(KERNELS, name, found)
     monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", name)
     monkeypatch.setattr(HopperMethod, "unsupported", classmethod(lambda cls, layer: None))
     return found
@@ -424,7 +424,7 @@ def batch(tokens: int, hidden: int = 384) -> tuple[torch.Tensor, torch.Tensor, t
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 def test_experts_match_the_reference(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace, layout: str
+    load: Load, shallow: dict[str, Path], kernel: Any, layout: str
 ) -> None:
     layer = load(shallow[layout])[LAYER].routed_experts
     method = layer.quant_method
@@ -448,7 +448,7 @@ def test_experts_match_the_reference(
 
 
 def test_the_line_at_load(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace, monkeypatch: MonkeyPatch
+    load: Load, shallow: dict[str, Path], kernel: Any, monkeypatch: MonkeyPatch
 ) -> None:
     from vllm_nvfp4_moe import summary
 
@@ -463,7 +463,7 @@ def test_the_line_at_load(
 
 
 def test_weights_stay_four_bit_and_have_an_expert_a_row(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace
+    load: Load, shallow: dict[str, Path], kernel: Any
 ) -> None:
     layer = load(shallow["modelopt"])[LAYER].routed_experts
     held = {name: tensor.nbytes for name, tensor in layer.named_parameters()}
@@ -477,9 +477,7 @@ def test_weights_stay_four_bit_and_have_an_expert_a_row(
     assert [len(tensor) for tensor in layer.get_expert_weights()] == [32] * 4
 
 
-def test_load_balancing_moves_experts(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace
-) -> None:
+def test_load_balancing_moves_experts(load: Load, shallow: dict[str, Path], kernel: Any) -> None:
     """As vLLM does it: rows of what ``get_expert_weights`` gives, in place."""
     layer = load(shallow["modelopt"])[LAYER].routed_experts
     x, weights, ids = batch(9)
@@ -495,9 +493,7 @@ def test_load_balancing_moves_experts(
     assert torch.equal(out(order.argsort().int()[ids]), before)
 
 
-def test_experts_of_other_ranks(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace
-) -> None:
+def test_experts_of_other_ranks(load: Load, shallow: dict[str, Path], kernel: Any) -> None:
     layer = load(shallow["modelopt"])[LAYER].routed_experts
     x, weights, ids = batch(12)
     layer._expert_map = torch.arange(32, dtype=torch.int32).where(torch.arange(32) % 3 > 0, -1)
@@ -507,7 +503,7 @@ def test_experts_of_other_ranks(
 
 
 def test_a_hidden_size_that_is_padded(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace, monkeypatch: MonkeyPatch
+    load: Load, shallow: dict[str, Path], kernel: Any, monkeypatch: MonkeyPatch
 ) -> None:
     """As DeepEP asks for."""
     monkeypatch.setattr(
@@ -525,7 +521,7 @@ def test_a_hidden_size_that_is_padded(
 
 @pytest.mark.parametrize("wrong", [SILU, replace(M3, limit=None), replace(M3, beta=0.0)], ids=str)
 def test_another_gate_is_noticed(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace, wrong: Gate
+    load: Load, shallow: dict[str, Path], kernel: Any, wrong: Gate
 ) -> None:
     right = kernel.run
     kernel.run = lambda x, experts, ids, weights, gate, **more: right(
@@ -536,13 +532,13 @@ def test_another_gate_is_noticed(
 
 
 def test_one_matrix_is_twice_in_memory(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace, monkeypatch: MonkeyPatch
+    load: Load, shallow: dict[str, Path], kernel: Any, monkeypatch: MonkeyPatch
 ) -> None:
     """Codes and scales of gate and up are gone before down's are packed, and those after it. Nor
     does PyTorch keep what was freed."""
     given_back: list[None] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(None))
-    pack = kernel.Experts.matrix
+    pack = kernel.pack_matrix
     before: list[StorageWeakRef] = []
     left = []
 
@@ -551,16 +547,14 @@ def test_one_matrix_is_twice_in_memory(
         before.extend(StorageWeakRef(t.untyped_storage()) for t in (codes, scales))
         return pack(codes, scales, *rest, **more)
 
-    kernel.Experts = type("Watched", (kernel.Experts,), {"matrix": staticmethod(packing)})
+    kernel.pack_matrix = packing
     load(shallow["modelopt"])
     assert left == [[], [True, True]]
     assert len(given_back) == 2
     assert all(storage.expired() for storage in before)
 
 
-def test_vllm_can_let_go_of_a_model(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace
-) -> None:
+def test_vllm_can_let_go_of_a_model(load: Load, shallow: dict[str, Path], kernel: Any) -> None:
     runners = load(shallow["modelopt"])
     layer = weakref.ref(runners[LAYER].routed_experts)
     runners.clear()
@@ -569,7 +563,7 @@ def test_vllm_can_let_go_of_a_model(
 
 
 def test_arguments_that_the_kernel_refuses(
-    load: Load, shallow: dict[str, Path], kernel: SimpleNamespace
+    load: Load, shallow: dict[str, Path], kernel: Any
 ) -> None:
     """Never garbage: float32 where bf16 was promised is an error."""
     layer = load(shallow["modelopt"])[LAYER].routed_experts

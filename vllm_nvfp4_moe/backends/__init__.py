@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _methods() -> Iterator[type[NvFp4MoEMethod]]:
     """In order of preference; each is imported only if those before it do not fit."""
-    from vllm_nvfp4_moe.backends.hopper import HopperMethod
+    from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 
     yield HopperMethod
     from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod

@@ -1,4 +1,4 @@
-"""Which layers our Hopper kernel runs; every reason not to is vLLM's kernels' turn."""
+"""Which layers this package's Hopper kernels run. Where they do not, vLLM's own kernels do."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vllm.distributed import get_ep_group
 from vllm.logger import init_logger
 
 from vllm_nvfp4_moe.activation import VLLM_NAME
-from vllm_nvfp4_moe.backends.hopper_experts import (
+from vllm_nvfp4_moe.backends.hopper.experts import (
     ACTIVATIONS,
     CAPABILITY,
     HopperExperts,
     capability,
 )
-from vllm_nvfp4_moe.backends.hopper_variants import VARIANTS, asked
-from vllm_nvfp4_moe.kernels import hopper_moe
+from vllm_nvfp4_moe.kernels.hopper.kernel import MAX_EXPERTS, HopperKernel
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 if TYPE_CHECKING:
@@ -31,11 +31,36 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.nvfp4_moe.hopper")
 
 VARIABLE = "NVFP4_MOE_HOPPER"
-_EIGHT_BITS = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
+"""0 asks for vLLM's kernels instead."""
+ACTIVATIONS_VARIABLE = "NVFP4_MOE_ACTIVATIONS"
+"""A name in ``KERNELS``: the type of the activations that are multiplied."""
+_HUMMING_ACTIVATIONS = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
+
+
+def turned_off() -> bool:
+    """Whether the user wants none of these kernels."""
+    return os.environ.get(VARIABLE, "1") == "0"
+
+
+def asked() -> str:
+    """Which of ``KERNELS`` the user wants.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    name = os.environ.get(ACTIVATIONS_VARIABLE) or "bf16"
+    if name not in KERNELS:
+        raise ValueError(f"{ACTIVATIONS_VARIABLE}={name}: must be one of {', '.join(KERNELS)}")
+    return name
+
+
+def asked_kernel() -> HopperKernel:
+    """The kernel of that name; raises as :func:`asked`."""
+    return KERNELS[asked()]
 
 
 def elsewhere() -> str | None:
-    """Why not on this device, None if it is the kernel's."""
+    """Why the kernels do not run on this device, None if they do."""
     found = capability()
     if found is None:
         return "the device is not an NVIDIA GPU"
@@ -47,50 +72,57 @@ def elsewhere() -> str | None:
 
 
 def declined(layer: RoutedExperts) -> str | None:
-    """How the user has asked for another kernel, None if not."""
-    if os.environ.get(VARIABLE, "1") == "0":
+    """How the user has asked for another kernel, None if nobody has."""
+    if turned_off():
         return f"{VARIABLE}=0"
     if layer.moe_config.moe_backend != "auto":
         return f"--moe-backend {layer.moe_config.moe_backend}"
-    if os.environ.get(_EIGHT_BITS):  # which asks for less than bf16 activations
-        return f"{_EIGHT_BITS} is set, which is for Humming"
+    if os.environ.get(_HUMMING_ACTIVATIONS):  # it asks for fewer bits than bf16 has
+        return f"{_HUMMING_ACTIVATIONS} is set, which is for Humming"
     return None
 
 
 def unsupported(layer: RoutedExperts) -> str | None:
-    """Why the kernel that is asked for cannot run ``layer``, None if it can; builds it to know.
+    """Why the kernel that is asked for cannot run ``layer``, None if it can.
+
+    Builds the kernel to know.
 
     Raises:
         ValueError: if what is asked for does not exist.
     """
-    variant = asked()
-    problem = _unsupported(layer, variant)
-    if problem and variant != "bf16":
+    name = asked()
+    problem = _unsupported(layer, name)
+    if problem and name != "bf16":
         logger.warning_once(
-            "NVFP4_MOE_ACTIVATIONS=%s is for this package's Hopper kernel, which does not run: %s. "
+            "%s=%s is for this package's Hopper kernel, which does not run: %s. "
             "Another kernel is used",
-            variant,
+            ACTIVATIONS_VARIABLE,
+            name,
             problem,
         )
     return problem
 
 
-def _unsupported(layer: RoutedExperts, variant: str) -> str | None:
+def _unsupported(layer: RoutedExperts, name: str) -> str | None:
     problem = elsewhere()
     if get_current_vllm_config().parallel_config.enable_elastic_ep:
         # Not tried. Ranks that join later could not agree with those that run.
         return problem or "--enable-elastic-ep changes the number of a rank's experts"
-    problem = problem or declined(layer) or _layer(layer) or _parallel(layer) or missing(variant)
+    problem = problem or declined(layer) or _layer(layer) or _parallel(layer) or missing(name)
     # Also where another device is the reason: ranks with a Hopper GPU would wait for this one.
     parallel = layer.moe_config.moe_parallel_config
-    return _agreed(problem, variant) if parallel.enable_eplb and parallel.ep_size > 1 else problem
+    return _agreed(problem, name) if parallel.enable_eplb and parallel.ep_size > 1 else problem
 
 
-def _agreed(problem: str | None, variant: str) -> str | None:
-    """``problem``, or that another rank has one or another variant: load balancing exchanges
-    weights between ranks as they lie in memory, which must be one kernel's way on all of them."""
-    mine = 0 if problem else 1 + list(VARIANTS).index(variant)
-    span = torch.tensor([mine, -mine], device="cpu")  # becomes the smallest, and minus the largest
+def _agreed(problem: str | None, name: str) -> str | None:
+    """``problem``, or that another rank has one, or another kernel.
+
+    Load balancing exchanges weights between ranks as they lie in memory, so that all ranks must
+    have packed them for the same kernel.
+    """
+    mine = 0 if problem else 1 + list(KERNELS).index(name)
+    # Of all ranks this becomes the smallest number, and minus the largest.
+    span = torch.tensor([mine, -mine], device="cpu")
     group = get_ep_group().cpu_group
     torch.distributed.all_reduce(span, torch.distributed.ReduceOp.MIN, group=group)
     alike = int(span.sum()) == 0
@@ -108,8 +140,8 @@ def _layer(layer: RoutedExperts) -> str | None:
         return f"the kernel does not apply {layer.activation.value}"
     if layer.apply_router_weight_on_input:
         return "the router's weights are for the experts' input"
-    if layer.local_num_experts > (most := hopper_moe.MOST_EXPERTS):
-        return f"{layer.local_num_experts} experts, and the kernel is for at most {most}"
+    if layer.local_num_experts > MAX_EXPERTS:
+        return f"{layer.local_num_experts} experts, and the kernel is for at most {MAX_EXPERTS}"
     if config.is_lora_enabled:
         return "LoRA"
     if envs.VLLM_BATCH_INVARIANT:
@@ -133,13 +165,16 @@ def _parallel(layer: RoutedExperts) -> str | None:
 
 
 @functools.cache
-def missing(variant: str) -> str | None:
-    """Why the kernel cannot be built in this process, None once it is loaded; logs a warning."""
+def missing(name: str) -> str | None:
+    """Why the kernel cannot be built in this process, None once it is loaded.
+
+    Logs a warning if it cannot.
+    """
     try:
-        VARIANTS[variant].kernels.library(torch.cuda.current_device())
+        KERNELS[name].library(torch.cuda.current_device())
     except (KernelError, OSError, subprocess.SubprocessError) as error:
         problem = " ".join(str(error).split()).rstrip(".")
-        if variant == "bf16":  # who asked for another is told so in any case
+        if name == "bf16":  # who asked for another is told so by `unsupported`
             logger.warning_once(
                 "This package's Hopper kernel cannot be built: %s. vLLM's own kernels are used; "
                 "%s=0 asks for them without this message",

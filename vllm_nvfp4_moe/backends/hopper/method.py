@@ -1,18 +1,18 @@
-"""Our own kernels for Hopper GPUs: with activations in bf16 (``kernels/hopper_moe.cu``), or in FP8
-for who asks for that (``kernels/hopper_fp8.cu``).
+"""The method of layers that a Hopper kernel runs: it packs their weights and builds vLLM's kernel.
 
 After ``prepare`` a layer holds
 
-* ``w13_weight``, ``w2_weight`` uint8 ``[experts, row tiles, chunks or stages, bytes]``, codes and
-  block scales together (``kernels.hopper_weights``, ``kernels.hopper_fp8_weights``);
-* ``w13_weight_scale_2``, ``w2_weight_scale_2`` float32 ``[experts]``
+* ``w13_weight``, ``w2_weight`` uint8 ``[experts, row tiles, units, bytes]``, codes and block scales
+  together (``HopperKernel.pack_matrix``);
+* ``w13_weight_scale_2``, ``w2_weight_scale_2`` float32 ``[experts]``, the global scales
 
-and no input scales. All are parameters with an expert a row, which is what EPLB moves, in place.
+and no input scales. All are parameters with an expert a row, which load balancing (EPLB) moves in
+place.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
@@ -21,51 +21,52 @@ from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_nvfp4_moe import compat
-from vllm_nvfp4_moe.backends import hopper_support, hopper_variants
-from vllm_nvfp4_moe.backends.hopper_experts import HopperExperts
+from vllm_nvfp4_moe.backends.hopper import support
+from vllm_nvfp4_moe.backends.hopper.experts import HopperExperts
 from vllm_nvfp4_moe.backends.modular import ModularMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from vllm_nvfp4_moe.config import NvFp4MoEConfig
-
 
 class HopperMethod(ModularMethod):
-    """See the module's docstring. ``unsupported`` has built the kernel, so no request does."""
+    """Runs a layer's experts by the Hopper kernel that the user asks for.
 
-    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
-        super().__init__(config, layer, weight_only)
-        self.variant = hopper_variants.VARIANTS[hopper_variants.asked()]
+    ``unsupported`` has built the kernel, so that no request waits for nvcc.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.hopper_kernel = support.asked_kernel()
 
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
-        return hopper_support.unsupported(layer)
+        return support.unsupported(layer)
 
     @classmethod
     def missed(cls, layer: RoutedExperts) -> str | None:
-        if hopper_support.elsewhere() or hopper_support.declined(layer):
+        if support.elsewhere() or support.declined(layer):
             return None
-        return hopper_variants.VARIANTS[hopper_variants.asked()].name
+        return support.asked_kernel().name
 
     @property
     def kernel(self) -> str:
-        return self.variant.name
+        return self.hopper_kernel.name
 
     @property
     def activation_bits(self) -> int:
-        return self.variant.bits
+        return self.hopper_kernel.activation_bits
 
     @property
     def rounds_weights(self) -> bool:
-        return self.variant.bits < 16
+        return self.hopper_kernel.activation_bits < 16
 
     def prepare(self, layer: RoutedExperts) -> None:
         compat.route_with_float32_bias(layer)
         for prefix in ("w13", "w2"):
             # One matrix after the other, so that no more than one lies in memory twice.
             global_scales = getattr(layer, f"{prefix}_weight_scale_2").data
-            packed, global_scales = self.variant.kernels.Experts.matrix(
+            packed, global_scales = self.hopper_kernel.pack_matrix(
                 getattr(layer, f"{prefix}_weight").data,
                 getattr(layer, f"{prefix}_weight_scale").data,
                 # Gate's and up's are equal by now.
@@ -88,7 +89,7 @@ class HopperMethod(ModularMethod):
             allow_new_interface=True,
         )
         experts = HopperExperts(
-            self.moe, self.moe_quant_config, layer, self.gate, self.variant.kernels
+            self.moe, self.moe_quant_config, layer, self.gate, self.hopper_kernel
         )
         self.moe_kernel = FusedMoEKernel(steps, experts)
 
