@@ -64,7 +64,7 @@ def layer_of(gate: Gate = M3, **config: Any) -> Any:
 
 
 def choose(layer: Any) -> Any:
-    return backends.choose(layer.quant_config, layer, weight_only=False)
+    return backends.choose(layer.quant_config.context, layer, weight_only=False)
 
 
 @pytest.fixture
@@ -429,7 +429,7 @@ def test_experts_match_the_reference(
     layer = load(shallow[layout])[LAYER].routed_experts
     method = layer.quant_method
     assert type(method) is HopperMethod
-    check = method.config.self_check
+    check = method.context.self_check
     assert check.skipped is None
     assert 0 < check.worst < kernel.checked
     truth = experts_of(shallow[layout], LAYER, layout, 32)
@@ -514,7 +514,7 @@ def test_a_hidden_size_that_is_padded(
         HopperMethod, "maybe_roundup_sizes", lambda self, hidden, inner, *_: (512, inner)
     )
     layer = load(shallow["modelopt"])[LAYER].routed_experts
-    assert layer.quant_method.config.self_check.worst < kernel.checked
+    assert layer.quant_method.context.self_check.worst < kernel.checked
     x, weights, ids = batch(5)
     padded = torch.nn.functional.pad(x, (0, 128))
     out = layer.quant_method.apply(layer, padded, weights, ids, None, None)

@@ -20,22 +20,22 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.utils import replace_parameter
 
-from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends import hopper_support, hopper_variants
+from vllm_nvfp4_moe.backends.gpu import GpuMethod
 from vllm_nvfp4_moe.backends.hopper_experts import HopperExperts
-from vllm_nvfp4_moe.backends.modular import ModularMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from vllm_nvfp4_moe.config import NvFp4MoEConfig
+    from vllm_nvfp4_moe.context import ModelContext
 
 
-class HopperMethod(ModularMethod):
+class HopperMethod(GpuMethod):
     """See the module's docstring. ``unsupported`` has built the kernel, so no request does."""
 
-    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
-        super().__init__(config, layer, weight_only)
+    def __init__(self, context: ModelContext, layer: RoutedExperts, weight_only: bool) -> None:
+        super().__init__(context, layer, weight_only)
         self.variant = hopper_variants.VARIANTS[hopper_variants.asked()]
 
     @classmethod
@@ -61,7 +61,7 @@ class HopperMethod(ModularMethod):
         return self.variant.bits < 16
 
     def prepare(self, layer: RoutedExperts) -> None:
-        compat.route_with_float32_bias(layer)
+        quirks.route_with_float32_bias(layer)
         for prefix in ("w13", "w2"):
             # One matrix after the other, so that no more than one lies in memory twice.
             global_scales = getattr(layer, f"{prefix}_weight_scale_2").data
