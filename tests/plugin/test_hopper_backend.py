@@ -27,7 +27,7 @@ from tests.plugin.blackwell import ACTIVATION, GELU, GELU_TANH, M3, SILU, STEP, 
 from tests.plugin.emulation import Emulated, body, build
 from tests.plugin.reference import experts_of, routed
 from tests.plugin.test_layer import relative, routing
-from vllm_nvfp4_moe import backends
+from vllm_nvfp4_moe import backends, settings
 from vllm_nvfp4_moe.backends.hopper import support
 from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 from vllm_nvfp4_moe.config import NvFp4MoEConfig
@@ -65,7 +65,7 @@ def layer_of(gate: Gate = M3, **config: Any) -> Any:
 
 
 def choose(layer: Any) -> Any:
-    return backends.choose(layer.quant_config, layer, weight_only=False)
+    return backends.choose(layer.quant_config.context, layer, weight_only=False)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def hopper(
     """A machine with a Hopper GPU, on which the kernel can be built."""
     layer_of()  # imports of vLLM what would keep the pretended platform
     pretend(monkeypatch, (9, 0))
-    wishes = (support.VARIABLE, support.ACTIVATIONS_VARIABLE, "VLLM_HUMMING_INPUT_QUANT_CONFIG")
+    wishes = (settings.HOPPER, settings.ACTIVATIONS, settings.HUMMING_INPUT)
     for name in wishes:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -328,7 +328,7 @@ def test_without_a_compiler(
     said: str,
 ) -> None:
     """vLLM's kernels run, and one line says why."""
-    monkeypatch.setenv(jit.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(settings.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(jit, "nvcc", lambda: compiler(tmp_path))
     source = "int nothing;"
     monkeypatch.setattr(KERNELS["bf16"], "library", lambda device: jit.load(source, "90a"))
@@ -429,7 +429,7 @@ def test_experts_match_the_reference(
     layer = load(shallow[layout])[LAYER].routed_experts
     method = layer.quant_method
     assert type(method) is HopperMethod
-    check = method.config.self_check
+    check = method.context.self_check
     assert check.skipped is None
     assert 0 < check.worst < kernel.checked
     truth = experts_of(shallow[layout], LAYER, layout, 32)
@@ -510,7 +510,7 @@ def test_a_hidden_size_that_is_padded(
         HopperMethod, "maybe_roundup_sizes", lambda self, hidden, inner, *_: (512, inner)
     )
     layer = load(shallow["modelopt"])[LAYER].routed_experts
-    assert layer.quant_method.config.self_check.worst < kernel.checked
+    assert layer.quant_method.context.self_check.worst < kernel.checked
     x, weights, ids = batch(5)
     padded = torch.nn.functional.pad(x, (0, 128))
     out = layer.quant_method.apply(layer, padded, weights, ids, None, None)

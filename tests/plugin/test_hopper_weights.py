@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.gpu.reference import Stored
+from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
@@ -162,7 +163,7 @@ def test_the_kernels_compile_without_spills(
 def test_a_library_is_built_once(
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(jit.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(settings.CACHE, str(tmp_path))
     said: list[str] = []
     monkeypatch.setattr(jit.logger, "info", lambda text, *args: said.append(text % args))
     source = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }'
@@ -177,6 +178,22 @@ def test_a_library_is_built_once(
     with pytest.raises(jit.KernelError, match="no_such_type"):
         jit.build("no_such_type x;", "90a")
     assert [path.name for path in tmp_path.iterdir()] == [built.name]
+
+
+def test_a_librarys_symbols_are_hidden_unless_exported(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kernels' libraries have functions of the same names."""
+    monkeypatch.setenv(settings.CACHE, str(tmp_path))
+    exported = '__attribute__((visibility("default")))'
+    loaded = jit.load(
+        'extern "C" __global__ void kernel() {} extern "C" int hidden() { return 1; } '
+        f'extern "C" {exported} int answer() {{ return hidden() + (&kernel != nullptr); }}',
+        "90a",
+    )
+    assert loaded.answer() == 2
+    assert not hasattr(loaded, "hidden")
+    assert not hasattr(loaded, "kernel")
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

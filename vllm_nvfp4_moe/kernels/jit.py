@@ -10,14 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-VARIABLE = "NVFP4_MOE_CACHE"
-"""Names the folder for what is compiled."""
+from vllm_nvfp4_moe import settings
 
 logger = logging.getLogger("vllm.nvfp4_moe.jit")
 """Below vLLM's logger, whose handlers it has in a server."""
@@ -33,7 +31,7 @@ def nvcc() -> Path:
     Raises:
         KernelError: if there is none.
     """
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    home = settings.cuda_home()
     found = [Path(home, "bin", "nvcc")] if home else []
     if on_path := shutil.which("nvcc"):
         found.append(Path(on_path))
@@ -42,12 +40,6 @@ def nvcc() -> Path:
         if path.is_file():
             return path
     raise KernelError("no nvcc: not in $CUDA_HOME, on the path or in /usr/local/cuda")
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept."""
-    default = Path.home() / ".cache" / "vllm_nvfp4_moe"
-    return Path(os.environ.get(VARIABLE) or default)
 
 
 def build(source: str, architecture: str) -> Path:
@@ -70,7 +62,7 @@ def build(source: str, architecture: str) -> Path:
         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
     ]  # fmt: skip
     key = "\0".join([version.stdout, *options, source])
-    folder = cache_folder()
+    folder = settings.cache()
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if library.exists():
         return library

@@ -12,7 +12,7 @@ place.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
@@ -20,23 +20,25 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.utils import replace_parameter
 
-from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe import quirks
+from vllm_nvfp4_moe.backends.gpu import GpuMethod
 from vllm_nvfp4_moe.backends.hopper import support
 from vllm_nvfp4_moe.backends.hopper.experts import HopperExperts
-from vllm_nvfp4_moe.backends.modular import ModularMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+    from vllm_nvfp4_moe.context import ModelContext
 
-class HopperMethod(ModularMethod):
+
+class HopperMethod(GpuMethod):
     """Runs a layer's experts by the Hopper kernel that the user asks for.
 
     ``unsupported`` has built the kernel, so that no request waits for nvcc.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, context: ModelContext, layer: RoutedExperts, weight_only: bool) -> None:
+        super().__init__(context, layer, weight_only)
         self.hopper_kernel = support.asked_kernel()
 
     @classmethod
@@ -62,7 +64,7 @@ class HopperMethod(ModularMethod):
         return self.hopper_kernel.activation_bits < 16
 
     def prepare(self, layer: RoutedExperts) -> None:
-        compat.route_with_float32_bias(layer)
+        quirks.route_with_float32_bias(layer)
         for prefix in ("w13", "w2"):
             # One matrix after the other, so that no more than one lies in memory twice.
             global_scales = getattr(layer, f"{prefix}_weight_scale_2").data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import textwrap
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_ep_group
 from vllm.logger import init_logger
 
+from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.activation import VLLM_NAME
 from vllm_nvfp4_moe.backends.hopper.experts import (
     ACTIVATIONS,
@@ -30,27 +30,16 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.nvfp4_moe.hopper")
 
-VARIABLE = "NVFP4_MOE_HOPPER"
-"""0 asks for vLLM's kernels instead."""
-ACTIVATIONS_VARIABLE = "NVFP4_MOE_ACTIVATIONS"
-"""A name in ``KERNELS``: the type of the activations that are multiplied."""
-_HUMMING_ACTIVATIONS = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
-
-
-def turned_off() -> bool:
-    """Whether the user wants none of these kernels."""
-    return os.environ.get(VARIABLE, "1") == "0"
-
 
 def asked() -> str:
-    """Which of ``KERNELS`` the user wants.
+    """Which of ``KERNELS`` the user wants (``NVFP4_MOE_ACTIVATIONS``).
 
     Raises:
         ValueError: if it is none of them.
     """
-    name = os.environ.get(ACTIVATIONS_VARIABLE) or "bf16"
+    name = settings.activations()
     if name not in KERNELS:
-        raise ValueError(f"{ACTIVATIONS_VARIABLE}={name}: must be one of {', '.join(KERNELS)}")
+        raise ValueError(f"{settings.ACTIVATIONS}={name}: must be one of {', '.join(KERNELS)}")
     return name
 
 
@@ -73,12 +62,12 @@ def elsewhere() -> str | None:
 
 def declined(layer: RoutedExperts) -> str | None:
     """How the user has asked for another kernel, None if nobody has."""
-    if turned_off():
-        return f"{VARIABLE}=0"
+    if not settings.hopper():
+        return f"{settings.HOPPER}=0"
     if layer.moe_config.moe_backend != "auto":
         return f"--moe-backend {layer.moe_config.moe_backend}"
-    if os.environ.get(_HUMMING_ACTIVATIONS):  # it asks for fewer bits than bf16 has
-        return f"{_HUMMING_ACTIVATIONS} is set, which is for Humming"
+    if settings.humming_input():  # it asks for fewer bits than bf16 has
+        return f"{settings.HUMMING_INPUT} is set, which is for Humming"
     return None
 
 
@@ -96,7 +85,7 @@ def unsupported(layer: RoutedExperts) -> str | None:
         logger.warning_once(
             "%s=%s is for this package's Hopper kernel, which does not run: %s. "
             "Another kernel is used",
-            ACTIVATIONS_VARIABLE,
+            settings.ACTIVATIONS,
             name,
             problem,
         )
@@ -179,7 +168,7 @@ def missing(name: str) -> str | None:
                 "This package's Hopper kernel cannot be built: %s. vLLM's own kernels are used; "
                 "%s=0 asks for them without this message",
                 problem,
-                VARIABLE,
+                settings.HOPPER,
             )
         return textwrap.shorten(problem, 100, placeholder=" ...")
     return None

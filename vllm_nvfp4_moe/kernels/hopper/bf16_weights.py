@@ -50,7 +50,7 @@ def padded_columns(columns: int) -> int:
 
 
 def gate_and_up(tensor: torch.Tensor) -> torch.Tensor:
-    """Reorder rows of gate, then of up, ``[2 n, ...]``, to 8 of gate, 8 of up, 8 of gate and so on."""
+    """Reorder rows, all of gate, then all of up, to 8 of gate, 8 of up, 8 of gate and so on."""
     gate, up = tensor.chunk(2)
     return torch.stack([gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))], 1).flatten(0, 2)
 

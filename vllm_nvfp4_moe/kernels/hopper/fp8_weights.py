@@ -9,14 +9,16 @@ each expert's scales are shifted by the power of two that brings the largest as 
 raised by a power of two, and its block's codes are lowered by the same, rounded to nearest (ties to
 even codes): an error of less than 2^-13 of the largest weight that the expert could have.
 
-A stage is 64 rows by 128 columns: 4096 bytes of codes, then 512 bytes of scales. For each of its two
-chunks of 64 columns, codes are 16 bytes for each of a warpgroup's 128 threads: thread ``4 g + q``
-of warp ``w`` has block ``q`` of the chunk, of the warp's rows ``g`` and ``g + 8``, each in two words
-of eight columns. The first four of a word's columns have their signs in the highest bits of nibbles
-1, 3, 5 and 7, the last four in those of nibbles 0, 2, 4 and 6. The nibbles' other bits are, in
-order, the :data:`NUMBERS` of the columns' magnitudes. Scales are 4 bytes for each thread: those of
-rows ``g`` and ``g + 8`` in each chunk. A scale's sign bit says that ``c'`` is ``c + 5``, not
-``c + 4``.
+A stage is 64 rows by 128 columns: 4096 bytes of codes, then 512 bytes of scales.
+
+Codes are 16 bytes for each of a warpgroup's 128 threads, in each of the stage's two chunks of 64
+columns. Thread ``4 g + q`` of warp ``w`` has block ``q`` of the chunk, of the warp's rows ``g`` and
+``g + 8``, each in two words of eight columns. The first four of a word's columns have their signs
+in the highest bits of nibbles 1, 3, 5 and 7, the last four in those of nibbles 0, 2, 4 and 6. The
+nibbles' other bits are, in order, the :data:`NUMBERS` of the columns' magnitudes.
+
+Scales are 4 bytes for each thread: those of rows ``g`` and ``g + 8`` in each chunk. A scale's sign
+bit says that ``c'`` is ``c + 5``, not ``c + 4``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What is refused while experts load, each with its message.
 
-vLLM's own loader copies what it is given: a tensor that never comes leaves uninitialised memory, a
-short one fills part of its place, a zero or NaN scale turns into wrong text. Here every tensor is
-looked at before vLLM's loader gets it, and counted, so that messages can name layer, expert and
-tensor.
+vLLM's own loader copies what it is given. A tensor that never comes leaves uninitialised memory, a
+short one fills part of its place, and a zero or NaN scale turns into wrong text. So every tensor is
+checked and counted here before vLLM's loader gets it, where layer, expert and tensor are known and
+messages can name them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from vllm.logger import init_logger
 
 from quantize.nvfp4 import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
+from vllm_nvfp4_moe.errors import RefusedError
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -24,16 +26,10 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.nvfp4_moe.checks")
 
-CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = range(4)
-"""Positions in a layout's ``suffixes``."""
-
 _SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
+"""The matrices of an expert, by vLLM's names for them."""
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
-_DTYPES = (torch.uint8, torch.float8_e4m3fn, torch.float32, torch.float32)
-
-
-class RefusedError(ValueError):
-    """A checkpoint that would not have given the model's text."""
+"""Types of weights that are quantized as they load."""
 
 
 class ExpertLoads:
@@ -42,17 +38,20 @@ class ExpertLoads:
     Args:
         layer: the layer, before its weights exist.
         layout: of the checkpoint.
-        kinds: the positions in ``layout.suffixes`` that must come.
-        global_input_scales: the kernels take the input scales of all experts together, so those of
-            other ranks must come too.
-        on_tensor: called whenever a tensor has come.
+        kinds: the tensors that must come for each matrix.
+        global_input_scales: the kernels take the input scales of all experts, so those of other
+            ranks' experts must come too.
+        on_tensor: is called whenever a tensor has come.
+
+    Raises:
+        RefusedError: if the experts cannot be split over the ranks.
     """
 
     def __init__(
         self,
         layer: RoutedExperts,
         layout: Layout,
-        kinds: tuple[int, ...],
+        kinds: tuple[TensorKind, ...],
         global_input_scales: bool,
         on_tensor: Callable[[], None],
     ) -> None:
@@ -61,10 +60,10 @@ class ExpertLoads:
         self.layout = layout
         self.kinds = kinds
         self.global_input_scales = global_input_scales
-        self.seen: set[tuple[int, str, int]] = set()
+        self.seen: set[tuple[TensorKind, str, int]] = set()
         self.on_tensor = on_tensor
         config = layer.moe_config
-        # Of the whole model, before tensor parallelism slices and before any padding.
+        # Sizes of the whole model, before tensor parallelism slices and before any padding.
         hidden = config.hidden_dim_unpadded or config.hidden_dim
         inner = config.intermediate_size
         if inner % (BLOCK * config.tp_size):
@@ -72,12 +71,8 @@ class ExpertLoads:
                 f"intermediate size {inner} cannot be split over {config.tp_size} ranks in blocks "
                 f"of {BLOCK}; use a smaller --tensor-parallel-size or --enable-expert-parallel"
             )
-        self._shapes = {
-            (CODES, "w2"): (hidden, inner // 2),
-            (BLOCK_SCALE, "w2"): (hidden, inner // BLOCK),
-            (CODES, "w1"): (inner, hidden // 2),
-            (BLOCK_SCALE, "w1"): (inner, hidden // BLOCK),
-        }
+        up = (inner, hidden)
+        self._sizes = {"w1": up, "w3": up, "w2": (hidden, inner)}
 
     @property
     def layer(self) -> RoutedExperts:
@@ -87,51 +82,63 @@ class ExpertLoads:
         return layer
 
     def refuse(self, problem: str) -> NoReturn:
+        """Stop loading, with ``problem`` and the layer's name as the message."""
         raise RefusedError(f"{self.layer.layer_name}: {problem}")
 
-    def name(self, kind: int, shard: str, expert: int) -> str:
-        return f"expert {expert}, {_SHARDS[shard]} ({shard}), {self.layout.suffixes[kind]}"
+    def name(self, kind: TensorKind, shard: str, expert: int) -> str:
+        """What messages call a tensor."""
+        suffix = EXPERT_TENSORS[kind].suffix(self.layout)
+        return f"expert {expert}, {_SHARDS[shard]} ({shard}), {suffix}"
 
-    def check(self, kind: int, shard: str, expert: int, tensor: torch.Tensor) -> None:
-        """Refuse ``tensor`` if it cannot be what its name says; else count it.
+    def check(self, kind: TensorKind, shard: str, expert: int, tensor: torch.Tensor) -> None:
+        """Count ``tensor``, or refuse it if it cannot be what its name says.
 
         Args:
+            shard: the matrix, "w1", "w2" or "w3".
             expert: global expert number.
-            tensor: as stored, of the whole model (not yet sliced for a rank).
+            tensor: as stored, of the whole model: not yet sliced for a rank.
+
+        Raises:
+            RefusedError: if its dtype or shape is another, or a scale is not positive and finite.
         """
         name = self.name(kind, shard, expert)
-        if tensor.dtype != _DTYPES[kind]:
-            self.refuse(f"{name}: dtype {tensor.dtype}, expected {_DTYPES[kind]}")
-        if kind in (GLOBAL_SCALE, INPUT_SCALE):
+        stored = EXPERT_TENSORS[kind]
+        if tensor.dtype != stored.dtype:
+            self.refuse(f"{name}: dtype {tensor.dtype}, expected {stored.dtype}")
+        if stored.per_matrix:
             if tensor.numel() != 1:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected one number")
         else:
-            expected = self._shapes[kind, "w2" if shard == "w2" else "w1"]
+            expected = stored.shape(*self._sizes[shard])
             if tuple(tensor.shape) != expected:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
-        if kind != CODES and (problem := bad_scales(tensor)):
+        if kind != TensorKind.CODES and (problem := bad_scales(tensor)):
             self.refuse(f"{name}: {problem}")
         self._count(kind, shard, expert)
 
     def check_plain(self, shard: str, expert: int, tensor: torch.Tensor) -> None:
-        """:meth:`check` for a weight of plain floats, which is to be quantized."""
-        name = self.name(CODES, shard, expert)
+        """As :meth:`check`, for a whole weight in plain floats, which is to be quantized."""
+        name = self.name(TensorKind.CODES, shard, expert)
         if tensor.dtype not in _PLAIN:
             self.refuse(
                 f"{name}: dtype {tensor.dtype}, but the checkpoint's config does not say that it "
                 "is quantized; plain floats are expected"
             )
-        rows, packed = self._shapes[CODES, "w2" if shard == "w2" else "w1"]
-        if tuple(tensor.shape) != (rows, 2 * packed):
-            self.refuse(f"{name}: shape {list(tensor.shape)}, expected {[rows, 2 * packed]}")
-        self._count(CODES, shard, expert)
+        expected = self._sizes[shard]
+        if tuple(tensor.shape) != expected:
+            self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
+        self._count(TensorKind.CODES, shard, expert)
 
-    def _count(self, kind: int, shard: str, expert: int) -> None:
+    def _count(self, kind: TensorKind, shard: str, expert: int) -> None:
         self.on_tensor()
         self.seen.add((kind, shard, expert))
 
     def complete(self) -> None:
-        """Refuse the layer if anything is missing for the experts of this rank."""
+        """Refuse the layer if a tensor that this rank needs has not come.
+
+        Raises:
+            RefusedError: naming the first three that are missing.
+        """
         missing = [
             self.name(kind, shard, expert)
             for expert in range(self.layer.global_num_experts)
@@ -144,22 +151,25 @@ class ExpertLoads:
             self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
         self.seen.clear()  # a reload is counted anew
 
-    def _needs(self, kind: int, expert: int) -> bool:
-        """Whether this rank needs that tensor of a global expert."""
-        if kind == INPUT_SCALE and self.global_input_scales:
+    def _needs(self, kind: TensorKind, expert: int) -> bool:
+        """Whether this rank needs that tensor of the expert with this global number."""
+        if kind == TensorKind.INPUT_SCALE and self.global_input_scales:
             return True
         return self.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
 
 
 def fold_global_scales(layer: Any) -> None:
-    """Give each expert's gate and up one global scale; vLLM's fused layer keeps only one.
+    """Give each expert's gate and up one global scale, since vLLM's fused layer keeps only one.
 
-    Where they differ, the smaller is folded into its block scales: exact up to E4M3's rounding,
-    and the larger side is untouched. Logs one line if any did.
+    Where they differ, the smaller one is folded into its block scales, which is exact up to E4M3's
+    rounding; the side with the larger one stays as it is. One line is logged if any differed.
 
     Args:
         layer: with ``w13_weight_scale`` e4m3 ``[experts, 2 * n, hidden / 16]`` and
-            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both changed in place.
+            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both are changed in place.
+
+    Raises:
+        RefusedError: if two differ by more than block scales can take.
     """
     scales: torch.Tensor = layer.w13_weight_scale_2.data
     larger = scales.amax(1, keepdim=True)

