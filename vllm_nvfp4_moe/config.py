@@ -8,11 +8,11 @@ checkpoint that is not quantized are quantized while they load.
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm_nvfp4_moe.context import ModelContext
     from vllm_nvfp4_moe.loading.formats import Format
 
-logger = init_logger("vllm.nvfp4_moe.config")
+logger = logging.getLogger("vllm.nvfp4_moe.config")
 
 _NOT_OURS = (
     "--quantization nvfp4_moe needs a checkpoint whose routed experts are NVFP4, in ModelOpt's or "

@@ -17,14 +17,6 @@ ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGen
 """Architectures whose vLLM 0.32 classes import CUDA kernels; published checkpoints name them."""
 
 
-def register() -> None:
-    """Let vLLM find :class:`GpuOnlyModel` for ``ARCHITECTURES``. To be called on CPUs only."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    for architecture in ARCHITECTURES:
-        ModelRegistry.register_model(architecture, GpuOnlyModel)
-
-
 def refusal(hf_config: Any) -> str | None:
     """Why the model of ``hf_config`` cannot run on a CPU, None if nothing is known against it."""
     found = set(ARCHITECTURES).intersection(getattr(hf_config, "architectures", None) or ())

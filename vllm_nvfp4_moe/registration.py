@@ -51,12 +51,14 @@ def _register_config() -> None:
 
 
 def _register_gpu_only_models() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_nvfp4_moe import gpu_only
+        from vllm_nvfp4_moe.gpu_only import ARCHITECTURES, GpuOnlyModel
 
-        gpu_only.register()
+        for architecture in ARCHITECTURES:
+            ModelRegistry.register_model(architecture, GpuOnlyModel)
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:

@@ -8,12 +8,12 @@ messages can name them.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from vllm.logger import init_logger
 
 from quantize.nvfp4 import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
 from vllm_nvfp4_moe.errors import RefusedError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from quantize.layouts import Layout
 
-logger = init_logger("vllm.nvfp4_moe.checks")
+logger = logging.getLogger("vllm.nvfp4_moe.checks")
 
 _SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
 """The matrices of an expert, by vLLM's names for them."""

@@ -12,13 +12,13 @@ gate that is slightly off: a limit of 8 where 7 is meant, say.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from vllm.logger import init_logger
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_nvfp4_moe import settings
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from vllm_nvfp4_moe.interface import ExpertsBackend
 
-logger = init_logger("vllm.nvfp4_moe.self_check")
+logger = logging.getLogger("vllm.nvfp4_moe.self_check")
 
 
 class Error(NamedTuple):

@@ -2,8 +2,9 @@
 
 With few tokens an expert, decoding is most of the work, and the loops of ``kernels`` do everything.
 With many tokens, the matrix product is most of it: each routed expert's weights are expanded, used
-once and dropped. An E2M1 value times an E4M3 scale has at most five significant bits, so it is
-exact in bfloat16. The global scale multiplies the product, in float32.
+once and dropped. So are they for a gate whose form the loops do not have. An E2M1 value times an
+E4M3 scale has at most five significant bits, so it is exact in bfloat16. The global scale
+multiplies the product, in float32.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def experts_forward(
         # Without the global scale a weight may be 2688, and sums of those leave float16's range.
         x = x.float()
     routed = [expert for expert in ids.unique().tolist() if expert >= 0]
-    if ids.numel() <= MANY * len(routed):
+    if gate.form in kernels.FORMS and ids.numel() <= MANY * len(routed):
         few = kernels.forward(
             x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, weights, ids, gate,
             weight_on_input,

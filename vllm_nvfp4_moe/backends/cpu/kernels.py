@@ -27,8 +27,8 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
 meaning. The order of a sum is fixed when it is compiled, so equal inputs give equal outputs."""
 
-_FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3}
-"""The numbers of the forms of gate in :func:`_activate`."""
+FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3}
+"""The forms of gate that :func:`_activate` has, by their numbers there."""
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
 
@@ -195,6 +195,7 @@ def forward(
     Args:
         x: ``[tokens, hidden]``, any float dtype.
         weights: float32 ``[tokens, k]``.
+        gate: of a form in :data:`FORMS`.
         ids: ``[tokens, k]``, local expert numbers, negative for other ranks'.
         The rest: see ``forward.experts_forward``.
     """
@@ -220,7 +221,7 @@ def forward(
         w13_global.numpy(),
         *routed,
         factor if weight_on_input else one,
-        _FORMS[gate.form],
+        FORMS[gate.form],
         *numbers,
         PAIRS,
         E4M3,
