@@ -1,8 +1,8 @@
 """The bf16 Hopper kernel's CUDA source, run on a CPU, against experts in plain floats.
 
 All of ``HopperKernel.run`` takes part; what it gets of PyTorch's CUDA is replaced
-(``emulation.py``, ``cuda_emulation.h``). Each case runs
-twice, with two orders of CTAs, warps and copies: outputs must be equal, bit for bit.
+(``emulation.py``, ``cuda_emulation.h``). Each case runs twice, with two orders of CTAs, warps and
+copies: outputs must be equal, bit for bit.
 """
 
 from __future__ import annotations
