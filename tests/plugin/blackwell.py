@@ -39,7 +39,7 @@ ASKING = (
     f"{FUSED_MOE}.experts.fused_humming_moe",
     f"{FUSED_MOE}.experts.triton_moe",
     "vllm_nvfp4_moe.backends.vllm_kernels",
-    "vllm_nvfp4_moe.backends.cpu",
+    "vllm_nvfp4_moe.backends.cpu.method",
 )
 """Modules that look at the platform when kernels are chosen."""
 

@@ -55,7 +55,9 @@ def layer_of(gate: Gate) -> Any:
 def experts_of(backend: str, experts_cls: Any, gate: Gate) -> Any:
     """vLLM's class with the config that the plugin's method gives it, after loading."""
     layer = layer_of(gate)
-    method: Any = SimpleNamespace(backend=NvFp4MoeBackend(backend), weight_only=backend == "MARLIN")
+    method: Any = SimpleNamespace(
+        nvfp4_backend=NvFp4MoeBackend(backend), use_a16=backend == "MARLIN"
+    )
     quant_config = VllmKernelsMethod.get_fused_moe_quant_config(method, layer)
     config = moe_config(gate, experts=EXPERTS, hidden=HIDDEN, inner=INNER)
     experts = experts_cls(moe_config=config, quant_config=quant_config)

@@ -25,7 +25,7 @@ from tests.plugin.blackwell import (
     moe_config,
     pretend,
 )
-from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.gate_support import drops
 from vllm_nvfp4_moe.backends.selection import Selection, select
 
@@ -228,4 +228,4 @@ def test_unknown_backends_apply_nothing() -> None:
 def test_vllm_that_chooses_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvfp4, "select_nvfp4_moe_backend", lambda *config: None)
     with pytest.raises(RuntimeError, match="cannot tell whether they apply the checkpoint's gate"):
-        compat.select_nvfp4_moe_backend(lambda backend: [])
+        quirks.select_nvfp4_moe_backend(lambda backend: [])
