@@ -23,7 +23,7 @@ from vllm_nvfp4_moe.settings import NAME
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-    from quantize.gates import Gates
+    from quantize.experts.gates import Gates
     from vllm_nvfp4_moe.context import ModelContext
     from vllm_nvfp4_moe.loading.formats import Format
 
@@ -147,8 +147,8 @@ class NvFp4MoEConfig(QuantizationConfig):
         from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
         from quantize.errors import QuantizeError
-        from quantize.gates import KEY, from_contract
-        from quantize.identify import identify, identify_config
+        from quantize.experts.gates import KEY, from_contract
+        from quantize.experts.identify import identify, identify_config
         from quantize.layouts.modelopt import MIXED
         from vllm_nvfp4_moe import gpu_only
         from vllm_nvfp4_moe.loading import formats

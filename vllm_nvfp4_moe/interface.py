@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
 
 
 class ExpertsBackend(FusedMoEMethodBase):

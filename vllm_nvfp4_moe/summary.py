@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from quantize.gates import Gates
+    from quantize.experts.gates import Gates
     from vllm_nvfp4_moe.interface import ExpertsBackend
     from vllm_nvfp4_moe.loading.formats import Format
     from vllm_nvfp4_moe.self_check import SelfCheck

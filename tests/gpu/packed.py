@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.gpu.layer import Shape, batch, random_weights
 from tests.gpu.reference import Stored, routed
 from vllm_nvfp4_moe.kernels.hopper.kernel import Experts, HopperKernel

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import ACTIVATION, M3, moe_config
 from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 

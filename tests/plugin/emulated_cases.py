@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.gpu import reference
 from tests.gpu.layer import Shape, error
 from tests.gpu.packed import GATES, Packed

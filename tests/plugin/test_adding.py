@@ -12,8 +12,8 @@ import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
-from quantize.gates import FORMS, Gate
-from quantize.nvfp4 import dequantize
+from quantize.experts.gates import FORMS, Gate
+from quantize.nvfp4.format import dequantize
 from tests.plugin.conftest import Damage
 from tests.plugin.reference import experts_of, routed
 from tests.plugin.test_layer import relative, routing

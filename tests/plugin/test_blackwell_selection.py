@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import (
     GELU,
     GELU_TANH,

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import M3, SILU
 from tests.plugin.emulation import Emulated, body, build
 from tests.plugin.reference import experts_of, routed

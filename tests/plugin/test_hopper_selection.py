@@ -12,7 +12,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from quantize.gates import Gate, Gates
+from quantize.experts.gates import Gate, Gates
 from quantize.layouts import LAYOUTS
 from tests.plugin.blackwell import ACTIVATION, GELU, GELU_TANH, M3, SILU, STEP, moe_config, pretend
 from vllm_nvfp4_moe import backends, settings

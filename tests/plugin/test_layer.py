@@ -128,13 +128,13 @@ def test_router_matches_transformers(load, shallow: dict[str, Path], m3_nano: Pa
 
 def test_expert_map_and_weight_on_input() -> None:
     """Experts of other ranks contribute nothing; router weights may multiply the input instead."""
-    from quantize.scales import quantize_weights
     from tests.plugin.reference import dequantize, m3_gate
+    from tests.quantize.plain import plainly
     from vllm_nvfp4_moe.backends.cpu import forward
 
     torch.manual_seed(2)
-    weights13 = [quantize_weights([torch.randn(64, 48) / 5])[0] for _ in range(3)]
-    weights2 = [quantize_weights([torch.randn(48, 32) / 5])[0] for _ in range(3)]
+    weights13 = [plainly([torch.randn(64, 48) / 5])[0] for _ in range(3)]
+    weights2 = [plainly([torch.randn(48, 32) / 5])[0] for _ in range(3)]
     stacked = [
         torch.stack([getattr(w, field) for w in weights])
         for weights in (weights13, weights2)
@@ -168,8 +168,8 @@ def test_expert_map_and_weight_on_input() -> None:
 
 @pytest.mark.parametrize("form", ["silu", "gelu", "gelu_tanh", "swiglu_step"])
 def test_other_gates(form: str) -> None:
-    from quantize.scales import quantize_weights
     from tests.plugin.reference import dequantize
+    from tests.quantize.plain import plainly
     from vllm_nvfp4_moe.backends.cpu import forward
 
     function = {
@@ -181,7 +181,7 @@ def test_other_gates(form: str) -> None:
     limit = 7.0 if form == "swiglu_step" else None
     widest = limit or torch.inf
     torch.manual_seed(3)
-    w13, w2 = quantize_weights([torch.randn(64, 48)])[0], quantize_weights([torch.randn(48, 32)])[0]
+    w13, w2 = plainly([torch.randn(64, 48)])[0], plainly([torch.randn(48, 32)])[0]
     gate, up = dequantize(*w13).chunk(2)
     plain = [[gate, up, dequantize(*w2)]]
     for tokens in (3, 100):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.conftest import Damage
 from vllm_nvfp4_moe import self_check, settings
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
@@ -213,7 +213,7 @@ def round_activations(
     """Have the CPU's method compute as a kernel with 4-bit activations would, with the gate
     ``wrong`` in place of its own. It rounds the gate's output to bfloat16 before, which moves some
     codes."""
-    from quantize.nvfp4 import dequantize
+    from quantize.nvfp4.format import dequantize
 
     def apply(self: Any, layer: Any, x: Any, weights: Any, ids: Any, *_: Any) -> torch.Tensor:
         output = torch.zeros(x.shape)

@@ -7,13 +7,13 @@ import torch
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 
 from quantize.layouts import LAYOUTS
-from quantize.scales import quantize_weights
+from tests.quantize.plain import plainly
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 def test_is_what_the_layout_stores(layout) -> None:
-    (weight,) = quantize_weights([torch.randn(48, 64)])
+    (weight,) = plainly([torch.randn(48, 64)])
     stored = dict(zip(layout.suffixes, layout.store(weight, 0.5), strict=True))
     assert list(EXPERT_TENSORS) == list(TensorKind)
     for tensor in EXPERT_TENSORS.values():

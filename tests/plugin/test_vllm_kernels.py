@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 
 LAYER = "model.layers.1.mlp.experts"
 Calls = dict[str, dict[str, Any]]

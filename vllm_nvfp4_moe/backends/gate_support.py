@@ -17,7 +17,7 @@ from vllm_nvfp4_moe.activation import STEP_LIMIT
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
 
 _Rule = Callable[["Gate"], str | None]
 """Of one form in one backend: why the gate is not applied with its numbers, None if it is."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
     from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from quantize.nvfp4 import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
+from quantize.nvfp4.format import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from quantize.layouts import Layout
+    from quantize.layouts.layout import Layout
 
 logger = logging.getLogger("vllm.nvfp4_moe.checks")
 

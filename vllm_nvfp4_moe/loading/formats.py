@@ -22,7 +22,7 @@ from quantize.layouts.modelopt import MIXED, WEIGHT_ONLY, algorithm, settings
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from quantize.layouts import Layout
+    from quantize.layouts.layout import Layout
 
 
 class Format(ABC):

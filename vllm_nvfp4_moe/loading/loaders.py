@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from quantize.jobs import INPUT_SCALE as NO_RANGE
-from quantize.kernels import NotFiniteError, for_device, quantize_weights
+from quantize.layouts.layout import INPUT_SCALE as NO_RANGE
+from quantize.nvfp4.kernels import for_device
+from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
 from vllm_nvfp4_moe.loading.checks import ExpertLoads
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
 if TYPE_CHECKING:
-    from quantize.kernels import Quantized
+    from quantize.nvfp4.kernels.kernel import Quantized
 
 
 class _WeightLoader(ABC):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantize.nvfp4 import BLOCK
+from quantize.nvfp4.format import BLOCK
 
 if TYPE_CHECKING:
-    from quantize.layouts import Layout
+    from quantize.layouts.layout import Layout
 
 
 class TensorKind(Enum):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantize.gates import Gate
-from quantize.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, decode, dequantize, pack, round_to_e2m1
+from quantize.experts.gates import Gate
+from quantize.nvfp4.format import BLOCK, E2M1_MAX, E4M3_MAX, decode, dequantize, pack, round_to_e2m1
 from vllm_nvfp4_moe.self_check.alone import route
 
 if TYPE_CHECKING:

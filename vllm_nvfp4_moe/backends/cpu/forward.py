@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from quantize.gates import Gate
-from quantize.nvfp4 import BLOCK, decode
+from quantize.experts.gates import Gate
+from quantize.nvfp4.format import BLOCK, decode
 from vllm_nvfp4_moe.backends.cpu import kernels
 
 MANY = 24

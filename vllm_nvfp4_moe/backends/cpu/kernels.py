@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from quantize.gates import Gate
-from quantize.nvfp4 import decode
+from quantize.experts.gates import Gate
+from quantize.nvfp4.format import decode
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their

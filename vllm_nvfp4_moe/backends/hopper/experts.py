@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
     from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 
 CAPABILITY = (9, 0)

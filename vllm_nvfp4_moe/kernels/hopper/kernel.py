@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper import source
 from vllm_nvfp4_moe.kernels.hopper.launch import (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 
