@@ -325,7 +325,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures were measured on, and the floors' numbers."""
     from importlib.metadata import version
 
-    from vllm_nvfp4_moe.compat import installed_version
+    from vllm_nvfp4_moe.versions import installed_version
 
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -128,7 +128,7 @@ def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
     from vllm.config.kernel import KernelConfig
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
-    from vllm_nvfp4_moe.backends import hopper_variants
+    from vllm_nvfp4_moe import settings
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
     device, gate = w13.codes.device, shape.gate
@@ -149,7 +149,7 @@ def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
         load_config=LoadConfig(load_format="dummy"),
         kernel_config=KernelConfig(moe_backend=way.backend),
     )
-    asked = mock.patch.dict(os.environ, {hopper_variants.VARIABLE: way.activations})
+    asked = mock.patch.dict(os.environ, {settings.ACTIVATIONS: way.activations})
     with asked, set_current_vllm_config(config), torch.device(device):
         runner = FusedMoEFactory(
             num_experts=shape.experts,

@@ -1,4 +1,8 @@
-"""Making a vLLM fused-MoE layer apply the gate contract, in vLLM's own terms."""
+"""Makes a fused-MoE layer of vLLM apply the gate of the contract, in vLLM's own terms.
+
+A new form of gate gets one line in ``VLLM_NAME``. Which of vLLM's kernels then apply it is read,
+and written down, in :mod:`vllm_nvfp4_moe.backends.gate_support`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -16,9 +20,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.nvfp4_moe.activation")
 
 STEP_LIMIT = 7.0
-"""The only limit of ``swiglu_step`` in vLLM 0.32's GPU kernels, which do not look at a layer's."""
+"""The only limit of ``swiglu_step`` in vLLM 0.32's GPU kernels: they do not look at the layer's."""
 
-# vLLM 0.32: w13 is loaded as all of gate, then all of up, which these variants read.
 VLLM_NAME = {
     "silu": MoEActivation.SILU,
     "swiglu_oai": MoEActivation.SWIGLUOAI_UNINTERLEAVE,
@@ -26,10 +29,12 @@ VLLM_NAME = {
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
 }
+"""vLLM 0.32's activation for each form of gate. w13 is loaded as all of gate, then all of up, and
+these are the variants that read it so."""
 
 
 def engine_gate(layer: RoutedExperts) -> str:
-    """What the layer would apply if left alone, for messages."""
+    """The gate that ``layer`` is set to, for messages."""
     numbers = {
         "alpha": layer.swiglu_alpha,
         "beta": layer.swiglu_beta,
@@ -40,13 +45,13 @@ def engine_gate(layer: RoutedExperts) -> str:
 
 
 def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
-    """Set ``layer`` and its ``moe_config`` (shared with its runner) to ``gate``.
+    """Set ``layer`` and its ``moe_config``, which it shares with its runner, to ``gate``.
 
-    Must run before kernels are chosen, since the choice depends on the activation.
+    This must run before kernels are chosen, since the choice depends on the activation.
 
     Raises:
-        ValueError: if vLLM has no name for the gate, or the layer is not a gated one; names both.
-            Also if the layer's experts have biases.
+        ValueError: if vLLM's kernels cannot apply the gate in this layer; the message has the gate
+            and what the layer would have applied. Also if the layer's experts have biases.
     """
     if layer.moe_config.has_bias:
         raise ValueError(
@@ -79,7 +84,7 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
 
 def _has_kernel(gate: Gate) -> bool:
     """Whether this platform's kernels can apply the gate's numbers."""
-    if current_platform.is_cpu():  # ours
+    if current_platform.is_cpu():  # this package's own kernels apply all forms
         return True
     if gate.form == "swiglu_step":
         return gate.limit == STEP_LIMIT

@@ -1,31 +1,33 @@
-"""Which checkpoints and layers are ours.
+"""Which checkpoints and which layers this package takes.
 
 A checkpoint is claimed only when the user says ``--quantization nvfp4_moe``. Its routed experts
-get this package's method; everything else is left to the stock config of its layout, so that dense
+get this package's method. Everything else is left to the stock config of its layout, so that dense
 layers, KV caches and mixed layouts behave as in vLLM without the plugin. The experts of a
 checkpoint that is not quantized are quantized while they load.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
 
-from vllm_nvfp4_moe import NAME
+from vllm_nvfp4_moe.settings import NAME
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-    from quantize.gates import Gates
-    from vllm_nvfp4_moe.formats import Format
+    from quantize.experts.gates import Gates
+    from vllm_nvfp4_moe.context import ModelContext
+    from vllm_nvfp4_moe.loading.formats import Format
 
-logger = init_logger("vllm.nvfp4_moe.config")
+logger = logging.getLogger("vllm.nvfp4_moe.config")
 
 _NOT_OURS = (
     "--quantization nvfp4_moe needs a checkpoint whose routed experts are NVFP4, in ModelOpt's or "
@@ -38,26 +40,27 @@ class NvFp4MoEConfig(QuantizationConfig):
     """The quantization config that ``--quantization nvfp4_moe`` selects.
 
     Args:
-        quantization: the checkpoint's ``quantization_config``. None if it has none: that is how
-            vLLM builds the config of an unquantized checkpoint, whose experts are then quantized
+        quantization: the checkpoint's ``quantization_config``. It is None if the checkpoint is not
+            quantized: vLLM then builds the config without arguments, and the experts are quantized
             while they load.
 
     Attributes:
-        gates: of the experts, once :meth:`maybe_update_config` has been called.
+        gates: which gates the experts apply. None until :meth:`maybe_update_config` is called.
         self_check: of the kernels of this model's layers.
-        summary: of its experts.
+
+    Raises:
+        ValueError: if nothing in the checkpoint is NVFP4.
     """
 
     def __init__(self, quantization: dict[str, Any] | None = None) -> None:
-        # Here and below: vLLM imports this module in each process, whatever it serves.
-        from vllm_nvfp4_moe import formats
+        # Imported here and below, not above: vLLM imports this module in each of its processes,
+        # whatever it serves.
+        from vllm_nvfp4_moe.loading import formats
         from vllm_nvfp4_moe.self_check import SelfCheck
-        from vllm_nvfp4_moe.summary import Summary
 
         super().__init__()
         self.gates: Gates | None = None
         self.self_check = SelfCheck()
-        self.summary = Summary(self)
         self._format: Format | None = None
         if quantization is None:
             self._format = formats.OnTheFly()
@@ -69,6 +72,16 @@ class NvFp4MoEConfig(QuantizationConfig):
         """How the checkpoint's experts are stored."""
         assert self._format is not None, "vLLM calls maybe_update_config before it builds layers"
         return self._format
+
+    @cached_property
+    def context(self) -> ModelContext:
+        """What the layers of the model share, once :meth:`maybe_update_config` was called."""
+        from vllm_nvfp4_moe.context import ModelContext
+        from vllm_nvfp4_moe.summary import Summary
+
+        assert self.gates is not None, "vLLM calls maybe_update_config before it builds layers"
+        summary = Summary(self.format, self.gates, self.self_check)
+        return ModelContext(self.format, self.gates, self.self_check, summary)
 
     def get_name(self) -> str:
         return NAME
@@ -106,7 +119,7 @@ class NvFp4MoEConfig(QuantizationConfig):
 
     @staticmethod
     def _read(quantization: dict[str, Any]) -> Format:
-        from vllm_nvfp4_moe import formats
+        from vllm_nvfp4_moe.loading import formats
 
         found = formats.from_checkpoint(quantization)
         if found is None:
@@ -116,18 +129,29 @@ class NvFp4MoEConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Establish the gates: the checkpoint's contract, else the model's Transformers class.
+        """Establish which gates the experts apply, by the checkpoint's contract, or by the model's
+        Transformers class if it has none. vLLM calls this once, before it builds layers.
 
         Also reads what the ``quantization_config`` left to ``hf_quant_config.json``.
+
+        Args:
+            model_name: the checkpoint's folder or its name on the hub.
+            hf_config: the model's config, as Transformers or vLLM made it.
+            revision: of the model on the hub.
+
+        Raises:
+            ValueError: if the gates cannot be established, the model cannot run on this platform,
+                or it is not said which of its modules are quantized how.
         """
         from vllm.platforms import current_platform
         from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
         from quantize.errors import QuantizeError
-        from quantize.gates import KEY, from_contract
-        from quantize.identify import identify, identify_config
+        from quantize.experts.gates import KEY, from_contract
+        from quantize.experts.identify import identify, identify_config
         from quantize.layouts.modelopt import MIXED
-        from vllm_nvfp4_moe import compat, formats
+        from vllm_nvfp4_moe import gpu_only
+        from vllm_nvfp4_moe.loading import formats
 
         online = self.online_quantization_config  # from the user's --quantization-config
         if online is not None and online.args.moe is not None:
@@ -135,7 +159,7 @@ class NvFp4MoEConfig(QuantizationConfig):
                 "--quantization nvfp4_moe takes the experts as the checkpoint has them; "
                 "remove 'moe' from --quantization-config"
             )
-        if current_platform.is_cpu() and (problem := compat.gpu_only_model(hf_config)):
+        if current_platform.is_cpu() and (problem := gpu_only.refusal(hf_config)):
             raise ValueError(problem)
         if self._format is None:
             file = "hf_quant_config.json"
@@ -180,7 +204,7 @@ class NvFp4MoEConfig(QuantizationConfig):
             return stock.get_quant_method(layer, prefix)
         from vllm_nvfp4_moe.backends import choose
 
-        return choose(self, layer, weight_only)
+        return choose(self.context, layer, weight_only)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.format.stock.apply_vllm_mapper(hf_to_vllm_mapper)

@@ -1,20 +1,20 @@
-"""The fused-MoE method: what is common to all backends, from empty parameters to checked weights.
+"""The life of a layer's experts: empty parameters, loading, checks, conversion for a kernel.
 
-After loading, every layer holds, whatever the checkpoint's layout was:
+A backend's method inherits :class:`NvFp4MoEMethod` and adds the kernel. What it finds in a layer
+when ``prepare`` is called is this, whatever the checkpoint's layout was:
 
 * ``w13_weight`` uint8 ``[experts, 2 * intermediate, hidden / 2]``: all of gate, then all of up;
 * ``w13_weight_scale`` float8_e4m3fn ``[experts, 2 * intermediate, hidden / 16]``;
-* ``w13_weight_scale_2`` float32 ``[experts, 2]``, gate and up equal: the global scale, multiplying;
+* ``w13_weight_scale_2`` float32 ``[experts, 2]``: the global scale, which multiplies. Gate's and
+  up's are equal;
 * ``w13_input_scale`` float32 ``[experts, 2]``: absent in weight-only checkpoints;
-* the same with ``w2``, without the factor and the axis of two.
+* the same with ``w2``, ``[experts, hidden, intermediate]``, without the axis of two.
 
-Those are the names that vLLM's ``modelopt_fp4`` uses, and that its kernel conversions expect.
+Those are the names that vLLM's ``modelopt_fp4`` uses, and that its conversions for kernels expect.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,87 +25,35 @@ from vllm.model_executor.layers.fused_moe import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-from quantize.nvfp4 import BLOCK
-from vllm_nvfp4_moe import compat
-from vllm_nvfp4_moe.checks import (
-    BLOCK_SCALE,
-    CODES,
-    GLOBAL_SCALE,
-    INPUT_SCALE,
-    ExpertLoads,
-    RefusedError,
-    fold_global_scales,
-)
-from vllm_nvfp4_moe.loaders import Loader, QuantizingLoader
+from vllm_nvfp4_moe import quirks
+from vllm_nvfp4_moe.context import ModelContext
+from vllm_nvfp4_moe.errors import RefusedError
+from vllm_nvfp4_moe.interface import ExpertsBackend
+from vllm_nvfp4_moe.loading.checks import ExpertLoads, fold_global_scales
+from vllm_nvfp4_moe.loading.loaders import Loader, QuantizingLoader
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
-CANONICAL = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-
-
-class NvFp4MoEMethod(FusedMoEMethodBase):
+class NvFp4MoEMethod(ExpertsBackend):
     """Base of the backends' methods.
 
     Args:
-        config: the checkpoint's quantization config.
+        context: of the model that the layer belongs to.
         layer: already set to the contract's gate.
-        weight_only: its experts come without input scales.
+        weight_only: the layer's experts come without input scales.
     """
 
-    passed_over: Sequence[tuple[str, str]] = ()
-    """Kernels that would have been preferred, each with the reason why not."""
-
-    global_input_scales = False
-    """Whether kernels want the input scales of all experts, not only this rank's."""
-
-    def __init__(self, config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> None:
-        super().__init__(layer.moe_config)
-        self.config = config
-        self.layout = config.format.layout
+    def __init__(self, context: ModelContext, layer: RoutedExperts, weight_only: bool) -> None:
+        # By name: a backend may inherit from a method of vLLM too, whose constructor chooses
+        # kernels and must not run.
+        FusedMoEMethodBase.__init__(self, layer.moe_config)
+        self.context = context
+        self.layout = context.format.layout
         self.weight_only = weight_only
-        assert config.gates is not None  # backends.choose has applied it to the layer
-        self.gate = config.gates.of(layer.layer_name)
-
-    @classmethod
-    @abstractmethod
-    def unsupported(cls, layer: RoutedExperts) -> str | None:
-        """Why this backend cannot run ``layer`` here, None if it can."""
-
-    @classmethod
-    def missed(cls, layer: RoutedExperts) -> str | None:
-        """The kernel's name, where that it is ``unsupported`` is worth telling: it is made for
-        this device, and nobody asked for another."""
-        return None
-
-    @property
-    @abstractmethod
-    def kernel(self) -> str:
-        """Names the kernel, for messages."""
-
-    @property
-    def quantizes_activations(self) -> bool:
-        """Whether the kernel rounds the GEMMs' inputs to NVFP4, by the input scales."""
-        return False
-
-    @property
-    def activation_bits(self) -> int:
-        """Of the GEMMs' inputs, as the kernel takes them."""
-        return 4 if self.quantizes_activations else 16
-
-    @property
-    def rounds_weights(self) -> bool:
-        """Whether the kernel multiplies by other numbers than the weights that the codes mean."""
-        return False
-
-    input_scales_by_expert = False
-    """Whether the kernel takes each expert's own input scale; else the largest of all."""
-
-    @abstractmethod
-    def prepare(self, layer: RoutedExperts) -> None:
-        """Turn checked weights (see the module's docstring) into what the kernels read."""
+        self.gate = context.gates.of(layer.layer_name)
 
     def uses_weight_scale_2_pattern(self) -> bool:
         return True
@@ -119,20 +67,22 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        """Give ``layer`` the parameters that the checkpoint's tensors are loaded into, by the
+        layout's names. vLLM calls this."""
         layer.num_experts = num_experts
         layer.params_dtype = params_dtype
-        kinds: tuple[int, ...] = (CODES, BLOCK_SCALE, GLOBAL_SCALE)
-        if not self.weight_only:
-            kinds = (*kinds, INPUT_SCALE)
+        kinds = tuple(
+            kind for kind in TensorKind if kind != TensorKind.INPUT_SCALE or not self.weight_only
+        )
         load_format = get_current_vllm_config().load_config.load_format
         self._dummy = load_format == "dummy"
-        on_the_fly = self.config.format.on_the_fly
-        summary = self.config.summary
+        on_the_fly = self.context.format.on_the_fly
+        summary = self.context.summary
         summary.built()
         self.loads = ExpertLoads(
             layer,
             self.layout,
-            (CODES,) if on_the_fly else kinds,
+            (TensorKind.CODES,) if on_the_fly else kinds,
             self.global_input_scales,
             summary.begins,
         )
@@ -142,31 +92,35 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         padded = hidden_size != (extra_weight_attrs.get("unpadded_hidden_size") or hidden_size)
         inner = intermediate_size_per_partition
         for prefix, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
-            per_expert: dict[int, tuple[tuple[int, ...], torch.dtype, str | None]] = {
-                CODES: ((rows, columns // 2), torch.uint8, None),
-                BLOCK_SCALE: ((rows, columns // BLOCK), torch.float8_e4m3fn, "group"),
-                GLOBAL_SCALE: ((2,) if prefix == "w13" else (), torch.float32, "tensor"),
-                INPUT_SCALE: ((2,) if prefix == "w13" else (), torch.float32, "tensor"),
-            }
             for kind in kinds:
-                shape, dtype, granularity = per_expert[kind]
+                tensor = EXPERT_TENSORS[kind]
+                shape = tensor.shape(rows, columns)
+                if tensor.per_matrix and prefix == "w13":
+                    shape = (2,)  # gate's and up's, which are two matrices
                 experts = num_experts
-                if kind == INPUT_SCALE and self.global_input_scales:
+                if kind == TensorKind.INPUT_SCALE and self.global_input_scales:
                     experts = extra_weight_attrs["global_num_experts"]
-                data = torch.empty(experts, *shape, dtype=dtype)
-                if padded and kind in (CODES, BLOCK_SCALE):
-                    data.fill_(int(kind == BLOCK_SCALE))  # nothing is loaded into the padding
+                data = torch.empty(experts, *shape, dtype=tensor.dtype)
+                if padded and not tensor.per_matrix:
+                    # Nothing is loaded into the padding.
+                    data.fill_(int(kind == TensorKind.BLOCK_SCALE))
                 param = torch.nn.Parameter(data, requires_grad=False)
-                layer.register_parameter(f"{prefix}_{self.layout.suffixes[kind]}", param)
-                loader = quantizing if quantizing and kind == CODES else loaders[kind]
+                layer.register_parameter(f"{prefix}_{tensor.suffix(self.layout)}", param)
+                loader = quantizing if quantizing and kind == TensorKind.CODES else loaders[kind]
                 attributes: dict[str, Any] = {"weight_loader": loader}
-                if granularity is not None:
-                    attributes["quant_method"] = FusedMoeWeightScaleSupported(granularity).value
+                if tensor.granularity is not None:
+                    granularity = FusedMoeWeightScaleSupported(tensor.granularity)
+                    attributes["quant_method"] = granularity.value
                 set_weight_attrs(param, attributes)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Check that everything came, bring it to the canonical names, hand it to the backend."""
-        if compat.shared_experts_counted_by_every_rank(layer):
+        """Check that every tensor came, give them their canonical names, hand them to the backend
+        and check what its kernel computes. vLLM calls this once its loader has ended.
+
+        Raises:
+            RefusedError: if the model would not give the text that its checkpoint means.
+        """
+        if quirks.shared_experts_counted_by_every_rank(layer):
             raise RefusedError(
                 f"{layer.layer_name}: with tensor parallelism, vLLM's Transformers backend would "
                 "add this model's shared expert once per rank (in bf16 too). Use "
@@ -178,25 +132,24 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         sample = None
         if not self._dummy:
             fold_global_scales(layer)
-            sample = self.config.self_check.before(layer, self)
+            sample = self.context.self_check.before(layer, self)
         self.prepare(layer)
         if sample is not None:
-            self.config.self_check.after(sample, layer, self)
-        self.config.summary.loaded(layer, self)
+            self.context.self_check.after(sample, layer, self)
+        self.context.summary.loaded(layer, self)
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
-        layout = self.layout
+        """Rename the parameters, and turn scales that divide into scales that multiply."""
         for prefix in ("w13", "w2"):
-            for kind, (suffix, canonical) in enumerate(
-                zip(layout.suffixes, CANONICAL, strict=True)
-            ):
-                param = getattr(layer, f"{prefix}_{suffix}", None)
+            for tensor in EXPERT_TENSORS.values():
+                name = f"{prefix}_{tensor.suffix(self.layout)}"
+                param = getattr(layer, name, None)
                 if param is None:
                     continue
-                delattr(layer, f"{prefix}_{suffix}")
+                delattr(layer, name)
                 data = param.data
-                if layout.reciprocal and kind in (GLOBAL_SCALE, INPUT_SCALE):
+                if self.layout.reciprocal and tensor.per_matrix:
                     data = data.reciprocal()
                 layer.register_parameter(
-                    f"{prefix}_{canonical}", torch.nn.Parameter(data, requires_grad=False)
+                    f"{prefix}_{tensor.canonical}", torch.nn.Parameter(data, requires_grad=False)
                 )

@@ -1,4 +1,5 @@
-"""One line per model, once its experts are loaded: what runs, with what, and why not faster."""
+"""One line per model, logged once its experts are loaded: how many, which gate, which kernel runs
+them, and why not one that vLLM would have preferred."""
 
 from __future__ import annotations
 
@@ -10,49 +11,57 @@ from vllm.logger import init_logger
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from vllm_nvfp4_moe.config import NvFp4MoEConfig
-    from vllm_nvfp4_moe.method import NvFp4MoEMethod
+    from quantize.experts.gates import Gates
+    from vllm_nvfp4_moe.interface import ExpertsBackend
+    from vllm_nvfp4_moe.loading.formats import Format
+    from vllm_nvfp4_moe.self_check import SelfCheck
 
 logger = init_logger("vllm.nvfp4_moe")
 
 
 class Summary:
-    """Counts a model's layers as they are built and loaded; the last one to load logs the line."""
+    """Counts a model's layers as they are built and loaded. The last one to load logs the line.
 
-    def __init__(self, config: NvFp4MoEConfig) -> None:
-        self._config = config
+    Args:
+        storage: how the experts are stored.
+        gates: which gates they apply.
+        self_check: of the layers' kernels.
+    """
+
+    def __init__(self, storage: Format, gates: Gates, self_check: SelfCheck) -> None:
+        self._storage, self._gates, self._self_check = storage, gates, self_check
         self._built = 0
-        self._loaded: list[tuple[RoutedExperts, NvFp4MoEMethod]] = []
+        self._loaded: list[tuple[RoutedExperts, ExpertsBackend]] = []
         self._begin: float | None = None
 
     def built(self) -> None:
-        """A layer has been built."""
+        """Note that a layer has been built."""
         self._built += 1
 
     def begins(self) -> None:
-        """A tensor of an expert has come."""
+        """Note that a tensor of an expert has come: the time from the first one is told."""
         if self._begin is None:
             self._begin = time.perf_counter()
 
-    def loaded(self, layer: RoutedExperts, method: NvFp4MoEMethod) -> None:
-        """A layer's weights are what its kernel reads."""
-        if not self._built:  # loaded again
+    def loaded(self, layer: RoutedExperts, method: ExpertsBackend) -> None:
+        """Note that a layer's weights are what its kernel reads; log the line after the last."""
+        if not self._built:  # this is a reload
             return
         self._loaded.append((layer, method))
         if len(self._loaded) == self._built:
-            # On one rank; which layers it has, pipeline parallelism decides.
+            # By one rank only. With pipeline parallelism it has some of the layers.
             logger.info_once("%s", self.line(), scope="global")
             self._loaded.clear()  # the layers belong to vLLM
             self._begin, self._built = None, 0  # a draft model's layers may follow
 
     def line(self) -> str:
-        """The line, of what has been loaded so far."""
+        """The line, for what has been loaded so far."""
         layers = [layer for layer, _ in self._loaded]
         first = layers[0]
         experts = f"{first.global_num_experts} experts"
         if first.local_num_experts != first.global_num_experts:
             experts += f" ({first.local_num_experts} on this rank)"
-        storage = self._config.format
+        storage = self._storage
         source = "quantized on the fly" if storage.on_the_fly else f"{storage.layout.name} layout"
         kernels = dict.fromkeys(method.kernel for _, method in self._loaded)
         passed = dict.fromkeys(
@@ -69,11 +78,11 @@ class Summary:
         return "; ".join(
             [
                 f"NVFP4 experts: {len(layers)} layers x {experts}, {source}",
-                f"gate {self._config.gates}",
+                f"gate {self._gates}",
                 f"kernel {', '.join(kernels)}",
                 *([f"passed over: {', '.join(passed)}"] if passed else []),
                 f"{sum(weights.values()) / 2**30:.2f} GiB on this rank",
                 f"{seconds:.1f} s",
-                self._config.self_check.told(),
+                self._self_check.told(),
             ]
         )

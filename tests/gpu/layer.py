@@ -174,7 +174,7 @@ def build(
     from vllm.config.kernel import KernelConfig
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
-    from quantize.gates import Gate, Gates
+    from quantize.experts.gates import Gate, Gates
     from quantize.layouts import LAYOUTS
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
 

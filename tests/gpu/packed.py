@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.gpu.layer import Shape, batch, random_weights
 from tests.gpu.reference import Stored, routed
-from vllm_nvfp4_moe.kernels import hopper_moe
+from vllm_nvfp4_moe.kernels.hopper.kernel import Experts, HopperKernel
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 GATES = {"silu": Gate("silu"), "swiglu_oai": Gate("swiglu_oai", 1.702, 1.0, 7.0)}
 
@@ -26,8 +26,8 @@ class Packed(NamedTuple):
     shape: Shape
     w13: Stored
     w2: Stored
-    kernels: ModuleType
-    experts: Any
+    kernel: HopperKernel
+    experts: Experts
     rule: Callable[..., torch.Tensor]
 
     @classmethod
@@ -35,16 +35,16 @@ class Packed(NamedTuple):
         cls,
         shape: Shape,
         device: torch.device,
-        kernels: ModuleType = hopper_moe,
+        kernel: HopperKernel = KERNELS["bf16"],
         rule: Callable[..., torch.Tensor] = routed,
     ) -> Packed:
-        """For ``kernels``, which are to give what ``rule`` does, arguments as ``routed``'s."""
+        """For ``kernel``, which is to give what ``rule`` does, whose arguments are ``routed``'s."""
         w13, w2 = random_weights(shape, device)
-        return cls(shape, w13, w2, kernels, kernels.Experts.pack(*w13, *w2), rule)
+        return cls(shape, w13, w2, kernel, kernel.pack(*w13, *w2), rule)
 
     def like(self, shape: Shape) -> Packed:
         """The same of another shape."""
-        return Packed.random(shape, self.device, self.kernels, self.rule)
+        return Packed.random(shape, self.device, self.kernel, self.rule)
 
     @property
     def device(self) -> torch.device:
@@ -61,11 +61,11 @@ class Packed(NamedTuple):
     def truth(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
     ) -> torch.Tensor:
-        """What the kernels are to give."""
+        """What the kernel is to give."""
         return self.rule(x, self.w13, self.w2, weights, ids, gate)
 
     def exact(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: str = "silu"
     ) -> torch.Tensor:
-        """What nothing is rounded for."""
+        """What it would give if nothing were rounded."""
         return routed(x, self.w13, self.w2, weights, ids, gate)

@@ -1,4 +1,4 @@
-"""What FP8 activations are to give (``hopper_fp8``), in plain floats; no code of the package's.
+"""What the Hopper kernel is to give with FP8 activations, in plain floats; shares no code with it.
 
 Weights: an expert's block scales are shifted by the power of two that makes them as large as may
 be, E4M3 then holding six times the largest; a weight is its magnitude times that scale, rounded to

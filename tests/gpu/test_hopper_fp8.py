@@ -21,9 +21,10 @@ from tests.gpu import reference_fp8
 from tests.gpu.hopper_cases import SHAPES, Cases, poison
 from tests.gpu.layer import error, skip_elsewhere
 from tests.gpu.packed import GATES, Packed
-from vllm_nvfp4_moe.kernels import hopper_fp8
-from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS
+from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
+KERNEL = KERNELS["fp8"]
 TOKENS = (1, 3, 16, 64, 256, 1000, 8192)
 BOUND = 3e-2
 FEW = 5e-2
@@ -34,7 +35,7 @@ COST = 0.09
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(gpu: torch.device, request: pytest.FixtureRequest) -> Packed:
     skip_elsewhere("hopper")
-    return Packed.random(request.param, gpu, hopper_fp8, reference_fp8.routed)
+    return Packed.random(request.param, gpu, KERNEL, reference_fp8.routed)
 
 
 @pytest.mark.parametrize("routing", ["uniform", "skewed"])
@@ -46,24 +47,25 @@ def test_as_the_reference(
         x, ids, weights = packed.batch(tokens, routing, seed)
         truth = packed.truth(x, ids, weights, gate)
         unrounded = packed.exact(x, ids, weights, gate)
-        for use in KINDS:
+        for tile_shape in KERNEL.tile_shapes:
             poison(packed, x)
-            out = hopper_fp8.run(x, packed.experts, ids, weights, GATES[gate], use=use)
+            out = KERNEL.run(x, packed.experts, ids, weights, GATES[gate], tile_shape=tile_shape)
             found, cost = error(out, truth), error(out, unrounded)
             measured.append(
-                {"shape": packed.shape.name, "backend": f"hopper fp8 {use}", "gate": gate,
+                {"shape": packed.shape.name, "backend": f"hopper fp8 {tile_shape}", "gate": gate,
                  "batch": f"{tokens} {routing}", "whole": found.whole, "token": found.token,
                  "cost": cost.whole}
             )  # fmt: skip
-            assert found.whole < (BOUND if tokens >= 16 else FEW), (tokens, use, found)
-            assert cost.whole < COST, (tokens, use, cost)
-            again = hopper_fp8.run(x, packed.experts, ids, weights, GATES[gate], use=use)
-            assert torch.equal(out, again), (tokens, use)
+            assert found.whole < (BOUND if tokens >= 16 else FEW), (tokens, tile_shape, found)
+            assert cost.whole < COST, (tokens, tile_shape, cost)
+            again = KERNEL.run(x, packed.experts, ids, weights, GATES[gate], tile_shape=tile_shape)
+            assert torch.equal(out, again), (tokens, tile_shape)
 
 
-@pytest.fixture(params=KINDS)
-def use(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=KERNEL.tile_shapes, ids=str)
+def tile_shape(request: pytest.FixtureRequest) -> TileShape:
+    shape: TileShape = request.param
+    return shape
 
 
 class TestCases(Cases):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.gpu.layer import Case, Shape, build, error, skip_elsewhere
-from vllm_nvfp4_moe import self_check
-from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_moe
+from vllm_nvfp4_moe import self_check, settings
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 SHAPES = [
     Shape("minimax-m3", 128, 6144, 3072, 4),
@@ -40,7 +40,7 @@ def test_right_kernels_pass(
     build(case.shape, gate, case.w13, case.w2, backend)  # compiles
     check = build(
         case.shape, gate, case.w13, case.w2, backend
-    ).experts.quant_method.config.self_check
+    ).experts.quant_method.context.self_check
     assert check.skipped is None
     assert check.worst is not None
     measured.append(
@@ -60,9 +60,7 @@ def other_numbers(**numbers: float) -> Callable[[MonkeyPatch], None]:
     def change(monkeypatch: MonkeyPatch) -> None:
         from vllm.model_executor.layers.quantization import modelopt
 
-        from vllm_nvfp4_moe.backends import vllm_kernels
-
-        make = vllm_kernels.make_nvfp4_moe_quant_config
+        make = modelopt.make_nvfp4_moe_quant_config
 
         def told(*, layer: Any, **more: Any) -> Any:
             before = {name: getattr(layer, name) for name in numbers}
@@ -74,12 +72,12 @@ def other_numbers(**numbers: float) -> Callable[[MonkeyPatch], None]:
                 for name, number in before.items():
                     setattr(layer, name, number)
 
-        for module in (modelopt, vllm_kernels):
-            monkeypatch.setattr(module, "make_nvfp4_moe_quant_config", told)
+        # The plugin's method inherits what calls it.
+        monkeypatch.setattr(modelopt, "make_nvfp4_moe_quant_config", told)
 
         others = {name.removeprefix("swiglu_"): number for name, number in numbers.items()}
 
-        for kernels in (hopper_moe, hopper_fp8):
+        for kernels in KERNELS.values():
             run = kernels.run
 
             def run_with(
@@ -106,7 +104,7 @@ def before_conversion(damage: Callable[[Any], None]) -> Callable[[MonkeyPatch], 
         from vllm.model_executor.layers.quantization import modelopt
 
         from vllm_nvfp4_moe.backends import vllm_kernels
-        from vllm_nvfp4_moe.backends.hopper import HopperMethod
+        from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 
         convert = vllm_kernels.convert_to_nvfp4_moe_kernel_format
 
@@ -154,7 +152,7 @@ def unchecked(case: Case, backend: str, monkeypatch: MonkeyPatch) -> torch.Tenso
     """What the kernels compute with what is broken at this time: vLLM's under its own method."""
     ours = backend.startswith("hopper")
     with monkeypatch.context() as patch:
-        patch.setenv(self_check.VARIABLE, "0")
+        patch.setenv(settings.SELF_CHECK, "0")
         layer = build(case.shape, GATE, case.w13, case.w2, backend, stock=not ours)
     return layer.apply(*case.batches["16 uniform"][:3])
 

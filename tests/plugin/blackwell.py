@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 
@@ -39,7 +39,7 @@ ASKING = (
     f"{FUSED_MOE}.experts.fused_humming_moe",
     f"{FUSED_MOE}.experts.triton_moe",
     "vllm_nvfp4_moe.backends.vllm_kernels",
-    "vllm_nvfp4_moe.backends.cpu",
+    "vllm_nvfp4_moe.backends.cpu.method",
 )
 """Modules that look at the platform when kernels are chosen."""
 

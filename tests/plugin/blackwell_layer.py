@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import ACTIVATION, M3, moe_config
 from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
@@ -55,7 +55,9 @@ def layer_of(gate: Gate) -> Any:
 def experts_of(backend: str, experts_cls: Any, gate: Gate) -> Any:
     """vLLM's class with the config that the plugin's method gives it, after loading."""
     layer = layer_of(gate)
-    method: Any = SimpleNamespace(backend=NvFp4MoeBackend(backend), weight_only=backend == "MARLIN")
+    method: Any = SimpleNamespace(
+        nvfp4_backend=NvFp4MoeBackend(backend), use_a16=backend == "MARLIN"
+    )
     quant_config = VllmKernelsMethod.get_fused_moe_quant_config(method, layer)
     config = moe_config(gate, experts=EXPERTS, hidden=HIDDEN, inner=INNER)
     experts = experts_cls(moe_config=config, quant_config=quant_config)

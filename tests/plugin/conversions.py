@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
     convert_to_nvfp4_moe_kernel_format,
 )
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import ACTIVATION, M3, moe_config
 
 EXPERTS = 3

@@ -6,8 +6,8 @@
 // of a copy, the sums of an MMA. Rules of PTX that can be checked are, and what breaks one or waits
 // forever is reported by `emulation_failure`.
 //
-// DESCRIPTOR is the upper half of the descriptor of an MMA's B, which hopper_moe.py writes; OPERAND those
-// of an MMA's elements: 2, bf16, or 1, e4m3.
+// DESCRIPTOR is the upper half of the descriptor of an MMA's B, which source.py writes. OPERAND is the
+// number of bytes of an MMA's element: 2 for bf16, 1 for e4m3.
 //
 // Not emulated: the memory model (proxies, fences) and anything that takes time.
 
@@ -47,14 +47,10 @@ struct uint2 {
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
-struct alignas(16) int4 {
-    int x, y, z, w;
-};
 struct float2 {
     float x, y;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 struct __nv_bfloat16 {
@@ -128,7 +124,17 @@ inline int atomicAdd(int* to, int value) {
 }
 
 using cudaStream_t = void*;
+using cudaError_t = int;
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+inline const char* cudaGetErrorString(cudaError_t error) {  // CUDA's own words
+    switch (error) {
+        case cudaErrorInvalidValue: return "invalid argument";
+        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+        case cudaErrorLaunchFailure: return "unspecified launch failure";
+    }
+    return "unrecognized error code";
+}
 
 namespace {
 
@@ -413,7 +419,7 @@ void meet_number(uint32_t number, int threads) {
     ++generation;
 }
 template <int THREADS>
-void meet() {
+void named_barrier_sync() {
     if (machine.current >= THREADS) fail("is not one of the %d", THREADS);
     meet_number(1, THREADS);
 }
@@ -492,7 +498,7 @@ void barrier_init(uint32_t barrier, int count) {
     if (count < 1) fail("mbarrier of %d", count);
     machine.barriers[barrier] = Barrier{count, count, 0, 0};
 }
-void barriers_made() {}
+void barrier_init_fence() {}
 
 void barrier_arrive(uint32_t address) {
     Barrier& barrier = barrier_at(address);
@@ -512,8 +518,8 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 }
 
 // A kernel's CTAs come when all of the kernel before have ended: what comes early waits for that.
-void next_may_come() {}
-void wait_for_last() {}
+void trigger_next_kernel() {}
+void wait_for_previous_kernel() {}
 
 void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t) {
     check_shared(to, bytes, 16, "copy");
@@ -531,21 +537,21 @@ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint6
     memset(memory + (to - machine.base), UNTOUCHED, bytes);
     machine.copies.push_back(Copy{to, source, bytes, barrier});
 }
-uint64_t read_once() { return 0; }
-uint64_t read_again() { return 0; }
-uint64_t read_often() { return 0; }
+uint64_t evict_first_policy() { return 0; }
+uint64_t evict_normal_policy() { return 0; }
+uint64_t evict_last_policy() { return 0; }
 
-template <int COUNT, bool MORE>
-void registers() {
+template <int COUNT, bool INCREASE>
+void set_max_registers() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "setmaxnreg");
     const int more = COUNT - self().registers;
-    if (MORE ? more < 0 : more > 0) fail("setmaxnreg goes the other way");
-    if (MORE && machine.pool < more) wait(REGISTERS, COUNT, more);
+    if (INCREASE ? more < 0 : more > 0) fail("setmaxnreg goes the other way");
+    if (INCREASE && machine.pool < more) wait(REGISTERS, COUNT, more);
     machine.pool -= more;
     self().registers = COUNT;
 }
 
-uint32_t scaled(uint32_t values, uint32_t scale) {
+uint32_t multiply_bf16x2(uint32_t values, uint32_t scale) {
     uint32_t result = 0;
     for (int half = 0; half < 32; half += 16)
         result |= uint32_t(emulated_bf16(emulated_float(values >> half & 0xFFFF) *
@@ -554,29 +560,29 @@ uint32_t scaled(uint32_t values, uint32_t scale) {
     return result;
 }
 
-void halves(uint32_t& low, uint32_t& high, uint32_t pair) {
+void broadcast_halves(uint32_t& low, uint32_t& high, uint32_t pair) {
     low = (pair & 0xFFFF) * 0x10001u;
     high = (pair >> 16) * 0x10001u;
 }
 
 template <uint32_t MASK, uint32_t BITS>
-uint32_t masked_with(uint32_t value) {
+uint32_t mask_then_set(uint32_t value) {
     return (value & MASK) | BITS;
 }
 
-uint32_t pick(uint32_t low, uint32_t high, uint32_t selector) {
+uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     if (selector & 0x8888) fail("PRMT of a sign");
     return __byte_perm(low, high, selector);
 }
 
-uint32_t e4m3(float low, float high) { return emulated_to_e4m3(low) | emulated_to_e4m3(high) << 8; }
+uint32_t pack_e4m3x2(float low, float high) { return emulated_to_e4m3(low) | emulated_to_e4m3(high) << 8; }
 
 int warpgroup() { return int(threadIdx.x / 128); }
 
 template <int N>
-void variant_begins() {}
+void mma_size_begins() {}
 template <int N>
-void variant_ends() {}
+void mma_size_ends() {}
 
 // ------------------------------------------------------------------------------------------ mma
 
@@ -681,7 +687,7 @@ void mma_wait() {
 
 template <typename Kernel>
 int cudaFuncSetAttribute(Kernel kernel, int, int bytes) {
-    if (bytes > MOST_SHARED) return 1;
+    if (bytes > MOST_SHARED) return cudaErrorInvalidValue;
     machine.allowed[reinterpret_cast<void*>(kernel)] = bytes;
     return 0;
 }
@@ -692,8 +698,9 @@ int launch(void (*kernel)(Parameters...), int grid, int threads, int bytes, cuda
     const auto all = [&] { kernel(arguments...); };
     void* const address = reinterpret_cast<void*>(kernel);
     const auto allowed = machine.allowed.find(address);
-    if (grid < 1 || threads < 1 || threads > MOST_THREADS) return 9;  // InvalidConfiguration
-    if (bytes > (allowed == machine.allowed.end() ? 48 * 1024 : allowed->second)) return 1;
+    if (grid < 1 || threads < 1 || threads > MOST_THREADS) return cudaErrorInvalidConfiguration;
+    if (bytes > (allowed == machine.allowed.end() ? 48 * 1024 : allowed->second))
+        return cudaErrorInvalidValue;
     Dl_info symbol;
     machine.kernel = dladdr(address, &symbol) && symbol.dli_sname ? symbol.dli_sname : "kernel";
     machine.threads = threads, machine.bytes = bytes;
@@ -711,7 +718,7 @@ int launch(void (*kernel)(Parameters...), int grid, int threads, int bytes, cuda
         run_cta();
         if (machine.failure.empty()) continue;
         for (Fiber& fiber : machine.fibers) fiber.started = false;
-        return 719;  // cudaErrorLaunchFailure
+        return cudaErrorLaunchFailure;
     }
     return 0;
 }

@@ -1,7 +1,6 @@
 """Runs a Hopper kernel's CUDA source on a CPU (``cuda_emulation.h``).
 
-All of a module's ``run`` takes part (``hopper_moe``, ``hopper_fp8``); what it gets of PyTorch's
-CUDA is replaced.
+All of ``HopperKernel.run`` takes part; what it gets of PyTorch's CUDA is replaced.
 """
 
 from __future__ import annotations
@@ -12,13 +11,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vllm_nvfp4_moe.kernels import hopper_moe
+from vllm_nvfp4_moe.kernels.hopper import launch
+from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
+from vllm_nvfp4_moe.kernels.hopper.source import inlined
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 HEADER = Path(__file__).with_name("cuda_emulation.h")
@@ -27,20 +28,20 @@ GUARD = 1024
 """Elements before and after each tensor that the kernel gets to write."""
 
 
-def body(kernels: ModuleType) -> str:
-    """The CUDA source of ``kernels``, without what only a GPU can do."""
-    return hopper_moe.body(Path(str(kernels.__file__)).with_suffix(".cu"))
+def body(kernel: HopperKernel) -> str:
+    """The CUDA source of ``kernel``, without what only a GPU can do."""
+    return inlined(kernel.file)
 
 
-def build(folder: Path, source: str, kernels: ModuleType) -> ctypes.CDLL:
-    """``source``, as of :func:`body`, compiled for this host."""
+def compiled(folder: Path, source: str, kernel: HopperKernel) -> ctypes.CDLL:
+    """``source``, as of :func:`body`, compiled for this host and loaded."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
     file, library = folder / "kernel.cpp", folder / "kernel.so"
     file.write_text(source)
-    (upper,) = set(re.findall(r"mov\.b64 desc, {%\d+, (\w+)}", kernels.source()))
-    (columns,) = set(re.findall(r"wgmma.mma_async.sync.aligned.m64n\d+k(\d+)", kernels.source()))
+    (upper,) = set(re.findall(r"mov\.b64 desc, {%\d+, (\w+)}", kernel.source()))
+    (columns,) = set(re.findall(r"wgmma.mma_async.sync.aligned.m64n\d+k(\d+)", kernel.source()))
     subprocess.run(
         [compiler, "-std=c++17", "-O2", "-ftree-vectorize", "-shared", "-fPIC",
          "-fno-strict-aliasing", "-fno-extern-tls-init", "-U_FORTIFY_SOURCE",
@@ -52,18 +53,24 @@ def build(folder: Path, source: str, kernels: ModuleType) -> ctypes.CDLL:
     loaded.emulation_failure.restype = ctypes.c_char_p
     loaded.emulation_seed.argtypes = [ctypes.c_uint64]
     loaded.emulation_source.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    loaded.run.argtypes = [ctypes.POINTER(kernels._Layer), ctypes.c_void_p]
-    assert loaded.prepare() == 0
+    return loaded
+
+
+def build(folder: Path, source: str, kernel: HopperKernel) -> ctypes.CDLL:
+    """As :func:`compiled`, looked at and prepared as ``HopperKernel.library`` does it."""
+    loaded = compiled(folder, source, kernel)
+    launch.check_library(loaded, kernel.tile_shapes)
+    launch.check(loaded, loaded.prepare())
     return loaded
 
 
 class Emulated:
-    """``run`` is as that of ``kernels``; tensors that it makes are poisoned, between guards."""
+    """``run`` is as that of ``kernel``; tensors that it makes are poisoned, between guards."""
 
     def __init__(
-        self, library: ctypes.CDLL, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+        self, library: ctypes.CDLL, kernel: HopperKernel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.library, self.kernels, self.patch = library, kernels, monkeypatch
+        self.library, self.kernel, self.patch = library, kernel, monkeypatch
 
     def run(
         self,
@@ -90,18 +97,18 @@ class Emulated:
         properties = SimpleNamespace(multi_processor_count=processors)
         stream = SimpleNamespace(cuda_stream=None)
         with self.patch.context() as patch:
-            patch.setattr(self.kernels, "library", lambda device: self.library)
+            patch.setattr(self.kernel, "library", lambda device: self.library)
             patch.setattr(torch, "empty", empty)
             patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
             patch.setattr(torch.cuda, "current_stream", lambda: stream)
             patch.setattr(torch.cuda, "current_device", lambda: 0)
             patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
             try:
-                out = self.kernels.run(x, experts, *args, **options)
-            except KernelError as error:
-                if not str(error).startswith("CUDA error"):
-                    raise
-                raise AssertionError(self.library.emulation_failure().decode()) from None
+                out = self.kernel.run(x, experts, *args, **options)
+            except KernelError:
+                if failure := self.library.emulation_failure().decode():
+                    raise AssertionError(failure) from None
+                raise
         for whole in made:
             untouched = torch.full((GUARD,), poison(whole.dtype), dtype=whole.dtype)
             for guard in (whole[:GUARD], whole[-GUARD:]):

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationCo
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import (
     ACTIVATION,
     FUSED_MOE,
@@ -180,7 +180,7 @@ def test_humming(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     monkeypatch.setattr(f"{humming}.get_humming_moe_quant_config", quant_config)
     layer: Any = layer_of(gate)
     layer.__class__ = RoutedExperts  # which vLLM insists on
-    method: Any = SimpleNamespace(backend=NvFp4MoeBackend.HUMMING, weight_only=False)
+    method: Any = SimpleNamespace(nvfp4_backend=NvFp4MoeBackend.HUMMING, use_a16=False)
     experts: Any = object.__new__(module.HummingIndexedExperts)
     experts.quant_config = VllmKernelsMethod.get_fused_moe_quant_config(method, layer)
     experts.quant_config.w2_hadamard_block_size = 1

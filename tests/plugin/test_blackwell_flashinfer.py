@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import (
     ACTIVATION,
     FUSED_MOE,

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 
 from tests.plugin.blackwell import M3, moe_config
 from tests.plugin.conversions import EXPERTS, Experts, bits, unswizzled
-from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
 
@@ -41,15 +41,15 @@ def checked_layer(experts: Experts, config: Any) -> Any:
 @pytest.mark.parametrize("backend", ["VLLM_CUTLASS", "FLASHINFER_CUTLASS", "FLASHINFER_CUTEDSL"])
 def test_prepared_kernel(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
-    monkeypatch.setattr(compat, "route_with_float32_bias", lambda layer: None)
+    monkeypatch.setattr(quirks, "route_with_float32_bias", lambda layer: None)
     # A view for the CuteDSL kernel alone; tests/gpu/test_conversions.py has it.
     monkeypatch.setattr(nvfp4, "nvfp4_swizzled_scale_to_cutedsl_mma_view", lambda scale: scale)
     experts = Experts.random(256, 128)
     method: Any = object.__new__(VllmKernelsMethod)
     method.moe = moe_config(M3, experts=EXPERTS, hidden=256, inner=128)
     method.weight_only = False
-    method.backend = nvfp4.NvFp4MoeBackend(backend)
-    (method.experts_cls,) = nvfp4.backend_to_kernel_cls(method.backend)
+    method.nvfp4_backend = nvfp4.NvFp4MoeBackend(backend)
+    (method.experts_cls,) = nvfp4.backend_to_kernel_cls(method.nvfp4_backend)
     layer = checked_layer(experts, method.moe)
     with set_current_vllm_config(VllmConfig()):
         method.prepare(layer)

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.blackwell import (
     GELU,
     GELU_TANH,
@@ -26,7 +26,7 @@ from tests.plugin.blackwell import (
     moe_config,
     pretend,
 )
-from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.gate_support import drops
 from vllm_nvfp4_moe.backends.selection import Selection, select
 
@@ -229,4 +229,4 @@ def test_unknown_backends_apply_nothing() -> None:
 def test_vllm_that_chooses_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvfp4, "select_nvfp4_moe_backend", lambda *config: None)
     with pytest.raises(RuntimeError, match="cannot tell whether they apply the checkpoint's gate"):
-        compat.select_nvfp4_moe_backend(lambda backend: [])
+        quirks.select_nvfp4_moe_backend(lambda backend: [])

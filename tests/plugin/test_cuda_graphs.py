@@ -1,4 +1,4 @@
-"""The guard against attention captured into piecewise CUDA graphs (see compat)."""
+"""The guard against attention captured into piecewise CUDA graphs (see quirks)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ARMED = "from vllm_nvfp4_moe.compat import attention_break_is_armed as a; print(a())"
+ARMED = "from vllm_nvfp4_moe.quirks import attention_break_is_armed as a; print(a())"
 
 
 @pytest.mark.parametrize(("setting", "armed"), [("1", "True"), ("0", "False"), (None, "False")])
@@ -42,10 +42,10 @@ def test_piecewise_graphs_are_given_up_only_where_they_are_wrong(
 ) -> None:
     from vllm.config import CUDAGraphMode
 
-    from vllm_nvfp4_moe import compat
+    from vllm_nvfp4_moe import quirks
 
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", str(int(breakable)))
-    monkeypatch.setattr(compat, "attention_break_is_armed", lambda: armed)
+    monkeypatch.setattr(quirks, "attention_break_is_armed", lambda: armed)
     config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]))
-    compat.avoid_frozen_attention(config)
+    quirks.avoid_frozen_attention(config)
     assert config.compilation_config.cudagraph_mode == CUDAGraphMode[after]

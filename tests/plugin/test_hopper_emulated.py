@@ -1,7 +1,8 @@
-"""The Hopper kernel's CUDA source on a CPU (``cuda_emulation.h``), against experts in plain floats.
+"""The bf16 Hopper kernel's CUDA source, run on a CPU, against experts in plain floats.
 
-All of ``hopper_moe.run`` takes part; what it gets of PyTorch's CUDA is replaced. Each case runs
-twice, with two orders of CTAs, warps and copies: outputs must be equal, bit for bit.
+All of ``HopperKernel.run`` takes part; what it gets of PyTorch's CUDA is replaced
+(``emulation.py``, ``cuda_emulation.h``). Each case runs twice, with two orders of CTAs, warps and
+copies: outputs must be equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from tests.gpu.layer import Shape, error
 from tests.gpu.packed import BOUND, GATES, Packed
 from tests.plugin.emulated_cases import SHAPES, Cases
 from tests.plugin.emulation import CPU, Emulated, body, build
-from vllm_nvfp4_moe.kernels import hopper_moe, hopper_weights
-from vllm_nvfp4_moe.kernels.hopper_moe import KINDS, Experts
+from vllm_nvfp4_moe.kernels.hopper import bf16_weights, kernel
+from vllm_nvfp4_moe.kernels.hopper.bf16 import TOKENS_8, TOKENS_64, TOKENS_128
+from vllm_nvfp4_moe.kernels.hopper.kernel import Experts
+from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.jit import KernelError
+
+KERNEL = KERNELS["bf16"]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("emulated"), body(hopper_moe), hopper_moe)
+    return build(tmp_path_factory.mktemp("emulated"), body(KERNEL), KERNEL)
 
 
 @pytest.fixture
 def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    return Emulated(library, hopper_moe, monkeypatch)
+    return Emulated(library, KERNEL, monkeypatch)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
@@ -42,9 +48,10 @@ def small() -> Packed:
     return Packed.random(SHAPES[1], CPU)
 
 
-@pytest.fixture(params=KINDS)
-def use(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=KERNEL.tile_shapes, ids=str)
+def tile_shape(request: pytest.FixtureRequest) -> TileShape:
+    shape: TileShape = request.param
+    return shape
 
 
 class TestCases(Cases):
@@ -75,32 +82,36 @@ def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
     refused("must have .* columns", x=wide)
 
 
-def test_as_many_experts_as_there_can_be(emulated: Emulated, use: str) -> None:
+def test_as_many_experts_as_there_can_be(emulated: Emulated, tile_shape: TileShape) -> None:
     few = Packed.random(Shape("narrow", 8, 64, 32, 3), CPU)
-    times = hopper_moe.MOST_EXPERTS // 8
+    times = kernel.MAX_EXPERTS // 8
     w13, w2 = (t.repeat(times, 1, 1, 1) for t in (few.experts.w13, few.experts.w2))
-    globals13, globals2 = (g.repeat(times) for g in (few.experts.globals13, few.experts.globals2))
-    experts = Experts(w13, w2, globals13, globals2, few.experts.hidden)
+    scales13, scales2 = (
+        s.repeat(times) for s in (few.experts.global_scales13, few.experts.global_scales2)
+    )
+    experts = Experts(w13, w2, scales13, scales2, few.experts.hidden)
     x, ids, weights = few.batch(30)
     ids += 8 * torch.randint(times, ids.shape, dtype=torch.int32)
     ids[0, 0] += 8 * times - 8 - ids[0, 0] // 8 * 8
-    out = emulated.run(x, experts, ids, weights, GATES["silu"], use=use)
+    out = emulated.run(x, experts, ids, weights, GATES["silu"], tile_shape=tile_shape)
     assert error(out, few.truth(x, ids % 8, weights)).whole < BOUND
 
 
-def test_nan_comes_out(emulated: Emulated, small: Packed, use: str) -> None:
+def test_nan_comes_out(emulated: Emulated, small: Packed, tile_shape: TileShape) -> None:
     """Of the token it went into, and of no other."""
     x, ids, weights = small.batch(16)
-    expected = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    expected = emulated.run(
+        x, small.experts, ids, weights, GATES["swiglu_oai"], tile_shape=tile_shape
+    )
     x[5, 3] = torch.nan
-    out = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    out = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], tile_shape=tile_shape)
     assert out[5].isnan().all()
     others = torch.arange(16) != 5
     assert torch.equal(out[others], expected[others])
 
 
-# On an H200: experts, intermediate size, k, tokens, and how many times as long "some" took as
-# "few".
+# On an H200: experts, intermediate size, k, tokens, and how many times as long TOKENS_64 took as
+# TOKENS_8.
 MEASURED = [
     *[(128, 3072, 4, t, ratio) for t, ratio in ((1, 1.08), (2, 1.08), (4, 0.84), (8, 0.88))],
     *[(128, 1536, 4, t, ratio) for t, ratio in ((1, 1.33), (2, 1.06), (8, 0.87), (16, 0.85))],
@@ -115,18 +126,18 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("experts", "intermediate", "top_k", "tokens", "ratio"), MEASURED)
-def test_the_faster_kernel_is_chosen(
+def test_the_faster_tile_shape_is_chosen(
     experts: int, intermediate: int, top_k: int, tokens: int, ratio: float
 ) -> None:
     """Where the two were more than 5 % apart."""
-    rows = 2 * hopper_weights.padded_columns(intermediate)
-    chosen = hopper_moe.kind(tokens * top_k, experts, rows // 64, 132)
-    assert chosen == ("few" if ratio > 1 else "some")
+    rows = 2 * bf16_weights.padded_columns(intermediate)
+    chosen = KERNEL.choose_tile_shape(tokens * top_k, experts, rows // 64, 132)
+    assert chosen == (TOKENS_8 if ratio > 1 else TOKENS_64)
 
 
-def test_many_tokens_have_a_kernel() -> None:
-    assert hopper_moe.kind(6144, 128, 48, 132) == "some"
-    assert hopper_moe.kind(6145, 128, 48, 132) == "many"
+def test_many_tokens_have_a_tile_shape() -> None:
+    assert KERNEL.choose_tile_shape(6144, 128, 48, 132) == TOKENS_64
+    assert KERNEL.choose_tile_shape(6145, 128, 48, 132) == TOKENS_128
 
 
 RELEASE = """if (half == 0 && first == 0 && before >= 0 && lane == 0)
@@ -136,7 +147,11 @@ RELEASE = """if (half == 0 && first == 0 && before >= 0 && lane == 0)
 @pytest.mark.parametrize(
     ("part", "instead", "message"),
     [
-        ("4 * WM);", "4 * WM + 1);", "some_gated: deadlock: .* waits for mbarrier"),
+        (
+            "4 * Shape::ROW_GROUPS);",
+            "4 * Shape::ROW_GROUPS + 1);",
+            "gemm64_gated: deadlock: .* waits for mbarrier",
+        ),
         ("mma_wait<1>", "mma_wait<2>", "A overwritten under an MMA"),
         # A stage is given back before its MMAs are done.
         (f"mma_wait<1>();\n                {RELEASE}", f"{RELEASE} mma_wait<1>();", "assert nan <"),
@@ -152,11 +167,13 @@ def test_faults_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that what passes above means something."""
-    source = body(hopper_moe)
+    source = body(KERNEL)
     assert source.count(part) == 1
-    library = build(tmp_path, source.replace(part, instead), hopper_moe)
-    broken = Emulated(library, hopper_moe, monkeypatch)
+    library = build(tmp_path, source.replace(part, instead), KERNEL)
+    broken = Emulated(library, KERNEL, monkeypatch)
     x, ids, weights = small.batch(150)
     with pytest.raises(AssertionError, match=message):
-        out = broken.run(x, small.experts, ids, weights, GATES["silu"], use="some", processors=1)
+        out = broken.run(
+            x, small.experts, ids, weights, GATES["silu"], tile_shape=TOKENS_64, processors=1
+        )
         assert error(out, small.truth(x, ids, weights)).whole < BOUND

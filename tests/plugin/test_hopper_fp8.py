@@ -23,10 +23,13 @@ from tests.gpu.reference import Stored
 from tests.gpu.reference_fp8 import rounded
 from tests.plugin.emulated_cases import SHAPES, Cases
 from tests.plugin.emulation import CPU, Emulated, body, build
-from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_fp8_weights, hopper_moe
-from vllm_nvfp4_moe.kernels.hopper_fp8 import KINDS
+from vllm_nvfp4_moe.kernels.hopper import fp8_weights
+from vllm_nvfp4_moe.kernels.hopper.fp8 import TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256
+from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
+KERNEL = KERNELS["fp8"]
 BOUND = 4e-3
 """Against floats that are rounded alike: where sums differ in their last bits another E4M3 number
 may be the nearest."""
@@ -105,7 +108,7 @@ def stored(rows: int, columns: int, low: int = 0, high: int = 0x7F) -> Stored:
 def test_a_thread_finds_its_weights(rows: int, columns: int, low: int, high: int) -> None:
     matrix = stored(rows, columns, low, high)
     codes, scales = matrix.codes[0], matrix.block_scale[0]
-    found = read(*hopper_fp8_weights.pack(codes, scales))
+    found = read(*fp8_weights.pack(codes, scales))
     assert torch.equal(found[:rows, :columns], rounded(codes, scales))
     assert found.shape == (-(-rows // 64) * 64, -(-columns // 128) * 128)
     assert found[rows:].count_nonzero() == found[:, columns:].count_nonzero() == 0
@@ -119,7 +122,7 @@ def test_every_largest_scale(largest: int) -> None:
     scales = torch.arange(128).clamp(max=largest).to(torch.uint8).view(torch.float8_e4m3fn)
     scales = scales[:, None].repeat(1, 8)
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
-    found = read(*hopper_fp8_weights.pack(packed, scales))
+    found = read(*fp8_weights.pack(packed, scales))
     assert torch.equal(found, rounded(packed, scales))
     magnitudes = torch.tensor(reference.MAGNITUDES)
     whole = torch.cat((magnitudes, -magnitudes)).repeat(8) * scales.float()[:, :1]
@@ -138,9 +141,9 @@ def test_nothing_but_zeros() -> None:
     """Of scales as of codes; no NaN comes of it."""
     codes, zeros = torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 8)
     for scales in (zeros, zeros + 1):
-        packed, factor = hopper_fp8_weights.pack(codes + 0x77, zeros.to(torch.float8_e4m3fn))
+        packed, factor = fp8_weights.pack(codes + 0x77, zeros.to(torch.float8_e4m3fn))
         assert not read(packed, factor).count_nonzero()
-        packed, factor = hopper_fp8_weights.pack(codes, scales.to(torch.float8_e4m3fn))
+        packed, factor = fp8_weights.pack(codes, scales.to(torch.float8_e4m3fn))
         assert not read(packed, factor).count_nonzero()
 
 
@@ -148,7 +151,7 @@ def test_nothing_but_zeros() -> None:
 def test_gate_and_up_meet_in_a_thread(intermediate: int) -> None:
     """Row g of a warp's 16 is gate's, row g + 8 the same row of up; padding gives nothing."""
     matrix = stored(2 * intermediate, 128)
-    packed, factors = hopper_fp8_weights.pack_experts(matrix.codes, matrix.block_scale, True)
+    packed, factors = fp8_weights.pack_experts(matrix.codes, matrix.block_scale, True)
     truth = rounded(matrix.codes[0], matrix.block_scale[0])
     warps = read(packed[0], factors[0]).unflatten(0, (-1, 2, 8))
     gate, up = warps[:, 0].flatten(0, 1), warps[:, 1].flatten(0, 1)
@@ -165,7 +168,7 @@ def test_experts_are_shifted_apart() -> None:
     codes = torch.cat([first.codes, second.codes])
     scales = torch.cat([m.block_scale.view(torch.uint8) for m in (first, second)])
     scales = scales.view(torch.float8_e4m3fn)
-    packed, factors = hopper_fp8_weights.pack_experts(codes, scales, False)
+    packed, factors = fp8_weights.pack_experts(codes, scales, False)
     assert factors[0] != factors[1]
     assert torch.equal(factors.log2(), factors.log2().round())
     for expert in range(2):
@@ -179,27 +182,28 @@ def test_experts_are_shifted_apart() -> None:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("emulated"), body(hopper_fp8), hopper_fp8)
+    return build(tmp_path_factory.mktemp("emulated"), body(KERNEL), KERNEL)
 
 
 @pytest.fixture
 def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    return Emulated(library, hopper_fp8, monkeypatch)
+    return Emulated(library, KERNEL, monkeypatch)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def packed(request: pytest.FixtureRequest) -> Packed:
-    return Packed.random(request.param, CPU, hopper_fp8, reference_fp8.routed)
+    return Packed.random(request.param, CPU, KERNEL, reference_fp8.routed)
 
 
 @pytest.fixture(scope="module")
 def small() -> Packed:
-    return Packed.random(SHAPES[1], CPU, hopper_fp8, reference_fp8.routed)
+    return Packed.random(SHAPES[1], CPU, KERNEL, reference_fp8.routed)
 
 
-@pytest.fixture(params=KINDS)
-def use(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=KERNEL.tile_shapes, ids=str)
+def tile_shape(request: pytest.FixtureRequest) -> TileShape:
+    shape: TileShape = request.param
+    return shape
 
 
 class TestCases(Cases):
@@ -224,12 +228,16 @@ def test_a_token_has_its_own_scale(emulated: Emulated, small: Packed, scale: flo
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_comes_out(emulated: Emulated, small: Packed, use: str, bad: float) -> None:
+def test_nan_comes_out(
+    emulated: Emulated, small: Packed, tile_shape: TileShape, bad: float
+) -> None:
     """Of the token it went into, and of no other."""
     x, ids, weights = small.batch(16)
-    expected = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    expected = emulated.run(
+        x, small.experts, ids, weights, GATES["swiglu_oai"], tile_shape=tile_shape
+    )
     x[5, 3] = bad
-    out = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], use=use)
+    out = emulated.run(x, small.experts, ids, weights, GATES["swiglu_oai"], tile_shape=tile_shape)
     assert out[5].isnan().all()
     others = torch.arange(16) != 5
     assert torch.equal(out[others], expected[others])
@@ -250,15 +258,15 @@ def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
     assert emulated.run(x[:0], small.experts, ids[:0], weights[:0], GATES["silu"]).shape[0] == 0
 
 
-def test_which_kernel_is_for_what() -> None:
-    def chosen(tokens: int) -> str:
-        return hopper_fp8.kind(8 * tokens, 128)
+def test_which_tile_shape_is_for_what() -> None:
+    def chosen(tokens: int) -> TileShape:
+        return KERNEL.choose_tile_shape(8 * tokens, 128, 48, 132)
 
-    assert chosen(1) == chosen(768) == "some"
-    assert chosen(769) == chosen(1792) == "many"
-    assert chosen(1793) == chosen(2560) == "more"
-    assert chosen(2561) == chosen(6144) == "most"
-    assert chosen(6145) == chosen(100_000) == "more"
+    assert chosen(1) == chosen(768) == TOKENS_64
+    assert chosen(769) == chosen(1792) == TOKENS_128
+    assert chosen(1793) == chosen(2560) == TOKENS_192
+    assert chosen(2561) == chosen(6144) == TOKENS_256
+    assert chosen(6145) == chosen(100_000) == TOKENS_192
 
 
 def test_the_bf16_kernel_is_the_more_exact(
@@ -266,7 +274,8 @@ def test_the_bf16_kernel_is_the_more_exact(
 ) -> None:
     """What FP8 costs is its own rounding, not the harness's."""
     other = Packed.random(small.shape, CPU)
-    bf16 = Emulated(build(tmp_path, body(hopper_moe), hopper_moe), hopper_moe, monkeypatch)
+    kernel = KERNELS["bf16"]
+    bf16 = Emulated(build(tmp_path, body(kernel), kernel), kernel, monkeypatch)
     x, ids, weights = small.batch(40)
     exact = small.exact(x, ids, weights)
     ours = emulated.run(x, small.experts, ids, weights, GATES["silu"])
@@ -285,7 +294,7 @@ RELEASE = "if (k == 2 && before && lane == 0) barrier_arrive(before);"
         (RELEASE, RELEASE.replace("k == 2", "k == 0"), "assert nan <"),
         # Of two chunks' scales, or of two halves of an MMA's columns, the other.
         ("threes, 2 * half)", "threes, 2 - 2 * half)", "assert .* <"),
-        ("(unit % 8 ^ place.z % 8)", "(unit % 8 ^ 1 ^ place.z % 8)", "assert .* <"),
+        ("(unit % 8 ^ place.index % 8)", "(unit % 8 ^ 1 ^ place.index % 8)", "assert .* <"),
     ],
     ids=["registers", "stage", "scales", "columns"],
 )
@@ -298,11 +307,13 @@ def test_faults_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that what passes above means something."""
-    source = body(hopper_fp8)
+    source = body(KERNEL)
     assert source.count(part) == 1
-    library = build(tmp_path, source.replace(part, instead), hopper_fp8)
-    broken = Emulated(library, hopper_fp8, monkeypatch)
+    library = build(tmp_path, source.replace(part, instead), KERNEL)
+    broken = Emulated(library, KERNEL, monkeypatch)
     x, ids, weights = small.batch(150)
     with pytest.raises(AssertionError, match=message):
-        out = broken.run(x, small.experts, ids, weights, GATES["silu"], use="some", processors=1)
+        out = broken.run(
+            x, small.experts, ids, weights, GATES["silu"], tile_shape=TOKENS_64, processors=1
+        )
         assert error(out, small.truth(x, ids, weights)).whole < BOUND

@@ -1,4 +1,4 @@
-"""Weights for the Hopper kernel, read back as its threads read them.
+"""Weights for the bf16 Hopper kernel, read back as its threads read them; and how kernels compile.
 
 The reading is written from PTX's and bf16's definitions; of the package it takes only what packs.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from tests.gpu.reference import Stored
-from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_moe, hopper_weights, jit
+from vllm_nvfp4_moe import settings
+from vllm_nvfp4_moe.kernels import jit
+from vllm_nvfp4_moe.kernels.hopper import bf16_weights
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 
 def bf16(bits: torch.Tensor) -> torch.Tensor:
@@ -23,7 +25,7 @@ def bf16(bits: torch.Tensor) -> torch.Tensor:
 
 
 def registers(word: int) -> list[int]:
-    """The four A registers before scaling, as `dequantize` in hopper_moe.cu makes them."""
+    """The four A registers before scaling, as `dequantize` in bf16.cu makes them."""
     whole = 0x81C081C0
     return [
         word & whole,
@@ -80,7 +82,7 @@ def stored(rows: int, columns: int) -> Stored:
 @pytest.mark.parametrize(("rows", "columns"), [(64, 128), (128, 384), (48, 64), (80, 208)])
 def test_a_thread_finds_its_weights(rows: int, columns: int) -> None:
     matrix = stored(rows, columns)
-    found = read(hopper_weights.pack(matrix.codes[0], matrix.block_scale[0]))
+    found = read(bf16_weights.pack(matrix.codes[0], matrix.block_scale[0]))
     truth = matrix.weight(0, torch.float64)
     assert torch.equal(found[:rows, :columns], truth)
     assert found.shape == (-(-rows // 64) * 64, -(-columns // 128) * 128)
@@ -91,7 +93,7 @@ def test_every_scale_and_code() -> None:
     """127 scales by 16 codes, each once."""
     codes = torch.arange(16).repeat(128, 8).to(torch.uint8)
     scales = torch.arange(128).clamp(max=0x7E).to(torch.uint8).view(torch.float8_e4m3fn)
-    packed = hopper_weights.pack(codes[:, 0::2] | codes[:, 1::2] << 4, scales[:, None].repeat(1, 8))
+    packed = bf16_weights.pack(codes[:, 0::2] | codes[:, 1::2] << 4, scales[:, None].repeat(1, 8))
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
     assert torch.equal(
         read(packed), scales.double()[:, None] * torch.cat((values, -values)).repeat(8)
@@ -102,7 +104,7 @@ def test_every_scale_and_code() -> None:
 def test_gate_and_up_meet_in_a_thread(intermediate: int) -> None:
     """Row g of a warp's 16 is gate's, row g + 8 the same row of up; padding gives nothing."""
     matrix = stored(2 * intermediate, 128)
-    found = read(hopper_weights.pack_experts(matrix.codes, matrix.block_scale, True)[0])
+    found = read(bf16_weights.pack_experts(matrix.codes, matrix.block_scale, True)[0])
     truth = matrix.weight(0, torch.float64)
     warps = found.unflatten(0, (-1, 2, 8))
     gate, up = warps[:, 0].flatten(0, 1), warps[:, 1].flatten(0, 1)
@@ -120,7 +122,7 @@ def test_experts_stay_apart() -> None:
     scales = torch.cat(
         [m.view(torch.uint8) for m in (first.block_scale, second.block_scale[:, 64:])]
     )
-    packed = hopper_weights.pack_experts(codes, scales.view(torch.float8_e4m3fn), False)
+    packed = bf16_weights.pack_experts(codes, scales.view(torch.float8_e4m3fn), False)
     for expert in range(2):
         matrix = Stored(codes, scales.view(torch.float8_e4m3fn), torch.ones(2))
         weight = matrix.weight(expert, torch.float64)
@@ -137,13 +139,13 @@ def compiler() -> Path:
         pytest.skip(f"CUDA sources cannot be compiled here: {error}")
 
 
-@pytest.mark.parametrize(("kernels", "count"), [(hopper_moe, 9), (hopper_fp8, 12)])
+@pytest.mark.parametrize(("name", "count"), [("bf16", 9), ("fp8", 12)])
 def test_the_kernels_compile_without_spills(
-    kernels: ModuleType, count: int, compiler: Path, tmp_path: Path
+    name: str, count: int, compiler: Path, tmp_path: Path
 ) -> None:
     """Nor does ptxas run MMAs one after another, as it does where registers get in their way."""
     file = tmp_path / "kernel.cu"
-    file.write_text(kernels.source())
+    file.write_text(KERNELS[name].source())
     target = "arch=compute_90a,code=sm_90a"
     done = subprocess.run(
         [compiler, "-std=c++17", "-O3", "-gencode", target, "-Xptxas", "-v", "-cubin",
@@ -161,10 +163,10 @@ def test_the_kernels_compile_without_spills(
 def test_a_library_is_built_once(
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(jit.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(settings.CACHE, str(tmp_path))
     said: list[str] = []
     monkeypatch.setattr(jit.logger, "info", lambda text, *args: said.append(text % args))
-    source = 'extern "C" int answer() { return 42; }'
+    source = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }'
     assert jit.load(source, "90a").answer() == 42
     built = jit.build(source, "90a")
     stamp = built.stat().st_mtime_ns
@@ -176,6 +178,22 @@ def test_a_library_is_built_once(
     with pytest.raises(jit.KernelError, match="no_such_type"):
         jit.build("no_such_type x;", "90a")
     assert [path.name for path in tmp_path.iterdir()] == [built.name]
+
+
+def test_a_librarys_symbols_are_hidden_unless_exported(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kernels' libraries have functions of the same names."""
+    monkeypatch.setenv(settings.CACHE, str(tmp_path))
+    exported = '__attribute__((visibility("default")))'
+    loaded = jit.load(
+        'extern "C" __global__ void kernel() {} extern "C" int hidden() { return 1; } '
+        f'extern "C" {exported} int answer() {{ return hidden() + (&kernel != nullptr); }}',
+        "90a",
+    )
+    assert loaded.answer() == 2
+    assert not hasattr(loaded, "hidden")
+    assert not hasattr(loaded, "kernel")
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

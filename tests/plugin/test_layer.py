@@ -49,7 +49,7 @@ def test_a_hidden_size_that_is_padded(
     load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As vLLM's all-to-all kernels ask for; what lies in the padding must not count."""
-    from vllm_nvfp4_moe.backends.cpu import CpuMethod
+    from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 
     empty = torch.empty
 
@@ -65,7 +65,7 @@ def test_a_hidden_size_that_is_padded(
     )
     layer = load(shallow["modelopt"], dtype="float32")[LAYER].routed_experts
     assert layer.w13_weight.shape[2] == 256
-    check = layer.quant_method.config.self_check
+    check = layer.quant_method.context.self_check
     assert check.skipped is None
     assert check.worst < 1e-5
     torch.manual_seed(0)
@@ -128,13 +128,13 @@ def test_router_matches_transformers(load, shallow: dict[str, Path], m3_nano: Pa
 
 def test_expert_map_and_weight_on_input() -> None:
     """Experts of other ranks contribute nothing; router weights may multiply the input instead."""
-    from quantize.scales import quantize_weights
     from tests.plugin.reference import dequantize, m3_gate
-    from vllm_nvfp4_moe.backends import cpu
+    from tests.quantize.plain import plainly
+    from vllm_nvfp4_moe.backends.cpu import forward
 
     torch.manual_seed(2)
-    weights13 = [quantize_weights([torch.randn(64, 48) / 5])[0] for _ in range(3)]
-    weights2 = [quantize_weights([torch.randn(48, 32) / 5])[0] for _ in range(3)]
+    weights13 = [plainly([torch.randn(64, 48) / 5])[0] for _ in range(3)]
+    weights2 = [plainly([torch.randn(48, 32) / 5])[0] for _ in range(3)]
     stacked = [
         torch.stack([getattr(w, field) for w in weights])
         for weights in (weights13, weights2)
@@ -150,7 +150,7 @@ def test_expert_map_and_weight_on_input() -> None:
         local = expert_map[ids.long()]
         masked = torch.where(local < 0, 0.0, factors)
         for on_input in (False, True):
-            out = cpu.experts_forward(
+            out = forward.experts_forward(
                 x, *stacked, factors, ids, expert_map, "swiglu_oai", 1.702, 1.0, 7.0, on_input
             )
             if not on_input:
@@ -168,9 +168,9 @@ def test_expert_map_and_weight_on_input() -> None:
 
 @pytest.mark.parametrize("form", ["silu", "gelu", "gelu_tanh", "swiglu_step"])
 def test_other_gates(form: str) -> None:
-    from quantize.scales import quantize_weights
     from tests.plugin.reference import dequantize
-    from vllm_nvfp4_moe.backends import cpu
+    from tests.quantize.plain import plainly
+    from vllm_nvfp4_moe.backends.cpu import forward
 
     function = {
         "silu": torch.nn.functional.silu,
@@ -181,13 +181,13 @@ def test_other_gates(form: str) -> None:
     limit = 7.0 if form == "swiglu_step" else None
     widest = limit or torch.inf
     torch.manual_seed(3)
-    w13, w2 = quantize_weights([torch.randn(64, 48)])[0], quantize_weights([torch.randn(48, 32)])[0]
+    w13, w2 = plainly([torch.randn(64, 48)])[0], plainly([torch.randn(48, 32)])[0]
     gate, up = dequantize(*w13).chunk(2)
     plain = [[gate, up, dequantize(*w2)]]
     for tokens in (3, 100):
         x = torch.randn(tokens, 48)
         ones, ids = torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32)
-        out = cpu.experts_forward(
+        out = forward.experts_forward(
             x, *(t[None] for t in (*w13, *w2)), ones, ids, None, form, 1.0, 0.0, limit, False
         )
         truth = routed(x, plain, ones, ids, lambda g, u: function(g) * u.clamp(-widest, widest))
@@ -197,7 +197,7 @@ def test_other_gates(form: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_equal_inputs_give_equal_bits(load, shallow: dict[str, Path], tokens: int) -> None:
     """However the work is split over threads, and whatever the neighbours are."""
-    from vllm_nvfp4_moe.backends import cpu_numba
+    from vllm_nvfp4_moe.backends.cpu import kernels
 
     layer = load(shallow["modelopt"])[LAYER].routed_experts
     torch.manual_seed(4)
@@ -209,11 +209,11 @@ def test_equal_inputs_give_equal_bits(load, shallow: dict[str, Path], tokens: in
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            cpu_numba.team.cache_clear()
+            kernels.team.cache_clear()
             assert torch.equal(apply(layer, x, weights, ids, None, None), first)
     finally:
         torch.set_num_threads(threads)
-        cpu_numba.team.cache_clear()
+        kernels.team.cache_clear()
     alone = torch.cat(
         [apply(layer, x[i : i + 1], weights[i : i + 1], ids[i : i + 1], None, None)
          for i in range(tokens)]

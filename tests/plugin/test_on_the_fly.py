@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute
-from quantize.plan import plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import execute
+from quantize.run.plan import plan
 from tests.plugin.conftest import Damage
 from tests.quantize import checkpoints
 
@@ -102,7 +102,7 @@ def test_a_model_without_experts(load: Load, tmp_path: Path) -> None:
 
 def test_loading_again(load: Load, shallow_bf16: Path) -> None:
     """vLLM's reloading begins with parameters on the meta device, which nothing can be put into."""
-    from vllm_nvfp4_moe.loaders import QuantizingLoader
+    from vllm_nvfp4_moe.loading.loaders import QuantizingLoader
 
     layer = load(shallow_bf16)[LAYER].routed_experts
     loader = QuantizingLoader(layer.quant_method.loads, {})

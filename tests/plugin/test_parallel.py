@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute
-from quantize.plan import plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import execute
+from quantize.run.plan import plan
 from tests.conftest import ROOT
 from tests.plugin.conftest import Damage
 from tests.plugin.rank import batch

@@ -133,11 +133,11 @@ def test_global_scales_too_far_apart_are_refused(load, damage) -> None:
 
 def test_no_contract_and_unknown_class(load, damage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a contract, the model's class decides; if that fails, nothing is guessed."""
-    import quantize.identify
+    import quantize.experts.identify
 
     folder = damage("modelopt").config(lambda c: c.pop("nvfp4_moe"))
     assert load(folder)[LAYER].routed_experts.activation.value == "swigluoai_uninterleave"
-    monkeypatch.setattr(quantize.identify, "match", lambda probe: None)
+    monkeypatch.setattr(quantize.experts.identify, "match", lambda probe: None)
     with pytest.raises(ValueError, match="cannot establish which gate its experts apply"):
         load(folder)
 
@@ -196,7 +196,7 @@ def test_experts_without_a_gate(load, damage) -> None:
 
 def test_experts_with_biases(load, shallow: dict[str, Path]) -> None:
     """vLLM's own GPT-OSS layers say so of themselves."""
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
     from vllm_nvfp4_moe.activation import apply_contract
 
     layer = load(shallow["modelopt"])[LAYER].routed_experts
@@ -209,7 +209,7 @@ def test_experts_with_biases(load, shallow: dict[str, Path]) -> None:
 def test_a_clamp_that_gpu_kernels_have_fixed(
     load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch, limit: float, runs: bool
 ) -> None:
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
     from vllm_nvfp4_moe import activation
 
     layer = load(shallow["modelopt"])[LAYER].routed_experts
@@ -250,9 +250,9 @@ def test_a_request_to_quantize_the_experts_otherwise(load, shallow: dict[str, Pa
 
 def test_published_layout_on_a_cpu(load, m3_nano_hub: Path, tmp_path: Path) -> None:
     """vLLM's native MiniMax-M3 is GPU-only; on a CPU that is one clear error."""
-    from quantize.checkpoint import Checkpoint
-    from quantize.pipeline import execute
-    from quantize.plan import plan
+    from quantize.checkpoint.reader import Checkpoint
+    from quantize.execute import execute
+    from quantize.run.plan import plan
 
     with Checkpoint(m3_nano_hub) as source:
         execute(source, plan(source), tmp_path / "hub")

@@ -65,14 +65,13 @@ def test_registering_after_the_import_works_too() -> None:
      ("0.34.0rc1", False), (None, False)],
 )  # fmt: skip
 def test_versions(monkeypatch, caplog, found: str | None, accepted: bool) -> None:
-    import vllm_nvfp4_moe
-    from vllm_nvfp4_moe import compat
+    from vllm_nvfp4_moe import registration, versions
 
     waiting: list[str] = []
-    monkeypatch.setattr(compat, "installed_version", lambda: found)
-    monkeypatch.setattr(compat, "when_imported", lambda name, callback: waiting.append(name))
-    monkeypatch.setattr(vllm_nvfp4_moe.logger, "propagate", True)
-    vllm_nvfp4_moe.register()
+    monkeypatch.setattr(versions, "installed_version", lambda: found)
+    monkeypatch.setattr(registration, "when_imported", lambda name, callback: waiting.append(name))
+    monkeypatch.setattr(registration.logger, "propagate", True)
+    registration.register()
     assert bool(waiting) == accepted
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert len(errors) == (0 if accepted else 1)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from quantize.checkpoint import Checkpoint
-from quantize.pipeline import execute
-from quantize.plan import Options, plan
+from quantize.checkpoint.reader import Checkpoint
+from quantize.execute import execute
+from quantize.run.options import Options
+from quantize.run.plan import plan
 from tests.quantize import checkpoints, reference
 
 LAYOUTS = ("modelopt", "compressed-tensors")

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 from tests.plugin.conftest import Damage
-from vllm_nvfp4_moe import self_check
-from vllm_nvfp4_moe.backends.cpu import CpuMethod
+from vllm_nvfp4_moe import self_check, settings
+from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
+from vllm_nvfp4_moe.self_check import sample
 
 LAYER = "model.layers.1.mlp.experts"
 M3 = Gate("swiglu_oai", 1.702, 1.0, 7.0)
@@ -28,7 +29,7 @@ def test_a_right_kernel_passes(load: Load, shallow: dict, dtype: str, error: flo
     for layout in shallow:
         check = load(shallow[layout], dtype=dtype)[
             LAYER
-        ].routed_experts.quant_method.config.self_check
+        ].routed_experts.quant_method.context.self_check
         assert check.skipped is None
         assert 0 < check.worst < error
 
@@ -128,9 +129,10 @@ def test_a_conversion_that_breaks_weights(
     monkeypatch.setattr(CpuMethod, "prepare", convert)
     with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
         load(shallow["modelopt"])
-    monkeypatch.setenv(self_check.VARIABLE, "0")
+    monkeypatch.setenv(settings.SELF_CHECK, "0")
     assert (
-        load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check.worst is None
+        load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check.worst
+        is None
     )
 
 
@@ -148,7 +150,7 @@ def test_activations_are_rounded_as_by_vllm(scale: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 96) * torch.logspace(-3, 2, 7).unsqueeze(1)
     x[3, :16] = 0
-    ours = self_check.round_activations(x, torch.tensor(scale))
+    ours = sample.round_activations(x, torch.tensor(scale))
     torch.testing.assert_close(ours, rounded(x, torch.tensor(scale)), rtol=1e-6, atol=0)
 
 
@@ -164,7 +166,7 @@ def test_kernels_with_4_bit_activations(
     told apart."""
     round_activations(monkeypatch, WRONG[wrong] if wrong else None)
     if wrong is None:
-        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
+        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
         assert check.skipped is None
         assert 0 < check.worst < 0.15
         return
@@ -180,7 +182,7 @@ def test_gates_that_noise_cannot_tell_apart(
     for form in ("gelu", "gelu_tanh"):
         copy = damage("modelopt")
         folder = copy.config(lambda c, form=form: c["nvfp4_moe"].update(gate={"form": form}))
-        check = load(folder)[LAYER].routed_experts.quant_method.config.self_check
+        check = load(folder)[LAYER].routed_experts.quant_method.context.self_check
         assert check.skipped is None
         assert 0 < check.worst < 0.15
         shutil.rmtree(folder)
@@ -200,7 +202,7 @@ def test_calibrated_input_scales(
 
     round_activations(monkeypatch, None, by_expert)
     folder = damage("modelopt").tensors(calibrate)
-    check = load(folder)[LAYER].routed_experts.quant_method.config.self_check
+    check = load(folder)[LAYER].routed_experts.quant_method.context.self_check
     assert check.skipped is None
     assert 0 < check.worst < 0.2
 
@@ -211,7 +213,7 @@ def round_activations(
     """Have the CPU's method compute as a kernel with 4-bit activations would, with the gate
     ``wrong`` in place of its own. It rounds the gate's output to bfloat16 before, which moves some
     codes."""
-    from quantize.nvfp4 import dequantize
+    from quantize.nvfp4.format import dequantize
 
     def apply(self: Any, layer: Any, x: Any, weights: Any, ids: Any, *_: Any) -> torch.Tensor:
         output = torch.zeros(x.shape)
@@ -244,10 +246,10 @@ def test_a_check_that_cannot_be_made_is_said(
     def fail(*_: Any) -> None:
         raise NotImplementedError("not with this kernel")
 
-    monkeypatch.setattr(self_check.compat, "run_alone", fail)
+    monkeypatch.setattr(self_check, "run_alone", fail)
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.WARNING):
-        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
+        check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
     assert check.worst is None
     assert check.skipped == "NotImplementedError: not with this kernel"
     assert f"{LAYER}: the self-check of the CPU kernel could not be made: NotImpl" in caplog.text
@@ -264,12 +266,12 @@ def test_a_kernel_that_asks_for_the_forward_context(
     asked = []
 
     def ask(self: CpuMethod, *args: Any) -> torch.Tensor:
-        if args[1].shape[0] == self_check.TOKENS:
+        if args[1].shape[0] == sample.TOKENS:
             asked.append(get_forward_context().dp_metadata)
         return apply(self, *args)
 
     monkeypatch.setattr(CpuMethod, "apply", ask)
-    check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.config.self_check
+    check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
     assert check.skipped is None
     assert asked == [None]
 
@@ -293,5 +295,5 @@ def test_one_layer_of_a_kind(
 def test_dummy_weights_are_not_checked(load: Load, shallow: dict) -> None:
     """They mean nothing, and some are no numbers."""
     layer = load(shallow["modelopt"], load_format="dummy")[LAYER].routed_experts
-    check = layer.quant_method.config.self_check
+    check = layer.quant_method.context.self_check
     assert (check.worst, check.skipped) == (None, None)

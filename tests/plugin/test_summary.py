@@ -58,7 +58,7 @@ def test_without_a_check(
 def test_why_nothing_faster(
     load: Load, shallow: dict, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_nvfp4_moe.backends.cpu import CpuMethod
+    from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 
     reasons = [("TRTLLM", "no such device"), ("HUMMING", "not installed")]
     monkeypatch.setattr(CpuMethod, "passed_over", reasons)
@@ -70,7 +70,7 @@ def test_why_nothing_faster(
 def test_a_draft_model_of_the_same_config(load: Load, shallow: dict, lines: list[str]) -> None:
     """Its layers are built after the model's own are loaded; and reloading says nothing."""
     layer = load(shallow["modelopt"])[LAYER].routed_experts
-    summary = layer.quant_method.config.summary
+    summary = layer.quant_method.context.summary
     summary.built()
     summary.loaded(layer, layer.quant_method)
     assert len(lines) == 2

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantize.gates import Gate
+from quantize.experts.gates import Gate
 
 LAYER = "model.layers.1.mlp.experts"
 Calls = dict[str, dict[str, Any]]
@@ -26,6 +26,7 @@ Calls = dict[str, dict[str, Any]]
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The oracle's functions record their arguments; weights pass through unconverted."""
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+    from vllm.model_executor.layers.quantization import modelopt
 
     from vllm_nvfp4_moe.backends import vllm_kernels
     from vllm_nvfp4_moe.backends.selection import Selection
@@ -51,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     monkeypatch.setattr(vllm_kernels, "select", select)
     monkeypatch.setattr(vllm_kernels, "convert_to_nvfp4_moe_kernel_format", convert)
-    monkeypatch.setattr(vllm_kernels, "make_nvfp4_moe_kernel", kernel)
+    monkeypatch.setattr(modelopt, "make_nvfp4_moe_kernel", kernel)
     monkeypatch.setenv("NVFP4_MOE_SELF_CHECK", "0")  # nothing computes here
     monkeypatch.setattr(
         vllm_kernels.VllmKernelsMethod, "unsupported", classmethod(lambda cls, layer: None)
@@ -133,11 +134,11 @@ def test_vllm_can_let_go_of_a_model(load: Callable, shallow: dict[str, Path]) ->
 
 def test_nothing_is_copied_for_no_padding() -> None:
     """Humming pads whole layers, most of them by nothing; elsewhere PyTorch is as it was."""
-    from vllm_nvfp4_moe import compat
+    from vllm_nvfp4_moe import quirks
 
     x = torch.arange(6.0).view(2, 3)
     before = torch.nn.functional.pad
-    with compat.pad_only_what_needs_it():
+    with quirks.pad_only_what_needs_it():
         assert torch.nn.functional.pad(x, pad=[0, 0, 0, 0], value=0).data_ptr() == x.data_ptr()
         padded = torch.nn.functional.pad(x, (0, 1, 2, 0), value=7)
         reflected = torch.nn.functional.pad(x, (1, 0), mode="reflect")
@@ -148,6 +149,6 @@ def test_nothing_is_copied_for_no_padding() -> None:
     assert torch.nn.functional.pad is before
     assert torch.equal(padded, before(x, (0, 1, 2, 0), value=7))
     assert torch.equal(reflected, before(x, (1, 0), mode="reflect"))
-    with pytest.raises(ZeroDivisionError), compat.pad_only_what_needs_it():
+    with pytest.raises(ZeroDivisionError), quirks.pad_only_what_needs_it():
         raise ZeroDivisionError
     assert torch.nn.functional.pad is before

@@ -1,4 +1,9 @@
-"""Ways to run NVFP4 experts. A new one is one file here and one entry in ``_methods``."""
+"""The backends, each of which runs NVFP4 experts with one family of kernels.
+
+A new backend is one file or folder here, with a class that inherits
+:class:`vllm_nvfp4_moe.method.NvFp4MoEMethod`, and one entry in ``_methods``.
+:mod:`vllm_nvfp4_moe.interface` says what the class must have.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +15,40 @@ from vllm_nvfp4_moe.activation import apply_contract
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from vllm_nvfp4_moe.config import NvFp4MoEConfig
+    from vllm_nvfp4_moe.context import ModelContext
     from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 
 def _methods() -> Iterator[type[NvFp4MoEMethod]]:
-    """In order of preference; each is imported only if those before it do not fit."""
-    from vllm_nvfp4_moe.backends.hopper import HopperMethod
+    """The methods in order of preference. Each is imported only if none before it fits."""
+    from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 
     yield HopperMethod
     from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
     yield VllmKernelsMethod
-    from vllm_nvfp4_moe.backends.cpu import CpuMethod
+    from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 
     yield CpuMethod
 
 
-def choose(config: NvFp4MoEConfig, layer: RoutedExperts, weight_only: bool) -> NvFp4MoEMethod:
-    """The method for ``layer``, after its gate has been set to the contract's.
+def choose(context: ModelContext, layer: RoutedExperts, weight_only: bool) -> NvFp4MoEMethod:
+    """The method for ``layer``. Sets the layer to the contract's gate before it chooses.
 
     Args:
+        context: of the model that the layer belongs to.
         weight_only: the layer's experts come without input scales.
 
     Raises:
-        ValueError: if no backend supports the layer; gives each one's reason.
+        ValueError: if no backend supports the layer; the message has each one's reason.
     """
-    assert config.gates is not None, "vLLM calls maybe_update_config before it builds layers"
-    apply_contract(layer, config.gates.of(layer.layer_name))
+    apply_contract(layer, context.gates.of(layer.layer_name))
     reasons = []
     missed: list[tuple[str, str]] = []
     for method in _methods():
         reason = method.unsupported(layer)
         if reason is None:
-            chosen = method(config, layer, weight_only)
+            chosen = method(context, layer, weight_only)
             chosen.passed_over = [*missed, *chosen.passed_over]
             return chosen
         reasons.append(f"{method.__name__}: {reason}")

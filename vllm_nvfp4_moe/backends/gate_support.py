@@ -1,8 +1,10 @@
 """Which gates vLLM's NVFP4 kernels really apply; docs/operators/backends.md has the places.
 
-vLLM asks a kernel about an activation's name alone. Some answer yes and then apply another
-formula, fixed numbers, or swapped halves. Listed is what was read to be applied, so a backend that
-nobody has read applies nothing.
+vLLM asks a kernel about an activation's name alone. Some kernels answer yes and then apply another
+formula, fixed numbers, or swapped halves. The table here lists what was read in their source, so a
+backend whose source nobody has read counts as applying nothing.
+
+A new form of gate gets a line for each backend whose kernels were read to apply it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from vllm_nvfp4_moe.activation import STEP_LIMIT
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
 
-_Form = Callable[["Gate"], str | None]
-"""Why a form is not applied with a gate's numbers, None if it is."""
+_Rule = Callable[["Gate"], str | None]
+"""Of one form in one backend: why the gate is not applied with its numbers, None if it is."""
 
 
 def _exactly(gate: Gate) -> str | None:
@@ -37,20 +39,21 @@ def _step(gate: Gate) -> str | None:
     return None
 
 
-def _never(reason: str) -> _Form:
+def _never(reason: str) -> _Rule:
     return lambda gate: reason
 
 
-# GEMMs that leave the gate to vLLM's own elementwise kernels (Humming: to the same formulas).
-_ELEMENTWISE: dict[str, _Form] = {
+_ELEMENTWISE: dict[str, _Rule] = {
     "silu": _exactly,
     "swiglu_oai": _limited,
     "swiglu_step": _step,
     "gelu": _exactly,
     "gelu_tanh": _exactly,
 }
+"""For backends whose GEMMs leave the gate to vLLM's own elementwise kernels. Humming has kernels
+with the same formulas."""
 
-_APPLIES: dict[str, dict[str, _Form]] = {
+_APPLIES: dict[str, dict[str, _Rule]] = {
     "FLASHINFER_TRTLLM": {
         "silu": _exactly,
         "swiglu_oai": _exactly,
@@ -75,14 +78,15 @@ _APPLIES: dict[str, dict[str, _Form]] = {
     "HUMMING": _ELEMENTWISE,
     "EMULATION": _ELEMENTWISE,
 }
+"""By vLLM's name of the backend, the forms that its kernels apply."""
 
 
 def drops(backend: NvFp4MoeBackend, gate: Gate) -> str | None:
-    """Why ``backend`` would not apply ``gate`` as it is, with its numbers; None if it would.
+    """Why ``backend`` would not apply ``gate`` with just its numbers, None if it would.
 
     Args:
-        backend: one of vLLM's; all its experts classes share the kernels that matter here.
-        gate: the contract's, of gate and up stored one after the other.
+        backend: one of vLLM's. All its experts classes share the kernels that matter here.
+        gate: the contract's, for gate and up that are stored one after the other.
     """
     forms = _APPLIES.get(backend.value)
     if forms is None:

@@ -1,4 +1,5 @@
-"""The choice among vLLM's NVFP4 kernels: vLLM's own, less those that would not apply the gate."""
+"""The choice among vLLM's NVFP4 kernels: vLLM's own choice, without those that would not apply the
+gate."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import platforms
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import backend_to_kernel_cls
 
-from vllm_nvfp4_moe import compat
+from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.gate_support import drops
 
 if TYPE_CHECKING:
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
     from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 
-    from quantize.gates import Gate
+    from quantize.experts.gates import Gate
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, and why not something before it.
+    """What was chosen, and why nothing that vLLM would have preferred.
 
     Attributes:
         backend: vLLM's name of the kernels.
-        experts_cls: the class that runs them.
-        passed_over: (backend, reason) of each that vLLM would have preferred, in its order; with
-            the class where a backend's classes differ. Where the user named a backend, only its own
-            classes.
+        experts_cls: vLLM's class that runs them.
+        passed_over: (backend, reason) of each backend that vLLM would have preferred, in its order.
+            Where a backend's classes have different reasons, each class is named. Where the user
+            named a backend, only its own classes are here.
     """
 
     backend: NvFp4MoeBackend
@@ -41,10 +42,11 @@ class Selection:
 
 
 class _Candidate:
-    """Stands in vLLM's loop for an experts class: asks the class, then the gate; keeps the answer.
+    """Stands for an experts class in vLLM's loop: asks the class, then ``gate_support``, and keeps
+    the answer.
 
     Attributes:
-        reason: why not, once asked.
+        reason: why the class cannot be used. None before it is asked, and if it can.
     """
 
     def __init__(
@@ -65,12 +67,12 @@ class _Candidate:
 
 
 def _short(reason: str) -> str:
-    """vLLM's reason without the contents of its objects, which are lines long."""
+    """vLLM's reason, without the contents of its objects, which fill lines."""
     text = reason.split("(")[0].removesuffix("QuantKey").strip()
     platform = platforms.current_platform
     capability = platform.get_device_capability()
     device = f"current device {platform.device_name}"
-    if capability is not None and text.endswith(device):  # "cuda", which every one of them supports
+    if capability is not None and text.endswith(device):  # "cuda", which all of them support
         return text.removesuffix(device) + f"compute capability {capability.as_version_str()}"
     if text == "kernel does not support":  # the standard format has no name
         return f"{text} standard activation format"
@@ -87,13 +89,14 @@ def select(
 
     Args:
         moe_config: the layer's, with its activation and numbers set to ``gate``.
-        weight_key: vLLM's key of the weights' format.
-        activation_key: of the activations'; None if they are not quantized.
+        weight_key: vLLM's key for the format of the weights.
+        activation_key: vLLM's key for the format of the activations; None if they are not
+            quantized.
         gate: the contract's.
 
     Raises:
-        ValueError: if there are none, or the backend that the user asked for is not among them;
-            gives each one's reason.
+        ValueError: if there are none, or the backend that the user asked for is not among them. The
+            message has the reason of each.
     """
     asked: list[_Candidate] = []
 
@@ -103,7 +106,7 @@ def select(
         return new
 
     try:
-        backend, chosen = compat.select_nvfp4_moe_backend(candidates)(
+        backend, chosen = quirks.select_nvfp4_moe_backend(candidates)(
             moe_config, weight_key, activation_key
         )
     except (ValueError, NotImplementedError) as error:
@@ -118,7 +121,11 @@ def select(
 def _reasons(
     asked: Iterable[_Candidate], moe_config: FusedMoEConfig, before: NvFp4MoeBackend | None = None
 ) -> list[tuple[str, str]]:
-    """The answers in vLLM's order, with the backends that vLLM did not even ask."""
+    """(backend, reason) of each that said no, in vLLM's order, and of each that vLLM did not ask.
+
+    Args:
+        before: only backends up to this one, in vLLM's order.
+    """
     by_backend: dict[NvFp4MoeBackend, list[_Candidate]] = {}
     for candidate in asked:
         by_backend.setdefault(candidate.backend, []).append(candidate)
@@ -143,16 +150,17 @@ def _reasons(
 
 
 def _order(moe_config: FusedMoEConfig) -> list[NvFp4MoeBackend]:
-    """All backends that vLLM considers on this device, the preferred ones first."""
+    """All backends that vLLM considers on this device, the preferred one first."""
     order: list[NvFp4MoeBackend] = []
 
     def note(backend: NvFp4MoeBackend) -> list[_Candidate]:
         order.append(backend)
         return []
 
-    # Without a limit, vLLM asks those too that it otherwise leaves out; nobody says yes.
+    # With a limit, vLLM leaves out the backends that do not clamp. Here none of them says yes, so
+    # that vLLM asks all.
     unlimited = copy.copy(moe_config)
     unlimited.swiglu_limit = None
     with suppress(NotImplementedError):
-        compat.select_nvfp4_moe_backend(note)(unlimited, None, None)
+        quirks.select_nvfp4_moe_backend(note)(unlimited, None, None)
     return order

@@ -2,6 +2,7 @@
 
 What is compiled lies in ``$NVFP4_MOE_CACHE``, by default ``~/.cache/vllm_nvfp4_moe``, under a
 hash of all that it depends on. Nothing is linked to PyTorch: kernels take pointers, through ctypes.
+A library's symbols are hidden but for those that its source marks as visible by default.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-VARIABLE = "NVFP4_MOE_CACHE"
+from vllm_nvfp4_moe import settings
 
 logger = logging.getLogger("vllm.nvfp4_moe.jit")
-"""Below vLLM's, whose handlers it has in a server."""
+"""Below vLLM's logger, whose handlers it has in a server."""
 
 
 class KernelError(RuntimeError):
@@ -26,12 +26,12 @@ class KernelError(RuntimeError):
 
 
 def nvcc() -> Path:
-    """The compiler: of ``$CUDA_HOME``, on the path, or in ``/usr/local/cuda``.
+    """The path of the compiler: of ``$CUDA_HOME``, on the path, or in ``/usr/local/cuda``.
 
     Raises:
         KernelError: if there is none.
     """
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    home = settings.cuda_home()
     found = [Path(home, "bin", "nvcc")] if home else []
     if on_path := shutil.which("nvcc"):
         found.append(Path(on_path))
@@ -43,10 +43,14 @@ def nvcc() -> Path:
 
 
 def build(source: str, architecture: str) -> Path:
-    """The shared library that CUDA C++ ``source`` compiles to.
+    """Compile CUDA C++, or find what it was compiled to before.
 
     Args:
-        architecture: "90a", say.
+        source: the whole text, without includes of ours.
+        architecture: for example "90a".
+
+    Returns:
+        The path of the shared library.
 
     Raises:
         KernelError: with what nvcc says.
@@ -54,18 +58,18 @@ def build(source: str, architecture: str) -> Path:
     compiler = nvcc()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     options = [
-        "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC",
+        "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
     ]  # fmt: skip
     key = "\0".join([version.stdout, *options, source])
-    default = Path.home() / ".cache" / "vllm_nvfp4_moe"
-    folder = Path(os.environ.get(VARIABLE) or default)
+    folder = settings.cache()
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if library.exists():
         return library
     logger.info("Compiling a kernel for sm_%s with %s, once: %s", architecture, compiler, library)
     folder.mkdir(parents=True, exist_ok=True)
-    # Ranks may compile side by side: each in a folder of its own, and the last one's stays.
+    # Ranks may compile side by side. Each does in a folder of its own, and the last one's library
+    # stays.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         file, made = Path(temporary, "kernel.cu"), Path(temporary, "kernel.so")
         file.write_text(source)
@@ -78,7 +82,7 @@ def build(source: str, architecture: str) -> Path:
 
 
 def load(source: str, architecture: str) -> ctypes.CDLL:
-    """As :func:`build`, loaded."""
+    """Load the library of :func:`build`, whose arguments and errors it has."""
     try:
         return ctypes.CDLL(str(build(source, architecture)))
     except OSError as error:

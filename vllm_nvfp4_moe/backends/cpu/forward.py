@@ -1,0 +1,100 @@
+"""What NVFP4 experts compute on a CPU, from weights that stay 4-bit in memory.
+
+With few tokens an expert, decoding is most of the work, and the loops of ``kernels`` do everything.
+With many tokens, the matrix product is most of it: each routed expert's weights are expanded, used
+once and dropped. So are they for a gate whose form the loops do not have. An E2M1 value times an
+E4M3 scale has at most five significant bits, so it is exact in bfloat16. The global scale
+multiplies the product, in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.experts.gates import Gate
+from quantize.nvfp4.format import BLOCK, decode
+from vllm_nvfp4_moe.backends.cpu import kernels
+
+MANY = 24
+"""Tokens an expert, on average, up to which the loops of ``kernels`` are faster than a matrix
+product (measured with m3-nano's shapes on a Zen 5 core)."""
+
+
+def expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes times block scales, exactly. The global scale is left out.
+
+    Args:
+        packed: uint8 ``[out, in / 2]``.
+        block_scale: float8_e4m3fn ``[out, in / 16]``.
+
+    Returns:
+        ``[out, in]`` in ``dtype``.
+    """
+    blocks = decode(packed).to(dtype).unflatten(-1, (-1, BLOCK))
+    return (blocks * block_scale.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def _expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.bfloat16:
+        return kernels.expand(packed, block_scale)
+    return expand(packed, block_scale, dtype)
+
+
+def experts_forward(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w13_global: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w2_global: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    form: str,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    """The routed experts' output ``[tokens, hidden]``, in x's dtype.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        w13, w13_scale: as ``vllm_nvfp4_moe.method`` has them.
+        w13_global: global scale, float32 ``[experts]``.
+        w2, w2_scale, w2_global: the same for w2.
+        topk_weights: float32 ``[tokens, k]``.
+        topk_ids: int32 ``[tokens, k]``, global expert numbers.
+        expert_map: int32 ``[global experts]``: the expert's local number, or -1 if it is another
+            rank's. None if local numbers are the global ones.
+        form, alpha, beta, limit: the gate's.
+        weight_on_input: multiply by the router's weight before the experts instead of after.
+    """
+    gate = Gate(form, alpha, beta, limit)
+    ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+    weights = topk_weights.float()
+    dtype = x.dtype
+    if dtype == torch.float16:
+        # Without the global scale a weight may be 2688, and sums of those leave float16's range.
+        x = x.float()
+    routed = [expert for expert in ids.unique().tolist() if expert >= 0]
+    if gate.form in kernels.FORMS and ids.numel() <= MANY * len(routed):
+        few = kernels.forward(
+            x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, weights, ids, gate,
+            weight_on_input,
+        )  # fmt: skip
+        return few.to(dtype)
+    output = torch.zeros(x.shape, dtype=torch.float32)
+    for expert in routed:
+        tokens, slots = (ids == expert).nonzero(as_tuple=True)
+        factor = weights[tokens, slots].unsqueeze(1)
+        inputs = x[tokens]
+        if weight_on_input:
+            inputs = inputs * factor.to(x.dtype)
+        hidden = inputs @ _expand(w13[expert], w13_scale[expert], inputs.dtype).T
+        middle = gate.apply_stacked(hidden.float() * w13_global[expert]).to(x.dtype)
+        result = (middle @ _expand(w2[expert], w2_scale[expert], x.dtype).T).float()
+        result *= w2_global[expert] if weight_on_input else w2_global[expert] * factor
+        output.index_add_(0, tokens, result)
+    return output.to(dtype)

@@ -1,0 +1,93 @@
+"""The CPU backend's method: this package's kernels as an operator of PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_nvfp4_moe import quirks
+from vllm_nvfp4_moe.backends.cpu.forward import MANY, experts_forward
+from vllm_nvfp4_moe.method import NvFp4MoEMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+
+_LIBRARY = torch.library.Library("vllm_nvfp4_moe", "FRAGMENT")
+
+
+def _register_op() -> None:
+    # An operator is opaque to torch.compile. vLLM-CPU traces through the MoE layer, and what runs
+    # here depends on the data.
+    if not hasattr(torch.ops.vllm_nvfp4_moe, "cpu_experts"):
+        direct_register_custom_op(
+            "cpu_experts",
+            experts_forward,
+            fake_impl=_fake,
+            target_lib=_LIBRARY,
+            dispatch_key="CPU",
+        )
+
+
+def _fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    """The result's shape and dtype, for tracing."""
+    return torch.empty_like(x)
+
+
+class CpuMethod(NvFp4MoEMethod):
+    """NVFP4 experts on a CPU. Only the weights of routed experts are read."""
+
+    @classmethod
+    def unsupported(cls, layer: RoutedExperts) -> str | None:
+        return None if current_platform.is_cpu() else "the platform is not a CPU"
+
+    @property
+    def kernel(self) -> str:
+        return "the CPU kernel"
+
+    def prepare(self, layer: RoutedExperts) -> None:
+        _register_op()
+        quirks.use_grouped_routing(layer)
+        layer.w13_weight_scale_2 = torch.nn.Parameter(
+            layer.w13_weight_scale_2.data[:, 0].contiguous(), requires_grad=False
+        )
+        # numba compiles now, or loads from its cache, and not in the first request. All tokens go
+        # to one expert, so that the second size is just enough for the other path of forward.
+        for tokens in (1, 1 + MANY):
+            x = torch.zeros(tokens, layer.hidden_size, dtype=layer.params_dtype)
+            ids = torch.zeros(tokens, 1, dtype=torch.int32)
+            self.apply(layer, x, torch.zeros(tokens, 1, dtype=torch.float32), ids, None, None)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        return None  # no modular kernel here
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        gate = self.gate
+        return torch.ops.vllm_nvfp4_moe.cpu_experts(
+            x,
+            layer.w13_weight,
+            layer.w13_weight_scale,
+            layer.w13_weight_scale_2,
+            layer.w2_weight,
+            layer.w2_weight_scale,
+            layer.w2_weight_scale_2,
+            topk_weights,
+            topk_ids,
+            layer.expert_map,
+            gate.form,
+            gate.alpha,
+            gate.beta,
+            gate.limit,
+            layer.apply_router_weight_on_input,
+        )

@@ -1,0 +1,84 @@
+"""What a backend, which runs NVFP4 experts with one family of kernels, must say and do.
+
+:mod:`vllm_nvfp4_moe.method` has the part of a layer's life that all backends share, and
+:mod:`vllm_nvfp4_moe.backends` the backends. The self-check and the line that is logged after
+loading know a backend only as this class.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from quantize.experts.gates import Gate
+
+
+class ExpertsBackend(FusedMoEMethodBase):
+    """One layer's method, as vLLM calls it, with what this package asks of it besides.
+
+    Attributes:
+        gate: the contract's, of this layer.
+        weight_only: the checkpoint's experts come without input scales.
+    """
+
+    gate: Gate
+    weight_only: bool
+
+    passed_over: Sequence[tuple[str, str]] = ()
+    """(kernel, reason) of each kernel that would have been preferred to this one."""
+
+    global_input_scales = False
+    """Whether the kernels take the input scales of all experts, not only of this rank's."""
+
+    input_scales_by_expert = False
+    """Whether the kernel takes each expert's own input scale. If not, it takes the largest."""
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, layer: RoutedExperts) -> str | None:
+        """Why this backend cannot run ``layer`` here, None if it can.
+
+        Args:
+            layer: already set to the contract's gate.
+        """
+
+    @classmethod
+    def missed(cls, layer: RoutedExperts) -> str | None:
+        """The kernel's name, if the user should know that it is ``unsupported``: it is made for
+        this device, and nobody asked for another. None if not."""
+        return None
+
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """The kernel's name, for messages."""
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the kernel rounds both GEMMs' inputs to NVFP4, by the input scales."""
+        return False
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of a number in the GEMMs' inputs, as the kernel multiplies it."""
+        return 4 if self.quantizes_activations else 16
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the kernel multiplies by other numbers than those that the checkpoint's tensors
+        mean: by weights that it has rounded again."""
+        return False
+
+    @abstractmethod
+    def prepare(self, layer: RoutedExperts) -> None:
+        """Convert the layer's weights to what the kernels read.
+
+        Args:
+            layer: its weights are checked, and lie as :mod:`vllm_nvfp4_moe.method` describes.
+        """

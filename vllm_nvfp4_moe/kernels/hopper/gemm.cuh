@@ -1,0 +1,225 @@
+// The grouped GEMM that both Hopper kernels share: its tiles, its pipeline, its producer.
+//
+// The file that includes this has said how many bytes an activation has (ELEMENT_BYTES) and how many
+// sizes tiles may have (MAX_TILE_SIZES), and defines `consume`. What a column of the output is
+// called depends on whom you ask: a token for the layer, a row of X in memory, N for the MMA.
+
+namespace {
+
+constexpr int CHUNK = 64;          // columns of weights that are packed together
+constexpr int STAGE = 2 * CHUNK;   // columns of a pipeline stage
+constexpr int GROUP_ROWS = 64;     // rows of weights that a warpgroup works on: the MMA's M
+constexpr int CODE_BYTES = GROUP_ROWS * CHUNK / 2;                 // of a chunk's codes,
+constexpr int CHUNK_BYTES = CODE_BYTES + GROUP_ROWS * CHUNK / 16;  // and with its block scales
+constexpr int WEIGHT_BYTES = CHUNK_BYTES * STAGE / CHUNK;  // of a warpgroup's weights in a stage
+
+// ------------------------------------------------------------------------------------- the tiles
+
+// `tokens` tokens of one expert. They lie in `size` rows of X, a size that an MMA has, from `row` on.
+struct Tile {
+    int expert, size, tokens, row;
+};
+
+// Where a pair of a token and one of its experts lies: row `index` of the tile of `size` rows that
+// begins at row `tile_row`. A pair whose expert is not on this rank has tile_row -1.
+struct alignas(16) Place {
+    int tile_row, size, index, unused;
+};
+
+// The gate's numbers, as the contract has them. Mirrored by launch.py.
+struct Gate {
+    float alpha, beta, limit;
+    int tanh;  // gelu's tanh form, instead of the sigmoid
+};
+
+__device__ __forceinline__ float activate(float gate, float up, const Gate& rule) {
+    // Not fminf and fmaxf: they would turn a NaN into a number.
+    gate = gate > rule.limit ? rule.limit : gate;
+    up = up > rule.limit ? rule.limit : up < -rule.limit ? -rule.limit : up;
+    if (rule.tanh) {
+        const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
+        return 0.5f * gate * (1.0f + tanhf(inner)) * (up + rule.beta);
+    }
+    return gate / (1.0f + __expf(-rule.alpha * gate)) * (up + rule.beta);
+}
+
+// Powers of two to multiply by instead of shifting: shifts share a pipe with masks, multiplications
+// have another. They come as kernel arguments, since ptxas turns constants back into shifts.
+struct Multipliers {
+    uint32_t eight = 8, sixty_four = 64, sixteen = 16;
+};
+
+struct GemmArguments {
+    const uint8_t* weights;      // [experts][row tiles][chunks][CHUNK_BYTES]
+    const float* global_scales;  // [experts]
+    const uint8_t* x;            // tiles of [128 bytes' columns][size][128 bytes], swizzled
+    const Tile* tiles;
+    const int* size_ends;  // for each size, the largest first: the number of tiles that are as large
+    uint8_t* out;          // the next GEMM's input, or of the second GEMM bf16 [rows of X][hidden]
+    int row_tiles, chunks, out_columns;
+    Gate gate;
+    Multipliers multipliers;
+    const float* x_scales;  // [rows of X], if the activations have scales
+};
+
+// Writes the sums times `scale` as bf16 rows: the second GEMM's output.
+template <int N>
+__device__ __forceinline__ void write_rows(const GemmArguments& args, const Tile& tile,
+                                           const float (&d)[N / 2], int row_tile, float scale) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
+    // The weights' rows are packed in such an order that a thread's four are side by side here
+    // (`side_by_side` in bf16_weights.py).
+    const int column = row_tile * GROUP_ROWS + warp * 16;
+    uint8_t* const to = args.out + int64_t(tile.row + group) * args.out_columns * 2 +
+                        (column + quad * 4) * 2;
+    const int64_t step = int64_t(8) * args.out_columns * 2;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+        uint2 values;
+        values.x = transpose(pack_bf16x2(d[4 * j] * scale, d[4 * j + 1] * scale));
+        values.y = transpose(pack_bf16x2(d[4 * j + 2] * scale, d[4 * j + 3] * scale));
+        if (8 * j + group < tile.tokens && column < args.out_columns)
+            *reinterpret_cast<uint2*>(to + j * step) = values;
+    }
+}
+
+// A position in the ring of stages. The producer and each consumer have their own.
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    template <int STAGES>
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    template <int STAGES>
+    __device__ __forceinline__ void skip(int steps) {
+        phase ^= (stage + steps) / STAGES & 1;
+        stage = (stage + steps) % STAGES;
+    }
+};
+
+// The tile of the output that a CTA computes at a time, and what follows from it: up to MAX_TOKENS_
+// tokens by 64 rows of weights for each of ROW_GROUPS_ warpgroups. K_GROUPS_ warpgroups share
+// each 64 rows, every one of them taking every K_GROUPS_-th stage of the columns.
+template <int MAX_TOKENS_, int ROW_GROUPS_, int K_GROUPS_>
+struct TileShape {
+    static constexpr int MAX_TOKENS = MAX_TOKENS_, ROW_GROUPS = ROW_GROUPS_, K_GROUPS = K_GROUPS_;
+    // A stage has first its part of X, in atoms of 1024 bytes, then its weights.
+    static constexpr int X_BYTES = MAX_TOKENS * STAGE * ELEMENT_BYTES;
+    static constexpr int STAGE_BYTES = (X_BYTES + ROW_GROUPS * WEIGHT_BYTES + 1023) / 1024 * 1024;
+    static constexpr int PARTIAL_BYTES = K_GROUPS > 1 ? (K_GROUPS - 1) * GROUP_ROWS * MAX_TOKENS * 4
+                                                      : 0;
+    // Of 227 KB: 1 KB to align the stages, 1 KB for barriers.
+    static constexpr int BUDGET = 227 * 1024 - 1024 - 1024 - PARTIAL_BYTES;
+    static constexpr int STAGES = BUDGET / STAGE_BYTES < 24 ? BUDGET / STAGE_BYTES : 24;
+    static constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS, THREADS = (CONSUMERS + 1) * 128;
+    // The register file has 64 K, given to all threads alike at the start. The producer needs few,
+    // and consumers get the rest.
+    static constexpr int ENTRY_REGISTERS = 65536 / THREADS / 8 * 8, PRODUCER_REGISTERS = 24;
+    static constexpr int CONSUMER_REGISTERS =
+        ((CONSUMERS + 1) * ENTRY_REGISTERS - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
+    static constexpr int SHARED_BYTES = 1024 + 1024 + PARTIAL_BYTES + STAGES * STAGE_BYTES;
+    static_assert(STAGES >= 2, "no room for two stages");
+};
+
+// ---------------------------------------------------------------------------------- the pipeline
+
+// Computes a warpgroup's part of a tile of N tokens, and writes what becomes of it.
+template <int N, typename Shape, bool GATED>
+__device__ __forceinline__ void consume(const GemmArguments& args, const Tile& tile, int row_tile,
+                                        Ring ring, uint8_t* stages, float* partial, uint32_t full,
+                                        uint32_t empty);
+
+// Computes the CTA's tiles of N tokens, which end before `end`. `index` counts pairs of a tile of
+// tokens and one of its `row_blocks` blocks of rows.
+template <int N, typename Shape, bool GATED>
+__device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args, int& index, int end,
+                                                      int row_blocks, Tile& next, Ring& ring,
+                                                      uint8_t* stages, float* partial, uint32_t full,
+                                                      uint32_t empty) {
+    const int steps = args.chunks / 2;
+    for (; index < end; index += gridDim.x, ring.skip<Shape::STAGES>(steps)) {
+        const Tile tile = next;
+        const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
+        // Read long before it is needed, whether or not there is a next one: the host makes room.
+        next = args.tiles[(index + gridDim.x) / row_blocks];
+        consume<N, Shape, GATED>(args, tile, row_tile, ring, stages, partial, full, empty);
+    }
+}
+
+// Copies what the CTA's tiles need into the stages. One thread does all of it.
+template <typename Shape>
+__device__ __forceinline__ void produce(const GemmArguments& args, int row_blocks, int total,
+                                        uint32_t stages, uint32_t full, uint32_t empty) {
+    // With larger tiles an expert has several, which read its weights again.
+    const uint64_t weights_policy = Shape::MAX_TOKENS > 64 ? evict_normal_policy()
+                                                           : evict_first_policy();
+    const uint64_t x_policy = evict_last_policy();
+    const int64_t chunks = args.chunks;
+    const int steps = args.chunks / 2;
+    Ring ring;
+    for (int index = blockIdx.x; index < total; index += gridDim.x) {
+        const Tile tile = args.tiles[index / row_blocks];
+        const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
+        const int groups = min(Shape::ROW_GROUPS, args.row_tiles - row_tile);
+        const uint8_t* const weights =
+            args.weights + (int64_t(tile.expert) * args.row_tiles + row_tile) * chunks * CHUNK_BYTES;
+        const uint8_t* const x = args.x + int64_t(tile.row) * chunks * CHUNK * ELEMENT_BYTES;
+        const int x_bytes = tile.size * STAGE * ELEMENT_BYTES;
+        for (int step = 0; step < steps; ++step, ring.next<Shape::STAGES>()) {
+            const uint32_t to = stages + ring.stage * Shape::STAGE_BYTES;
+            const uint32_t barrier = full + 8 * ring.stage;
+            barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+            barrier_expect(barrier, groups * WEIGHT_BYTES + x_bytes);
+            for (int group = 0; group < groups; ++group)
+                bulk_copy(to + Shape::X_BYTES + group * WEIGHT_BYTES,
+                          weights + group * chunks * CHUNK_BYTES + step * WEIGHT_BYTES, WEIGHT_BYTES,
+                          barrier, weights_policy);
+            bulk_copy(to, x + int64_t(step) * x_bytes, x_bytes, barrier, x_policy);
+        }
+    }
+}
+
+// A CTA of a GEMM. SIZES are those that tiles may have, the largest first.
+template <typename Shape, bool GATED, int... SIZES>
+__device__ __forceinline__ void gemm(const GemmArguments& args) {
+    static_assert(sizeof...(SIZES) <= MAX_TILE_SIZES, "more sizes than `route` counts");
+    extern __shared__ uint8_t memory[];
+    uint8_t* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    float* const partial = reinterpret_cast<float*>(stages + Shape::STAGES * Shape::STAGE_BYTES);
+    const uint32_t full =
+        shared_address(stages) + Shape::STAGES * Shape::STAGE_BYTES + Shape::PARTIAL_BYTES;
+    const uint32_t empty = full + 8 * Shape::STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Shape::STAGES; ++i) {
+            barrier_init(full + 8 * i, 1);
+            // Each warp of the warpgroups that use the stage says when it is done with it.
+            barrier_init(empty + 8 * i, 4 * Shape::ROW_GROUPS);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    trigger_next_kernel();
+
+    const int row_blocks = (args.row_tiles + Shape::ROW_GROUPS - 1) / Shape::ROW_GROUPS;
+    if (warpgroup() >= Shape::CONSUMERS) {
+        set_max_registers<Shape::PRODUCER_REGISTERS, false>();
+        const int total = args.size_ends[sizeof...(SIZES) - 1] * row_blocks;
+        if (threadIdx.x % 128) return;
+        // Only X is from the kernel before; `tiles` and `size_ends` are older (see `run`). What that
+        // kernel read may be overwritten by consumers, since they wait for X.
+        wait_for_previous_kernel();
+        produce<Shape>(args, row_blocks, total, shared_address(stages), full, empty);
+    } else {
+        set_max_registers<Shape::CONSUMER_REGISTERS, true>();
+        int index = blockIdx.x, size = 0;
+        Ring ring;
+        Tile next = args.tiles[index / row_blocks];
+        (consume_tiles_of_size<SIZES, Shape, GATED>(args, index, args.size_ends[size++] * row_blocks,
+                                                    row_blocks, next, ring, stages, partial, full,
+                                                    empty),
+         ...);
+    }
+}
+
+}  // namespace

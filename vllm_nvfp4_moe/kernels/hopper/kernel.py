@@ -1,0 +1,271 @@
+"""What is common to the Hopper kernels' Python sides: weights, the library, a call."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantize.experts.gates import Gate
+from vllm_nvfp4_moe.kernels import jit
+from vllm_nvfp4_moe.kernels.hopper import source
+from vllm_nvfp4_moe.kernels.hopper.launch import (
+    PLACE_BYTES,
+    TILE_BYTES,
+    CGate,
+    LaunchSpec,
+    TileShape,
+    check,
+    check_library,
+)
+from vllm_nvfp4_moe.kernels.jit import KernelError
+
+ARCHITECTURE = "90a"
+MAX_EXPERTS = 1024
+"""Of a rank: ``route`` has a thread for each."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's weights as a kernel wants them.
+
+    Attributes:
+        w13, w2: uint8, of :meth:`HopperKernel.pack_matrix`.
+        global_scales13, global_scales2: float32 ``[experts]``; gate and up share one.
+        hidden: the hidden size, without padding.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    global_scales13: torch.Tensor
+    global_scales2: torch.Tensor
+    hidden: int
+
+
+class HopperKernel(ABC):
+    """One kernel: its weights' layout, its tile shapes, how it is built and called.
+
+    Attributes:
+        name: what the line at load calls it.
+        activation_bits: of the GEMMs' inputs.
+        file: its ``.cu`` file.
+        tile_shapes: those that it has GEMMs for, in the order of their numbers.
+        packed_columns: columns of weights in one unit of a packed matrix.
+        mma_element: PTX's name of the MMA's type.
+        mma_columns: K of the MMA.
+    """
+
+    name: str
+    activation_bits: int
+    file: Path
+    tile_shapes: tuple[TileShape, ...]
+    packed_columns: int
+    mma_element: str
+    mma_columns: int
+
+    def __init__(self) -> None:
+        self._libraries: dict[int, ctypes.CDLL] = {}
+
+    # What kernels differ in.
+
+    @abstractmethod
+    def pack_matrix(
+        self, codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, gated: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pack one of the two matrices of all experts.
+
+        Args:
+            codes: uint8 ``[experts, rows, columns / 2]``; of ``w13`` gate's rows before up's.
+            scales: E4M3 ``[experts, rows, columns / 16]``.
+            global_scales: ``[experts]``.
+            gated: whether it is ``w13``.
+
+        Returns:
+            The packed matrix, uint8 ``[experts, row tiles, units, bytes]``, and its global scales,
+            float32 ``[experts]``.
+        """
+
+    @abstractmethod
+    def choose_tile_shape(
+        self, pairs: float, experts: int, row_tiles: int, processors: int
+    ) -> TileShape:
+        """The tile shape that was measured to be the fastest for a batch.
+
+        The measurements are in docs/evidence/hopper-kernel-lab-book.md.
+
+        Args:
+            pairs: how many pairs of a token and an expert this rank will have.
+            row_tiles: of 64 rows of gate and up.
+            processors: the GPU's multiprocessors.
+        """
+
+    @abstractmethod
+    def workspace(
+        self, rows: int, hidden: int, intermediate: int, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Memory for what lies between the kernels, by the name of :class:`LaunchSpec`'s field.
+
+        Args:
+            rows: of all tiles.
+            hidden, intermediate: sizes with padding.
+        """
+
+    # What they share.
+
+    def pack(
+        self,
+        w13: torch.Tensor,
+        scales13: torch.Tensor,
+        global_scales13: torch.Tensor,
+        w2: torch.Tensor,
+        scales2: torch.Tensor,
+        global_scales2: torch.Tensor,
+    ) -> Experts:
+        """Pack both matrices; arguments as of :meth:`pack_matrix`."""
+        packed13, packed_scales13 = self.pack_matrix(w13, scales13, global_scales13, True)
+        packed2, packed_scales2 = self.pack_matrix(w2, scales2, global_scales2, False)
+        return Experts(packed13, packed2, packed_scales13, packed_scales2, w2.shape[1])
+
+    def source(self) -> str:
+        """The whole CUDA source."""
+        tokens = {n for shape in self.tile_shapes for n in shape.tile_sizes}
+        return source.whole(self.file, tokens, self.mma_element, self.mma_columns)
+
+    def library(self, device: int) -> ctypes.CDLL:
+        """The compiled kernels, ready for the CUDA device of this number.
+
+        Raises:
+            KernelError: if they cannot be built, or not on this device.
+        """
+        if device not in self._libraries:
+            library = jit.load(self.source(), ARCHITECTURE)
+            check_library(library, self.tile_shapes)
+            with torch.cuda.device(device):
+                check(library, library.prepare())
+            self._libraries[device] = library
+        return self._libraries[device]
+
+    def run(
+        self,
+        x: torch.Tensor,
+        experts: Experts,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        gate: Gate,
+        *,
+        local: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        tile_shape: TileShape | None = None,
+    ) -> torch.Tensor:
+        """The routed experts' sum for each token.
+
+        Args:
+            x: bf16 ``[tokens, hidden]``, rows contiguous and 16 bytes aligned.
+            experts: of this kernel's :meth:`pack`.
+            ids: int32 ``[tokens, k]``, the router's choice; a negative one is nobody's.
+            weights: float32 ``[tokens, k]``, the router's.
+            local: int32 ``[all experts]``, which of ``experts`` each is, -1 for none.
+            out: bf16 ``[tokens, hidden]``, contiguous; may be ``x``.
+            tile_shape: one of ``tile_shapes``, instead of what :meth:`choose_tile_shape` says.
+
+        Raises:
+            KernelError: if the kernel cannot be built, CUDA reports an error, or an argument is
+                not as described here.
+        """
+        _check_arguments(x, experts, ids, weights, local, out)
+        tokens, hidden = x.shape
+        count, top_k = experts.w13.shape[0], ids.shape[1]
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        if tile_shape is None:
+            pairs_here = expected_pairs(ids, count, local)
+            row_tiles = experts.w13.shape[1]
+            tile_shape = self.choose_tile_shape(pairs_here, count, row_tiles, processors)
+        if out is None:
+            out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
+        if tokens == 0:
+            return out
+        pairs = tokens * top_k
+        tiles = tile_shape.most_tiles(pairs, count)
+        hidden_padded = experts.w13.shape[2] * self.packed_columns
+        intermediate_padded = experts.w2.shape[2] * self.packed_columns
+        rows = pairs + tiles * tile_shape.token_step
+        integers = {
+            # Each CTA also reads the tile after its last.
+            "tiles": (tiles + processors) * TILE_BYTES // 4,
+            "size_ends": len(tile_shape.tile_sizes),
+            "places": pairs * PLACE_BYTES // 4,
+        }
+        tensors = {
+            "x": x,
+            "w13": experts.w13,
+            "w2": experts.w2,
+            "global_scales13": experts.global_scales13,
+            "global_scales2": experts.global_scales2,
+            "ids": ids,
+            "local": local,
+            "router_weights": weights,
+            "out": out,
+            **self.workspace(rows, hidden_padded, intermediate_padded, x.device),
+            **{
+                name: torch.empty(size, dtype=torch.int32, device=x.device)
+                for name, size in integers.items()
+            },
+        }
+        spec = LaunchSpec(
+            **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
+            x_stride=x.stride(0),
+            tokens=tokens,
+            top_k=top_k,
+            experts=count,
+            hidden=hidden,
+            hidden_padded=hidden_padded,
+            intermediate_padded=intermediate_padded,
+            w2_row_tiles=experts.w2.shape[1],
+            tile_shape=self.tile_shapes.index(tile_shape),
+            processors=processors,
+            gate=CGate.of(gate),
+        )
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            library = self.library(torch.cuda.current_device())
+            check(library, library.run(ctypes.byref(spec), stream))
+        return out
+
+
+def expected_pairs(ids: torch.Tensor, experts: int, local: torch.Tensor | None) -> float:
+    """How many of ``ids`` will be for this rank's ``experts``, if all are chosen as often."""
+    return ids.numel() * (1 if local is None else experts / len(local))
+
+
+def _check_arguments(
+    x: torch.Tensor,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    local: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    """What a kernel takes for granted: it gets pointers, and they have no dtype."""
+    for name, tensor, dtype in (
+        ("x", x, torch.bfloat16),
+        ("ids", ids, torch.int32),
+        ("weights", weights, torch.float32),
+        ("local", local, torch.int32),
+        ("out", out, torch.bfloat16),
+    ):
+        if tensor is not None and (
+            tensor.dtype != dtype
+            or tensor.device != x.device
+            or (name != "x" and not tensor.is_contiguous())
+        ):
+            raise KernelError(f"{name} must be contiguous {dtype} on {x.device}")
+    if x.shape[1] != experts.hidden or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        raise KernelError(
+            f"x must have {experts.hidden} columns side by side, in rows aligned to 16 bytes"
+        )
+    count = experts.w13.shape[0]
+    if count > MAX_EXPERTS:
+        raise KernelError(f"{count} experts; at most {MAX_EXPERTS} are supported")

@@ -1,0 +1,118 @@
+// What the host's side of both Hopper kernels has in common: the one struct that Python fills for a
+// call, and the table of GEMMs by the shape of their tiles.
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))  // the rest of a library is hidden
+
+// One call: a layer's weights, a batch, and memory to work in. Mirrored by launch.py, field by field.
+struct LaunchSpec {
+    const void *x, *w13, *w2;
+    const float *global_scales13, *global_scales2;
+    const int *ids, *local;
+    const float* router_weights;
+    void* out;
+    // Workspace. `gated` is what is between the two GEMMs: as bf16 rows and with scales for FP8 alone.
+    void *x_tiles, *gated_rows, *gated_tiles, *pair_outputs;
+    float *x_scales, *gated_scales;
+    Tile* tiles;
+    int* size_ends;
+    Place* places;
+    int64_t x_stride;
+    int tokens, top_k, experts, hidden, hidden_padded, intermediate_padded, w2_row_tiles;
+    int tile_shape;  // its number in GEMMS
+    int processors;
+    Gate gate;
+};
+
+namespace {
+
+// The numbers of a TileShape, and the step in which a tile's tokens grow. Mirrored by launch.py.
+struct TileShapeNumbers {
+    int max_tokens, row_groups, k_groups, token_step;
+};
+
+// The kernels of both GEMMs for tiles of one shape.
+struct Gemms {
+    TileShapeNumbers shape;
+    int (*launch)(bool gated, const GemmArguments& args, int processors, cudaStream_t stream);
+    int (*allow_shared_memory)();
+};
+
+template <int COUNT>
+constexpr int smallest(const int (&sizes)[COUNT]) {
+    return sizes[COUNT - 1];
+}
+
+template <typename Shape, typename Kernel>
+int launch_gemm(Kernel kernel, const GemmArguments& args, int processors, cudaStream_t stream) {
+    return launch(kernel, processors, Shape::THREADS, Shape::SHARED_BYTES, stream, true, args);
+}
+
+template <typename Shape, typename Kernel>
+int allow_shared_memory(Kernel kernel) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                Shape::SHARED_BYTES);
+}
+
+GemmArguments gate_up_arguments(const LaunchSpec& spec, void* out) {
+    GemmArguments args{};
+    args.weights = static_cast<const uint8_t*>(spec.w13), args.global_scales = spec.global_scales13;
+    args.x = static_cast<const uint8_t*>(spec.x_tiles), args.x_scales = spec.x_scales;
+    args.tiles = spec.tiles, args.size_ends = spec.size_ends;
+    args.out = static_cast<uint8_t*>(out), args.out_columns = spec.intermediate_padded;
+    args.row_tiles = 2 * spec.intermediate_padded / GROUP_ROWS;
+    args.chunks = spec.hidden_padded / CHUNK;
+    args.gate = spec.gate;
+    return args;
+}
+
+GemmArguments down_arguments(const LaunchSpec& spec) {
+    GemmArguments args{};
+    args.weights = static_cast<const uint8_t*>(spec.w2), args.global_scales = spec.global_scales2;
+    args.x = static_cast<const uint8_t*>(spec.gated_tiles), args.x_scales = spec.gated_scales;
+    args.tiles = spec.tiles, args.size_ends = spec.size_ends;
+    args.out = static_cast<uint8_t*>(spec.pair_outputs), args.out_columns = spec.hidden;
+    args.row_tiles = spec.w2_row_tiles;
+    args.chunks = spec.intermediate_padded / CHUNK;
+    args.gate = spec.gate;
+    return args;
+}
+
+int launch_route(const LaunchSpec& spec, const TileShapeNumbers& shape, cudaStream_t stream) {
+    return launch(route, 1, MAX_EXPERTS, 0, stream, false, spec.ids, spec.local,
+                  spec.tokens * spec.top_k, spec.experts, shape.token_step, shape.max_tokens,
+                  spec.tiles, spec.size_ends, spec.places);
+}
+
+int launch_combine(const LaunchSpec& spec, cudaStream_t stream) {
+    const int blocks = (spec.hidden / 8 + COMBINE_THREADS - 1) / COMBINE_THREADS;
+    return launch(combine, spec.tokens * blocks, COMBINE_THREADS, 0, stream, true,
+                  static_cast<const uint4*>(spec.pair_outputs), spec.places, spec.router_weights,
+                  spec.top_k, spec.hidden, blocks, static_cast<uint4*>(spec.out));
+}
+
+}  // namespace
+
+// Defines the two kernels of a tile shape, and GEMMS_<MAX_TOKENS> for the table. After the shape's
+// numbers come the sizes that its tiles may have, the largest first.
+#define DEFINE_GEMMS(MAX_TOKENS, ROW_GROUPS, K_GROUPS, ...)                                          \
+    using Shape##MAX_TOKENS = TileShape<MAX_TOKENS, ROW_GROUPS, K_GROUPS>;                           \
+    extern "C" __global__ void __launch_bounds__(Shape##MAX_TOKENS::THREADS, 1)                      \
+        gemm##MAX_TOKENS##_gated(const __grid_constant__ GemmArguments args) {                       \
+        gemm<Shape##MAX_TOKENS, true, __VA_ARGS__>(args);                                            \
+    }                                                                                                \
+    extern "C" __global__ void __launch_bounds__(Shape##MAX_TOKENS::THREADS, 1)                      \
+        gemm##MAX_TOKENS##_plain(const __grid_constant__ GemmArguments args) {                       \
+        gemm<Shape##MAX_TOKENS, false, __VA_ARGS__>(args);                                           \
+    }                                                                                                \
+    constexpr int SIZES_##MAX_TOKENS[] = {__VA_ARGS__};                                              \
+    constexpr Gemms GEMMS_##MAX_TOKENS{                                                              \
+        {MAX_TOKENS, ROW_GROUPS, K_GROUPS, smallest(SIZES_##MAX_TOKENS)},                            \
+        [](bool gated, const GemmArguments& args, int processors, cudaStream_t stream) {             \
+            return launch_gemm<Shape##MAX_TOKENS>(                                                   \
+                gated ? gemm##MAX_TOKENS##_gated : gemm##MAX_TOKENS##_plain, args, processors,       \
+                stream);                                                                             \
+        },                                                                                           \
+        [] {                                                                                         \
+            const int error = allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_gated);      \
+            return error ? error : allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_plain); \
+        }};

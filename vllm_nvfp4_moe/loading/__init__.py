@@ -1,0 +1,1 @@
+"""How experts come from a checkpoint's files into a layer's parameters."""

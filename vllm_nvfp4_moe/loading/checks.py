@@ -1,0 +1,201 @@
+"""What is refused while experts load, each with its message.
+
+vLLM's own loader copies what it is given. A tensor that never comes leaves uninitialised memory, a
+short one fills part of its place, and a zero or NaN scale turns into wrong text. So every tensor is
+checked and counted here before vLLM's loader gets it, where layer, expert and tensor are known and
+messages can name them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from quantize.nvfp4.format import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
+from vllm_nvfp4_moe.errors import RefusedError
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from quantize.layouts.layout import Layout
+
+logger = logging.getLogger("vllm.nvfp4_moe.checks")
+
+_SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
+"""The matrices of an expert, by vLLM's names for them."""
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
+"""Types of weights that are quantized as they load."""
+
+
+class ExpertLoads:
+    """Checks and counts the tensors of one layer's experts.
+
+    Args:
+        layer: the layer, before its weights exist.
+        layout: of the checkpoint.
+        kinds: the tensors that must come for each matrix.
+        global_input_scales: the kernels take the input scales of all experts, so those of other
+            ranks' experts must come too.
+        on_tensor: is called whenever a tensor has come.
+
+    Raises:
+        RefusedError: if the experts cannot be split over the ranks.
+    """
+
+    def __init__(
+        self,
+        layer: RoutedExperts,
+        layout: Layout,
+        kinds: tuple[TensorKind, ...],
+        global_input_scales: bool,
+        on_tensor: Callable[[], None],
+    ) -> None:
+        # Weakly: vLLM keeps weight loaders for reloading, and they must not keep the weights.
+        self._layer = weakref.ref(layer)
+        self.layout = layout
+        self.kinds = kinds
+        self.global_input_scales = global_input_scales
+        self.seen: set[tuple[TensorKind, str, int]] = set()
+        self.on_tensor = on_tensor
+        config = layer.moe_config
+        # Sizes of the whole model, before tensor parallelism slices and before any padding.
+        hidden = config.hidden_dim_unpadded or config.hidden_dim
+        inner = config.intermediate_size
+        if inner % (BLOCK * config.tp_size):
+            self.refuse(
+                f"intermediate size {inner} cannot be split over {config.tp_size} ranks in blocks "
+                f"of {BLOCK}; use a smaller --tensor-parallel-size or --enable-expert-parallel"
+            )
+        up = (inner, hidden)
+        self._sizes = {"w1": up, "w3": up, "w2": (hidden, inner)}
+
+    @property
+    def layer(self) -> RoutedExperts:
+        """The layer, which lives as long as anything is loaded into it."""
+        layer = self._layer()
+        assert layer is not None
+        return layer
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Stop loading, with ``problem`` and the layer's name as the message."""
+        raise RefusedError(f"{self.layer.layer_name}: {problem}")
+
+    def name(self, kind: TensorKind, shard: str, expert: int) -> str:
+        """What messages call a tensor."""
+        suffix = EXPERT_TENSORS[kind].suffix(self.layout)
+        return f"expert {expert}, {_SHARDS[shard]} ({shard}), {suffix}"
+
+    def check(self, kind: TensorKind, shard: str, expert: int, tensor: torch.Tensor) -> None:
+        """Count ``tensor``, or refuse it if it cannot be what its name says.
+
+        Args:
+            shard: the matrix, "w1", "w2" or "w3".
+            expert: global expert number.
+            tensor: as stored, of the whole model: not yet sliced for a rank.
+
+        Raises:
+            RefusedError: if its dtype or shape is another, or a scale is not positive and finite.
+        """
+        name = self.name(kind, shard, expert)
+        stored = EXPERT_TENSORS[kind]
+        if tensor.dtype != stored.dtype:
+            self.refuse(f"{name}: dtype {tensor.dtype}, expected {stored.dtype}")
+        if stored.per_matrix:
+            if tensor.numel() != 1:
+                self.refuse(f"{name}: shape {list(tensor.shape)}, expected one number")
+        else:
+            expected = stored.shape(*self._sizes[shard])
+            if tuple(tensor.shape) != expected:
+                self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
+        if kind != TensorKind.CODES and (problem := bad_scales(tensor)):
+            self.refuse(f"{name}: {problem}")
+        self._count(kind, shard, expert)
+
+    def check_plain(self, shard: str, expert: int, tensor: torch.Tensor) -> None:
+        """As :meth:`check`, for a whole weight in plain floats, which is to be quantized."""
+        name = self.name(TensorKind.CODES, shard, expert)
+        if tensor.dtype not in _PLAIN:
+            self.refuse(
+                f"{name}: dtype {tensor.dtype}, but the checkpoint's config does not say that it "
+                "is quantized; plain floats are expected"
+            )
+        expected = self._sizes[shard]
+        if tuple(tensor.shape) != expected:
+            self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
+        self._count(TensorKind.CODES, shard, expert)
+
+    def _count(self, kind: TensorKind, shard: str, expert: int) -> None:
+        self.on_tensor()
+        self.seen.add((kind, shard, expert))
+
+    def complete(self) -> None:
+        """Refuse the layer if a tensor that this rank needs has not come.
+
+        Raises:
+            RefusedError: naming the first three that are missing.
+        """
+        missing = [
+            self.name(kind, shard, expert)
+            for expert in range(self.layer.global_num_experts)
+            for shard in _SHARDS
+            for kind in self.kinds
+            if (kind, shard, expert) not in self.seen and self._needs(kind, expert)
+        ]
+        if missing:
+            more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
+            self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
+        self.seen.clear()  # a reload is counted anew
+
+    def _needs(self, kind: TensorKind, expert: int) -> bool:
+        """Whether this rank needs that tensor of the expert with this global number."""
+        if kind == TensorKind.INPUT_SCALE and self.global_input_scales:
+            return True
+        return self.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
+
+
+def fold_global_scales(layer: Any) -> None:
+    """Give each expert's gate and up one global scale, since vLLM's fused layer keeps only one.
+
+    Where they differ, the smaller one is folded into its block scales, which is exact up to E4M3's
+    rounding; the side with the larger one stays as it is. One line is logged if any differed.
+
+    Args:
+        layer: with ``w13_weight_scale`` e4m3 ``[experts, 2 * n, hidden / 16]`` and
+            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both are changed in place.
+
+    Raises:
+        RefusedError: if two differ by more than block scales can take.
+    """
+    scales: torch.Tensor = layer.w13_weight_scale_2.data
+    larger = scales.amax(1, keepdim=True)
+    differs = (scales != larger).any(1)
+    if not differs.any():
+        return
+    ratio = scales / larger
+    blocks: torch.Tensor = layer.w13_weight_scale.data
+    half = blocks.shape[1] // 2
+    for expert in differs.nonzero().flatten().tolist():
+        for side in range(2):
+            rows = blocks[expert, side * half : (side + 1) * half]
+            folded = rows.float() * ratio[expert, side]
+            if folded.amin() < E4M3_MIN:
+                raise RefusedError(
+                    f"{layer.layer_name}: expert {expert}: the global scales of gate and up differ "
+                    f"by a factor of {1 / float(ratio[expert, side]):.3g}, too much for one to be "
+                    "folded into E4M3 block scales; quantize again with one scale for both"
+                )
+            rows.copy_(round_to_e4m3(folded))
+    scales.copy_(larger.expand_as(scales))
+    logger.warning(
+        "%s: gate and up have different global scales in %d of %d experts (smallest ratio %.4g); "
+        "the difference was folded into the block scales",
+        layer.layer_name,
+        int(differs.sum()),
+        len(scales),
+        float(ratio.min()),
+    )

@@ -1,0 +1,193 @@
+"""What vLLM calls with each tensor of an expert. Each parameter has one loader.
+
+vLLM's own loader slices for tensor parallelism and finds an expert's place. The loaders here come
+before it: one checks the tensor and passes it on, the other quantizes a weight of plain floats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from quantize.layouts.layout import INPUT_SCALE as NO_RANGE
+from quantize.nvfp4.kernels import for_device
+from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
+from vllm_nvfp4_moe.loading.checks import ExpertLoads
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
+
+if TYPE_CHECKING:
+    from quantize.nvfp4.kernels.kernel import Quantized
+
+
+class _WeightLoader(ABC):
+    """A ``weight_loader``, as vLLM calls it with one tensor of a checkpoint.
+
+    Args:
+        loads: checks and counts the layer's tensors.
+    """
+
+    supports_moe_loading = True
+
+    def __init__(self, loads: ExpertLoads) -> None:
+        self.__name__ = "nvfp4_moe_weight_loader"  # vLLM's reloading logs it
+        self.loads = loads
+
+    def __call__(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        found = self.load(param, loaded_weight, weight_name, shard_id, expert_id)
+        return found if return_success else None
+
+    @abstractmethod
+    def load(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        """Check ``tensor`` and store it.
+
+        Args:
+            param: of the layer, for all experts of this rank.
+            tensor: as stored in the checkpoint.
+            name: by which vLLM's loader chooses how to slice.
+            shard: the matrix, "w1", "w2" or "w3".
+            expert: global expert number.
+
+        Returns:
+            False if the expert is another rank's.
+        """
+
+
+class Loader(_WeightLoader):
+    """Checks a tensor of an NVFP4 weight, and passes it to vLLM's own loader.
+
+    vLLM's loader chooses its branch by words in the method's class name. For single numbers that
+    matters, so they are stored here instead.
+
+    Args:
+        kind: which of a weight's tensors this is for.
+    """
+
+    def __init__(self, loads: ExpertLoads, kind: TensorKind) -> None:
+        super().__init__(loads)
+        self.kind = kind
+        self.global_index = kind == TensorKind.INPUT_SCALE and loads.global_input_scales
+
+    def load(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        self.loads.check(self.kind, shard, expert, tensor)
+        return self.put(param, tensor, name, shard, expert)
+
+    def put(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        """Store ``tensor`` where it belongs; False if that is on another rank."""
+        layer = self.loads.layer
+        if not EXPERT_TENSORS[self.kind].per_matrix:
+            return layer.weight_loader(param, tensor, name, shard, expert, True)
+        index = layer._map_global_expert_id_to_local_expert_id(expert)
+        index = expert if self.global_index else index
+        if index < 0:
+            return False
+        place = param.data[index] if shard == "w2" else param.data[index, int(shard == "w3")]
+        place.copy_(tensor.reshape(()))
+        return True
+
+
+class QuantizingLoader(_WeightLoader):
+    """The loader of the parameter for codes, where the checkpoint has weights in plain floats.
+
+    Gate and up share a global scale, so the first of them to come waits for the other, in the
+    host's memory. Weights are quantized whole, before they are sliced for ranks, on the parameter's
+    device.
+
+    Args:
+        loaders: those of the NVFP4 tensors, by kind; they get what the quantization gives.
+    """
+
+    def __init__(self, loads: ExpertLoads, loaders: dict[TensorKind, Loader]) -> None:
+        super().__init__(loads)
+        self.loaders = loaders
+        self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def load(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        if param.is_meta:  # how vLLM's reloading begins
+            self.loads.refuse(
+                "weights that were quantized while they loaded cannot be loaded again; restart, or "
+                "serve a checkpoint that nvfp4-moe quantize made"
+            )
+        self.loads.check_plain(shard, expert, tensor)
+        local = self.loads.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
+        if local:
+            self._take(param.device, tensor, name, shard, expert)
+        return local
+
+    def _take(
+        self, device: torch.device, tensor: torch.Tensor, name: str, shard: str, expert: int
+    ) -> None:
+        parts = {shard: tensor}
+        if shard != "w2":
+            if expert not in self.waiting:
+                # Some of vLLM's loaders hand out pieces of a GPU buffer that they use again.
+                self.waiting[expert] = shard, tensor.cpu()
+                return
+            first, other = self.waiting.pop(expert)
+            parts[first] = other
+        # vLLM loads under the model's dtype as the default.
+        with torch.device(device), set_default_torch_dtype(torch.float32):
+            weights = [part.to(device).contiguous() for part in parts.values()]
+            try:
+                quantized = quantize_weights(weights, "max", for_device(device))
+            except NotFiniteError:
+                bad = next(s for s, part in parts.items() if not part.isfinite().all())
+                damaged = self.loads.name(TensorKind.CODES, bad, expert)
+                self.loads.refuse(
+                    f"{damaged}: some of its numbers are NaN or infinite; the checkpoint is damaged"
+                )
+            for each, result in zip(parts, quantized, strict=True):
+                self._store(result, name, each, expert)
+
+    def _store(self, result: Quantized, name: str, shard: str, expert: int) -> None:
+        tensors: dict[TensorKind, Any] = {
+            TensorKind.CODES: result.weight.codes,
+            TensorKind.BLOCK_SCALE: result.weight.block_scale,
+            TensorKind.GLOBAL_SCALE: result.weight.global_scale,
+            TensorKind.INPUT_SCALE: torch.tensor(NO_RANGE, dtype=torch.float32),
+        }
+        layer, layout = self.loads.layer, self.loads.layout
+        prefix = "w2" if shard == "w2" else "w13"
+        stem = name.removesuffix(EXPERT_TENSORS[TensorKind.CODES].suffix(layout))
+        for kind, loader in self.loaders.items():
+            suffix = EXPERT_TENSORS[kind].suffix(layout)
+            param = getattr(layer, f"{prefix}_{suffix}")
+            loader.put(param, tensors[kind], f"{stem}{suffix}", shard, expert)

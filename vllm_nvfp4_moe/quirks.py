@@ -1,0 +1,276 @@
+"""What is peculiar to a vLLM version, and what this package does about it.
+
+Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was seen, and how far
+the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
+when the plugin acts on it. No class of vLLM is patched: what changes is an object of an engine that
+serves one of our checkpoints, or lasts for one call.
+
+Whoever supports a new version of vLLM reads this list, and drops what has gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_nvfp4_moe.versions import installed_version
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+logger = init_logger("vllm.nvfp4_moe.quirks")
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """A peculiarity of vLLM that this package acts on.
+
+    Attributes:
+        name: in a few words, for the log.
+        what: what vLLM does, and what that would do to our checkpoints.
+        seen_in: versions of vLLM in which it was seen.
+        undone: what the change made here is confined to, and how it ends.
+        gone_when: what vLLM would have to do for this entry to become needless.
+    """
+
+    name: str
+    what: str
+    seen_in: tuple[str, ...]
+    undone: str
+    gone_when: str
+
+    def log(self) -> None:
+        """Say, once in this process, that the plugin acts on it."""
+        logger.info_once(
+            "Acting on a quirk of vLLM %s (seen in %s): %s",
+            str(installed_version()),
+            ", ".join(self.seen_in),
+            self.name,
+        )
+
+
+GPU_ONLY_MODELS = Quirk(
+    name="MiniMax-M3's own classes cannot be imported on a CPU",
+    what="The classes import CUDA kernels, and vLLM says of the model that its architecture failed "
+    "to be inspected. On CPUs, gpu_only.GpuOnlyModel stands in for them and says what to do.",
+    seen_in=("0.32",),
+    undone="The class is registered in CPU processes only, for two architectures that no CPU runs.",
+    gone_when="vLLM's classes can be imported on a CPU, or say themselves why they cannot run.",
+)
+
+FROZEN_ATTENTION = Quirk(
+    name="attention would be captured into piecewise CUDA graphs, which are given up",
+    what="For some models, MiniMax-M3 among them, vLLM turns on 'breakable' piecewise CUDA graphs, "
+    "in which attention runs eagerly between captured pieces. A decorator reads the setting when "
+    "attention's module is imported, but VllmConfig makes the setting later, and quantized "
+    "checkpoints import that module before it. An engine process that is forked from there "
+    "(the default of LLM(...)) captures attention with the rest and replays it for other batches. "
+    "Short prompts are then answered with one token repeated for ever. That was seen on an H200 "
+    "with stock vLLM, in bf16 as in NVFP4 (docs/evidence/engine.md). `vllm serve` spawns its "
+    "engine, which is not affected.",
+    seen_in=("0.32",),
+    undone="Only cudagraph_mode of this engine's config changes: decode keeps its graphs, prefill "
+    "runs eagerly.",
+    gone_when="vLLM decides at capture, as 0.33 does.",
+)
+
+GROUPED_ROUTING = Quirk(
+    name="the CPU router takes a sigmoid only in groups, and gets one group",
+    what="CPURouter asserts softmax unless routing is grouped. Its grouped code knows the sigmoid "
+    "and the correction bias, and with one group it computes just the ungrouped routing.",
+    seen_in=("0.32",),
+    undone="Only the layer's own router object changes, and lives as long as the layer.",
+    gone_when="CPURouter accepts a sigmoid without groups.",
+)
+
+ROUTER_BIAS = Quirk(
+    name="the router's correction bias is not float32, and is converted",
+    what="vLLM's Transformers backend leaves the bias in the model's dtype, and vLLM's CUDA router "
+    'then stops with "bias tensor must be float32".',
+    seen_in=("0.32",),
+    undone="Only the layer and its own router get a float32 copy of the values that were loaded.",
+    gone_when="the Transformers backend converts the bias, or the router does.",
+)
+
+KERNEL_CHOICE = Quirk(
+    name="kernels are chosen by the activation's name, without its numbers",
+    what="vLLM asks an experts class about the activation's name alone. The order of backends, the "
+    "list of those that clamp, and what --moe-backend means are inside the function that asks.",
+    seen_in=("0.32",),
+    undone="The function's own code runs with one global name exchanged; vLLM's function stays.",
+    gone_when="experts classes are asked about the numbers, or the order is a value of its own.",
+)
+
+NEEDLESS_PADDING = Quirk(
+    name="Humming copies all weights to pad them by nothing, and no longer does",
+    what="Humming pads all weights before it repacks them, and PyTorch copies even where nothing "
+    "is padded, so that a layer's weights would be on the GPU three times. But Humming counts on "
+    "the copy for global scales, which it has expanded to all rows: its kernels take contiguous "
+    "tensors only.",
+    seen_in=("0.32",),
+    undone="torch.nn.functional.pad is exchanged while one layer is converted, and put back.",
+    gone_when="Humming, or PyTorch, does not copy what needs no padding.",
+)
+
+SHARED_EXPERTS = Quirk(
+    name="shared experts would be added up once per rank",
+    what="vLLM's Transformers backend sums routed and shared experts over tensor-parallel ranks, "
+    "but replicates a shared expert whose class it cannot split (MiniMax-M3's inline gate). Seen "
+    "on two CPU ranks in bf16, without this package: perplexity 22.00 for 20.08.",
+    seen_in=("0.32",),
+    undone="Nothing is changed: the model is refused.",
+    gone_when="the Transformers backend adds a replicated shared expert once.",
+)
+
+QUIRKS = (
+    GPU_ONLY_MODELS,
+    FROZEN_ATTENTION,
+    GROUPED_ROUTING,
+    ROUTER_BIAS,
+    KERNEL_CHOICE,
+    NEEDLESS_PADDING,
+    SHARED_EXPERTS,
+)
+
+
+def runner_of(layer: RoutedExperts) -> Any:
+    """The MoE runner that ``layer`` belongs to, None before it exists.
+
+    vLLM gives a method the layer alone; router and shared experts are the runner's.
+    """
+    from vllm.config import get_current_vllm_config
+
+    context = get_current_vllm_config().compilation_config.static_forward_context
+    return context.get(layer.layer_name)
+
+
+def shared_experts_counted_by_every_rank(layer: RoutedExperts) -> bool:
+    """Whether the ranks' sum would hold the shared expert once per rank (``SHARED_EXPERTS``)."""
+    from vllm.distributed import get_tensor_model_parallel_world_size
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+    shared = getattr(runner_of(layer), "shared_experts", None)
+    if (
+        shared is None
+        or get_tensor_model_parallel_world_size() == 1
+        or layer.moe_config.is_sequence_parallel
+    ):
+        return False
+    split = (ColumnParallelLinear, RowParallelLinear)
+    if any(isinstance(m, split) and m.tp_size > 1 for m in shared.modules()):
+        return False
+    SHARED_EXPERTS.log()
+    return True
+
+
+def use_grouped_routing(layer: RoutedExperts) -> None:
+    """Let vLLM's CPU router route ``layer`` by sigmoid with a correction bias
+    (``GROUPED_ROUTING``)."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    router: Any = getattr(runner_of(layer), "router", None)
+    if (
+        isinstance(router, CPURouter)
+        and router.scoring_func == "sigmoid"
+        and router.custom_routing_function is None
+        and not router.use_grouped_topk
+    ):
+        GROUPED_ROUTING.log()
+        router.use_grouped_topk = True
+        router.num_expert_group = router.topk_group = 1
+        layer.use_grouped_topk, layer.num_expert_group, layer.topk_group = True, 1, 1
+
+
+def route_with_float32_bias(layer: RoutedExperts) -> None:
+    """Give ``layer``'s router its correction bias in float32 (``ROUTER_BIAS``)."""
+    router: Any = getattr(runner_of(layer), "router", None)
+    bias = getattr(router, "e_score_correction_bias", None)
+    if bias is not None and bias.dtype != torch.float32:
+        ROUTER_BIAS.log()
+        router.e_score_correction_bias = layer.e_score_correction_bias = bias.data.float()
+
+
+def attention_break_is_armed() -> bool:
+    """Whether attention stays outside breakable CUDA graphs in this process
+    (``FROZEN_ATTENTION``)."""
+    from vllm.model_executor.layers.attention import attention
+
+    function: Any = attention.unified_attention_with_output
+    while function is not None:
+        if function.__code__.co_filename.endswith("breakable_cudagraph.py"):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def avoid_frozen_attention(vllm_config: VllmConfig) -> None:
+    """Keep vLLM from replaying attention that was captured for another batch
+    (``FROZEN_ATTENTION``). Changes ``cudagraph_mode`` of ``vllm_config``, and warns."""
+    import vllm.envs as envs
+
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if (
+        mode is None
+        or not mode.has_piecewise_cudagraphs()
+        or not envs.VLLM_USE_BREAKABLE_CUDAGRAPH
+        or attention_break_is_armed()
+    ):
+        return
+    FROZEN_ATTENTION.log()
+    compilation.cudagraph_mode = mode.without_piecewise()
+    logger.warning(
+        "vLLM would capture attention into its piecewise CUDA graphs in this process and then give "
+        "wrong text; cudagraph_mode %s -> %s. To keep piecewise graphs, start with "
+        "VLLM_WORKER_MULTIPROC_METHOD=spawn (as `vllm serve` does) or "
+        "VLLM_USE_BREAKABLE_CUDAGRAPH=1 in the environment",
+        mode.name,
+        compilation.cudagraph_mode.name,
+    )
+
+
+def select_nvfp4_moe_backend(kernels_of: Callable[[Any], list[Any]]) -> Callable[..., Any]:
+    """vLLM's function of that name, asking ``kernels_of(backend)`` instead of vLLM's classes
+    (``KERNEL_CHOICE``).
+
+    Raises:
+        RuntimeError: if vLLM's function is no longer made this way.
+    """
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+
+    function = nvfp4.select_nvfp4_moe_backend
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_freevars or "backend_to_kernel_cls" not in code.co_names:
+        raise RuntimeError(
+            f"vLLM {installed_version()} chooses its NVFP4 kernels in a way this package does not "
+            "know, and so cannot tell whether they apply the checkpoint's gate"
+        )
+    KERNEL_CHOICE.log()
+    names = {**function.__globals__, "backend_to_kernel_cls": kernels_of}
+    return FunctionType(code, names, function.__name__, function.__defaults__)
+
+
+@contextmanager
+def pad_only_what_needs_it() -> Iterator[None]:
+    """Within, ``torch.nn.functional.pad`` returns a tensor that needs no padding as it is, if it
+    is contiguous, and else a contiguous copy (``NEEDLESS_PADDING``)."""
+    original = torch.nn.functional.pad
+
+    def pad(
+        input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    ) -> torch.Tensor:
+        return original(input, list(pad), mode, value) if any(pad) else input.contiguous()
+
+    NEEDLESS_PADDING.log()
+    torch.nn.functional.pad = pad
+    try:
+        yield
+    finally:
+        torch.nn.functional.pad = original

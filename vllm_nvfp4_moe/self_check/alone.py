@@ -1,0 +1,96 @@
+"""Runs one layer's kernel and router while the model is still being loaded, without other ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import create_forward_context, override_forward_context
+
+from vllm_nvfp4_moe.quirks import runner_of
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from vllm_nvfp4_moe.interface import ExpertsBackend
+
+
+def route(
+    layer: RoutedExperts, x: torch.Tensor, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Router logits for kernels that route by themselves, and what vLLM's router makes of them.
+
+    Such kernels get the logits alone, and are to choose like vLLM's router.
+
+    Args:
+        x: ``[tokens, hidden]``, on the layer's device.
+        chosen: int ``[tokens, k]``, the global numbers of the experts that get the largest logits.
+
+    Returns:
+        logits float32 ``[tokens, experts]``; the router's weights float32 ``[tokens, k]`` and its
+        choice of experts ``[tokens, k]``. All are on x's device.
+    """
+    random = torch.Generator().manual_seed(1)
+    chosen = chosen.long().cpu()
+    logits = torch.randn(len(chosen), layer.global_num_experts, generator=random)
+    logits.scatter_(1, chosen, 4 + torch.rand(chosen.shape, generator=random))
+    logits = logits.to(x.device)
+    weights, ids = runner_of(layer).router.select_experts(hidden_states=x, router_logits=logits)
+    return logits, weights.float(), ids
+
+
+def run_alone(
+    layer: RoutedExperts,
+    method: ExpertsBackend,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """What ``method``'s kernel computes: ``[tokens, hidden]``, perhaps with padded columns.
+
+    Where vLLM's kernel would exchange tokens with other ranks, it runs between the steps that vLLM
+    uses for one rank.
+
+    Args:
+        x: ``[tokens, hidden]``, without padding.
+        weights, ids: the router's, ``[tokens, k]``.
+        logits: for a kernel that routes by itself, instead of ``weights`` and ``ids``.
+
+    Raises:
+        NotImplementedError: if the kernel cannot run so.
+    """
+    # vLLM's runner pads so too, for kernels that need other sizes.
+    x = torch.nn.functional.pad(x, (0, layer.moe_config.hidden_dim - x.shape[1]))
+    # Humming asks for the forward context, which vLLM does not set while it loads. It is not set
+    # here by vLLM's set_forward_context: with data parallelism that waits for the other ranks.
+    context = create_forward_context(None, get_current_vllm_config())
+    kernel = method.moe_kernel
+    try:
+        if kernel is not None:
+            method.moe_kernel = _for_one_rank(kernel)
+        with override_forward_context(context):
+            if method.is_monolithic:
+                return method.apply_monolithic(layer, x, logits)
+            return method.apply(layer, x, weights, ids, None, None)
+    finally:
+        method.moe_kernel = kernel
+
+
+def _for_one_rank(kernel: Any) -> Any:
+    from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import no_dp_ep, passthrough
+
+    modular = no_dp_ep.MoEPrepareAndFinalizeNoDPEPModular
+    monolithic = no_dp_ep.MoEPrepareAndFinalizeNoDPEPMonolithic
+    steps = kernel.prepare_finalize
+    if type(steps) in (modular, monolithic):  # other classes derive from these two
+        return kernel
+    standard = steps.activation_format == mk.FusedMoEActivationFormat.Standard
+    if not standard or type(steps).__module__ == passthrough.__name__:
+        raise NotImplementedError(
+            f"with {type(steps).__name__}, the kernel works on tokens of all ranks together"
+        )
+    alone = monolithic() if kernel.is_monolithic else modular()
+    return mk.FusedMoEKernel(alone, kernel.fused_experts)

@@ -1,0 +1,183 @@
+"""The self-check's batch, and what the checkpoint means its experts to make of it.
+
+The reference is computed in float32 from the weights as they were loaded, before any conversion for
+a kernel, and from the gate contract. So it shares nothing with the kernel but the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantize.experts.gates import Gate
+from quantize.nvfp4.format import BLOCK, E2M1_MAX, E4M3_MAX, decode, dequantize, pack, round_to_e2m1
+from vllm_nvfp4_moe.self_check.alone import route
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from vllm_nvfp4_moe.interface import ExpertsBackend
+
+TOKENS = 16
+"""Tokens in the batch."""
+_ACTIVE = 4
+"""Experts whose router weight is not zero. On CPUs half of them: there the reference takes long."""
+_UNLIMITED = 3.0
+"""Standard deviation of what goes into a gate without a limit."""
+
+
+@dataclass
+class Sample:
+    """A batch of tokens, and what the layer's experts should make of it.
+
+    Attributes:
+        x: ``[TOKENS, hidden]``, in the layer's dtype.
+        ids: the router's choice, int32 ``[TOKENS, k]``, global expert numbers.
+        weights: the router's weights, float32 ``[TOKENS, k]``.
+        logits: float32 ``[TOKENS, experts]``, from which the layer's router chooses ``ids``. None
+            unless the kernel routes by itself.
+        truth: the output of this rank's experts, float32 ``[TOKENS, hidden]``, under the contract's
+            gate and under each of some others.
+    """
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor | None = None
+    truth: dict[Gate, torch.Tensor] = field(default_factory=dict)
+
+
+def _others(gate: Gate) -> Iterator[Gate]:
+    """Gates that an engine may apply by mistake in place of ``gate``."""
+    yield Gate("silu")
+    yield Gate("gelu_tanh")
+    yield Gate("swiglu_oai", 1.702, 1.0, gate.limit or 7.0)
+    yield replace(gate, alpha=1.0)
+    yield replace(gate, beta=0.0)
+    yield replace(gate, limit=None)
+
+
+def make_sample(layer: RoutedExperts, method: ExpertsBackend) -> Sample:
+    """A sample for ``layer``.
+
+    Args:
+        layer: its weights are as the docstring of ``vllm_nvfp4_moe.method`` has them, not yet
+            converted for a kernel.
+        method: the layer's.
+    """
+    device = layer.w13_weight.device
+    random = torch.Generator().manual_seed(0)
+    local = {
+        expert: index
+        for expert in range(layer.global_num_experts)
+        if (index := layer._map_global_expert_id_to_local_expert_id(expert)) >= 0
+    }
+    numbers = list(local)
+    count = min(_ACTIVE if device.type != "cpu" else _ACTIVE // 2, len(numbers))
+    # The first, the last, and some between: a conversion may get just some experts wrong.
+    active = [numbers[i * (len(numbers) - 1) // max(count - 1, 1)] for i in range(count)]
+    hidden = layer.moe_config.hidden_dim_unpadded or layer.hidden_size
+    x = torch.randn(TOKENS, hidden, generator=random).to(device)
+    experts = {e: _Expert(layer, method, local[e], hidden) for e in active}
+    spread = torch.stack([e.hidden(x).std(dim=1, keepdim=True) for e in experts.values()]).amax(0)
+    # A larger scale could leave float16's range.
+    large = min(0.75 * method.gate.limit, 20.0) if method.gate.limit else _UNLIMITED
+    wanted = torch.where(torch.arange(TOKENS) % 2 == 0, large, 1.0).to(device).unsqueeze(1)
+    x = x * torch.where(spread > 0, wanted / spread, 1.0)
+    if method.quantizes_activations:
+        # Beyond this, block scales saturate and all gates give nearly the same.
+        most = E2M1_MAX * E4M3_MAX * layer.w13_input_scale.min()
+        x *= (most / x.abs().amax(1, keepdim=True)).clamp(max=1)
+    x = x.to(layer.params_dtype)
+    ids, weights = _routing(layer, active, random)
+    sample = Sample(x, ids.to(device), weights.to(device))
+    if method.is_monolithic:
+        sample.logits, sample.weights, sample.ids = route(layer, sample.x, sample.ids)
+    ids, weights = sample.ids.cpu(), sample.weights.cpu()
+    on_input = layer.apply_router_weight_on_input
+    for gate in dict.fromkeys([method.gate, *_others(method.gate)]):
+        sample.truth[gate] = torch.zeros(TOKENS, hidden, device=device)
+    for number in sorted({int(e) for e in ids[weights > 0]} & local.keys()):
+        expert = experts.get(number) or _Expert(layer, method, local[number], hidden)
+        tokens, slots = (ids == number).nonzero(as_tuple=True)
+        factor = weights[tokens, slots].to(device).unsqueeze(1)
+        tokens = tokens.to(device)
+        pre = expert.hidden(x[tokens] * factor.to(x.dtype) if on_input else x[tokens])
+        for gate, truth in sample.truth.items():
+            result = expert.output(gate.apply_stacked(pre))
+            truth.index_add_(0, tokens, result if on_input else result * factor)
+    return sample
+
+
+def _routing(
+    layer: RoutedExperts, active: list[int], random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int32 and weights float32, ``[TOKENS, k]``. Each token gets two of ``active``, and other
+    experts with a weight of zero."""
+    ids = torch.empty(TOKENS, layer.top_k, dtype=torch.int32)
+    weights = torch.zeros(TOKENS, layer.top_k)
+    # Only a few experts, since a CPU computes with each of them.
+    pool = torch.randperm(layer.global_num_experts, generator=random)[: 2 * layer.top_k + 2]
+    for token in range(TOKENS):
+        counted = [active[(token + i) % len(active)] for i in range(min(2, len(active)))]
+        counted = counted[: layer.top_k]
+        others = pool[torch.randperm(len(pool), generator=random)].tolist()
+        row = counted + [expert for expert in others if expert not in counted]
+        ids[token] = torch.tensor(row[: layer.top_k])
+        weights[token, : len(counted)] = torch.rand(len(counted), generator=random) + 0.25
+    return ids, weights
+
+
+class _Expert:
+    """One expert in float32: this rank's slice of its weights, and its inputs rounded as the kernel
+    rounds them.
+
+    Args:
+        index: the expert's place in the layer's parameters.
+        hidden: the hidden size without padding.
+    """
+
+    def __init__(
+        self, layer: RoutedExperts, method: ExpertsBackend, index: int, hidden: int
+    ) -> None:
+        scale = layer.w13_weight_scale_2[index, 0]
+        both = dequantize(layer.w13_weight[index], layer.w13_weight_scale[index], scale)
+        scale = layer.w2_weight_scale_2[index]
+        down = dequantize(layer.w2_weight[index], layer.w2_weight_scale[index], scale)
+        self.w13, self.w2 = both[:, :hidden], down[:hidden]
+        self.input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        if method.quantizes_activations:
+            w13, w2 = layer.w13_input_scale, layer.w2_input_scale
+            if method.input_scales_by_expert:
+                w13, w2 = w13[index], w2[index]
+            self.input_scales = w13.max(), w2.max()
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """What goes into the gate, float32 ``[tokens, 2 * intermediate]``."""
+        return self._seen(x.float(), 0) @ self.w13.T
+
+    def output(self, middle: torch.Tensor) -> torch.Tensor:
+        """The expert's output float32 ``[tokens, hidden]``, from what the gate gave."""
+        return self._seen(middle, 1) @ self.w2.T
+
+    def _seen(self, values: torch.Tensor, gemm: int) -> torch.Tensor:
+        if self.input_scales is None:
+            return values
+        return round_activations(values, self.input_scales[gemm])
+
+
+def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
+    """``x``, rounded to NVFP4 and back, as kernels with 4-bit activations do it.
+
+    Args:
+        x: float32 ``[tokens, n]``, where ``n`` is a multiple of 16.
+        input_scale: float32 scalar. The E4M3 block scales are multiplied by it.
+    """
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / E2M1_MAX / input_scale
+    step = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * input_scale
+    codes = round_to_e2m1(torch.where(step > 0, blocks / step, 0.0))
+    return (decode(pack(codes)) * step).flatten(-2)

@@ -1,0 +1,73 @@
+"""Every option of the plugin, in one place. Nothing else in this package reads the environment.
+
+===========================  ======================================================================
+variable                     meaning
+===========================  ======================================================================
+``NVFP4_MOE_SELF_CHECK``     ``0`` turns off the check that each kind of layer gets at load.
+``NVFP4_MOE_HOPPER``         ``0`` leaves Hopper GPUs to vLLM's own kernels.
+``NVFP4_MOE_ACTIVATIONS``    ``bf16`` (the default) or ``fp8``: what our Hopper kernel multiplies.
+``NVFP4_MOE_CACHE``          The folder of compiled kernels, ``~/.cache/vllm_nvfp4_moe`` by default.
+===========================  ======================================================================
+
+Beside them, the plugin respects two variables of vLLM by which users have the activations of vLLM's
+own kernels quantized, and CUDA's two that say where its compiler is.
+
+Variables are read when a function here is called, not when it is imported. An empty variable counts
+as one that is not set. This module imports nothing heavy: vLLM loads it in each of its processes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+NAME = "nvfp4_moe"
+"""What users give to ``--quantization``."""
+
+SELF_CHECK = "NVFP4_MOE_SELF_CHECK"
+HOPPER = "NVFP4_MOE_HOPPER"
+ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
+CACHE = "NVFP4_MOE_CACHE"
+
+HUMMING_INPUT = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
+"""vLLM's: how Humming quantizes activations."""
+MARLIN_INPUT = "VLLM_MARLIN_INPUT_DTYPE"
+"""vLLM's: the type to which Marlin quantizes activations."""
+
+
+def self_check() -> bool:
+    """Whether layers are checked at load (``NVFP4_MOE_SELF_CHECK``)."""
+    return os.environ.get(SELF_CHECK, "1") != "0"
+
+
+def hopper() -> bool:
+    """Whether our kernel may be chosen on a Hopper GPU (``NVFP4_MOE_HOPPER``)."""
+    return os.environ.get(HOPPER, "1") != "0"
+
+
+def activations() -> str:
+    """The type of the activations that our Hopper kernel multiplies (``NVFP4_MOE_ACTIVATIONS``).
+
+    Whoever has the kernels checks that there is one of that name.
+    """
+    return os.environ.get(ACTIVATIONS) or "bf16"
+
+
+def cache() -> Path:
+    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "vllm_nvfp4_moe")
+
+
+def humming_input() -> str | None:
+    """What the user wants Humming to quantize activations to; None if that was not said."""
+    return os.environ.get(HUMMING_INPUT) or None
+
+
+def marlin_input() -> str | None:
+    """What the user wants Marlin to quantize activations to; None if that was not said."""
+    return os.environ.get(MARLIN_INPUT) or None
+
+
+def cuda_home() -> str | None:
+    """CUDA's folder by ``CUDA_HOME``, else by ``CUDA_PATH``; None if neither is set."""
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
