@@ -45,8 +45,8 @@ ways, one had a gap of 0.625 and all others 0.25 at most. Tokens of another requ
 nats off."""
 
 PERPLEXITY = 2e-3
-"""Relative. Engines started again differ by 3e-4 over 48 rows (docs/evidence.md), and six rows are
-an eighth of the tokens."""
+"""Relative. Engines started again differ by 3e-4 over 48 rows (docs/evidence/engine.md), and six
+rows are an eighth of the tokens."""
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 

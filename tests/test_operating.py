@@ -1,4 +1,4 @@
-"""docs/operating.md and the deployment examples against vLLM's own parsers, names and code."""
+"""The operators' pages and the deployment examples against vLLM's own parsers, names and code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ import yaml  # type: ignore[import-untyped]
 
 from tests.conftest import ROOT
 
-PAGE = ROOT / "docs" / "operating.md"
-DOCS = (PAGE, ROOT / "docs" / "troubleshooting.md", ROOT / "README.md")
+PAGE = ROOT / "docs" / "operators" / "serving.md"
+PAGES = (PAGE, ROOT / "docs" / "operators" / "minimax-m3.md")
+DOCS = (
+    *PAGES,
+    ROOT / "docs" / "users" / "quantizing.md",
+    ROOT / "docs" / "users" / "troubleshooting.md",
+    ROOT / "README.md",
+)
 CONTAINERFILE = ROOT / "examples" / "Containerfile"
 MANIFEST = ROOT / "examples" / "kubernetes.yaml"
 
@@ -62,8 +68,9 @@ def inline(text: str) -> list[str]:
 
 
 def commands(first: str) -> list[list[str]]:
-    """Of docs/operating.md, those that begin with ``first``, as words without it."""
-    found = [line.split("  #")[0] for line in code(PAGE.read_text()) if line.startswith(first)]
+    """Of the operators' pages, those that begin with ``first``, as words without it."""
+    lines = [line for page in PAGES for line in code(page.read_text())]
+    found = [line.split("  #")[0] for line in lines if line.startswith(first)]
     assert found
     return [shlex.split(line.removeprefix(first)) for line in found]
 
@@ -80,7 +87,7 @@ def test_vllm_parses_each_serve_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_flags_in_text_exist(page: Path) -> None:
-    from quantize.cli import app
+    from quantize.cli.app import app
 
     group: Any = typer.main.get_command(app)
     ours = {o for c in group.commands.values() for p in c.params for o in p.opts + p.secondary_opts}
@@ -139,7 +146,7 @@ def test_metrics_exist() -> None:
 def test_log_lines_that_operators_look_for_exist() -> None:
     lines = ["Initializing a V1 LLM engine", "Available KV cache memory", "KV cache size: "]
     for line in lines:
-        assert line.removesuffix(": ") in PAGE.read_text()
+        assert any(line.removesuffix(": ") in page.read_text() for page in PAGES)
         command = ["grep", "-rlF", "--include=*.py", line, str(vllm_folder() / "v1")]
         assert subprocess.run(command, capture_output=True, check=False).stdout, line
 

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md has an entry for every message of the plugin, and none for others."""
+"""docs/users/troubleshooting.md has an entry for every message of the plugin, and no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.messages import HOLE, Message, Source, has_words
 
-PAGE = ROOT / "docs" / "troubleshooting.md"
+PAGE = ROOT / "docs" / "users" / "troubleshooting.md"
 PLUGIN, QUANTIZER = ROOT / "vllm_nvfp4_moe", ROOT / "quantize"
 SOURCE = Source(PLUGIN, QUANTIZER)
 

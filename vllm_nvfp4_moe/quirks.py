@@ -73,8 +73,8 @@ FROZEN_ATTENTION = Quirk(
     "checkpoints import that module before it. An engine process that is forked from there "
     "(the default of LLM(...)) captures attention with the rest and replays it for other batches. "
     "Short prompts are then answered with one token repeated for ever. That was seen on an H200 "
-    "with stock vLLM, in bf16 as in NVFP4 (docs/evidence.md). `vllm serve` spawns its engine, "
-    "which is not affected.",
+    "with stock vLLM, in bf16 as in NVFP4 (docs/evidence/engine.md). `vllm serve` spawns its "
+    "engine, which is not affected.",
     seen_in=("0.32",),
     undone="Only cudagraph_mode of this engine's config changes: decode keeps its graphs, prefill "
     "runs eagerly.",

@@ -137,6 +137,6 @@ def _nothing_found(checkpoint: Checkpoint) -> str:
         f"{checkpoint.folder}: no routed experts found among {len(checkpoint.tensors)} tensors. "
         "Looked for '….experts.gate_up_proj' with '….experts.down_proj' (three dimensions), "
         "'….experts.E.w1|w3|w2.weight' and '….experts.E.gate_proj|up_proj|down_proj.weight', and "
-        "names that some models have instead (docs/families.md). "
+        "names that some models have instead (docs/users/families.md). "
         f"{left if drafting else ''}The tensors are (N for numbers):\n  {shown}"
     )

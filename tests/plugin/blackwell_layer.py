@@ -21,7 +21,7 @@ NUMBERED = (M3, OTHER, CLAMPED_SILU)
 
 
 def applied(gate: Gate, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """``swiglu_oai``, as docs/families.md has it."""
+    """``swiglu_oai``, as docs/users/families.md has it."""
     if gate.limit is not None:
         g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
     return (u + gate.beta) * g / (1 + torch.exp(-gate.alpha * g))

@@ -207,7 +207,8 @@ def test_marlin_scales(
 
 def test_flashinfer_b12x_rounds_block_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last step is not a change of layout: block scale times global scale becomes E4M3 again,
-    whose smallest value is 2^-9. Said in docs/backends.md; only ``--moe-backend`` selects it."""
+    whose smallest value is 2^-9. docs/operators/backends.md says so; only ``--moe-backend`` selects
+    it."""
     module = importlib.import_module(f"{FUSED_MOE}.experts.flashinfer_b12x_moe")
     monkeypatch.setattr(module, "flashinfer_convert_sf_to_mma_layout", lambda scale, **_: scale)
     experts = Experts.random(256, 64)

@@ -1,6 +1,7 @@
 """Which of vLLM's kernels run where, with the device, FlashInfer and Humming pretended.
 
-``CHOICES`` was derived by reading vLLM 0.32 (docs/backends.md has the places), not from its output.
+``CHOICES`` was derived by reading vLLM 0.32 (docs/operators/backends.md has the places), not from
+its output.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ UNLIMITED = Gate("swiglu_oai", alpha=1.702, beta=1.0)
 STEP_5 = Gate("swiglu_step", limit=5.0)
 STEP_UNLIMITED = Gate("swiglu_step")
 
-# Of each backend, the gates it was read to apply (docs/backends.md has the lines).
+# Of each backend, the gates it was read to apply (docs/operators/backends.md has the lines).
 ELEMENTWISE = {SILU, M3, CLAMPED_SILU, STEP, GELU, GELU_TANH}
 APPLIED = {
     "FLASHINFER_TRTLLM": {SILU, M3, CLAMPED_SILU, UNLIMITED, GELU_TANH},

@@ -1,6 +1,6 @@
 """What the GPU backend hands to vLLM's oracle, with its conversion and kernel taken out.
 
-The conversions and kernels themselves need a GPU; docs/evidence.md has what ran on one.
+The conversions and kernels themselves need a GPU; docs/evidence/ has what ran on one.
 """
 
 from __future__ import annotations

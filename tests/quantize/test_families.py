@@ -24,7 +24,6 @@ from quantize.errors import QuantizeError
 from quantize.experts.find import find
 from quantize.experts.gates import Gate, Gates, from_contract
 from quantize.experts.identify import identify
-from tests.conftest import ROOT
 from tests.quantize import checkpoints, families, reference
 from tests.quantize.families import UNSUPPORTED
 
@@ -280,7 +279,7 @@ def test_the_tiny_model_has_a_tower_where_the_family_has_one(
 
 def test_the_table_is_current() -> None:
     """If this fails: python -m tests.quantize.families"""
-    assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == families.page()
+    assert families.FILE.read_text(encoding="utf-8") == families.page()
 
 
 def test_gates_of_the_table() -> None:

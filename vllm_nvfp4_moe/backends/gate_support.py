@@ -1,4 +1,4 @@
-"""Which gates vLLM's NVFP4 kernels really apply; docs/backends.md says where that was read.
+"""Which gates vLLM's NVFP4 kernels really apply; docs/operators/backends.md has the places.
 
 vLLM asks a kernel about an activation's name alone. Some kernels answer yes and then apply another
 formula, fixed numbers, or swapped halves. The table here lists what was read in their source, so a
