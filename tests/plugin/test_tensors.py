@@ -14,7 +14,7 @@ from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 def test_is_what_the_layout_stores(layout) -> None:
     (weight,) = plainly([torch.randn(48, 64)])
-    stored = dict(zip(layout.suffixes, layout.store(weight, 0.5), strict=True))
+    stored = layout.store(weight) | layout.store_input_scale(0.5)
     assert list(EXPERT_TENSORS) == list(TensorKind)
     for tensor in EXPERT_TENSORS.values():
         found = stored.pop(tensor.suffix(layout))
