@@ -1,8 +1,9 @@
 """The messages that a package's code can give, read off its source.
 
 A message is what is raised, what ``refuse`` is called with, and what is logged as a warning or
-worse. Where code puts a value into a message, the message here has ``…``. A message that comes from
-a function (``return "…"``) or a name is followed there.
+worse. Where code puts a value into a message, the message here has ``…``, unless the value is a
+string that another module defines (``settings.CACHE``). A message that comes from a function
+(``return "…"``) or a name is followed there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 HOLE = "…"
 _LEVELS = {"warning", "warning_once", "error", "exception", "critical"}
 _DEPTH = 4
+_DIRECTIVE = r"%[.\d]*[sdgrf]"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Source:
         if isinstance(node, ast.Constant):
             if not isinstance(node.value, str):
                 return []
-            return [re.sub(r"%[.\d]*[sdgrf]|\{\w*\}", HOLE, node.value)]
+            return [re.sub(rf"{_DIRECTIVE}|\{{\w*\}}", HOLE, node.value)]
         if isinstance(node, ast.JoinedStr):
             return self._joined(node, scope, depth)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -103,12 +105,25 @@ class Source:
             more = [HOLE]
             if isinstance(part, ast.Constant):
                 more = [str(part.value)]
+            elif isinstance(part, ast.FormattedValue):
+                more = [self._constant(part.value) or HOLE]
             texts = [a + b for a in texts for b in more]
         if any(has_words(text) for text in texts):
             return texts
         # All of it is put in: the message is what the last value is.
         values = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
         return self._texts(values[-1], scope, depth - 1) if values and depth else texts
+
+    def _constant(self, node: ast.expr) -> str | None:
+        """The string that ``module.NAME`` is, None for anything else."""
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            return None
+        for file, module in self.modules.items():
+            if file.stem == node.value.id:
+                value = _Scope(module, module).value(node.attr)
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    return value.value
+        return None
 
     def _called(self, node: ast.Call, scope: _Scope, depth: int) -> list[str]:
         function = node.func
@@ -152,7 +167,20 @@ def _message_of(node: ast.AST) -> ast.expr | None:
         return node.args[0]
     owner = function.value
     if function.attr in _LEVELS and isinstance(owner, ast.Name) and owner.id == "logger":
-        first = node.args[0]
-        bare = isinstance(first, ast.Constant) and first.value == "%s"
-        return node.args[1] if bare else first
+        return _logged(node.args[0], node.args[1:])
     return None
+
+
+def _logged(first: ast.expr, values: list[ast.expr]) -> ast.expr:
+    """What a logger makes of a format and its values."""
+    if not isinstance(first, ast.Constant) or not isinstance(first.value, str):
+        return first
+    if first.value == "%s":
+        return values[0]
+    texts = re.split(_DIRECTIVE, first.value)
+    if len(texts) != len(values) + 1 or not has_words("".join(texts)):
+        return first
+    parts: list[ast.expr] = [ast.Constant(texts[0])]
+    for value, text in zip(values, texts[1:], strict=True):
+        parts += [ast.FormattedValue(value, -1), ast.Constant(text)]
+    return ast.JoinedStr(parts)

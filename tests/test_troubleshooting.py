@@ -76,6 +76,7 @@ def test_every_entry_for_vllm_is_a_string_in_it(phrase: str) -> None:
 
 
 def test_messages_are_read_off_source(tmp_path: Path) -> None:
+    (tmp_path / "settings.py").write_text('HOME = "NVFP4_HOME"\n')
     (tmp_path / "a.py").write_text(
         '_TEXT = "wants {x}"\n'
         "def why(n) -> str | None:\n"
@@ -85,10 +86,12 @@ def test_messages_are_read_off_source(tmp_path: Path) -> None:
         '    logger.warning("%s: %d of it", name, n)\n'
         "    if (problem := why(n)):\n"
         '        self.refuse(f"{name}: {problem}")\n'
+        '    logger.warning("%s=%s is odd", settings.HOME, n)\n'
+        '    logger.error("%s", why(n))\n'
         "    raise ValueError(_TEXT.format(x=n))\n"
     )
     found = {m.text for m in Source(tmp_path).messages(tmp_path)}
-    assert found == {"…: … of it", "because of …", "wants …"}
+    assert found == {"…: … of it", "because of …", "NVFP4_HOME=… is odd", "wants …"}
 
 
 WITHOUT_PLUGIN = """
