@@ -62,7 +62,7 @@ def is_foreign(raw: dict[str, Any]) -> bool:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """No request to the hub within this context.
+    """Within this context, nothing is requested from the hub.
 
     Some models would fetch parts from the hub when they are built.
     """
@@ -91,7 +91,10 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Build models whose parameters are on the meta device, but whose buffers have their values."""
+    """Within this context, models are built with parameters on the meta device.
+
+    Their buffers have values and take memory.
+    """
     register = torch.nn.Module.register_parameter
 
     def register_on_meta(

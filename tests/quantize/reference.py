@@ -83,7 +83,7 @@ def max_rule(*weights: np.ndarray) -> tuple[np.float32, list[tuple[np.ndarray, n
 
 
 def unpack(packed: np.ndarray) -> np.ndarray:
-    # At most two values are nearest. The one with the even index has 0 as its last bit.
+    """The codes of packed bytes: byte k has code 2k in its low nibble, 2k + 1 in its high one."""
     codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.int64)
     codes[..., 0::2] = packed % 16
     codes[..., 1::2] = packed // 16

@@ -81,7 +81,7 @@ def drive(module: torch.nn.Module) -> Driven:
         gemms = _Gemms(row.view(2, -1) if gated and not joined else row)
         with gemms, torch.no_grad():
             module(*arguments)
-        assert gemms.result is not None  # it was not in the first run
+        assert gemms.result is not None  # the first run had one
         return gemms.result.reshape(-1, gemms.result.shape[-1])[0]
 
     return Driven(gated, joined, run)

@@ -18,7 +18,7 @@ class Gate:
         form: a key of ``FORMS``.
         alpha: the factor inside the sigmoid.
         beta: the number that is added to up.
-        limit: gate is clamped to at most ``limit``, up to ``[-limit, limit]``; None for no clamp.
+        limit: the clamp, ``(-inf, limit]`` for gate and ``[-limit, limit]`` for up; None for none.
         interleaved: whether rows are stored as gate, up, gate, up, ...; if not, all rows of gate
             come before all rows of up.
 
