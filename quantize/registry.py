@@ -1,7 +1,7 @@
-"""A registry: things by name, each imported when it is first asked for.
+"""A registry: a mapping of names to objects, each of which is imported when it is looked up.
 
-So the command line can list every layout, scale rule and rounding without importing PyTorch or a
-layout's library, and adding one is a file of its own and one line in its registry.
+With it the command line can list every layout, scale rule and rounding without importing PyTorch or
+the library of a layout. To add one, write a file for it and add one line to its registry.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """Read-only, in the order given.
+    """A read-only mapping in the order given.
 
     Args:
-        places: by name, where the thing is: ``"package.module:attribute"``.
+        places: by name, where the object is: ``"package.module:attribute"``.
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
-"""Which files a checkpoint consists of, and what their headers say: nothing else is read.
+"""The files of a checkpoint and the headers of its safetensors files. No tensor data is read.
 
-Everything here is data from somewhere else, so what does not fit together is an error.
+A checkpoint may come from anywhere, so this module trusts nothing in it: files and headers that
+contradict each other are an error.
 """
 
 from __future__ import annotations
@@ -23,25 +24,30 @@ INDEX = "model.safetensors.index.json"
 
 _NUMBERED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,9})\.safetensors")
 _ABSURD_NUMBER = re.compile(r"\d{19}")
-"""In a tensor's name. Python itself refuses to read numbers of some thousand digits."""
+"""A number in a tensor's name that is too long to mean anything. Python refuses to convert strings
+of some thousand digits to integers."""
 
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?)$")
 _MAX_COUNT = 1000
-"""Layers that a config may have in any case; more need as many tensors. All of them are built, if
-only without memory, to find the gate."""
+"""Number of layers that a config may always state. A larger number must not exceed the number of
+tensors: finding the gate builds every layer (without memory for its weights), which takes time."""
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, else those that lie there.
+    """The safetensors files of a checkpoint.
+
+    These are the files that its index names. Without an index they are ``model.safetensors``, or
+    else all ``*.safetensors`` files of the folder.
 
     Raises:
-        QuantizeError: if there are none, one is missing, or the index names something else.
+        QuantizeError: if there are no files, if one is missing, or if the index names something
+            that is not a plain file name.
     """
     index = folder / INDEX
     if not os.path.lexists(index):  # a broken link is an error, not a checkpoint without one
         files = sorted(folder.glob("*.safetensors"))
         single = folder / "model.safetensors"
-        if single in files:  # what lies beside it (an adapter, a consolidated copy) is not it
+        if single in files:  # the other files (an adapter, a consolidated copy) are not the model
             return [single]
         if not files:
             raise QuantizeError(
@@ -52,7 +58,7 @@ def find_files(folder: Path) -> list[Path]:
         return files
     names = set(_weight_map(index).values())
     for name in sorted(names):
-        # An index is data from somewhere else: it must not point out of its folder.
+        # An index may come from anywhere: it must not name files outside of its folder.
         if Path(name).name != name or name in ("", ".."):
             raise QuantizeError(f"{index}: shard name {name!r} is not a plain file name")
         if not (folder / name).exists():
@@ -64,11 +70,12 @@ def read_header(file: Path) -> list[TensorInfo]:
     """All tensors of a safetensors file, in the order of their data.
 
     Raises:
-        QuantizeError: if the file is not whole, or a tensor has a dtype or name that means nothing.
+        QuantizeError: if the file is incomplete, or if a tensor has an unsupported dtype or a name
+            with an invalid number.
     """
     try:
         with safe_open(file, framework="pt"):
-            pass  # the library's checks: sizes, offsets, dtypes, the header's own length
+            pass  # opening runs the library's checks: sizes, offsets, dtypes, header length
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -92,7 +99,10 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 
 def check_index(folder: Path, stored: Mapping[str, TensorInfo]) -> None:
-    """Raise QuantizeError if the index, where there is one, names a tensor that is not there."""
+    """Raise QuantizeError if the index names a tensor that its file does not hold.
+
+    A checkpoint without an index passes.
+    """
     index = folder / INDEX
     if not os.path.lexists(index):
         return
@@ -103,7 +113,12 @@ def check_index(folder: Path, stored: Mapping[str, TensorInfo]) -> None:
 
 
 def check_counts(file: Path, config: dict[str, Any], tensors: int) -> None:
-    """Raise QuantizeError if ``config``, read from ``file``, has more layers than can be."""
+    """Raise QuantizeError if ``config`` states more layers than a checkpoint could hold.
+
+    Args:
+        file: the file that ``config`` was read from, for the message.
+        tensors: the number of tensors in the checkpoint.
+    """
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
     for key, count in (item for part in parts for item in part.items()):
         limit = max(_MAX_COUNT, tensors)
@@ -119,7 +134,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_numbers(files: list[Path]) -> None:
-    """Without an index, only ``-of-00007`` in the names says how many files there should be."""
+    """Raise QuantizeError if shards are missing from a checkpoint without an index.
+
+    Only the ``-of-00007`` in their names says how many there should be.
+    """
     found = Counter(
         (match["stem"], int(match["count"]))
         for file in files
@@ -134,5 +152,8 @@ def _check_numbers(files: list[Path]) -> None:
 
 
 def _has_foreign_digits(name: str) -> bool:
-    """Digits such as ² are numbers to some of Python's functions, and none to others."""
+    """Whether ``name`` has digits outside of ASCII, such as ².
+
+    Some of Python's functions take them for numbers and others do not.
+    """
     return not name.isascii() and any(c.isdigit() and not c.isascii() for c in name)

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, or a repository of the Hugging Face hub."""
+"""Finding a checkpoint's folder: it is on disk, or is downloaded from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ _DOWNLOADED = [
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
     *("LICENSE*", "NOTICE*", "*.md"),
 ]
-"""What is fetched from the hub. Python files are copied, and run only with the user's trust."""
+"""Patterns of the files that are downloaded. Python files are among them, so that they are copied
+to the target; they run only with ``--trust-remote-code``."""
 
 
 def resolve(source: str) -> Path:
-    """The folder of ``source``: a folder as it is, a hub id downloaded (or found in the cache)."""
+    """The folder that holds the checkpoint ``source``.
+
+    Args:
+        source: a folder, which is returned as it is, or a hub id such as ``org/name``, which is
+            downloaded unless it is in the hub's cache.
+
+    Raises:
+        QuantizeError: if ``source`` is neither, or if the download fails.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -32,7 +41,7 @@ def resolve(source: str) -> Path:
         )
     except (
         Exception
-    ) as error:  # the hub's own, OSErrors, and those of whichever HTTP library it uses
+    ) as error:  # the hub's errors, OSError, and the errors of the HTTP library that it uses
         raise QuantizeError(
             f"{source} is not a folder here, and downloading it from the hub failed: "
             + " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Reading JSON files of a checkpoint, which may come from anywhere."""
+"""Reading the JSON files of a checkpoint. They may come from anywhere and are not trusted."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 from quantize.errors import QuantizeError
 
 _MAX_DEPTH = 100
-"""Levels of nesting in a JSON file; Python's own functions fail at some hundreds."""
+"""Most levels of nesting in a JSON file. Python's own functions fail at some hundreds."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from ``file``.
+    """Read a JSON object from ``file``.
 
     Raises:
-        QuantizeError: if the file is missing, not JSON, or not an object.
+        QuantizeError: if the file is missing, is not JSON, does not hold an object, or is nested
+            too deep.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

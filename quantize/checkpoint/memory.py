@@ -1,20 +1,25 @@
-"""Memory that is used again and again: getting it from the system costs as much as filling it."""
+"""A buffer that is reused for many tensors.
+
+Getting new memory from the operating system costs as much time as filling it.
+"""
 
 from __future__ import annotations
 
 import torch
 
-_ALIGN = 64  # a cache line: also every dtype's alignment
+_ALIGN = 64  # bytes of a cache line; this also aligns every dtype
 
 
 class Arena:
-    """One growing buffer, cut into pieces until :meth:`reset`; then they are all reused.
+    """One buffer from which :meth:`take` hands out pieces until :meth:`reset` frees them all.
 
-    For one thread. Pieces are invalid after ``reset``.
+    The buffer grows as needed. A piece must not be used after ``reset``. An arena is for one
+    thread only.
 
     Args:
-        nbytes: to begin with.
-        pinned: page-locked, so that a GPU copies from and to it by itself (needs CUDA).
+        nbytes: initial size of the buffer.
+        pinned: whether the buffer is page-locked, so that a GPU can copy from and to it
+            asynchronously (needs CUDA).
     """
 
     def __init__(self, nbytes: int = 0, pinned: bool = False) -> None:
@@ -29,15 +34,16 @@ class Arena:
         self._used += -(-nbytes // _ALIGN) * _ALIGN
         self._wanted = max(self._wanted, self._used)
         if self._used > len(self._buffer):
-            # Pieces in use keep the old buffer alive; from the next reset on there is one again.
+            # Pieces in use keep the old buffer alive. The next reset allocates one buffer that is
+            # large enough for all.
             self._buffer = self._allocate(self._used)
             start, self._used = 0, -(-nbytes // _ALIGN) * _ALIGN
         return self._buffer[start : start + nbytes]
 
     def reset(self) -> None:
-        """All pieces are free again."""
+        """Free all pieces, and grow the buffer if they did not fit into it."""
         if self._wanted > len(self._buffer):
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # freed before the larger one comes
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one before the new one
             self._buffer = self._allocate(self._wanted)
         self._used = self._wanted = 0
 

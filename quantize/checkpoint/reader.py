@@ -1,8 +1,8 @@
-"""A checkpoint on disk: its config, and where each tensor lies. Nothing is loaded until asked.
+"""A checkpoint on disk: its config, where each tensor lies, and reading tensors one by one.
 
-Files are read with ``pread``, not mapped into memory: a file that is cut off, or a disk that fails,
-is then an error message instead of the signal that kills a process, and memory holds what was
-asked for and no more.
+Files are read with ``preadv`` and not mapped into memory, for two reasons. If a file is cut off or
+a disk fails, a read raises an error with a message, where a mapping would kill the process by a
+signal. And memory holds only the tensors that were asked for.
 """
 
 from __future__ import annotations
@@ -26,29 +26,36 @@ from quantize.checkpoint.tensors import BYTES, DTYPES, TensorInfo
 from quantize.errors import QuantizeError
 
 _SAMPLES, _SAMPLE = 16, 256
-"""Tensors a file of which the middle is looked at to tell checkpoints apart, and bytes of each."""
+"""For :meth:`Checkpoint.sample`: how many tensors of each file are sampled (about), and how many
+bytes from the middle of each."""
 
 _MAX_OPEN = 256
-"""Files kept open; those beyond are opened for each read, so that no limit is ever met."""
+"""Most files that stay open. Further files are opened for each read, so that a checkpoint of many
+files does not reach the system's limit of open files."""
 
 
 class Checkpoint:
     """A folder of safetensors files with a ``config.json``.
 
-    Use as a context manager: files stay open until it ends. Reading is safe from several threads.
+    Use it as a context manager: leaving the context closes the files. Several threads may read at
+    the same time.
 
     Args:
         folder: must hold ``config.json`` and ``*.safetensors``, with or without an index.
-        decode: whether weights in a known quantized format appear as floats.
+        decode: whether weights in a known quantized format (``quantize.checkpoint.sources``) are
+            presented as floats.
 
     Attributes:
-        stored: every tensor in the files.
-        tensors: every tensor of the model: those of ``stored``, but with each weight that a known
-            format (``quantize.checkpoint.sources``) splits into codes and scales as one tensor,
-            ``BF16``.
+        folder: the folder.
+        config: the contents of ``config.json``.
+        files: the safetensors files.
+        stored: every tensor in the files, by name.
+        tensors: every tensor of the model, by name. These are the tensors of ``stored``, except
+            that the codes and scales of a weight in a known quantized format are replaced by one
+            tensor with the weight's name and shape and dtype ``BF16``.
 
     Raises:
-        QuantizeError: naming the file or tensor that is missing or malformed.
+        QuantizeError: if a file or tensor is missing or malformed; the message names it.
     """
 
     def __init__(self, folder: Path, decode: bool = True) -> None:
@@ -78,37 +85,40 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, as stored."""
+        """Total size in bytes of all tensors, as stored."""
         return sum(t.nbytes for t in self.stored.values())
 
     @property
     def formats(self) -> set[str]:
-        """Names of the quantized formats that some tensors are stored in."""
+        """Names of all quantized formats that occur in the files, decoded ones and others."""
         decoded = {weight.format for weight in self._stored_weights.values()}
         return decoded | undecodable(self.stored)
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """The stored tensors that ``tensors[name]`` consists of: mostly just itself."""
+        """Names of the stored tensors that make up ``tensors[name]``.
+
+        For a weight in a quantized format these are its codes and scales, else just ``name``.
+        """
         weight = self._stored_weights.get(name)
         return weight.parts if weight else (name,)
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes in the files of ``tensors[name]``."""
+        """Number of bytes that ``tensors[name]`` takes in the files."""
         return sum(self.stored[part].nbytes for part in self.parts(name))
 
     def text_config(self) -> dict[str, Any]:
-        """The language model's part of the config: nested in a multimodal one."""
+        """The language model's config: ``text_config`` if multimodal, else the whole config."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
     def load(
         self, name: str, arena: Arena | None = None, device: torch.device | None = None
     ) -> torch.Tensor:
-        """One whole tensor: as stored, or dequantized to float32.
+        """Read one whole tensor: as stored, or dequantized to float32.
 
         Args:
-            arena: where memory for what is read comes from; else it is new.
-            device: where the tensor goes, and where it is dequantized.
+            arena: supplies the memory on the CPU; without it, new memory is allocated.
+            device: the device of the result, on which it is also dequantized; the CPU if None.
         """
         return self._load(name, None, arena, device)
 
@@ -120,18 +130,24 @@ class Checkpoint:
         arena: Arena | None = None,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        """``tensor[expert]`` of a stacked tensor, without reading the rest of it.
+        """Read ``tensor[expert]`` of a stacked tensor, without reading the other experts.
 
         Args:
-            experts: how many lie one after another in the first dimension, where they have none of
-                their own.
+            experts: the number of experts, for a tensor without a dimension of experts: it holds
+                them one after another along its first dimension.
+            arena: as for :meth:`load`.
+            device: as for :meth:`load`.
         """
-        if experts and name in self._stored_weights:  # block scales need not end where experts do
+        # A block scale may cover the end of one expert and the start of the next: read all.
+        if experts and name in self._stored_weights:
             return self._load(name, None, arena, device).unflatten(0, (experts, -1))[expert]
         return self._load(name, (expert, experts), arena, device)
 
     def read_into(self, buffer: torch.Tensor, info: TensorInfo, start: int = 0) -> None:
-        """Fill ``buffer`` (uint8) with the data of ``info`` from byte ``start`` on.
+        """Fill ``buffer`` (uint8) with data of the tensor ``info``.
+
+        Args:
+            start: the offset in bytes within the tensor's data.
 
         Raises:
             QuantizeError: if the file cannot be read, or ends early.
@@ -156,19 +172,25 @@ class Checkpoint:
                 os.close(descriptor)
 
     def will_need(self, name: str, expert: int | None = None, experts: int | None = None) -> None:
-        """Ask the system to read a tensor (or an expert of it) from disk ahead of time."""
+        """Ask the operating system to read a tensor, or one expert of it, into its file cache.
+
+        The call returns at once. ``expert`` and ``experts`` are as for :meth:`load_expert`.
+        """
         which = None if expert is None else (expert, experts)
         for info in (self.stored[part] for part in self.parts(name)):
             start, size, _ = _extent(info, which)
             descriptor, keep = self._descriptor(info.file)
             if hasattr(os, "posix_fadvise"):
-                with suppress(OSError):  # it is only advice; reading says what is wrong
+                with suppress(OSError):  # it is only advice; the read itself reports errors
                     os.posix_fadvise(descriptor, info.offset + start, size, os.POSIX_FADV_WILLNEED)
             if not keep:
                 os.close(descriptor)
 
     def sample(self) -> str:
-        """A digest of a little of every file's data: other weights of the same shapes differ."""
+        """A SHA-256 hex digest of a few bytes of every file.
+
+        It tells this checkpoint from another one with the same names and shapes.
+        """
         digest = hashlib.sha256()
         tensors: dict[Path, list[TensorInfo]] = {file: [] for file in self.files}
         for info in self.stored.values():
@@ -190,7 +212,7 @@ class Checkpoint:
         if weight is None:
             return parts[0]
         out = None
-        if arena and parts[0].device.type == "cpu":  # a GPU's allocator reuses memory by itself
+        if arena and parts[0].device.type == "cpu":  # PyTorch's allocator reuses a GPU's memory
             count = math.prod(weight.shape if expert is None else weight.shape[1:])
             out = arena.take(4 * count).view(torch.float32)
         return weight.decode(*parts, out=out)
@@ -202,7 +224,7 @@ class Checkpoint:
         return buffer.view(DTYPES[info.dtype]).view(shape)
 
     def _descriptor(self, file: Path) -> tuple[int, bool]:
-        """An open file, and whether it stays open."""
+        """A descriptor of ``file``, and whether it stays open (else the caller closes it)."""
         with self._lock:
             descriptor = self._open.get(file)
             if descriptor is not None:
@@ -217,6 +239,7 @@ class Checkpoint:
             return descriptor, False
 
     def _decoded_view(self) -> dict[str, TensorInfo]:
+        """``stored``, with the parts of each decoded weight replaced by one tensor."""
         view: dict[str, TensorInfo] = {}
         owner = {
             part: name for name, weight in self._stored_weights.items() for part in weight.parts
@@ -232,11 +255,15 @@ class Checkpoint:
 
 
 _Expert = tuple[int, int | None]
-"""An expert's number, and how many lie one after another without a dimension of their own."""
+"""An expert's number, and the number of experts if the tensor holds them one after another along
+its first dimension (None if it has a dimension of experts)."""
 
 
 def _extent(info: TensorInfo, expert: _Expert | None) -> tuple[int, int, tuple[int, ...]]:
-    """Where in a tensor's data an expert's begins, its size, both in bytes, and its shape."""
+    """Offset in bytes, size in bytes and shape of one expert within a tensor's data.
+
+    Without an expert, they are those of the whole tensor.
+    """
     if expert is None:
         return 0, info.nbytes, info.shape
     number, count = expert

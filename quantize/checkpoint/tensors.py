@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint: its name, dtype and shape, and where it is, once it is written."""
+"""One tensor of a checkpoint: its name, dtype, shape and place in a file; and the known dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-"""Bytes an element, by safetensors' names of dtypes."""
+"""Bytes per element, by safetensors' name of the dtype."""
 
 
 DTYPES = {
@@ -24,22 +24,24 @@ DTYPES = {
     "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
-"""PyTorch's dtypes, by safetensors' names of them."""
+"""PyTorch's dtype, by safetensors' name of it."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""safetensors' names of PyTorch's dtypes."""
+"""safetensors' name of a dtype, by PyTorch's dtype."""
 
 PLAIN = ("BF16", "F16", "F32")
-"""Source dtypes that can be quantized."""
+"""Dtypes that can be quantized, by safetensors' names."""
 
 
 class TensorInfo(NamedTuple):
-    """What a safetensors header says of one tensor, read or to be written.
+    """One tensor's entry in a safetensors header, either read or to be written.
 
     Attributes:
-        dtype: safetensors' name of it.
-        file: where the tensor is; the empty path for one that is still to be written.
-        offset: bytes before its data in ``file``.
+        name: the tensor's name.
+        dtype: safetensors' name of its dtype, a key of ``BYTES``.
+        shape: its shape.
+        file: the file that holds it; the empty path if it is still to be written.
+        offset: offset in bytes of its data within ``file``.
     """
 
     name: str
@@ -50,5 +52,5 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Size of its data in bytes."""
         return math.prod(self.shape) * BYTES[self.dtype]

@@ -1,12 +1,18 @@
-"""Finding a checkpoint's routed experts, by tensor names and shapes alone.
+"""Finding a checkpoint's routed experts by the names and shapes of its tensors alone.
 
-Known are experts **stacked** in tensors with a leading experts dimension, under the names in
-``_STACKED`` (gate and up in one tensor or in two, stored ``[out, in]`` or ``[in, out]``), and **one
-tensor per expert**, ``….experts.E.gate_proj|up_proj|down_proj.weight`` or ``….experts.E.w1|w3|w2``.
+Two ways to store them are known:
+
+* **stacked**: tensors with a leading dimension of experts, under the names in
+  ``quantize.experts.names.STACKED``. Gate and up are in one tensor or in two, and each expert is
+  stored as ``[out, in]`` or ``[in, out]``;
+* **one tensor per expert**: ``….experts.E.gate_proj|up_proj|down_proj.weight`` or
+  ``….experts.E.w1|w3|w2.weight``.
+
 Experts without a gate have only up and down. Biases are found with their weights.
 
-No model is built and no activation function is looked for: ``quantize.experts.identify`` finds the
-gate. Multi-token-prediction layers are left as they are (``quantize.experts.drafting``).
+This module builds no model and does not look for the activation function: that is the task of
+``quantize.experts.identify``. Experts of multi-token-prediction layers are not quantized
+(``quantize.experts.drafting``).
 """
 
 from __future__ import annotations
@@ -29,7 +35,12 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_n
 
 
 class _Found(NamedTuple):
-    """A checkpoint's expert tensors, by prefix."""
+    """A checkpoint's expert tensors, by the experts' module path (``prefix``).
+
+    Attributes:
+        stacked: by prefix and by kind (``gate_up``, ``down_bias``, ...).
+        single: by prefix and by (expert, projection, ``weight`` or ``bias``).
+    """
 
     stacked: dict[str, dict[str, TensorInfo]]
     single: dict[str, dict[tuple[int, str, str], TensorInfo]]
@@ -39,8 +50,9 @@ def find(checkpoint: Checkpoint) -> list[ExpertGroup]:
     """All groups of routed experts that are to be quantized, in the order of their names.
 
     Raises:
-        QuantizeError: if there are none (listing what was looked at), if a group is incomplete or
-            its shapes disagree, or if it has something that is not supported.
+        QuantizeError: if there are none (the message then lists the names of the tensors), if a
+            group is incomplete, if its shapes disagree, or if a dtype, size or way of storing it is
+            not supported.
     """
     found = _collect(checkpoint)
     config = checkpoint.text_config()
@@ -59,7 +71,7 @@ def find(checkpoint: Checkpoint) -> list[ExpertGroup]:
 
 
 def left_as_is(checkpoint: Checkpoint) -> list[str]:
-    """Prefixes of routed experts that :func:`find` leaves out by rule: those of drafting layers."""
+    """Module paths of the routed experts in multi-token-prediction layers, which are left out."""
     found = _collect(checkpoint)
     config = checkpoint.text_config()
     return sorted(
@@ -68,6 +80,7 @@ def left_as_is(checkpoint: Checkpoint) -> list[str]:
 
 
 def _collect(checkpoint: Checkpoint) -> _Found:
+    """All expert tensors; raises QuantizeError if some experts are stored in two ways."""
     found = _Found(defaultdict(dict), defaultdict(dict))
     for name, info in checkpoint.tensors.items():
         if match := SINGLE_PATTERN.fullmatch(name):
@@ -80,14 +93,14 @@ def _collect(checkpoint: Checkpoint) -> _Found:
                 )
             continue
         for kind, suffix, pattern in STACKED_PATTERNS:
-            # A shared expert's linear or an ordinary MLP's may be called the same.
+            # A shared expert or a dense MLP may have a matrix of the same name.
             match = pattern.fullmatch(name)
             if match and (not suffix or len(info.shape) == 3):
                 parts = found.stacked[match["prefix"] + suffix]
                 if (other := parts.setdefault(kind, info)) is not info:
                     raise stored_twice(match["prefix"] + suffix, other, info)
     for prefix, parts in list(found.stacked.items()):
-        # The projections of JetMoE's attention are stacked too, but there is nothing between them.
+        # JetMoE's attention has stacked projections of the same names, but they are no experts.
         if {"gate_up", "down"} <= set(parts) and _is_attention(parts["gate_up"], parts["down"]):
             del found.stacked[prefix]
         elif prefix in found.single:
@@ -97,11 +110,13 @@ def _collect(checkpoint: Checkpoint) -> _Found:
 
 
 def _is_attention(up: TensorInfo, down: TensorInfo) -> bool:
+    """Whether these are JetMoE's attention: ``up`` is as wide as ``down``, so it holds no gate."""
     stacked = up.name.endswith("_linear.weight")
     return stacked and up.shape == (up.shape[0], *down.shape[:0:-1])
 
 
 def _check(group: ExpertGroup, checkpoint: Checkpoint) -> None:
+    """Raise QuantizeError if a group's dtypes, sizes or number of experts are not supported."""
     for name in group.sources:
         info = checkpoint.tensors[name]
         if info.dtype not in PLAIN:

@@ -1,4 +1,4 @@
-"""The routed experts of one layer: where their tensors are, and how one expert is read."""
+"""A group of routed experts: the names of their tensors, and reading one expert's weights."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from quantize.experts.gates import Gate
 
 
 class Source(Protocol):
-    """Where a group's tensors are read from; ``Checkpoint`` is one."""
+    """An object that a group's tensors are read from, such as a ``Checkpoint``."""
 
     def load(self, name: str) -> torch.Tensor:
-        """One whole tensor."""
+        """Read one whole tensor."""
 
     def load_expert(self, name: str, expert: int, experts: int | None = None) -> torch.Tensor:
-        """``tensor[expert]``; of so many ``experts`` in the first dimension, if given."""
+        """Read ``tensor[expert]``.
+
+        ``experts`` is the number of experts, if the tensor holds them one after another along its
+        first dimension.
+        """
 
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The routed experts of one layer, or those of one size.
+    """The routed experts of one layer, or those of one size if a layer has several sizes.
 
     Attributes:
-        prefix: module path, such as ``model.layers.3.mlp.experts``.
-        num_experts: how many.
-        hidden: inputs of gate and up, outputs of down.
-        intermediate: outputs of gate and of up, inputs of down.
+        prefix: the experts' module path, such as ``model.layers.3.mlp.experts``.
+        num_experts: number of experts.
+        hidden: number of inputs of gate and up, and of outputs of down.
+        intermediate: number of outputs of gate and of up, and of inputs of down.
         fused: whether the source stacks all experts in a few tensors.
-        names: (gate, up, down) or, without a gate, (up, down): what the written weights are called.
-        sources: all its tensors in the source. First the weights: fused: (gate_up, down), or one
-            for each of ``names``; else one for each of ``names``, for one expert after another.
-            Then ``bias_names``; then tensors of experts that the model never uses.
-        transposed: fused tensors are stored ``[experts, in, out]``.
-        bias_names: the biases, in the order of the weights; empty if there are none.
-        interleaved: how the rows of a fused gate_up are ordered, where its name says so; None: as
-            in the model's class.
-        joined: a fused source has gate and up in one tensor.
-        flat: fused tensors have two dimensions, ``[experts * intermediate, hidden]``.
-        first: the number of its first expert in names.
+        names: the names of the written weights: (gate, up, down), or (up, down) without a gate.
+        sources: the names of all source tensors of this group. First come the weights. If fused,
+            they are (gate_up, down) or one tensor for each of ``names``. Otherwise there is one
+            tensor for each of ``names``, for one expert after another. Then come ``bias_names``,
+            and then the tensors of experts that the model never uses.
+        transposed: whether fused tensors are stored as ``[experts, in, out]``.
+        bias_names: the names of the biases, in the order of the weights; empty if there are none.
+        interleaved: whether the rows of a fused gate_up_proj alternate between gate and up, if its
+            name tells; None if only the model's class tells.
+        joined: whether a fused source has gate and up in one tensor.
+        flat: whether fused tensors have two dimensions, ``[experts * intermediate, hidden]``.
+        first: the number that the group's first expert has in names of tensors.
     """
 
     prefix: str
@@ -60,53 +65,64 @@ class ExpertGroup:
 
     @property
     def gated(self) -> bool:
-        """Whether its experts have a gate."""
+        """Whether the experts have a gate."""
         return len(self.names) == 3
 
     @property
     def parameters(self) -> int:
-        """Weights in all its experts, without biases."""
+        """Number of weights of all experts, without biases."""
         return len(self.names) * self.num_experts * self.hidden * self.intermediate
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """``[out, in]`` of each of ``names``."""
+        """The shape ``[out, in]`` of each of ``names``."""
         wide = (self.intermediate, self.hidden)
         return (*(wide for _ in self.names[:-1]), wide[::-1])
 
     def modules(self, expert: int) -> tuple[str, ...]:
-        """Module paths of one expert's written weights, as ``names``."""
+        """Module paths of one expert's written weights, in the order of ``names``."""
         return tuple(f"{self.prefix}.{self.first + expert}.{name}" for name in self.names)
 
     def weights_of(self, expert: int) -> tuple[str, ...]:
-        """The source tensors of one expert's weights, down's last; fused: those of all experts."""
+        """Names of the source tensors that hold one expert's weights; that of down is last.
+
+        Fused tensors hold all experts.
+        """
         return self._of(expert, self.sources)
 
     def sources_of(self, expert: int) -> tuple[str, ...]:
-        """The source tensors of one expert, biases included; fused: those of all experts."""
+        """Names of the source tensors that hold one expert's weights and biases.
+
+        Fused tensors hold all experts.
+        """
         return self._of(expert, self.sources) + self._of(expert, self.bias_names)
 
     def inputs(
         self, source: Source, expert: int, interleaved: bool = False
     ) -> tuple[torch.Tensor, ...]:
-        """One expert's (gate, up), or (up,): ``[intermediate, hidden]``, in the source's dtype.
+        """Read one expert's (gate, up), or (up,) without a gate.
 
-        ``interleaved`` says how the class orders a fused source's rows: gate, up, gate, up, ...
+        Each is ``[intermediate, hidden]`` and has the source's dtype.
+
+        Args:
+            interleaved: whether the model's class alternates the rows of a fused gate_up_proj:
+                gate, up, gate, up, ... The group's own ``interleaved`` wins, unless it is None.
         """
         parts = [self._read(source, name, expert) for name in self.weights_of(expert)[:-1]]
         return self._split(parts[0], interleaved) if self.joined else tuple(parts)
 
     def down(self, source: Source, expert: int) -> torch.Tensor:
-        """One expert's down, ``[hidden, intermediate]``, in the source's dtype."""
+        """Read one expert's down: ``[hidden, intermediate]``, in the source's dtype."""
         tensor = self._read(source, self.weights_of(expert)[-1], expert)
         return tensor.T.contiguous() if self.flat else tensor
 
     def biases(
         self, source: Source, expert: int, interleaved: bool = False
     ) -> dict[str, torch.Tensor]:
-        """One expert's biases by written module: ``[intermediate]``, down's ``[hidden]``.
+        """Read one expert's biases, by the module path of the written weight.
 
-        Empty if there are none; ``interleaved`` as for :meth:`inputs`.
+        Those of gate and up are ``[intermediate]``, that of down is ``[hidden]``. The result is
+        empty if there are no biases. ``interleaved`` is as for :meth:`inputs`.
         """
         names = self._of(expert, self.bias_names)
         if not names:
@@ -117,7 +133,10 @@ class ExpertGroup:
         return dict(zip(self.modules(expert), parts, strict=True))
 
     def check_gate(self, gate: Gate) -> None:
-        """Raise QuantizeError if ``gate`` cannot be that of these experts."""
+        """Raise QuantizeError if ``gate`` cannot be the gate of these experts.
+
+        Both must have a gate, or neither.
+        """
         if gate.gated != self.gated:
             has, wants = ("no gate", "a gate") if gate.gated else ("a gate", "none")
             raise QuantizeError(
@@ -126,6 +145,7 @@ class ExpertGroup:
             )
 
     def _of(self, expert: int, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``names`` (of weights or of biases) that hold this expert."""
         count = len(self.names) - self.joined
         start = 0 if self.fused else count * expert
         return names[start : start + count]
@@ -137,6 +157,7 @@ class ExpertGroup:
         return tensor.T.contiguous() if self.transposed else tensor
 
     def _split(self, both: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up from one tensor that holds both along its first dimension."""
         if interleaved if self.interleaved is None else self.interleaved:
             return both[0::2].contiguous(), both[1::2].contiguous()
         gate, up = both.chunk(2)
@@ -144,5 +165,5 @@ class ExpertGroup:
 
 
 def source_names(groups: list[ExpertGroup]) -> set[str]:
-    """The source tensors of all ``groups``: every other tensor stays as it is."""
+    """Names of all source tensors of the ``groups``."""
     return {name for group in groups for name in group.sources}

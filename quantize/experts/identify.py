@@ -1,9 +1,9 @@
-"""Establishing a model's gates from its Transformers class: by running it, never by its name.
+"""Finding the gates of a model by running the code of its Transformers class.
 
-The model is built on the meta device, which takes no memory; the gating code of each of its layers
-is driven with a grid of numbers and matched to the known forms, with alpha, beta and limit read
-off the outputs. So a new model with a known gate needs no new code, and a gate that is not exactly
-one of the forms is an error.
+The model is built on the meta device, where it takes no memory. The gating code of each layer then
+runs on a grid of numbers. Its outputs give alpha, beta and limit, and are compared with the known
+forms. The gate is never guessed from a name. So a new model with a known gate needs no new code. A
+gate that is not exactly one of the known forms is an error.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ _REMOTE = (
     "The checkpoint has Python code of its own; if you trust it, --trust-remote-code lets it be "
     "run to find the gate. "
 )
-# Around every kink and clamp that the forms have, and far outside.
+# Values on both sides of every kink and clamp of the known forms, and far outside of them.
 _GRID = (-FAR, -33.0, -9.0, -7.5, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 6.5, 7.5, 10.5, 40.0, FAR)
 
 
 def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
-    """The gates of the experts of the checkpoint ``source``, a folder or a hub id.
+    """The gates of a checkpoint's experts.
 
     Args:
-        trust_remote_code: run the checkpoint's own code if Transformers does not know the model.
+        source: a folder or a hub id.
+        trust_remote_code: whether to run the checkpoint's own code if Transformers does not know
+            the model.
 
     Raises:
-        QuantizeError: if the model is unknown, a gate is no known form, or experts of one layer
-            have different gates.
+        QuantizeError: if the model is unknown, if a gate has no known form, or if experts of one
+            layer have different gates.
     """
     remote = ""
     try:
@@ -62,7 +64,7 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
 
 
 def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Gates:
-    """The gates of the model that ``config`` describes; raises as :func:`identify`."""
+    """The gates of the model that ``config`` describes. Raises the errors of :func:`identify`."""
     with nullcontext() if trust_remote_code else offline():
         try:
             sites = list(_sites(build(config, trust_remote_code)))
@@ -76,7 +78,7 @@ def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
         try:
             gate = _gate_of(module)
         except NotImplementedError:
-            continue  # a part of something else: JetMoE's attention is made of experts too
+            continue  # not a layer's experts: JetMoE's attention is built of the same class
         number = first_number(path)
         number = -1 if number is None else number
         if layers.setdefault(number, gate) != gate:
@@ -94,7 +96,7 @@ def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
 
 
 def match(probe: Probe) -> Gate | None:
-    """The known form, with its numbers, that equals ``probe`` over the whole grid; None if none."""
+    """The known gate that equals ``probe`` at every point of the grid; None if there is none."""
     points = torch.tensor(_GRID, dtype=torch.float64)
     gate, up = (axis.flatten() for axis in torch.meshgrid(points, points, indexing="ij"))
     truth = probe.function(gate, up)
@@ -110,7 +112,10 @@ def match(probe: Probe) -> Gate | None:
 
 
 def _sites(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules that hold a layer's routed experts, or the first of them, with their paths."""
+    """The modules that hold a layer's routed experts, with their paths.
+
+    For a list of experts, this is the first expert's module with the path of the list.
+    """
     inside = ""
     for path, module in model.named_modules():
         named = path.rpartition(".")[2]
@@ -124,7 +129,7 @@ def _sites(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             if children:
                 yield path, children[0]
         elif [name for name, _ in module.named_parameters()] == ["weight"]:
-            # One GEMM of two, as JetMoE has them: what is between is its owner's.
+            # JetMoE: this module is one of two GEMMs; the code between them is in its parent.
             parent = path.rpartition(".")[0]
             inside = f"{parent}."
             yield parent, model.get_submodule(parent)
@@ -134,11 +139,14 @@ def _sites(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _alone(config: PreTrainedConfig) -> list[tuple[str, torch.nn.Module]]:
-    """Experts classes of the model's file, built without a model, with their names.
+    """The experts classes of the model's file, with their names, each built without the model.
 
-    For models that cannot be built here: a tower lacks its library, or vLLM, after it has loaded a
-    model through its Transformers backend, wants to know its own config in the class's constructor.
-    Empty if a class takes more than the config, since it may then differ from layer to layer.
+    This is for models that cannot be built here. A vision or audio tower may lack its library; or
+    vLLM has loaded a model through its Transformers backend, after which the classes' constructors
+    ask for vLLM's current config.
+
+    The result is empty if a class takes other arguments than the config, since its gate may then
+    differ from layer to layer.
     """
     text = config.get_text_config()
     models = (*model_classes(text, False), *model_classes(config, False))
@@ -153,11 +161,12 @@ def _alone(config: PreTrainedConfig) -> list[tuple[str, torch.nn.Module]]:
     try:
         with torch.device("meta"):
             return [(name, cls(copy.deepcopy(text))) for name, cls in found]
-    except Exception:  # then what kept the whole model from being built is the better message
+    except Exception:  # the caller then reports why the whole model could not be built
         return []
 
 
 def _gate_of(module: torch.nn.Module) -> Gate:
+    """The gate of a module that :func:`_sites` yields; raises QuantizeError if it is unknown."""
     where = f"{type(module).__module__}.{type(module).__name__}"
     try:
         driven = drive(module)

@@ -1,8 +1,9 @@
-"""Finding the dense linears of a mixture-of-experts model, for those who want them quantized too.
+"""Finding the dense linears of a mixture-of-experts model, which can be quantized on request.
 
-Only layers of the stack that the routed experts are in are looked at, so that vision and audio
-towers stay, and only names of projections that engines load as quantizable linears: embeddings, the
-output head, routers, norms and latent-attention's ``kv_b_proj``, which engines take apart, stay.
+Two rules choose them. A linear must be in the stack of layers that holds the routed experts, so
+vision and audio towers are left out. And its name must be that of a projection which engines load
+as a quantizable linear. This leaves out embeddings, the output head, routers, norms, and latent
+attention's ``kv_b_proj``, which engines split.
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ from quantize.experts.group import ExpertGroup, source_names
 from quantize.nvfp4.format import BLOCK
 
 OUTPUTS = {"o_proj", "down_proj", "w2", "q_b_proj"}
-"""Last parts of the module paths that are taken: projections that no engine fuses with others."""
+"""Last parts of module paths: projections that no engine fuses with others."""
 
 INPUTS = {
     *("q_proj", "k_proj", "v_proj", "qkv_proj"),
     *("q_a_proj", "kv_a_proj_with_mqa"),
     *("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
 }
-"""And those that are fused with siblings, or may be."""
+"""Last parts of module paths: projections that engines fuse, or may fuse, with their siblings."""
 
 _NOT_FUSED_IN_NVFP4 = {"b_proj", "index_q_proj", "index_k_proj"}
-"""What vLLM fuses with query, key and value (Bailing, MiniMax-M3) but does not load in NVFP4."""
+"""Last parts of module paths: projections that vLLM fuses with query, key and value (Bailing,
+MiniMax-M3) but cannot load in NVFP4."""
 
 _LAYER = re.compile(r"(?P<stack>(?:.*\.)?layers)\.(?P<number>\d+)\.")
 
 
 def find(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> list[tuple[str, ...]]:
-    """Weights ``[out, in]`` in sets that must share a global scale.
+    """Names of the dense weights ``[out, in]``, in sets whose members share one global scale.
 
-    Engines fuse projections of the same input into one linear with one global scale (query, key
-    and value; gate and up). Which ones is theirs to decide, so all that have the same parent module
-    and the same ``in`` share one; E4M3 block scales have range to spare. If one of a set cannot be
-    quantized, none is.
+    Engines fuse projections of the same input into one linear with one global scale: query, key
+    and value, or gate and up. Each engine decides which ones it fuses. So all projections with the
+    same parent module and the same ``in`` share a global scale here; the range of E4M3 block scales
+    is wide enough for that. If one member of a set cannot be quantized, the whole set is left out.
     """
     stacks = {match["stack"] for group in groups if (match := _LAYER.match(group.prefix))}
     layers = checkpoint.text_config().get("num_hidden_layers")
@@ -54,7 +56,7 @@ def find(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> list[tuple[str, .
             and match
             and match["stack"] in stacks
             and not (isinstance(layers, int) and int(match["number"]) >= layers)  # drafting layers
-            and "experts" not in parent.split(".")  # of a layer that is not quantized
+            and "experts" not in parent.split(".")  # experts of a layer that is left out
             and len(info.shape) == 2
         ):
             alone = projection if projection in OUTPUTS else ""

@@ -1,7 +1,7 @@
-"""The Transformers model that a checkpoint's config describes, built without its weights.
+"""Building the Transformers model that a checkpoint's config describes, without its weights.
 
-Code from a checkpoint runs only if the user said so (``--trust-remote-code``), and only for a model
-that Transformers does not have itself. Nothing is asked of the hub.
+A checkpoint's own code runs only if the user allows it (``--trust-remote-code``) and Transformers
+does not have the model. Within :func:`offline`, building a model sends no request to the hub.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quantize.errors import QuantizeError, first_line
 _MODELS = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 _IMPLEMENTATION = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")
-"""Keys of a config with which it picks kernels, from anywhere on the hub."""
+"""Keys with which a config chooses kernels. A value may name any repository of the hub."""
 
 Place = Callable[[], AbstractContextManager[Any]]
 
@@ -39,12 +39,12 @@ Place = Callable[[], AbstractContextManager[Any]]
 def config_of(source: Path | str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of the checkpoint ``source``, a folder or a hub id.
 
-    Raises whatever Transformers raises for a config that it does not know.
+    A config that Transformers does not know raises an error of Transformers, of any type.
     """
     raw, _ = PreTrainedConfig.get_config_dict(source)
     if trust_remote_code and is_foreign(raw):
         return AutoConfig.from_pretrained(source, trust_remote_code=True)
-    # Not AutoConfig: in a process of vLLM's, it gives vLLM's own class for some models.
+    # Not AutoConfig: in a process of vLLM it returns vLLM's own class for some models.
     cls = getattr(transformers, CONFIG_MAPPING_NAMES[raw.get("model_type")])
     with offline():
         config: PreTrainedConfig = cls.from_dict(_without_implementations(raw))
@@ -52,13 +52,20 @@ def config_of(source: Path | str, trust_remote_code: bool = False) -> PreTrained
 
 
 def is_foreign(raw: dict[str, Any]) -> bool:
-    """Whether ``config.json`` is that of a model that only its own Python code knows."""
+    """Whether Transformers lacks the model and the checkpoint has its own code for it.
+
+    Args:
+        raw: the contents of ``config.json``.
+    """
     return CONFIG_MAPPING_NAMES.get(raw.get("model_type")) is None and "auto_map" in raw
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Nothing asks the hub: some models would, for parts of theirs, when they are built."""
+    """Within this context, nothing is requested from the hub.
+
+    Some models would fetch parts from the hub when they are built.
+    """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -68,7 +75,10 @@ def offline() -> Iterator[None]:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """What is to be filled later takes no memory even for a moment: systems refuse tens of GB."""
+    """Puts what ``torch.empty`` makes on the meta device.
+
+    Models allocate parameters with it, and systems may refuse tens of GB even for a moment.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,7 +91,10 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Models built within have parameters that take no memory, and buffers with their values."""
+    """Within this context, models are built with parameters on the meta device.
+
+    Their buffers have values and take memory.
+    """
     register = torch.nn.Module.register_parameter
 
     def register_on_meta(
@@ -105,14 +118,16 @@ def build(
     place: Place = lambda: torch.device("meta"),
     attention: str = "eager",
 ) -> torch.nn.Module:
-    """The model, only the language model if the whole cannot be built.
+    """Build the model of ``config``; only its language model if the whole cannot be built.
 
     Args:
-        place: makes the context to build in; by default nothing takes memory.
-        attention: Transformers' ``attn_implementation``; a config may name a kernel on the hub.
+        trust_remote_code: whether the checkpoint's own code may run.
+        place: makes the context to build in; by default all tensors are on the meta device.
+        attention: Transformers' ``attn_implementation``. It replaces the config's own choice, which
+            may name a kernel on the hub.
 
     Raises:
-        QuantizeError: if there is no such model, or its code fails.
+        QuantizeError: if Transformers has no such model, or if the model's code fails.
     """
     errors: list[Exception] = []
     text = config.get_text_config()
@@ -124,7 +139,7 @@ def build(
                     own._attn_implementation = attention
                     model: torch.nn.Module = cls(own)
                 return model
-            except Exception as error:  # any code may be in there
+            except Exception as error:  # the model's code may raise anything
                 errors.append(error)
     if errors:
         raise QuantizeError(
@@ -137,7 +152,7 @@ def build(
 
 
 def model_classes(config: PreTrainedConfig, trust_remote_code: bool) -> Iterator[Any]:
-    """Classes to build the model with, the best first."""
+    """The classes that can build the model, the best one first."""
     for mapping in _MODELS:
         model = mapping.get(type(config), None)
         if model is not None:
@@ -151,7 +166,7 @@ def model_classes(config: PreTrainedConfig, trust_remote_code: bool) -> Iterator
 
 
 def _without_implementations(value: Any) -> Any:
-    """``value`` without the keys of ``_IMPLEMENTATION``, however deep."""
+    """A copy of ``value`` without the keys that match ``_IMPLEMENTATION``, at every depth."""
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if not _IMPLEMENTATION.fullmatch(str(k))}
         return {key: _without_implementations(item) for key, item in kept.items()}

@@ -1,11 +1,11 @@
-"""What the tensors of routed experts are called, in all checkpoints that are known."""
+"""The names that tensors of routed experts have in all known checkpoints."""
 
 from __future__ import annotations
 
 import re
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""Names of gate, up and down."""
+"""The names of gate, up and down, in either of two conventions."""
 
 EXPERTS = r"(?P<prefix>(?:.*\.)?experts)\."
 STACKED: tuple[tuple[str, str, str], ...] = (
@@ -30,12 +30,16 @@ STACKED: tuple[tuple[str, str, str], ...] = (
     ("gate", ".experts", r"(?P<prefix>.*\.moe)\.gate_proj\.weight"),
     ("up", ".experts", r"(?P<prefix>.*\.moe)\.up_proj\.weight"),
     ("down", ".experts", r"(?P<prefix>.*\.moe)\.down_proj\.weight"),
-    # DBRX: two dimensions, one expert's rows after another's
+    # DBRX: two dimensions; the experts' rows lie one after another
     ("gate", "", EXPERTS + r"mlp\.w1"),
     ("up", "", EXPERTS + r"mlp\.v1"),
     ("down", "", EXPERTS + r"mlp\.w2"),
 )
-"""What a tensor is, what its prefix lacks to be that of the experts, and its names."""
+"""Names of stacked tensors, as (kind, suffix, pattern).
+
+``pattern`` matches the whole name. Its group ``prefix``, followed by ``suffix``, is the experts'
+module path.
+"""
 
 STACKED_PATTERNS = [(kind, suffix, re.compile(pattern)) for kind, suffix, pattern in STACKED]
 SINGLE_PATTERN = re.compile(
@@ -47,20 +51,21 @@ _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 
 
 def layer_number(name: str) -> int | None:
-    """The number of the decoder layer that a tensor or module is in."""
+    """The number of the decoder layer that holds a tensor or module; None if no layer does."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
 
 
 def natural_order(name: str) -> list[int | str]:
-    """A key to sort names by, numbers in them by value."""
-    parts = re.split(r"([0-9]{1,9})", name)  # every other one is a number
+    """A sort key for names that compares the numbers in them by value."""
+    parts = re.split(r"([0-9]{1,9})", name)  # every second part is a number
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def ignored_modules(prefix: str) -> set[str]:
-    """What an ignore list must hold for engines to leave the experts at ``prefix`` unquantized.
+    """The entries of an ignore list that make engines load the experts at ``prefix`` unquantized.
 
-    They ask for the module, or for the projections of its expert 0, however those are stored.
+    An engine looks for the experts' module path or for the projections of expert 0, whichever way
+    the experts are stored.
     """
     return {prefix} | {f"{prefix}.0.{name}" for names in PROJECTIONS for name in names}

@@ -1,4 +1,4 @@
-"""Groups of experts that are stored with one tensor for each projection of each expert."""
+"""Groups of experts that are stored as one tensor for each projection of each expert."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from quantize.experts.unused import zero_experts
 def single_groups(
     prefix: str, parts: dict[tuple[int, str, str], TensorInfo], config: dict[str, Any]
 ) -> list[ExpertGroup]:
+    """The groups of experts at the module path ``prefix``; several if experts differ in size.
+
+    Args:
+        parts: the tensors, by (expert, projection, ``weight`` or ``bias``).
+        config: the language model's config.
+
+    Raises:
+        QuantizeError: if a tensor is missing or has the wrong shape, or if names are mixed.
+    """
     kinds = {kind for _, kind, _ in parts}
     sets = (*PROJECTIONS, PROJECTIONS[0][1:])
     names = min((n for n in sets if kinds <= set(n)), key=len, default=None)
@@ -27,7 +36,7 @@ def single_groups(
         if not any(kind == names[-1] for _, kind, _ in beyond):
             unused = [parts[key].name for key in beyond]
             experts -= zero
-    # Ernie 4.5 VL: the text's experts, then as many of another size for images.
+    # Ernie 4.5 VL: experts for text, followed by equally many of another size for images.
     sizes = config.get("moe_intermediate_size")
     count = len(sizes) if isinstance(sizes, list) and len(sizes) and not experts % len(sizes) else 1
     share = experts // count
@@ -45,7 +54,7 @@ def _single_group(
     unused: list[str],
 ) -> ExpertGroup:
     first = parts.get((experts[0], names[0], "weight"))
-    shape = first.shape if first else ()  # without it, the loop stops before it looks at shapes
+    shape = first.shape if first else ()  # if missing, the loop raises before it uses it
     biased = any((expert, name, "bias") in parts for expert in experts for name in names)
     found: dict[str, list[str]] = {"weight": [], "bias": []}
     for expert in experts:

@@ -1,4 +1,4 @@
-"""Groups of experts that are stacked in tensors with a leading experts dimension."""
+"""Groups of experts that are stacked in tensors with a leading dimension of experts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from quantize.experts.unused import zero_experts
 
 
 def stored_twice(prefix: str, one: TensorInfo, other: TensorInfo) -> QuantizeError:
+    """The error for a checkpoint that stores the experts at ``prefix`` in two ways."""
     return QuantizeError(
         f"{prefix}: {one.name} and {other.name} are two ways to store the same experts; remove "
         "the tensors that the model does not use"
@@ -18,6 +19,14 @@ def stored_twice(prefix: str, one: TensorInfo, other: TensorInfo) -> QuantizeErr
 
 
 def stacked_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpoint) -> ExpertGroup:
+    """The group of experts at the module path ``prefix``.
+
+    Args:
+        parts: the tensors, by their kind in ``quantize.experts.names.STACKED``.
+
+    Raises:
+        QuantizeError: if a tensor is missing, or if shapes do not fit together.
+    """
     joined = "gate_up" in parts or not {"gate", "up"} & set(parts)
     kinds: tuple[str, ...] = ("gate_up", "down") if joined else ("gate", "up", "down")
     if joined and (separate := [parts[kind] for kind in ("gate", "up") if kind in parts]):
@@ -41,7 +50,7 @@ def stacked_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpo
     shapes = [info.shape for info in weights]
     wide = 2 if joined else 1
     experts, hidden, intermediate = shapes[-1]
-    # LongCat has rows for its zero experts, which have no down and are never used.
+    # LongCat's gate_up has entries for zero experts too: they have no down and are never used.
     unused = zero_experts(checkpoint.text_config())
     fits = False
     for transposed in (False, True):
@@ -75,6 +84,7 @@ def stacked_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpo
 
 
 def _flat_group(prefix: str, weights: list[TensorInfo], checkpoint: Checkpoint) -> ExpertGroup:
+    """DBRX's group: three tensors ``[experts * intermediate, hidden]``."""
     nested = checkpoint.text_config().get("ffn_config")
     experts = nested.get("moe_num_experts") if isinstance(nested, dict) else None
     shape = weights[0].shape
@@ -91,6 +101,7 @@ def _flat_group(prefix: str, weights: list[TensorInfo], checkpoint: Checkpoint) 
 
 
 def _interleaved(info: TensorInfo, checkpoint: Checkpoint) -> bool | None:
+    """Whether the rows of gate and up alternate, if the name tells; None if it does not."""
     if not info.name.endswith("w13_weight"):
         return None
     model_type = str(checkpoint.config.get("model_type"))
@@ -108,6 +119,7 @@ def _stacked_biases(
     kinds: tuple[str, ...],
     shapes: list[tuple[int, int]],
 ) -> tuple[str, ...]:
+    """Names of the biases; raises QuantizeError unless all weights have one, or none has."""
     biases = {kind: parts[f"{kind}_bias"] for kind in kinds if f"{kind}_bias" in parts}
     others = [i.name for k, i in parts.items() if k.endswith("_bias") and k[:-5] not in biases]
     if others or len(biases) not in (0, len(kinds)):

@@ -8,7 +8,11 @@ from quantize.errors import QuantizeError
 
 
 def zero_experts(config: dict[str, Any]) -> int:
-    """How many of the experts compute nothing."""
+    """The number of experts that compute nothing, ``zero_expert_num`` of the config.
+
+    Raises:
+        QuantizeError: if it is not a non-negative integer.
+    """
     number = config.get("zero_expert_num") or 0
     if not isinstance(number, int) or number < 0:
         raise QuantizeError(

@@ -1,4 +1,10 @@
-"""Layouts that engines read. A new one is one file here and one line in ``LAYOUTS``."""
+"""Layouts: how NVFP4 weights are named on disk and described in the config, for engines to read.
+
+Start at ``LAYOUTS`` (all layouts by name) and :func:`detect` (the layout of a given checkpoint). To
+add a layout, write one file here and add one line to ``LAYOUTS``. This room may import
+``quantize.experts``, ``quantize.checkpoint``, ``quantize.nvfp4``, ``quantize.errors`` and
+``quantize.registry``.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +21,18 @@ LAYOUTS: Registry[Layout] = Registry(
         "compressed-tensors": "quantize.layouts.compressed_tensors:COMPRESSED_TENSORS",
     }
 )
-"""By name, as ``--layout`` takes it; see ``quantize.layouts.layout.Layout``."""
+"""All layouts, by the name that ``--layout`` takes; see ``quantize.layouts.layout.Layout``."""
 
 
 def detect(quantization_config: dict[str, Any]) -> Layout | None:
-    """The layout of a checkpoint, None if it is not NVFP4 in a layout known here.
+    """The layout of a checkpoint; None if it is not NVFP4 in a known layout.
 
     Args:
-        quantization_config: of the checkpoint's ``config.json``.
+        quantization_config: ``quantization_config`` of the checkpoint's ``config.json``.
     """
     return next((ly for ly in LAYOUTS.values() if ly.describes(quantization_config)), None)
 
 
 def config_files() -> set[str]:
-    """Names of all JSON files that some layout writes beside ``config.json``."""
+    """Names of all JSON files that any layout writes beside ``config.json``."""
     return {name for layout in LAYOUTS.values() for name in layout.config_files}

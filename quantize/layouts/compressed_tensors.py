@@ -1,7 +1,7 @@
 """compressed-tensors' ``nvfp4-pack-quantized`` layout, as llm-compressor writes it.
 
-Global scales are stored as their reciprocals: ``weight_global_scale`` divides. The config comes
-from the library's own models, so that it stays what the library reads.
+Global scales are stored as their reciprocals: ``weight_global_scale`` divides. The config is made
+with the library's own classes, so that the library can always read it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from quantize.nvfp4.format import NvFp4
 
 _FORMAT = "nvfp4-pack-quantized"
-"""The library's ``CompressionFormat.nvfp4_pack_quantized``; importing it takes seconds."""
+"""The library's ``CompressionFormat.nvfp4_pack_quantized``, repeated since its import is slow."""
 
 
 class CompressedTensors:

@@ -1,4 +1,4 @@
-"""What a layout is: what one quantized weight is called on disk, and the config beside it."""
+"""The interface of a layout: the tensors of a quantized weight on disk, and the config."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from quantize.checkpoint.tensors import DTYPE_NAMES, TensorInfo
 from quantize.nvfp4.format import BLOCK, NvFp4
 
 INPUT_SCALE = 1.0
-"""The input scale of a quantized layer that has not been calibrated."""
+"""The input scale of a quantized layer without calibration."""
 
 
 class Layout(Protocol):
-    """One way to write NVFP4 linear weights.
+    """One way to store the NVFP4 weights of linear layers.
 
     Attributes:
         name: its key in ``quantize.layouts.LAYOUTS``.
-        suffixes: of all tensors of one weight, in the order in which files hold them: codes, block
-            scale, global scale and, unless the layout is for weights alone, input scale.
-        reciprocal: global and input scales are stored as what divides, not what multiplies.
-        config_files: names of the JSON files that it writes beside ``config.json``.
+        suffixes: the last parts of the names of one weight's tensors, in the order in which files
+            hold them: codes, block scale, global scale and, unless the layout is for weights only,
+            input scale.
+        reciprocal: whether global and input scales are stored as their reciprocals, which divide.
+        config_files: the names of the JSON files that it writes beside ``config.json``.
     """
 
     name: str
@@ -32,30 +33,37 @@ class Layout(Protocol):
     config_files: tuple[str, ...]
 
     def store(self, weight: NvFp4) -> dict[str, torch.Tensor]:
-        """The tensors that a weight is stored as, by suffix; all but the input scale's."""
+        """The tensors of a weight, by suffix, without those of its input scale."""
 
     def store_input_scale(self, input_scale: float) -> dict[str, torch.Tensor]:
-        """The tensors that an input scale is stored as, by suffix; none in a layout without."""
+        """The tensors of an input scale, by suffix; empty if the layout has no input scales."""
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> tuple[NvFp4, torch.Tensor | None]:
-        """Inverse of both: the weight, and the input scale (float32 scalar) if there is one.
+        """The weight and its input scale (float32 scalar, or None) from their stored tensors.
+
+        This is the inverse of :meth:`store` and :meth:`store_input_scale`.
 
         Args:
-            tensors: by suffix; an input scale may be missing, as in others' weight-only files.
+            tensors: the tensors by suffix. The input scale may be missing, as it is in weight-only
+                checkpoints of other tools.
         """
 
     def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
-        """``config.json``'s ``quantization_config``; ``ignore``: linear modules that stay."""
+        """The ``quantization_config`` of ``config.json``.
+
+        Args:
+            ignore: the module paths of the linears that are not quantized.
+        """
 
     def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
-        """What ``config_files`` hold, by name."""
+        """The contents of ``config_files``, by name. ``ignore`` is as above."""
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         """Whether a checkpoint with this ``quantization_config`` is NVFP4 in this layout."""
 
 
 def stored_tensors(module: str, shape: tuple[int, int], layout: Layout) -> tuple[TensorInfo, ...]:
-    """The tensors that one quantized weight of ``shape`` ``[out, in]`` is written as."""
+    """The tensors that store the weight, of ``shape`` ``[out, in]``, of the linear ``module``."""
     return tuple(
         TensorInfo(f"{module}.{suffix}", dtype, dims)
         for suffix, dtype, dims in _stored(shape, layout)  # type: ignore[arg-type]
@@ -64,8 +72,10 @@ def stored_tensors(module: str, shape: tuple[int, int], layout: Layout) -> tuple
 
 @cache
 def _stored(shape: tuple[int, int], layout: Layout) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """Suffix, dtype and shape of each tensor that a layout makes of a weight: alike for all
-    experts, of which a model may have tens of thousands."""
+    """Suffix, dtype and shape of each tensor that stores a weight of ``shape``.
+
+    The result is cached, since a model may have tens of thousands of experts of the same shape.
+    """
     rows, columns = shape
     weight = NvFp4(
         torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"),

@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt's layout: ``weight``, ``weight_scale``, ``weight_scale_2``, ``input_scale``.
 
-Global scales are stored as they multiply. Source: ModelOpt's ``export/unified_export_hf.py`` and
-vLLM 0.32's ``quantization/modelopt.py``, which reads either ``config.json``'s
-``quantization_config`` or the older ``hf_quant_config.json``.
+Global scales are stored as factors: they multiply. Sources: ModelOpt's
+``export/unified_export_hf.py`` and vLLM 0.32's ``quantization/modelopt.py``, which reads either
+``quantization_config`` of ``config.json`` or the older ``hf_quant_config.json``.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import torch
 from quantize.nvfp4.format import BLOCK, NvFp4
 
 MIXED = "MIXED_PRECISION"
-"""The algorithm of a checkpoint that has one for each module, in ``quantized_layers``."""
+"""The ``quant_algo`` of a checkpoint whose ``quantized_layers`` name one for each module."""
 
 WEIGHT_ONLY = {"NVFP4": False, "W4A16_NVFP4": True}
-"""The algorithms that store NVFP4: whether activations stay as they are, without input scales."""
+"""Each ``quant_algo`` that stores NVFP4, and whether it quantizes weights only: then activations
+stay floats and there are no input scales."""
 
 
 def settings(quantization_config: dict[str, Any]) -> dict[str, Any]:
-    """ModelOpt's fields, which ``hf_quant_config.json`` holds one level deeper."""
+    """ModelOpt's fields. In ``hf_quant_config.json`` they are nested in ``quantization``."""
     nested = quantization_config.get("quantization")
     return nested if isinstance(nested, dict) else quantization_config
 
 
 def algorithm(entry: dict[str, Any]) -> str:
-    """The algorithm that ModelOpt's fields, of a checkpoint or of one module, name."""
+    """``quant_algo``, in upper case, of ModelOpt's fields for a checkpoint or for one module."""
     return str(entry.get("quant_algo")).upper()
 
 
@@ -94,7 +95,8 @@ class ModelOpt:
         fields = settings(quantization_config)
         layers = fields.get("quantized_layers")
         if algorithm(fields) != MIXED or not isinstance(layers, dict):
-            # Without its map of layers, which may be in hf_quant_config.json, a mix may hold it.
+            # A mixed checkpoint without its map of layers may hold NVFP4: the map may be in
+            # hf_quant_config.json.
             return algorithm(fields) in (*WEIGHT_ONLY, MIXED)
         return any(
             algorithm(entry) in WEIGHT_ONLY for entry in layers.values() if isinstance(entry, dict)

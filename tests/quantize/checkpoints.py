@@ -1,4 +1,4 @@
-"""Small checkpoints, written by Transformers' save_pretrained or by hand."""
+"""Small checkpoints for tests: random models of several families, saved and quantized."""
 
 import json
 import os
@@ -28,7 +28,8 @@ SIZES = {
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 32, 48
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-"""For processes of their own: threads that spin for each other are slow on a busy machine."""
+"""Environment of processes that tests start, with one OpenMP thread: several would wait for each
+other by spinning, which is slow on a busy machine."""
 
 
 def qwen3_moe(**more: Any) -> transformers.PreTrainedConfig:
@@ -107,7 +108,7 @@ CONFIGS: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
 
 
 def build(name: str, **more: Any) -> transformers.PreTrainedModel:
-    """A random model in bfloat16, every parameter different from every other."""
+    """A random model in bfloat16. No two parameters have the same values."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         CONFIGS[name](**more), dtype=torch.bfloat16
@@ -125,7 +126,12 @@ def save(
     config: dict[str, Any],
     shard_of: Callable[[str], int] | None = None,
 ) -> Path:
-    """Write a checkpoint; ``shard_of`` gives each tensor's file (then there is an index)."""
+    """Write a checkpoint to ``folder``, which is returned.
+
+    Args:
+        shard_of: the number of the shard for the name of a tensor. With it, an index is written;
+            without it, there is one file and no index.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -151,7 +157,13 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 def per_expert(
     fused: dict[str, torch.Tensor], names: tuple[str, str, str] = PROJECTIONS
 ) -> dict[str, torch.Tensor]:
-    """Split concatenated ``gate_up_proj`` and ``down_proj`` into one tensor per expert."""
+    """Split stacked ``gate_up_proj`` and ``down_proj`` into one tensor per expert and projection.
+
+    ``gate_up_proj`` is ``[experts, 2 * intermediate, hidden]``: all of gate, then all of up.
+
+    Args:
+        names: the names of gate, up and down.
+    """
     gate_name, up_name, down_name = names
     out = {}
     for name, tensor in fused.items():
@@ -178,13 +190,14 @@ def convert(
     resume: bool = False,
     **more: Any,
 ) -> Summary:
+    """Quantize the checkpoint ``source`` to ``target``. ``more`` are fields of ``Options``."""
     with Checkpoint(source) as checkpoint:
         steps = plan(checkpoint, Options(layout=layout, scales=scales, **more))
         return execute(checkpoint, steps, target, overwrite=overwrite, resume=resume)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the report, which tells where source and target are."""
+    """All files of a folder, by relative path, except the report, which names source and target."""
     return {
         str(f.relative_to(folder)): f.read_bytes()
         for f in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""Every ``*Experts`` class of Transformers, each with a tiny model that has it.
+"""Every ``*Experts`` class of Transformers, each with a tiny model that uses it.
 
 ``python -m tests.quantize.families`` writes docs/users/families.md, which a test keeps current.
 """
@@ -90,7 +90,7 @@ SMALL: dict[str, Any] = {
     "patch_size": 4,
     "image_size": 16,
 }
-"""Sizes, wherever a config has them."""
+"""The values of sizes in tiny configs, wherever a config has a field of that name."""
 
 TOWER = {
     "hidden_size": 32,
@@ -113,7 +113,8 @@ OF_LAYERS = (
     "output_attentions",
     "_name_or_path",
 )
-"""What follows from the number of layers, or of heads, and is left to be derived again."""
+"""Fields that depend on the number of layers or of heads. Tiny configs leave them out, so that the
+config class derives them again."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
@@ -150,7 +151,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What a family needs beside."""
+"""Further fields of a tiny config, by family."""
 
 
 _DICTIONARY = "a dictionary of dense layers, not fused, in an encoder-decoder model that vLLM lacks"
@@ -161,12 +162,12 @@ UNSUPPORTED = {
     "NllbMoeExperts": _DICTIONARY,
     "SwitchTransformersExperts": _DICTIONARY,
 }
-"""Classes that are not quantized, and why."""
+"""Classes that are not quantized, with the reason."""
 
 
 @cache
 def classes() -> dict[str, str]:
-    """Every class named ``*Experts`` in Transformers' modeling files, with its family's folder."""
+    """The family (folder) of every class named ``*Experts`` in Transformers' modeling files."""
     found = {}
     for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -176,7 +177,7 @@ def classes() -> dict[str, str]:
 
 
 def config(family: str) -> PreTrainedConfig:
-    """A tiny config of the family's top-level class."""
+    """A tiny config of the family, of its top-level config class."""
     cls = transformers.CONFIG_MAPPING[
         {"nllb_moe": "nllb-moe", "inkling": "inkling_text"}.get(family, family)
     ]
@@ -185,6 +186,7 @@ def config(family: str) -> PreTrainedConfig:
 
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields with the sizes of ``SMALL`` and without ``OF_LAYERS``."""
     out = {}
     for name, value in values.items():
         if name in OF_LAYERS:
@@ -199,6 +201,7 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """``values``, changed in place: updated with ``more``, nested dictionaries likewise."""
     for name, value in more.items():
         nested = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = merged(values[name], value) if nested else value
@@ -206,7 +209,7 @@ def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(family: str) -> torch.nn.Module:
-    """The tiny model, in bfloat16, every parameter different from every other."""
+    """The tiny model in bfloat16. No two parameters have the same values."""
     torch.manual_seed(0)
     small = config(family)
     model: Any = next(mapping[type(small)] for mapping in MAPPINGS if type(small) in mapping)
@@ -221,7 +224,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def _inkling(tensors: Tensors) -> Tensors:
-    """Gate and up row by row; from Transformers' conversion of the published names."""
+    """Inkling as published: the rows of gate and up alternate.
+
+    Source: Transformers' conversion of the published names.
+    """
     out = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
@@ -235,6 +241,7 @@ def _inkling(tensors: Tensors) -> Tensors:
 
 
 def _transposed(tensors: Tensors) -> Tensors:
+    """Experts stored as ``[experts, in, out]``."""
     return {n: t.mT if re.search(r"\.experts\.\w+$", n) else t for n, t in tensors.items()}
 
 
@@ -243,11 +250,11 @@ PUBLISHED: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {
     "inkling": {"published": _inkling},
     "qwen3_vl_moe": {"published": _transposed},
 }
-"""Layouts of the hub that ``save_pretrained`` does not write."""
+"""Layouts of checkpoints on the hub that ``save_pretrained`` does not write, by family."""
 
 
 def save(model: Any, family: str, layout: str, folder: Path) -> Path:
-    """Write ``model`` in one of ``LAYOUTS``, or of the family's ``PUBLISHED``."""
+    """Write ``model`` to ``folder`` in one of ``LAYOUTS`` or of the family's ``PUBLISHED``."""
     model.save_pretrained(folder)
     if layout == LAYOUTS[0]:
         return folder
@@ -308,12 +315,12 @@ class's code for each checkpoint. `E` is an expert's number; `[in, out]` marks t
 
 @cache
 def gates(family: str) -> Gates:
-    """The gates of the tiny model, from its config alone."""
+    """The gates of the family's tiny model, identified from its config alone."""
     return identify_config(config(family))
 
 
 def page() -> str:
-    """docs/users/families.md."""
+    """The text of docs/users/families.md."""
     supported, unsupported = [], []
     for name, family in sorted(classes().items(), key=lambda item: item[::-1]):
         if name in UNSUPPORTED:
@@ -330,7 +337,7 @@ def page() -> str:
 
 @cache
 def _sources(family: str) -> list[str]:
-    """What the experts' tensors are called, in each layout."""
+    """The names of the experts' tensors in each layout, formatted for the table."""
     model = build(family)
     kinds: dict[str, None] = {}
     for layout in (*LAYOUTS, *PUBLISHED.get(family, {})):

@@ -1,4 +1,4 @@
-"""Weights quantized plainly: by a scale rule and the reference kernel."""
+"""Quantizing weights without calibration: with a scale rule and the reference kernel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from quantize.nvfp4.kernels.reference import ReferenceKernel
 
 
 def plainly(weights: list[torch.Tensor], rule: str = "max", rows: int = 4096) -> list[NvFp4]:
-    """``weights`` (each ``[out, in]``) with one global scale that they share.
+    """Quantize ``weights``, each ``[out, in]``, with one global scale that they share.
 
     Args:
-        rows: worked on at a time.
+        rule: a key of ``quantize.nvfp4.scales.RULES``.
+        rows: the number of rows that the kernel quantizes at a time.
     """
     return [result.weight for result in quantize_weights(weights, rule, ReferenceKernel(rows))]

@@ -1,8 +1,8 @@
-"""The command in processes of its own that can be killed at any moment.
+"""Running the command in processes that can be killed at a chosen moment.
 
-They are forked from one that has everything imported, so each starts at once. A moment is the
-number of a call that changes the file system: unlike a time, it is within the run on any machine,
-and there is one between any two states that a run can leave behind.
+The processes are forked from one that has imported everything, so each starts at once. A moment is
+given as the number of a call that changes the file system, not as a time. On a machine of any speed
+it is then within the run, and every state that a run can leave behind lies between two such calls.
 """
 
 import io
@@ -25,7 +25,13 @@ _CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 
 
 class Ended(NamedTuple):
-    """How a process ended; ``calls``: those that changed the file system, if it was not killed."""
+    """How a process ended.
+
+    Attributes:
+        code: its exit code; the negative number of the signal if it was killed.
+        output: what it wrote to stdout and stderr.
+        calls: the number of calls that changed the file system; 0 if it was killed.
+    """
 
     code: int | None
     output: str
@@ -33,7 +39,12 @@ class Ended(NamedTuple):
 
 
 def run(folder: Path, *args: object, at: int = 0, send: signal.Signals = signal.SIGKILL) -> Ended:
-    """``nvfp4-moe ARGS`` in ``folder``; from 1 on, ``at`` is the moment that ``send`` comes."""
+    """Run ``nvfp4-moe ARGS`` in ``folder`` in a process of its own.
+
+    Args:
+        at: the number (from 1) of the call at which the process gets the signal ``send``; 0 for
+            none.
+    """
     words = [str(arg) for arg in args]
     process = FORKED.Process(target=_run, args=(folder, words, at, send))
     process.start()
@@ -42,7 +53,7 @@ def run(folder: Path, *args: object, at: int = 0, send: signal.Signals = signal.
     ended = Ended(
         process.exitcode,
         (folder / "output").read_text(),
-        int(calls.read_text() or 0) if calls.exists() else 0,  # empty if killed in its last moment
+        int(calls.read_text() or 0) if calls.exists() else 0,  # empty if killed while writing it
     )
     calls.unlink(missing_ok=True)
     return ended
@@ -62,7 +73,12 @@ def _run(folder: Path, words: list[str], at: int, send: signal.Signals) -> None:
 
 
 def _send_within_call(at: int, send: signal.Signals) -> count:
-    """Count the calls; ``send`` comes before number ``at``, within it if it writes data."""
+    """Replace the functions that change the file system with ones that count their calls.
+
+    Call number ``at`` sends the signal ``send`` to this process before it takes effect. If the call
+    writes data, half of the data is written first. If it opens a file for writing, the file is
+    created first.
+    """
     numbers = count(1)
 
     def counted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -73,7 +89,7 @@ def _send_within_call(at: int, send: signal.Signals) -> count:
                 descriptor, data, position = args
                 function(descriptor, data[: len(data) // 2], position)
             elif name == "open":
-                function(*args, **kwargs)  # the file is there, but empty
+                function(*args, **kwargs)  # create the file, which is empty
             os.kill(os.getpid(), send)
             return function(*args, **kwargs)
 

@@ -1,6 +1,6 @@
-"""Weights as published checkpoints store them quantized, with what they mean, for tests of sources.
+"""Quantized weights as published checkpoints store them, with their values, to test the sources.
 
-The meaning is float64 arithmetic on the formats' definitions, none of it the package's.
+The values are computed in float64 from the formats' definitions. No code of the package is used.
 """
 
 from collections.abc import Callable
@@ -40,18 +40,28 @@ def e8m0(codes: np.ndarray) -> np.ndarray:
 
 
 def spread(scale: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
-    """A scale for each weight of a matrix (or of each of several)."""
+    """Repeat the scales of blocks to one scale for each weight.
+
+    Args:
+        scale: ``[..., rows of blocks, columns of blocks]``.
+        block: rows and columns of a block.
+        shape: the shape of the matrix, or of several stacked ones.
+    """
     wide = np.repeat(np.repeat(scale, block[0], -2), block[1], -1)
     return wide[..., : shape[-2], : shape[-1]]
 
 
 def product(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Rounded once: no product of these formats and float32 needs more than float64's digits."""
+    """``values * scale`` in float32, rounded once.
+
+    The product of a value of these formats and a float32 scale is exact in float64.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         return (values * scale).astype(np.float32)
 
 
 def assert_same(actual: torch.Tensor, expected: np.ndarray) -> None:
+    """Assert float32, the same shape, NaN in the same places, and equal bits everywhere else."""
     assert actual.dtype == torch.float32
     assert tuple(actual.shape) == expected.shape
     nan = np.isnan(expected)
@@ -60,10 +70,19 @@ def assert_same(actual: torch.Tensor, expected: np.ndarray) -> None:
     assert np.array_equal(bits, np.ascontiguousarray(expected).view(np.uint32)[~nan])
 
 
-# What is published: stored tensors, config, and the weights that they mean.
+# Published checkpoints.
 
 
 class Published(NamedTuple):
+    """A checkpoint in a published format.
+
+    Attributes:
+        stored: the tensors in its files, by name.
+        quantization: ``quantization_config`` of its ``config.json``; None if there is none.
+        weights: the float32 weights that they represent, by name.
+        format: the expected key of ``quantize.checkpoint.sources.FORMATS``.
+    """
+
     stored: dict[str, torch.Tensor]
     quantization: dict[str, Any] | None
     weights: dict[str, np.ndarray]
@@ -71,7 +90,7 @@ class Published(NamedTuple):
 
 
 def random_bytes(*shape: int, low: int = 0, high: int = 256) -> np.ndarray:
-    """Always the same for the same arguments, whichever tests run before."""
+    """Random bytes, uint8. They depend only on the arguments, not on tests that ran before."""
     return np.random.default_rng([low, high, *shape]).integers(low, high, shape, np.uint8)
 
 
@@ -90,7 +109,19 @@ def fp8(
     dtype: torch.dtype = torch.float32,
     spread_shape: tuple[int, ...] | None = None,
 ) -> Published:
-    """``spread_shape``: of the matrices that are cut into blocks, if not ``shape``."""
+    """An FP8 weight with random codes and scales.
+
+    Args:
+        name: the weight's name.
+        scale_name: the scale's name.
+        shape: the weight's shape.
+        grid: the scale's shape.
+        block: rows and columns of a block.
+        quantization: as in :class:`Published`.
+        dtype: the scale's dtype.
+        spread_shape: the weight's shape as the matrices that are cut into blocks separately;
+            ``shape`` by default.
+    """
     codes = random_bytes(*shape)
     scale = torch.from_numpy(np.random.default_rng(grid or 1).uniform(1e-4, 1e-2, grid)).to(dtype)
     cut = spread_shape or shape
@@ -109,6 +140,7 @@ def mx(
     scale: np.ndarray,
     fmt: str,
 ) -> Published:
+    """An MX weight ``name``: ``values`` ``[..., in]`` with E8M0 ``scale`` ``[..., in / 32]``."""
     wide = np.repeat(e8m0(scale), 32, -1)
     return Published(stored, quantization, {name: product(values, wide)}, fmt)
 
@@ -150,7 +182,7 @@ def transformers_fp8_down() -> Published:
 
 
 def transformers_fp8_gate_up() -> Published:
-    """Gate and up have rows of scales of their own: Transformers' ``min_sf_out=2``."""
+    """Gate and up have separate rows of scales, by ``min_sf_out=2`` of Transformers."""
     config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     name = "model.layers.0.mlp.experts.gate_up_proj"
     return fp8(

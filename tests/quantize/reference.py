@@ -1,7 +1,7 @@
-"""What the tests hold quantize/ against: plain numpy and bit fields, nothing of the package's own.
+"""The tests' reference for quantize/, in plain numpy. No code of the package is used.
 
-Number formats are tables made from their bit fields, rounding is a brute-force search of them, and
-safetensors files are parsed from their bytes.
+Number formats are tables that are made from their bit fields. Rounding searches these tables by
+brute force. safetensors files are parsed from their bytes.
 """
 
 import json
@@ -15,14 +15,20 @@ INDEX = "model.safetensors.index.json"
 
 
 def _e2m1(code: int) -> float:
-    """Sign 1 bit, exponent 2 bits with bias 1, mantissa 1 bit; exponent 0 is subnormal."""
+    """The value of a code: sign 1 bit, exponent 2 bits with bias 1, mantissa 1 bit.
+
+    Exponent 0 is subnormal.
+    """
     exponent, mantissa = (code >> 1) & 3, code & 1
     magnitude = mantissa * 0.5 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1)
     return math.copysign(magnitude, -1.0 if code & 8 else 1.0)
 
 
 def _e4m3(bits: int) -> float:
-    """Sign 1 bit, exponent 4 bits with bias 7, mantissa 3 bits, no infinities; 0x7F is NaN."""
+    """The value of a bit pattern: sign 1 bit, exponent 4 bits with bias 7, mantissa 3 bits.
+
+    Exponent 0 is subnormal. There are no infinities; 0x7F and 0xFF are NaN.
+    """
     exponent, mantissa = (bits >> 3) & 15, bits & 7
     if bits & 0x7F == 0x7F:
         return math.nan
@@ -40,23 +46,24 @@ POSITIVE_E4M3 = range(1, 127)
 
 
 def _nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Index of the nearest of ``table``'s values, ties to the even index, saturating."""
+    """The index of the nearest value of ``table``, ties to the even index."""
     distance = np.abs(np.asarray(x, np.float64)[..., None] - table)
     best = distance.min(-1, keepdims=True)
     index = np.arange(len(table))
-    # Of at most two candidates, the one whose mantissa's last bit is 0.
+    # At most two values are nearest. That with the even index has 0 as its mantissa's last bit.
     return np.where(distance == best, index + 1000 * (index % 2), 10**6).argmin(-1)
 
 
 def nearest_e2m1(x: np.ndarray) -> np.ndarray:
-    """Codes 0 to 15 of the nearest E2M1 values; the sign is kept, also of zero."""
+    """Codes 0 to 15 of the nearest E2M1 values, at most 6 in magnitude. Zeros keep their sign."""
     return _nearest(np.minimum(np.abs(x), 6.0), E2M1[:8]) | (np.signbit(x).astype(np.int64) << 3)
 
 
 def nearest_e4m3(x: np.ndarray) -> np.ndarray:
     """Bits of the nearest positive E4M3 values: never zero, at most 448."""
     table = E4M3[list(POSITIVE_E4M3)]
-    # Bits are index + 1, so parities swap: prepend zero to keep them, and never choose it.
+    # An index in ``table`` is the bits minus 1, so even and odd are swapped. Prepending zero puts
+    # that right; maximum then keeps zero from being chosen.
     return np.maximum(_nearest(np.clip(x, table[0], table[-1]), np.concatenate(([0.0], table))), 1)
 
 
@@ -76,7 +83,7 @@ def max_rule(*weights: np.ndarray) -> tuple[np.float32, list[tuple[np.ndarray, n
 
 
 def unpack(packed: np.ndarray) -> np.ndarray:
-    """Codes of packed bytes: input 2k in the low nibble of byte k, 2k + 1 in the high one."""
+    """The codes of packed bytes: byte k has code 2k in its low nibble, 2k + 1 in its high one."""
     codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.int64)
     codes[..., 0::2] = packed % 16
     codes[..., 1::2] = packed // 16
@@ -84,7 +91,7 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 
 
 def dequantize(packed: np.ndarray, scale_bits: np.ndarray, scale: float) -> np.ndarray:
-    """float64 ``[..., in]``: e2m1(code) * e4m3(bits) * scale, exactly rounded once at the end."""
+    """float64 ``[..., in]``: e2m1(code) * e4m3(bits) * scale; only the last product is rounded."""
     values = E2M1[unpack(packed)]
     return values * np.repeat(E4M3[scale_bits], 16, axis=-1) * np.float64(scale)
 
@@ -101,22 +108,23 @@ _NUMPY = {
 
 
 class Raw(NamedTuple):
-    """A tensor as it lies in a safetensors file."""
+    """A tensor as it is stored in a safetensors file: dtype, shape and bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes
 
     def array(self) -> np.ndarray:
-        """Its values; bits of F8_E4M3; float32 of BF16, which is its upper half."""
+        """Its values as a numpy array. F8_E4M3 is returned as bits (uint8), and BF16 as float32."""
         if self.dtype == "BF16":
+            # BF16 is the upper half of float32.
             bits = np.frombuffer(self.data, np.uint16).astype(np.uint32) << 16
             return bits.view(np.float32).reshape(self.shape)
         return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape)
 
 
 def read_file(path: Path) -> dict[str, Raw]:
-    """All tensors of one file, from its bytes; checks that the file has no gaps."""
+    """All tensors of one safetensors file. Asserts that the tensors cover its data without gaps."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -132,7 +140,7 @@ def read_file(path: Path) -> dict[str, Raw]:
 
 
 def read_folder(folder: Path) -> dict[str, Raw]:
-    """All tensors of a checkpoint, each from the file where the index says that it is."""
+    """All tensors of a checkpoint, each read from the file that the index names."""
     index = folder / INDEX
     if not index.exists():
         return read_file(folder / "model.safetensors")
@@ -142,7 +150,7 @@ def read_folder(folder: Path) -> dict[str, Raw]:
 
 
 def weight(tensors: dict[str, Raw], module: str) -> np.ndarray:
-    """float64 weight of one quantized module, whichever layout it is in."""
+    """The dequantized weight, float64 ``[out, in]``, of one module in either layout."""
     if f"{module}.weight_packed" in tensors:
         packed, scale = tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_global_scale"]
         factor = 1 / np.float64(scale.array().item())

@@ -1,8 +1,12 @@
-"""Formats that source checkpoints are already quantized in, dequantized on the way in.
+"""Quantized formats of source checkpoints (FP8, MXFP8, MXFP4), which are dequantized when read.
 
-A weight in such a format is stored as several tensors, codes and scales. They are found by their
-names, dtypes and shapes, and presented to the rest of the package as one tensor of floats. A new
-format is one file here and one line in ``FORMATS``.
+A weight in such a format is stored as several tensors: codes and scales. ``find`` finds them by
+their names, dtypes and shapes, and ``quantize.checkpoint.reader`` presents them to the rest of the
+package as one tensor of floats. ``refusals`` rejects the formats that cannot, or should not, be
+read. To add a format, write one file here and add one line to ``FORMATS``.
+
+This room may import ``quantize.checkpoint.tensors``, ``quantize.nvfp4``, ``quantize.errors`` and
+``quantize.registry``.
 """
 
 from __future__ import annotations
@@ -21,4 +25,4 @@ FORMATS: Registry[SourceFormat] = Registry(
         "mxfp4": "quantize.checkpoint.sources.mxfp4:MXFP4",
     }
 )
-"""By name; see ``quantize.checkpoint.sources.source_format.SourceFormat``."""
+"""All formats, by name; see ``quantize.checkpoint.sources.source_format.SourceFormat``."""

@@ -17,11 +17,12 @@ def find_stored_weights(
     """All weights of a checkpoint that are stored in one of ``FORMATS``, by name.
 
     Args:
-        stored: every tensor in the checkpoint's files.
-        config: its ``config.json``.
+        stored: every tensor in the checkpoint's files, by name.
+        config: the contents of its ``config.json``.
 
     Raises:
-        QuantizeError: naming a tensor that does not fit, or that lacks its counterpart.
+        QuantizeError: if a tensor has the wrong shape or dtype, if codes lack their scale or a
+            scale its codes, or if a weight is stored twice; the message names the tensor.
     """
     found = [weight for fmt in FORMATS.values() for weight in fmt.find(stored, config)]
     _check_complete(stored, found)
@@ -29,7 +30,10 @@ def find_stored_weights(
 
 
 def _check_complete(stored: Mapping[str, TensorInfo], weights: Iterable[StoredWeight]) -> None:
-    """Every tensor belongs to at most one weight, and those that mean nothing alone to one."""
+    """Raise QuantizeError if a tensor belongs to two weights, or to none though it must.
+
+    Codes and scales mean nothing alone, so they must belong to a weight.
+    """
     parts: set[str] = set()
     for weight in weights:
         twice = weight.name in stored and weight.name not in weight.parts

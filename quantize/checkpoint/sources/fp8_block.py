@@ -1,15 +1,16 @@
-"""FP8 (E4M3) with one scale for a block of weights, as DeepSeek-V3 publishes it.
+"""FP8 (E4M3) with one scale for each block of weights, as DeepSeek-V3 publishes it.
 
-``weight`` F8_E4M3 ``[..., out, in]`` and ``weight_scale_inv`` ``[..., ceil(out / 128),
-ceil(in / 128)]`` mean ``e4m3(code) * scale``: despite its name, the scale multiplies. Sources:
-DeepSeek-V3's ``inference/kernel.py`` (``weight_dequant``), Transformers 5's ``Fp8Dequantize``.
-The block is ``weight_block_size`` of the config, 128 by 128 if it says nothing; scales are F32,
-BF16, F16 or, as in DeepSeek-V4 (``scale_fmt: ue8m0``), powers of two.
+``weight`` is F8_E4M3 ``[..., out, in]``, and ``weight_scale_inv`` is ``[..., ceil(out / 128),
+ceil(in / 128)]``. The weight's value is ``e4m3(code) * scale``: despite its name, the scale
+multiplies. Sources: DeepSeek-V3's ``inference/kernel.py`` (``weight_dequant``) and Transformers 5's
+``Fp8Dequantize``. The block's size is ``weight_block_size`` of the config, or 128 by 128 if the
+config does not say. Scales are F32, BF16, F16 or, in DeepSeek-V4 (``scale_fmt: ue8m0``), powers of
+two.
 
-One scale a tensor or one a row (ModelOpt, compressed-tensors, Quark) is the same with a larger
-block. Stacked ``gate_up_proj`` holds two weights, gate and up, and each is cut into blocks on its
-own, as Transformers' ``_alloc_expert_proj`` (at least two rows of scales) and ``Fp8Dequantize``
-(rows of weights by rows of scales) have it.
+One scale per tensor or one per row (ModelOpt, compressed-tensors, Quark) is the same format with a
+larger block. A stacked ``gate_up_proj`` holds two weights, gate and up, and each is cut into blocks
+separately. Transformers does the same: ``_alloc_expert_proj`` makes at least two rows of scales,
+and ``Fp8Dequantize`` takes a block's height from the number of rows of weights and of scales.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _SCALES = ("F32", "BF16", "F16", *SCALE_DTYPES)
 
 
 class Fp8Block:
-    """See ``quantize.checkpoint.sources.SourceFormat``."""
+    """FP8; see ``quantize.checkpoint.sources.source_format.SourceFormat``."""
 
     name = "fp8"
     config_names = frozenset(
@@ -82,12 +83,17 @@ def decode(
     block: tuple[int, int],
     groups: int = 1,
 ) -> torch.Tensor:
-    """Float32 ``[..., out, in]`` from E4M3 ``[..., out, in]``; one rounding, the product's.
+    """Dequantize E4M3 ``[..., out, in]`` to float32 ``[..., out, in]``.
+
+    The only rounding is that of the product of value and scale.
 
     Args:
-        scale: any shape with one value a block, in order.
-        block: rows and columns that share a scale; the last ones may be fewer.
-        groups: weights stacked along ``out``, each cut into blocks on its own.
+        codes: F8_E4M3 ``[..., out, in]``.
+        scale: one value for each block, in row-major order of the blocks, in any shape.
+        out: memory for the result, as for ``lookup``.
+        block: the number of rows and of columns that share a scale. The last block of a row or
+            column may be smaller.
+        groups: how many weights are stacked along ``out``; each is cut into blocks separately.
     """
     weight = lookup(codes, E4M3, out)
     *lead, outputs, inputs = weight.shape
@@ -104,9 +110,10 @@ def decode(
 
 
 def _pieces(size: int, block: int) -> Iterator[tuple[slice, slice, int]]:
-    """Weights, their scales, and the block, for all whole blocks of a dimension and for the rest.
+    """Cut a dimension of ``size`` into its whole blocks and the smaller block that may remain.
 
-    Within a piece blocks are alike, so that scales can be broadcast instead of spread in memory.
+    Yields for each piece the slice of weights, the slice of their scales, and the size of a block.
+    All blocks of a piece have the same size, so scales are broadcast and not expanded in memory.
     """
     whole, rest = divmod(size, block)
     if whole:
@@ -116,7 +123,11 @@ def _pieces(size: int, block: int) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _cut(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> dict[str, Any]:
-    """How ``weight`` is cut into blocks: arguments of :func:`decode`."""
+    """How ``weight`` is cut into blocks, as keyword arguments of :func:`decode`.
+
+    Raises:
+        QuantizeError: if the shapes or dtypes of weight and scale do not fit together.
+    """
     if scale.dtype not in _SCALES:
         raise QuantizeError(f"{scale.name} has dtype {scale.dtype}, expected one of {_SCALES}")
     if len(weight.shape) < 2 or 0 in weight.shape:
@@ -137,7 +148,8 @@ def _cut(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> dict[
 
 
 def _block_size(config: dict[str, Any]) -> tuple[int, int]:
-    """``weight_block_size``, or compressed-tensors' ``block_structure``."""
+    """Rows and columns of a block: ``weight_block_size``, or compressed-tensors'
+    ``block_structure``."""
     quantization = quantization_config(config)
     if not isinstance(quantization, dict):
         return _DEFAULT_BLOCK

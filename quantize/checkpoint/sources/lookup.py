@@ -1,7 +1,8 @@
-"""Codes to float32 through tables: several times faster on CPUs than PyTorch's conversions.
+"""Converting codes to float32 with lookup tables.
 
-A table has one row a byte, so that FP4 gives both values of a byte at once. All work on whatever
-device the codes are on.
+On CPUs this is several times faster than PyTorch's own conversions. A table has one row for each
+value of a byte, so one lookup gives both FP4 values of a byte. Every function here works on the
+device of its codes.
 """
 
 from __future__ import annotations
@@ -10,33 +11,39 @@ import torch
 
 from quantize.nvfp4.format import E2M1_VALUES, unpack
 
-_CHUNK = 1 << 18  # indices are four times the codes' size: on CPUs they must stay in cache
+_CHUNK = 1 << 18  # codes at a time: their int32 indices (4 bytes each) must stay in the CPU's cache
 _BYTES = torch.arange(256, dtype=torch.uint8)
 _E2M1 = E2M1_VALUES + tuple(-value for value in E2M1_VALUES)
 
 E4M3 = _BYTES.view(torch.float8_e4m3fn).float()[:, None]
-"""``[256, 1]``; codes 0x7F and 0xFF are NaN."""
+"""float32 ``[256, 1]``; codes 0x7F and 0xFF are NaN."""
 
 E8M0 = _BYTES.view(torch.float8_e8m0fnu).float()[:, None]
-"""``[256, 1]``: ``2 ** (code - 127)``, and NaN for 255. Source: OCP Microscaling Formats 1.0."""
+"""float32 ``[256, 1]``: ``2 ** (code - 127)``; 255 is NaN. Source: OCP Microscaling Formats 1.0."""
 
 E2M1_PAIRS = torch.tensor(_E2M1)[unpack(_BYTES[:, None]).int()]
-"""``[256, 2]``: the value of the low nibble, then that of the high one."""
+"""float32 ``[256, 2]``: the value of the low nibble, then that of the high nibble."""
 
 
 def lookup(
     codes: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Float32 ``[..., n * k]`` from codes ``[..., n]``, one byte each, and a table ``[256, k]``.
+    """Replace each code by its row of the table.
 
     Args:
-        out: memory for the result, float32, as many values; else it is new.
+        codes: ``[..., n]``, of a dtype of one byte.
+        table: float32 ``[256, k]``, ``k`` 1 or 2.
+        out: memory for the result: float32 with as many values; None to allocate it.
+
+    Returns:
+        float32 ``[..., n * k]``.
     """
     width = table.shape[1]
     flat = codes.contiguous().view(torch.uint8).view(-1)
     if out is None:
         out = torch.empty(len(flat) * width, device=codes.device)
-    # As integers, since a pair of floats read as one double might be a NaN that changes in a copy.
+    # Rows are copied as integers: two floats read as one double might be a NaN, which a copy can
+    # change.
     whole = {1: torch.int32, 2: torch.int64}[width]
     rows, column = out.view(-1).view(whole), table.to(codes.device).view(whole).view(-1)
     step = _CHUNK if codes.device.type == "cpu" else max(len(flat), 1)
@@ -47,7 +54,7 @@ def lookup(
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
-    """Scales of any stored dtype as float32; bytes are E8M0."""
+    """Scales of any stored dtype as float32 of the same shape; dtypes of one byte are E8M0."""
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         return lookup(scale, E8M0) if scale.dim() else lookup(scale.view(1), E8M0).view(())
     return scale.float()

@@ -1,17 +1,18 @@
-"""MXFP4: two E2M1 values a byte, the even input in the low nibble; one power of two for 32 inputs.
+"""MXFP4: two E2M1 values per byte, and one scale, a power of two, for each 32 inputs.
 
-Three ways to store a weight ``[..., out, in]``; in all, the value is ``e2m1(code) * 2 ** (scale -
-127)``, and scales are U8 or F8_E8M0 ``[..., out, in / 32]``:
+The even input is in the low nibble. The value is ``e2m1(code) * 2 ** (scale - 127)``. Scales are U8
+or F8_E8M0 ``[..., out, in / 32]``. A weight ``[..., out, in]`` is stored in one of three ways:
 
-* GPT-OSS: ``X_blocks`` U8 ``[..., out, in / 32, 16]`` with ``X_scales``, for stacked experts ``X``.
-  Transformers' ``convert_moe_packed_tensors`` also transposes them, which is not done here;
-* compressed-tensors' ``mxfp4-pack-quantized``: ``X.weight_packed`` U8 ``[out, in / 2]`` with
+* GPT-OSS: stacked experts ``X`` are ``X_blocks``, U8 ``[..., out, in / 32, 16]``, and ``X_scales``.
+  Transformers' ``convert_moe_packed_tensors`` also transposes them; this module does not;
+* compressed-tensors' ``mxfp4-pack-quantized``: ``X.weight_packed``, U8 ``[out, in / 2]``, and
   ``X.weight_scale``;
-* under the weight's own name, U8 or I8 ``[..., out, in / 2]``: with ``weight_scale`` (Quark), with
-  ``scale`` (DeepSeek-V4's experts, ``expert_dtype: fp4``), or stacked with ``_scale_inv`` (those
-  experts as Transformers' ``FP8Experts`` holds them; its ``_unpack_fp4`` has the same order).
+* under the weight's own name, U8 or I8 ``[..., out, in / 2]``. The scale is then called
+  ``weight_scale`` (Quark), ``scale`` (DeepSeek-V4's experts, ``expert_dtype: fp4``), or, where
+  experts are stacked, ``_scale_inv`` (DeepSeek-V4's experts as Transformers' ``FP8Experts`` holds
+  them; ``Fp8Dequantize._unpack_fp4`` has the same order of nibbles).
 
-What has E4M3 scales instead is NVFP4, and not found here.
+Packed E2M1 values with E4M3 scales are NVFP4. This module does not find them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _STACKED = ("_blocks", "_scales")
 
 
 class MxFp4:
-    """See ``quantize.checkpoint.sources.SourceFormat``."""
+    """MXFP4; see ``quantize.checkpoint.sources.source_format.SourceFormat``."""
 
     name = "mxfp4"
     config_names = frozenset(
@@ -66,10 +67,12 @@ MXFP4 = MxFp4()
 def decode(
     codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Float32 ``[..., in]`` from bytes ``[..., in / 2]`` or ``[..., in / 32, 16]``; exact.
+    """Dequantize MXFP4 to float32 ``[..., in]``, exactly.
 
     Args:
+        codes: bytes ``[..., in / 2]`` or ``[..., in / 32, 16]``.
         scale: E8M0 ``[..., in / 32]``.
+        out: memory for the result, as for ``lookup``.
     """
     packed = codes.reshape(*scale.shape[:-1], -1)
     return apply(lookup(packed, E2M1_PAIRS, out), scale)
@@ -78,7 +81,7 @@ def decode(
 def _name_and_scale(
     codes: TensorInfo, stored: Mapping[str, TensorInfo]
 ) -> tuple[str, TensorInfo | None]:
-    """What the weight of some codes is called, and its scales."""
+    """The name of the weight that ``codes`` belong to, and its scale (None if there is none)."""
     for (codes_suffix, scale_suffix), suffix in ((_PACKED, ".weight"), (_STACKED, "")):
         if codes.name.endswith(codes_suffix):
             stem = codes.name.removesuffix(codes_suffix)
@@ -87,7 +90,7 @@ def _name_and_scale(
 
 
 def _shape(codes: TensorInfo, scale: TensorInfo) -> tuple[int, ...]:
-    """The weight's shape, once codes and scales agree on it."""
+    """The weight's shape; raises QuantizeError if codes and scales disagree on it."""
     *rows, blocks = scale.shape or (0,)
     flat, blocked = (*rows, blocks * BLOCK // 2), (*rows, blocks, BLOCK // 2)
     expected = blocked if codes.name.endswith(_STACKED[0]) else flat

@@ -1,9 +1,9 @@
-"""MXFP8: E4M3 values, and one power of two for 32 inputs.
+"""MXFP8: E4M3 values, and one scale, a power of two, for each 32 inputs.
 
-``weight`` F8_E4M3 ``[..., out, in]`` with ``weight_scale_inv`` (MiniMax-M3, DeepSeek's naming) or
-``weight_scale`` (ModelOpt, compressed-tensors' ``mxfp8-quantized``), U8 or F8_E8M0
-``[..., out, in / 32]``, means ``e4m3(code) * 2 ** (scale - 127)``. Sources: OCP MX 1.0; vLLM 0.32's
-``dequant_mxfp8_to_bf16``; Transformers 5's ``Fp8Dequantize``.
+``weight`` is F8_E4M3 ``[..., out, in]``. Its scale is U8 or F8_E8M0 ``[..., out, in / 32]`` and is
+called ``weight_scale_inv`` (MiniMax-M3, with DeepSeek's naming) or ``weight_scale`` (ModelOpt,
+compressed-tensors' ``mxfp8-quantized``). The value is ``e4m3(code) * 2 ** (scale - 127)``. Sources:
+OCP MX 1.0; vLLM 0.32's ``dequant_mxfp8_to_bf16``; Transformers 5's ``Fp8Dequantize``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from quantize.checkpoint.sources.stored_weight import (
 from quantize.checkpoint.tensors import TensorInfo
 
 BLOCK = 32
-"""Inputs that share one scale, in every MX format."""
+"""Number of inputs that share one scale, in every MX format."""
 
 SCALE_DTYPES = ("U8", "F8_E8M0")
-"""How files call the dtype of MX scales; safetensors got a name for it only lately."""
+"""Dtypes of MX scales in files. E8M0 has a name of its own only in newer versions of safetensors;
+older files call it U8."""
 
 
 class MxFp8:
-    """See ``quantize.checkpoint.sources.SourceFormat``."""
+    """MXFP8; see ``quantize.checkpoint.sources.source_format.SourceFormat``."""
 
     name = "mxfp8"
     config_names = frozenset({"mxfp8", "mxfp8-quantized"})
@@ -51,7 +52,10 @@ MXFP8 = MxFp8()
 
 
 def is_mxfp8(weight: TensorInfo, scale: TensorInfo) -> bool:
-    """Whether a weight is MXFP8; if its scales have another shape, it is FP8 with larger blocks."""
+    """Whether a weight is MXFP8.
+
+    E4M3 codes whose scales have another shape are FP8 with larger blocks (``fp8_block``).
+    """
     if weight.dtype != "F8_E4M3" or scale.dtype not in SCALE_DTYPES or is_scale(weight.name):
         return False
     if not weight.shape or 0 in weight.shape:
@@ -63,7 +67,10 @@ def is_mxfp8(weight: TensorInfo, scale: TensorInfo) -> bool:
 def decode(
     codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Float32 ``[..., in]`` from E4M3 ``[..., in]`` and E8M0 ``[..., in / 32]``; exact."""
+    """Dequantize E4M3 ``[..., in]`` with E8M0 ``[..., in / 32]`` to float32 ``[..., in]``, exactly.
+
+    ``out`` is memory for the result, as for ``lookup``.
+    """
     return apply(lookup(codes, E4M3, out), scale)
 
 

@@ -1,4 +1,4 @@
-"""What is refused as a source, and why: formats that cannot be, or should not be, read."""
+"""Refusing source checkpoints in quantized formats that cannot, or should not, be read."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _NVFP4_SUFFIXES = ("scale_2", "weight_global_scale")
 _ORIGINAL = "start from the original one (bfloat16, float16, float32, FP8, MXFP8 or MXFP4)"
 
 _UNQUANTIZED = {"none", "dense"}
-"""What configs say where nothing but the KV cache is quantized: ModelOpt's and compressed-tensors'
-words."""
+"""What ModelOpt (``none``) and compressed-tensors (``dense``) write into a config when only the KV
+cache is quantized."""
 
 
 def undecodable(stored: Mapping[str, TensorInfo]) -> set[str]:
-    """Formats that some tensors are stored in, going by names, and that are not decoded."""
+    """Formats that some tensors have, judging by their names, and that are not decoded: NVFP4."""
     return {NVFP4} if any(name.endswith(_NVFP4_SUFFIXES) for name in stored) else set()
 
 
 def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
-    """Refuse a source that is quantized in a way that cannot be, or should not be, read.
+    """Raise if a source is quantized in a format that cannot, or should not, be read.
 
-    Which modules a config leaves out (``ignore``, ``modules_to_not_convert``) is not looked at:
-    each tensor shows by itself what it is stored as.
+    The config's list of modules that are not quantized (``ignore``, ``modules_to_not_convert``) is
+    not used: each tensor itself shows the format that it is stored in.
 
     Args:
-        config: of the source.
-        formats: what its tensors are stored in, ``Checkpoint.formats``.
-        where: the config's file, for the message.
+        config: the contents of the source's ``config.json``.
+        formats: the formats of its tensors, ``Checkpoint.formats``.
+        where: the path of the config, for the message.
 
     Raises:
-        QuantizeError: with the reason.
+        QuantizeError: if the source is refused; the message says why.
     """
     quantization = quantization_config(config)
     schemes = {scheme.lower() for scheme in _schemes(quantization)} | (formats & {NVFP4})
@@ -55,7 +55,7 @@ def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
 
 
 def _schemes(quantization: Any) -> set[str]:
-    """What a config says weights are stored in, in its own words."""
+    """The formats of weights that a config names, in the words of the tool that wrote it."""
     if quantization is None:
         return set()
     if not isinstance(quantization, dict):
@@ -89,7 +89,7 @@ def _method(quantization: Any) -> str:
 
 
 def _group_scheme(group: dict[str, Any], overall: Any) -> str:
-    """compressed-tensors: a group's format, or the kind of its integers."""
+    """The format of one of compressed-tensors' config groups; ``int4``, ``int8`` for integers."""
     weights = group.get("weights")
     if isinstance(weights, dict) and weights.get("type") == "int":
         return f"int{weights.get('num_bits')}"

@@ -1,4 +1,4 @@
-"""What a source format is."""
+"""The interface of a source format."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from quantize.checkpoint.tensors import TensorInfo
 
 
 class SourceFormat(Protocol):
-    """One way in which published checkpoints are quantized.
+    """One quantized format in which checkpoints are published.
 
     Attributes:
         name: its key in ``quantize.checkpoint.sources.FORMATS``.
-        config_names: what configs call it, in lower case: as ``quant_method``, as ModelOpt's
-            ``quant_algo``, as compressed-tensors' ``format`` or as Quark's ``dtype``.
+        config_names: the names that configs have for it, in lower case. They occur as
+            ``quant_method``, as ModelOpt's ``quant_algo``, as compressed-tensors' ``format`` or as
+            Quark's ``dtype``.
     """
 
     name: str
@@ -26,14 +27,15 @@ class SourceFormat(Protocol):
 
         Args:
             stored: every tensor in the checkpoint's files, by name.
-            config: its ``config.json``.
+            config: the contents of its ``config.json``.
 
         Raises:
-            QuantizeError: naming the tensor, if one has the wrong shape or dtype.
+            QuantizeError: if a tensor has the wrong shape or dtype; the message names it.
         """
 
     def complaint(self, info: TensorInfo) -> str | None:
-        """What is wrong with a tensor that is no part of a weight which :meth:`find` has found.
+        """The complaint about a tensor that belongs to no weight in any format; None if it is fine.
 
-        None if the tensor means something by itself, as far as this format knows.
+        Codes without a scale, for example, cannot be read. The complaint completes a sentence that
+        begins with the tensor's name.
         """

@@ -1,4 +1,4 @@
-"""How the stored tensors of one weight belong together: by their names."""
+"""One weight that is stored as several tensors, which belong together by their names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INPUT_SCALES = ("input_scale", "activation_scale")
 
 
 class Decode(Protocol):
-    """Codes and scale to the float32 weight, in ``out`` if given."""
+    """A function from codes and scale to the float32 weight. ``out`` is memory for it, or None."""
 
     def __call__(
         self, codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None
@@ -28,12 +28,14 @@ class StoredWeight:
     """One weight that is stored as several tensors.
 
     Attributes:
-        format: name of its :class:`quantize.checkpoint.sources.SourceFormat`.
-        name: what the weight is called in an unquantized checkpoint.
-        shape: of the weight; stacked experts have a leading dimension, in the parts too.
-        parts: names of the stored tensors.
-        decode: from the parts, in that order (or from one expert's slice of each), to the float32
-            weight; ``out`` is memory for it, as many float32 values, and new if not given.
+        format: the name of its format, a key of ``quantize.checkpoint.sources.FORMATS``.
+        name: the weight's name in an unquantized checkpoint.
+        shape: the weight's shape. Stacked experts have a leading dimension of experts; each part
+            then has it too.
+        parts: the names of the stored tensors.
+        decode: a function that takes the parts in that order, or one expert's slice of each, and
+            returns the float32 weight. Its keyword ``out`` is memory for the result, with as many
+            float32 values; without it, memory is allocated.
     """
 
     format: str
@@ -44,16 +46,16 @@ class StoredWeight:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a stored tensor is a scale, going by its name."""
+    """Whether a stored tensor is a scale, judging by its name."""
     return _SCALE.fullmatch(name) is not None
 
 
 def scale_of(name: str, stored: Mapping[str, TensorInfo]) -> TensorInfo | None:
-    """The scale of a weight that is stored under its own name.
+    """The scale of the weight whose codes are stored as ``name``; None if there is none.
 
-    ``weight_scale_inv`` (DeepSeek-V3, MiniMax) multiplies just as ``weight_scale`` (ModelOpt,
+    ``weight_scale_inv`` (DeepSeek-V3, MiniMax) multiplies, just as ``weight_scale`` (ModelOpt,
     compressed-tensors, Quark) and ``scale`` (DeepSeek-V4) do. Transformers appends the same
-    suffixes to stacked experts: ``gate_up_proj_scale_inv``.
+    suffixes to stacked experts, as in ``gate_up_proj_scale_inv``.
     """
     names = [f"{name}_scale_inv", f"{name}_scale"]
     if name.endswith(".weight"):
@@ -69,14 +71,23 @@ def from_pair(
     stored: Mapping[str, TensorInfo],
     decode: Decode,
 ) -> StoredWeight:
-    """The weight of ``pair``, codes and scale, which ``decode`` takes.
+    """The weight that is stored as a pair of codes and scale.
 
-    Static scales of the weight's inputs are among its parts, unused: they mean nothing to the
-    dequantized weight, and must not stay behind.
+    Static scales of the weight's activations are among its parts too. ``decode`` does not get
+    them, since the dequantized weight does not depend on them. As parts they are not copied to the
+    target, where they would have no meaning.
+
+    Args:
+        fmt: the name of the format.
+        name: the weight's name.
+        shape: the weight's shape.
+        pair: codes and scale.
+        stored: every tensor in the checkpoint's files, by name.
+        decode: dequantizes codes with scale.
     """
     stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
     inputs = [stored[stem + suffix] for suffix in _INPUT_SCALES if stem + suffix in stored]
-    if len(shape) > 2:  # only what has one value an expert can be sliced with the rest
+    if len(shape) > 2:  # stacked: only scales with one value per expert can be sliced by expert
         inputs = [scale for scale in inputs if scale.shape[:1] == shape[:1]]
     parts = tuple(info.name for info in (*pair, *inputs))
 
@@ -95,11 +106,14 @@ ALONE = (
     "is there without the weight that it belongs to, or that is not quantized; the checkpoint is "
     "incomplete or mixed up"
 )
-"""A complaint about codes or scales that have lost their counterpart."""
+"""The complaint about codes without a scale, or a scale without codes."""
 
 
 def quantization_config(config: dict[str, Any]) -> Any:
-    """``quantization_config`` of a ``config.json``: at the top, or the language model's own."""
+    """The ``quantization_config`` of a ``config.json``; None if there is none.
+
+    It is at the top level or in ``text_config``, and may be called ``compression_config``.
+    """
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):

@@ -1,13 +1,14 @@
 """The gate contract: which activation a checkpoint's experts apply between their two GEMMs.
 
-Written by ``nvfp4-moe quantize`` into ``config.json`` under ``nvfp4_moe``, a key that stock readers
-ignore, and obeyed by the vLLM plugin whatever the engine's own layer would do::
+``nvfp4-moe quantize`` writes the contract into ``config.json`` under the key ``nvfp4_moe``, which
+other readers ignore. The vLLM plugin applies the gate that the contract names, even if vLLM's own
+layer for the model would apply another::
 
     {"nvfp4_moe": {"version": 1, "gate": {"form": "swiglu_oai", "alpha": 1.702, "beta": 1.0,
                                           "limit": 7.0, "interleaved": false}}}
 
-Where layers differ, it is version 2: ``gate`` is that of most layers, and ``layers`` maps the
-numbers of the others to theirs.
+If layers differ, the contract has version 2: ``gate`` is the gate of most layers, and ``layers``
+maps the number of each other layer to its gate.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Gates:
     """The gates of a model's routed experts.
 
     Attributes:
-        default: of every layer that is not in ``layers``.
-        layers: by layer number, only where they differ from ``default``.
+        default: the gate of every layer that is not in ``layers``.
+        layers: the gates that differ from ``default``, by layer number.
     """
 
     default: Gate
@@ -50,7 +51,7 @@ class Gates:
 
     @classmethod
     def of_layers(cls, gates: Mapping[int, Gate]) -> Gates:
-        """From the gate of each layer; the most frequent becomes the default."""
+        """From the gate of each layer, by its number. The most frequent one becomes the default."""
         return cls(Counter(gates.values()).most_common(1)[0][0], gates)
 
     def of(self, prefix: str) -> Gate:
@@ -59,7 +60,7 @@ class Gates:
         return self.default if number is None else self.layers.get(number, self.default)
 
     def concatenated(self) -> Gates:
-        """The same gates for tensors that have been split into gate and up."""
+        """The same gates for tensors that hold all of gate, then all of up (not interleaved)."""
         layers = {number: gate.concatenated() for number, gate in self.layers.items()}
         return Gates(self.default.concatenated(), layers)
 
@@ -77,7 +78,7 @@ class Gates:
 
 
 def first_number(path: str) -> int | None:
-    """The number by which the contract calls the layer at a module path: the first one in it."""
+    """The layer's number in the contract: the first number in a module path, None if none."""
     found = _NUMBER.search(path)
     return int(found[1]) if found else None
 
@@ -93,8 +94,12 @@ def to_contract(gates: Gates) -> dict[str, Any]:
 def from_contract(value: Any, where: str = "config.json") -> Gates:
     """The gates in a contract.
 
+    Args:
+        value: the value of ``config.json``'s ``nvfp4_moe`` key.
+        where: the file, for messages.
+
     Raises:
-        QuantizeError: if ``value`` is malformed, or of a version or form this code does not know.
+        QuantizeError: if ``value`` is malformed, or has a version or form that is unknown here.
     """
     try:
         version = value["version"]

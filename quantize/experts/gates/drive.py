@@ -1,8 +1,9 @@
-"""Running a module's own gating code on chosen numbers, whatever the module looks like.
+"""Running a module's own gating code on chosen numbers.
 
-Where a class has ``_apply_gate``, as Transformers' do, that is called. Else ``forward`` runs with
-its GEMMs replaced: the first give the chosen numbers, the last is where the result is read. The
-module may be on the meta device: its weights are never looked at.
+If the class has a method ``_apply_gate``, as those of Transformers do, it is called. Otherwise
+``forward`` runs with its GEMMs replaced: the first GEMMs return the chosen numbers, and the input
+of the last GEMM is the result. The module may be on the meta device, since its weights are never
+read.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ _GEMMS = {
     torch.Tensor.__matmul__,
 }
 _MARK = 0.125
-"""What the module's input is filled with, so that GEMMs on it can be told from those after them."""
+"""The value that fills the module's input. By it, GEMMs on the input are told from later ones."""
 
 
 class CannotDriveError(Exception):
-    """The module's code is not two GEMMs with something elementwise between them."""
+    """The module's code is not two GEMMs with an elementwise function between them."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Driven:
     """A module's gating code.
 
     Attributes:
-        gated: whether it takes gate and up; False: up alone.
-        joined: gate and up come from one GEMM, so they may be interleaved.
-        run: from one row of the first GEMM's outputs (``[2 * n]``, or ``[n]`` without a gate;
-            where not joined, gate then up), float64, to ``[n]``.
+        gated: whether the code takes gate and up; if False, it takes up alone.
+        joined: whether gate and up come from one GEMM, so that they may be interleaved.
+        run: a function from one row of the first GEMM's outputs, float64, to the result ``[n]``.
+            The row is ``[2 * n]``, or ``[n]`` without a gate. If not joined, it is gate, then up.
     """
 
     gated: bool
@@ -54,10 +55,13 @@ class Driven:
 
 
 def drive(module: torch.nn.Module) -> Driven:
-    """Find out how to run the gating code of ``module``: a layer's experts, or one expert.
+    """Find out how to run the gating code of ``module``.
+
+    Args:
+        module: a layer's experts, or one expert.
 
     Raises:
-        CannotDriveError: if its ``forward`` has another structure than is known.
+        CannotDriveError: if the structure of its ``forward`` is unknown.
     """
     apply_gate: Any = getattr(module, "_apply_gate", None)
     if apply_gate is not None and getattr(module, "has_gate", True):
@@ -77,22 +81,23 @@ def drive(module: torch.nn.Module) -> Driven:
         gemms = _Gemms(row.view(2, -1) if gated and not joined else row)
         with gemms, torch.no_grad():
             module(*arguments)
-        assert gemms.result is not None  # as in the first run
+        assert gemms.result is not None  # the first run had one
         return gemms.result.reshape(-1, gemms.result.shape[-1])[0]
 
     return Driven(gated, joined, run)
 
 
 class _Gemms(TorchFunctionMode):
-    """Replaces GEMMs with tensors on the meta device.
+    """Replaces every GEMM whose weight is on the meta device.
 
     Args:
-        rows: what GEMMs on the module's input give: ``[m]``, the same for each; ``[2, n]``, one
-            after the other; None: zeros of the true width.
+        rows: the output of the GEMMs on the module's input, for every row of it. With ``[m]``, each
+            GEMM returns ``rows``. With ``[2, n]``, the first GEMM returns ``rows[0]`` and the
+            second ``rows[1]``. With None, they return zeros. Every other GEMM returns zeros.
 
     Attributes:
-        widths: of the outputs of GEMMs on the module's input.
-        result: the input of the first other GEMM.
+        widths: the number of outputs of each GEMM on the module's input.
+        result: the input of the first GEMM after those; None if there was none yet.
     """
 
     def __init__(self, rows: torch.Tensor | None) -> None:
@@ -125,10 +130,10 @@ class _Gemms(TorchFunctionMode):
 
 
 def _on_meta(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose GEMM weights are on the meta device, and all else (routers, biases) zeros."""
+    """A copy with GEMM weights on the meta device and zeros for all else (routers, biases)."""
     module = copy.deepcopy(module).to("meta").double().eval()
     if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-        config._experts_implementation = "eager"  # the class's own forward
+        config._experts_implementation = "eager"  # so that the class's own forward runs
     stacked = any(p.ndim == 3 for p in module.parameters())
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
@@ -141,13 +146,17 @@ def _on_meta(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _first_run(module: torch.nn.Module) -> tuple[tuple[torch.Tensor, ...], _Gemms]:
-    """Arguments with which ``forward`` runs, and what its GEMMs were."""
+    """Arguments with which ``forward`` runs, and the GEMMs of that run.
+
+    Raises:
+        CannotDriveError: if no arguments of a plausible shape work.
+    """
     weights = [p for p in module.parameters() if p.device.type == "meta"]
     sizes = dict.fromkeys(size for p in weights for size in p.shape[:-3:-1])
     problem: Exception = CannotDriveError("it has no weights")
     count = len(inspect.signature(module.forward).parameters)
     shapes = [shape for n in sizes for shape in ((1, n), (1, 1, n), (len(weights[0]), n))]
-    # Two experts a token: LongCat's code cannot do with one.
+    # One expert per token, then two: LongCat's code fails with one.
     for shape, top_k in itertools.product(shapes, (1, 2) if count > 1 else (1,)):
         x = torch.full(shape, _MARK, dtype=torch.float64)
         routing = (torch.arange(top_k).view(1, -1), torch.ones(1, top_k, dtype=torch.float64))
@@ -158,7 +167,7 @@ def _first_run(module: torch.nn.Module) -> tuple[tuple[torch.Tensor, ...], _Gemm
                 module(*arguments)
         except NotImplementedError:
             raise
-        except Exception as error:  # whatever code that is not ours raises on a wrong shape
+        except Exception as error:  # the module's code may raise anything on a wrong shape
             problem = error
             continue
         if gemms.widths and gemms.result is not None:

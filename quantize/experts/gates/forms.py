@@ -1,4 +1,4 @@
-"""The known forms. A new one is one file here and one entry in ``FORMS``."""
+"""The known forms of gates. To add one, write one file here and add one entry to ``FORMS``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from quantize.experts.gates.swiglu_step import SwigluStep
 
 
 class Form(Protocol):
-    """A formula, elementwise on gate and up.
+    """A formula that is applied elementwise to gate and up.
 
     Attributes:
-        gated: whether there is a gate; if not, ``apply`` gets up as both.
-        numbers: which of alpha, beta and limit mean anything to it.
+        gated: whether the formula has a gate. If not, ``apply`` gets up for both arguments.
+        numbers: those of ``alpha``, ``beta`` and ``limit`` that the formula uses.
     """
 
     gated: bool
@@ -29,11 +29,14 @@ class Form(Protocol):
     def apply(
         gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float, limit: float | None
     ) -> torch.Tensor:
-        """Elementwise result, in the inputs' dtype and shape."""
+        """The elementwise result, with the inputs' dtype and shape."""
 
     @staticmethod
     def recover(probe: Probe) -> dict[str, Any] | None:
-        """alpha, beta and limit under which this form could be ``probe``; None if it can't be."""
+        """The numbers with which this form may equal ``probe``; None if it cannot.
+
+        The caller then compares the two over a grid, so a guess may be wrong.
+        """
 
 
 FORMS: dict[str, type[Form]] = {
@@ -45,4 +48,4 @@ FORMS: dict[str, type[Form]] = {
     "relu": Relu,
     "relu2": Relu2,
 }
-"""Forms by name; identification takes the first that fits, so special cases come first."""
+"""Forms by name. Identification takes the first that fits, so special cases come first."""

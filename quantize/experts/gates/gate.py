@@ -1,4 +1,4 @@
-"""One gate: a form with its numbers."""
+"""One gate: a form with its numbers alpha, beta and limit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from quantize.experts.gates.forms import FORMS
 
 @dataclass(frozen=True)
 class Gate:
-    """An activation with its numbers, elementwise on what one expert's first GEMMs give.
+    """An activation with its numbers, elementwise on the outputs of an expert's first GEMMs.
 
     Attributes:
         form: a key of ``FORMS``.
-        alpha: factor inside the sigmoid.
-        beta: added to up.
-        limit: clamp of gate (from above) and up (both sides); None for none.
-        interleaved: rows are stored gate, up, gate, up; else all of gate, then all of up.
+        alpha: the factor inside the sigmoid.
+        beta: the number that is added to up.
+        limit: the clamp, ``(-inf, limit]`` for gate and ``[-limit, limit]`` for up; None for none.
+        interleaved: whether rows are stored as gate, up, gate, up, ...; if not, all rows of gate
+            come before all rows of up.
+
+    Raises:
+        QuantizeError: if the form is unknown, if a number is not finite, or if the form does not
+            use a number that is set.
     """
 
     form: str
@@ -61,17 +66,18 @@ class Gate:
 
     @property
     def gated(self) -> bool:
-        """Whether there are a gate and an up; False: only up."""
+        """Whether there are gate and up; if False, there is only up."""
         return FORMS[self.form].gated
 
     def apply(self, *parts: torch.Tensor) -> torch.Tensor:
-        """The formula on (gate, up), each ``[..., n]``; on up alone where there is no gate."""
+        """Apply the formula to gate and up, each ``[..., n]``; to up alone if there is no gate."""
         return FORMS[self.form].apply(parts[0], parts[-1], self.alpha, self.beta, self.limit)
 
     def apply_stacked(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """The formula on ``[..., 2 * n]`` in this gate's order; ``[..., n]``.
+        """Apply the formula to one tensor that holds gate and up; returns ``[..., n]``.
 
-        Without a gate, on up, ``[..., n]``.
+        Args:
+            gate_up: ``[..., 2 * n]``, interleaved if this gate is; without a gate, up ``[..., n]``.
         """
         if not self.gated:
             return self.apply(gate_up)
@@ -80,5 +86,5 @@ class Gate:
         return self.apply(*gate_up.chunk(2, dim=-1))
 
     def concatenated(self) -> Gate:
-        """The same gate for tensors that have been split into gate and up."""
+        """The same gate for tensors that hold all of gate, then all of up (not interleaved)."""
         return replace(self, interleaved=False)

@@ -1,4 +1,4 @@
-"""``gelu`` and ``gelu_tanh``: ``up * gelu(gate)``, exact or with the tanh approximation."""
+"""``gelu`` and ``gelu_tanh``: ``up * gelu(gate)``, exact or with tanh's approximation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantize.experts.gates.probe import Probe
 
 
 class Gelu:
-    """No numbers."""
+    """``up * gelu(gate)``; uses no numbers."""
 
     gated = True
     numbers: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class Gelu:
 
 
 class GeluTanh(Gelu):
-    """As :class:`Gelu`, with another formula."""
+    """``up * gelu(gate)`` with tanh's approximation; uses no numbers."""
 
     @staticmethod
     def apply(

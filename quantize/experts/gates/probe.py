@@ -1,4 +1,4 @@
-"""Looking at a gate from outside: a black box of two numbers, read off at chosen points."""
+"""Reading a gate's numbers off its outputs: the gate is a black box that takes gate and up."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Callable
 import torch
 
 FAR = 1e4
-"""Beyond any clamp that a model would use, and where a sigmoid is 1."""
+"""A value beyond every clamp that a model would use, and at which a sigmoid is 1."""
 
 
 class Probe:
     """A gating function ``f(gate, up)``, elementwise on float64 tensors.
 
-    Every known gate is ``(clamp(up) + beta) * h(clamp(gate))``: linear in up within the clamp, so
-    three evaluations give beta, the clamp of up, and h.
+    Every known gate is ``(clamp(up) + beta) * h(clamp(gate))``. It is linear in up within the
+    clamp, so three evaluations give beta, the clamp of up, and h.
 
     Attributes:
-        gated: False: the function is of up alone, and gate is ignored.
+        function: the function.
+        gated: whether it depends on gate. If False, it depends on up alone and ignores gate.
     """
 
     def __init__(
@@ -36,17 +37,17 @@ class Probe:
         return self(gate, 1.0) - self(gate, 0.0)
 
     def beta(self) -> float:
-        """What is added to up."""
+        """The number that is added to up."""
         return _neat(self(1.0, 0.0) / self.h(1.0))
 
     def limit(self) -> float | None:
-        """Where up is clamped; None if it is not."""
+        """The value at which up is clamped; None if it is not clamped."""
         reached = self(1.0, FAR) / self.h(1.0) - self.beta()
         return None if reached > 0.99 * FAR else _neat(reached)
 
 
 def _neat(value: float) -> float:
-    """``value`` without the digits that float64 arithmetic left: 1.702, not 1.7020000000001."""
+    """``value`` without the rounding errors of float64 arithmetic: 1.702, not 1.7020000000001."""
     rounded = float(f"{value:.9g}")
     return rounded if math.isclose(rounded, value, rel_tol=1e-8, abs_tol=1e-9) else value
 

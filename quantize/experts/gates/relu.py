@@ -1,4 +1,4 @@
-"""``relu`` and ``relu2``, without a gate: ``relu(up)`` and its square, as Nemotron-H has it."""
+"""``relu`` and ``relu2``, which have no gate: ``relu(up)``, and its square (Nemotron-H)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantize.experts.gates.probe import Probe
 
 
 class Relu:
-    """No numbers, no gate."""
+    """``relu(up)``; has no gate and uses no numbers."""
 
     gated = False
     numbers: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class Relu:
 
 
 class Relu2(Relu):
-    """As :class:`Relu`, with another formula."""
+    """``relu(up) ** 2``; has no gate and uses no numbers."""
 
     @staticmethod
     def apply(

@@ -11,7 +11,7 @@ from quantize.experts.gates.probe import Probe
 
 
 class Silu:
-    """No numbers: alpha 1, beta 0, no limit."""
+    """Uses no numbers: alpha is 1, beta is 0, and there is no limit."""
 
     gated = True
     numbers: tuple[str, ...] = ()

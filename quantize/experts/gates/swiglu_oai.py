@@ -1,5 +1,7 @@
-"""``swiglu_oai``: ``(clamp(up, -limit, limit) + beta) * g * sigmoid(alpha * g)``, ``g = min(gate,
-limit)``. GPT-OSS and MiniMax-M3 have alpha 1.702, beta 1, limit 7; clamped SiLU is alpha 1, beta 0.
+"""``swiglu_oai``: ``(clamp(up, -limit, limit) + beta) * g * sigmoid(alpha * g)``.
+
+Here ``g`` is ``min(gate, limit)``. GPT-OSS and MiniMax-M3 have alpha 1.702, beta 1 and limit 7.
+With alpha 1 and beta 0 it is SiLU with a clamp.
 
 Source: ``GptOssExperts._apply_gate`` and ``MiniMaxM3VLExperts._apply_gate`` in Transformers 5.19.
 """
@@ -14,7 +16,7 @@ from quantize.experts.gates.probe import Probe, logit
 
 
 class SwigluOai:
-    """Numbers: alpha, beta, limit."""
+    """Uses alpha, beta and limit."""
 
     gated = True
     numbers: tuple[str, ...] = ("alpha", "beta", "limit")

@@ -1,5 +1,6 @@
-"""``swiglu_step``: ``clamp(up, -limit, limit) * min(silu(gate), limit)``: clamped after SiLU, where
-``swiglu_oai`` clamps before. The last layers of Step-3.7.
+"""``swiglu_step``: ``clamp(up, -limit, limit) * min(silu(gate), limit)``.
+
+It clamps after SiLU, while ``swiglu_oai`` clamps before. The last layers of Step-3.7 use it.
 
 Source: ``Step3p7Experts._apply_gate`` in Transformers 5.19.
 """
@@ -15,7 +16,7 @@ from quantize.experts.gates.probe import Probe
 
 
 class SwigluStep:
-    """Numbers: limit; alpha is 1, beta 0."""
+    """Uses limit; alpha is 1 and beta is 0."""
 
     gated = True
     numbers: tuple[str, ...] = ("limit",)

@@ -1,8 +1,11 @@
-"""Kernels that quantize: the reference arithmetic at the hardware's speed.
+"""Kernels that quantize weights: a slow reference, and fast ones for CPUs and GPUs.
 
-A new kernel is one file here, with a class like ``quantize.nvfp4.kernels.kernel.Kernel``, and a
-line in :func:`for_device`. Whatever the kernel, the result is the reference's bit for bit
-(``tests/quantize/test_kernels.py``).
+:func:`for_device` chooses a kernel, and ``kernel.quantize_weights`` quantizes weights with one.
+Every kernel gives the same bits as the reference (``tests/quantize/test_kernels.py``). To add one,
+write one file here with a class like ``quantize.nvfp4.kernels.kernel.Kernel`` and add one line to
+:func:`for_device`.
+
+This room may import ``quantize.nvfp4.format`` and ``quantize.nvfp4.scales``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a kernel is, and quantizing weights that share a global scale with one."""
+"""The interface of a kernel, and quantizing weights that share a global scale with a kernel."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from quantize.nvfp4.scales.rule import ScaleRule
 
 
 class Quantized(NamedTuple):
-    """One quantized weight, and how much it lost.
+    """One quantized weight, and its quantization error.
 
     Attributes:
+        weight: the quantized weight.
         noise: ``sum((dequantized - weight) ** 2)``.
         signal: ``sum(weight ** 2)``.
-        counts: int64 ``[127]`` on the CPU: how many blocks have the scale of each E4M3 bit pattern.
+        counts: int64 ``[127]`` on the CPU: for each E4M3 bit pattern, the number of blocks with
+            that block scale.
     """
 
     weight: NvFp4
@@ -27,18 +29,23 @@ class Quantized(NamedTuple):
 
 
 class Kernel(Protocol):
-    """One way to do the arithmetic, on one device."""
+    """An implementation of quantization for one kind of device."""
 
     def amax(self, weight: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude, float32 scalar; NaN or infinite if any weight is."""
+        """The largest magnitude, float32 scalar; NaN or infinite if any weight is not finite."""
 
     def encode(
         self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
     ) -> Quantized:
-        """Quantize ``weight`` ``[out, in]``, of finite numbers, with a given global scale."""
+        """Quantize ``weight`` ``[out, in]``, all of it finite, with a given global scale."""
 
     def compare(self, weight: torch.Tensor, stored: NvFp4) -> tuple[float, float]:
-        """Noise and signal, as :class:`Quantized` has them, of a weight that is stored so."""
+        """Noise and signal, as in :class:`Quantized`, of a stored weight.
+
+        Args:
+            weight: the original weight ``[out, in]``.
+            stored: the quantized weight.
+        """
 
 
 class NotFiniteError(ArithmeticError):
@@ -49,7 +56,8 @@ def quantize_weights(weights: list[torch.Tensor], rule: str, kernel: Kernel) -> 
     """Quantize ``weights`` (each ``[out, in]``, any float dtype) with one shared global scale.
 
     Args:
-        rule: a key of ``quantize.nvfp4.scales.RULES``.
+        rule: the rule that chooses the scales, a key of ``quantize.nvfp4.scales.RULES``.
+        kernel: the kernel to use; it must be for the device of the weights.
 
     Raises:
         NotFiniteError: if a weight is NaN or infinite.
@@ -59,7 +67,11 @@ def quantize_weights(weights: list[torch.Tensor], rule: str, kernel: Kernel) -> 
 
 
 def shared_scale(weights: list[torch.Tensor], kernel: Kernel, rule: str = "max") -> torch.Tensor:
-    """The global scale, float32 scalar, of weights that share one; raises as the above."""
+    """The global scale (float32 scalar) that ``weights`` share.
+
+    Raises:
+        NotFiniteError: if a weight is NaN or infinite.
+    """
     amax = torch.stack([kernel.amax(weight) for weight in weights]).amax()
     if not torch.isfinite(amax):
         raise NotFiniteError

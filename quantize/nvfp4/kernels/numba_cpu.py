@@ -1,9 +1,9 @@
-"""The CPU's kernel, in numba: bit for bit what the reference kernel computes.
+"""The kernel for CPUs, in numba. It gives the same bits as the reference kernel.
 
-A weight is one run of blocks, wherever its rows end. It is worked on in chunks that stay in the
-first-level cache, by plain loops without branches, which LLVM turns into vector instructions. No
-fast-math: every operation rounds as it does in the reference. The interpreter lock is released, so
-threads work on different weights at once.
+A weight is treated as one sequence of blocks, without regard to its rows. Its chunks are small
+enough to stay in the first-level cache. The loops have no branches, so LLVM turns them into vector
+instructions. Fast-math is off: every operation rounds as it does in the reference. The kernel
+releases Python's global interpreter lock, so threads can quantize different weights at once.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 from quantize.nvfp4.scales.rule import ScaleRule
 
 _CHUNK = 256
-"""Blocks worked on at a time: 4096 weights, 16 KB as float32."""
+"""Number of blocks in a chunk: 4096 weights, 16 KB as float32."""
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 
 _VALUES = torch.arange(127, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 E4M3 = _VALUES.numpy()
-"""float32 [127]: the value of each E4M3 bit pattern that is not negative."""
+"""float32 ``[127]``: the value of each E4M3 bit pattern that is neither negative nor NaN."""
 _PAIRS = decode(torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(1)).numpy()
-"""float32 [256, 2]: both values of each packed byte."""
+"""float32 ``[256, 2]``: both E2M1 values of each packed byte."""
 _RECIPROCALS = _VALUES.reciprocal().numpy()
 
 _F, _I, _U = np.float32, np.int32, np.uint32
-# Adding and subtracting one of these rounds to a multiple of 0.5, 1 or 2, ties to even: E2M1's
-# spacing below 2, below 4, and from there on.
+# Adding and then subtracting one of these numbers rounds to a multiple of 0.5, 1 or 2, ties to
+# even. These are the spacings of E2M1 below 2, from 2 to 4, and above 4.
 _HALVES, _ONES, _TWOS = _F(1.5 * 2**22), _F(1.5 * 2**23), _F(1.5 * 2**24)
 _MAGNITUDE = _U(0x7FFFFFFF)
 _MIN, _MAX, _NORMAL = _F(2.0**-9), _F(448), _F(2.0**-6)
@@ -43,24 +43,24 @@ _MIN, _MAX, _NORMAL = _F(2.0**-9), _F(448), _F(2.0**-6)
 
 
 def compiled(function: Any) -> Any:
-    """Compile ``function`` at its first call, and keep the result for later processes."""
+    """Compile ``function`` at its first call, and cache the result on disk for later processes."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(**options, cache=True)(function)
-    except RuntimeError:  # no folder to keep it in is writable
+    except RuntimeError:  # numba finds no writable folder for its cache
         return njit(**options)(function)
 
 
 @njit(inline="always")
 def round_e2m1(t: Any) -> Any:
-    """The E2M1 magnitude nearest to ``t >= 0``."""
+    """The E2M1 magnitude nearest to ``t >= 0``, ties to even."""
     magic = _HALVES if t < _F(2) else (_ONES if t < _F(4) else _TWOS)
     return min((t + magic) - magic, _F(6))
 
 
 @compiled
 def _largest(bits, mask):  # type: ignore[no-untyped-def]
-    """The largest magnitude, as bits; infinity and NaN come out largest of all."""
+    """Bits of the largest magnitude. Infinity and NaN are larger than all finite numbers."""
     best = bits[0] & mask
     for i in range(bits.shape[0]):
         best = max(best, bits[i] & mask)
@@ -69,7 +69,7 @@ def _largest(bits, mask):  # type: ignore[no-untyped-def]
 
 @compiled
 def _widen(source, half, x):  # type: ignore[no-untyped-def]
-    """float32 bits of ``source``: bits of float32, bfloat16, or float16 (``half``)."""
+    """Write ``source`` as float32 bits to ``x``: float32, float16 if ``half``, else bfloat16."""
     if source.itemsize == 4:
         for i in range(source.shape[0]):
             x[i] = source[i]
@@ -77,7 +77,7 @@ def _widen(source, half, x):  # type: ignore[no-untyped-def]
         floats = x.view(np.float32)
         for i in range(source.shape[0]):
             x[i] = _U(source[i] & np.uint16(0x7FFF)) << _U(13)
-            floats[i] *= _F(2.0**112)  # the difference of the exponents' biases
+            floats[i] *= _F(2.0**112)  # 112 is the difference of the exponents' biases
             x[i] |= _U(source[i] & np.uint16(0x8000)) << _U(16)
     else:
         for i in range(source.shape[0]):
@@ -86,7 +86,7 @@ def _widen(source, half, x):  # type: ignore[no-untyped-def]
 
 @compiled
 def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
-    """``quantize.nvfp4.scales.max``: ``scale`` (E4M3 bits) of each block of float32 bits ``x``."""
+    """The ``max`` rule: set ``scale`` (E4M3 bits) for each block of float32 bits ``x``."""
     blocks = scale.shape[0]
     ratio = bits.view(np.float32)
     for b in range(blocks):
@@ -97,7 +97,7 @@ def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
     for b in range(blocks):
         ratio[b] = min(max(ratio[b] / divisor, _MIN), _MAX)
     for b in range(blocks):
-        # To three bits of mantissa, ties to even; the exponent's bias changes from 127 to 7.
+        # Round to three bits of mantissa, ties to even. The exponent's bias changes from 127 to 7.
         rounded = bits[b] + _U(0x7FFFF) + ((bits[b] >> _U(20)) & _U(1))
         normal = (rounded >> _U(20)) - _U(120 << 3)
         subnormal = _U((ratio[b] * _F(512) + _F(2.0**23)) - _F(2.0**23))
@@ -106,9 +106,9 @@ def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
 
 @compiled
 def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, scale):  # type: ignore[no-untyped-def]
-    """``quantize.nvfp4.scales.mse``: improves ``scale``, which the max rule has set.
+    """The search of ``quantize.nvfp4.scales.mse``: replaces ``scale``, which ``max`` has set.
 
-    Blocks lie side by side in ``y`` ``[16, blocks]``, so that one vector holds many of them.
+    ``y`` is ``[16, blocks]``, so that one vector register holds a value of many blocks.
     """
     blocks = scale.shape[0]
     best, error, value, inverse = work[0], work[1], work[2], work[3]
@@ -137,7 +137,11 @@ def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, 
 
 @compiled
 def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type: ignore[no-untyped-def]
-    """``format.encode``; adds up the squares, in units of the global scale, by column."""
+    """``quantize.nvfp4.format.encode``, with sums of squares.
+
+    ``noise`` and ``signal`` ``[16]`` hold a sum for each position in a block, in units of the
+    squared global scale.
+    """
     bits = x.view(np.uint32)
     inverse = _F(1) / global_scale
     for b in range(scale.shape[0]):
@@ -146,7 +150,8 @@ def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type:
         for j in range(BLOCK):
             i = BLOCK * b + j
             magnitude = round_e2m1(abs(x[i]) / step)
-            # From 1 on, exponent and first bit of mantissa count the codes up from 2.
+            # For magnitudes from 1 on, the exponent and the first bit of the mantissa, read as one
+            # integer, count the codes up from 2.
             above = _I(_F(magnitude).view(np.int32) >> _I(22)) - _I(252)
             code = _I(magnitude * _F(2)) if magnitude < _F(1) else above
             codes[i] = np.uint8(code | _I((bits[i] >> _U(31)) << _U(3)))
@@ -161,7 +166,7 @@ def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type:
 
 @compiled
 def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scale, counts):  # type: ignore[no-untyped-def]
-    """A whole weight; returns noise and signal in units of the squared global scale."""
+    """Quantize a whole weight; returns noise and signal in units of the squared global scale."""
     bits = np.empty(BLOCK * _CHUNK, np.uint32)
     x = bits.view(np.float32)
     codes = np.empty(BLOCK * _CHUNK, np.uint8)
@@ -192,7 +197,7 @@ def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scal
 
 @compiled
 def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: ignore[no-untyped-def]
-    """Noise and signal in units of the squared global scale."""
+    """Noise and signal of a stored weight, in units of the squared global scale."""
     bits = np.empty(BLOCK * _CHUNK, np.uint32)
     x = bits.view(np.float32)
     sums = np.zeros((2, BLOCK), np.float32)
@@ -218,7 +223,11 @@ def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: i
 
 
 class NumbaKernel(ReferenceKernel):
-    """See ``Kernel``; other dtypes, and rules that do not search, go to the reference."""
+    """See ``quantize.nvfp4.kernels.kernel.Kernel``.
+
+    It leaves other dtypes than bfloat16, float16 and float32, and rules without ``offsets``, to the
+    reference kernel.
+    """
 
     def amax(self, weight: torch.Tensor) -> torch.Tensor:
         if weight.dtype not in _BITS or not weight.numel():

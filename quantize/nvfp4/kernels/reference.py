@@ -1,4 +1,7 @@
-"""The judge of every faster kernel: the format and the rules as they are; any device, any rule."""
+"""The reference kernel: the format and the rules in plain PyTorch, for any device and any rule.
+
+Every faster kernel must give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ class ReferenceKernel:
     """See ``quantize.nvfp4.kernels.kernel.Kernel``.
 
     Args:
-        rows: of a weight that are worked on at a time, so that float32 temporaries stay small
-            beside the weight; the result does not depend on it.
+        rows: the number of rows of a weight that are quantized at a time. It keeps float32
+            temporaries small compared to the weight. The result does not depend on it.
     """
 
     def __init__(self, rows: int = 4096) -> None:

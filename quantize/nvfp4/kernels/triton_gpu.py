@@ -1,8 +1,9 @@
-"""The GPU's kernel, in Triton: bit for bit what the reference kernel computes.
+"""The kernel for GPUs, in Triton. It gives the same bits as the reference kernel.
 
-One lane works on one block of 16 weights, and reads them again for every pass: from the first-level
-cache, since the bus to the GPU is some ten times slower than this kernel. Contraction of products
-and sums is off, and divisions are IEEE's, so every operation rounds as in the reference.
+One lane quantizes one block of 16 weights. For every pass it reads them again, from the first-level
+cache. This is fast enough, since the bus to the GPU is about ten times slower than this kernel.
+Products and sums are not contracted (no fused multiply-add), and divisions are those of IEEE 754,
+so every operation rounds as in the reference.
 """
 
 from __future__ import annotations
@@ -18,28 +19,28 @@ from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 from quantize.nvfp4.scales.rule import ScaleRule
 
 _LANES = 128
-"""Blocks a program."""
+"""Number of blocks that one program quantizes."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
 def _round_e2m1(t):  # type: ignore[no-untyped-def]
-    """The E2M1 magnitude nearest to ``t >= 0``, ties to even: see ``numba_cpu``."""
+    """The E2M1 magnitude nearest to ``t >= 0``, ties to even; ``numba_cpu`` explains how."""
     magic = tl.where(t < 2.0, 6291456.0, tl.where(t < 4.0, 12582912.0, 25165824.0))
     return tl.minimum((t + magic) - magic, 6.0)
 
 
 @triton.jit
 def _e4m3_value(bits):  # type: ignore[no-untyped-def]
-    """float32 of non-negative E4M3 bits (int32)."""
+    """The float32 value of non-negative E4M3 bits (int32)."""
     normal = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     return tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, normal)
 
 
 @triton.jit
 def _e4m3_bits(x):  # type: ignore[no-untyped-def]
-    """Bits (int32) of the E4M3 value nearest to ``x`` within [2^-9, 448], ties to even."""
+    """Bits (int32) of the E4M3 value nearest to ``x``, which is in [2^-9, 448]; ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
     subnormal = ((x * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)
@@ -67,8 +68,8 @@ def _encode(  # type: ignore[no-untyped-def]
     if REACH > 0:
         wide = tl.zeros([LANES], tl.float32) + scale
         best = tl.full([LANES], float("inf"), tl.float32)
-        # Offsets 0, then -REACH to REACH: the max rule's own scale keeps a tie, and seen a second
-        # time it is not better than itself.
+        # Offset 0 comes first, so that the max rule's own scale wins ties. Then come -REACH to
+        # REACH. They contain 0 again, which changes nothing since it is not better than itself.
         for step in range(-REACH - 1, REACH + 1):
             offset = tl.where(step < -REACH, 0, step)
             bits = tl.minimum(tl.maximum(start + offset, LOWEST), HIGHEST)
@@ -109,7 +110,11 @@ def _encode(  # type: ignore[no-untyped-def]
 
 
 class TritonKernel(ReferenceKernel):
-    """See ``Kernel``; other dtypes and rules go to the reference."""
+    """See ``quantize.nvfp4.kernels.kernel.Kernel``.
+
+    It leaves dtypes outside of ``_DTYPES``, and rules whose search :func:`_reach` does not know, to
+    the reference kernel.
+    """
 
     def encode(
         self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
@@ -124,14 +129,14 @@ class TritonKernel(ReferenceKernel):
         block_scale = torch.empty(rows, columns // BLOCK, dtype=torch.uint8, device=device)
         programs = triton.cdiv(blocks, _LANES)
         sums = torch.empty(programs, 2, dtype=torch.float32, device=device)
-        with torch.cuda.device(device):  # Triton starts kernels on the current one
+        with torch.cuda.device(device):  # Triton starts kernels on the current device
             _encode[(programs,)](
                 weight, global_scale, codes, block_scale, sums, blocks,
                 SIZE=BLOCK, REACH=reach, LOWEST=LOWEST, HIGHEST=HIGHEST, LANES=_LANES,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         counts = torch.bincount(block_scale.flatten(), minlength=127)
-        # In units of the squared global scale, as float32 has to hold them.
+        # The kernel's sums are in units of the squared global scale, so that float32 can hold them.
         noise, signal = (sums.double().sum(0) * global_scale.double().square()).tolist()
         return Quantized(
             NvFp4(codes, block_scale.view(torch.float8_e4m3fn), global_scale),
@@ -142,8 +147,11 @@ class TritonKernel(ReferenceKernel):
 
 
 def _reach(rule: ScaleRule) -> int | None:
-    """How far from the ``max`` rule's scale a search tries others, all of them to both sides with
-    its own scale first: what the kernel does. None if the rule is another."""
+    """The largest offset of a rule that searches as this kernel does; None for another rule.
+
+    The kernel tries offset 0 first, and then all offsets from ``-reach`` to ``reach``. The ``max``
+    rule does not search and has reach 0.
+    """
     if rule.offsets is None:
         return None
     reach = max(rule.offsets, default=0)

@@ -1,4 +1,8 @@
-"""Rules that choose scales. A new rule is one file here and one line in ``RULES``."""
+"""Scale rules: how block scales and global scales are chosen.
+
+``RULES`` holds all rules by name. To add one, write one file here with a ``rule.ScaleRule`` and add
+one line to ``RULES``. This room may import ``quantize.nvfp4.format`` and ``quantize.registry``.
+"""
 
 from __future__ import annotations
 
@@ -16,4 +20,4 @@ RULES: Registry[ScaleRule] = Registry(
         "mse": "quantize.nvfp4.scales.mse:MSE",
     }
 )
-"""By name, as ``--scales`` takes it; see ``quantize.nvfp4.scales.rule.ScaleRule``."""
+"""All rules, by the name that ``--scales`` takes; see ``quantize.nvfp4.scales.rule.ScaleRule``."""

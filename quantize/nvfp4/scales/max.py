@@ -1,4 +1,4 @@
-"""``max``: each block's largest value maps to 6, E2M1's largest. Nothing is ever clipped."""
+"""``max``: each block's largest value maps to 6, the largest value of E2M1. Nothing is clipped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quantize.nvfp4.scales.rule import ScaleRule
 
 
 def max_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """E4M3 ``[out, in / 16]``: ``amax / 6 / global_scale`` per block, rounded to nearest."""
+    """Block scales, float8_e4m3fn ``[out, in / 16]``: ``amax / 6 / global_scale``, to nearest."""
     amax = weight.unflatten(-1, (-1, BLOCK)).abs().amax(-1).float()
     return round_to_e4m3(amax / (E2M1_MAX * global_scale))
 

@@ -1,10 +1,11 @@
-"""``mse``: per block, the E4M3 scale with the smallest squared error, near the ``max`` rule's.
+"""``mse``: for each block, the E4M3 scale near the ``max`` rule's with the least squared error.
 
-A smaller scale clips the block's largest values but resolves the rest better; a larger one may put
-the values nearer to E2M1's uneven grid. Neighbouring positive E4M3 numbers are neighbouring bit
-patterns, so the search is over offsets to the ``max`` rule's bits. Eight patterns are one octave:
-the range reaches from half the ``max`` scale to twice it, which held the best of all 126 scales in
-every random block tried (``tests/quantize/test_nvfp4.py``).
+A smaller scale clips the block's largest values but resolves the others better. A larger scale may
+put the values nearer to the uneven grid of E2M1. Neighbouring positive E4M3 numbers have
+neighbouring bit patterns, so the search adds offsets to the bits of the ``max`` rule's scale. Eight
+offsets are a factor of two, so the search reaches from half to twice the ``max`` rule's scale. In
+every random block tried, this range held the best of all 126 scales
+(``tests/quantize/test_nvfp4.py``).
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from quantize.nvfp4.scales.max import max_scale
 from quantize.nvfp4.scales.rule import ScaleRule
 
 OFFSETS = (0, *(k for k in range(-8, 9) if k))
-"""The ``max`` rule's own scale first: it keeps a tie."""
+"""Offset 0, the ``max`` rule's own scale, comes first, so that it wins ties."""
 LOWEST, HIGHEST = 1, 126
 """Bits of E4M3's smallest and largest positive finite values."""
 
 
 def mse_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """E4M3 ``[out, in / 16]``: least ``sum((weight - dequantized) ** 2)`` in each block.
+    """Block scales, float8_e4m3fn ``[out, in / 16]``, with the least squared error in each block.
 
-    Everything is in units of the global scale, so that squares stay within float32 whatever the
-    weights. The order of operations is part of the rule, since faster kernels must give the same
-    bits: the value is divided by the global scale, multiplied by the candidate's reciprocal and
-    rounded; squares are summed from the block's first weight to its last.
+    The error is ``sum((weight - dequantized) ** 2)``. It is computed in units of the global scale,
+    so that squares fit into float32 for all weights. The order of operations is part of the rule,
+    since faster kernels must give the same bits. The weight is divided by the global scale,
+    multiplied by the candidate's reciprocal, and rounded. Squares are summed from the block's first
+    weight to its last.
     """
     blocks = weight.float().unflatten(-1, (-1, BLOCK)).abs() / global_scale
     start = max_scale(weight, global_scale).view(torch.uint8).to(torch.int16)

@@ -1,4 +1,4 @@
-"""What a scale rule is: how it chooses a weight's global scale and its block scales."""
+"""The interface of a scale rule, which chooses a weight's global scale and its block scales."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class ScaleRule:
     """One rule.
 
     Attributes:
-        block_scale: ``(weight, global_scale) -> block_scale``: float ``[out, in]`` and a float32
-            scalar in, float8_e4m3fn ``[out, in / 16]`` out, positive and finite.
-        offsets: of a rule that searches: for each block, among the ``max`` rule's scale and its
-            E4M3 neighbours, that with the least squared error. These are the neighbours, as
-            differences of bit patterns, the first of equals winning; empty for ``max`` itself.
-            Every kernel knows such rules. None for any other rule: then kernels that are faster
-            than the reference leave the work to it.
-        global_scale: ``(amax, weights) -> global_scale``: the largest magnitude of all weights that
-            share the scale (float32 scalar, finite) and these weights in, a positive float32
-            scalar out.
+        block_scale: ``(weight, global_scale) -> block_scale``. It takes a weight, float
+            ``[out, in]``, and the global scale, float32 scalar. It returns block scales,
+            float8_e4m3fn ``[out, in / 16]``, all positive and finite.
+        offsets: for a rule that searches as ``mse`` does, the offsets that it adds to the bits of
+            the ``max`` rule's E4M3 scale. For each block the rule takes the offset with the least
+            squared error; the first of equals wins. Empty for ``max`` itself. The fast kernels
+            implement such rules themselves. None for any other rule, which fast kernels leave to
+            the reference kernel.
+        global_scale: ``(amax, weights) -> global_scale``. It takes all weights that share the scale
+            and their largest magnitude (float32 scalar, finite). It returns a positive float32
+            scalar.
     """
 
     block_scale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
