@@ -53,6 +53,9 @@ def test_clean(command: list[str]) -> None:
         ("quantize/run/plan.py", "import vllm_nvfp4_moe"),
         ("quantize/run/options.py", "from quantize.run import plan"),  # a circle of files
         ("quantize/new_room.py", ""),  # that no layer names
+        ("vllm_nvfp4_moe/settings.py", "from vllm_nvfp4_moe import method"),
+        ("vllm_nvfp4_moe/method.py", "if TYPE_CHECKING:\n    from vllm_nvfp4_moe import config"),
+        ("vllm_nvfp4_moe/loading/formats.py", "from vllm_nvfp4_moe.loading import loaders"),
         ("quantize/errors.py", "if TYPE_CHECKING:\n    from quantize.run.plan import Plan"),
     ],
 )
