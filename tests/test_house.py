@@ -55,7 +55,7 @@ def test_clean(command: list[str]) -> None:
         ("quantize/new_room.py", ""),  # that no layer names
         ("vllm_nvfp4_moe/settings.py", "from vllm_nvfp4_moe import method"),
         ("vllm_nvfp4_moe/method.py", "if TYPE_CHECKING:\n    from vllm_nvfp4_moe import config"),
-        ("vllm_nvfp4_moe/loading/formats.py", "from vllm_nvfp4_moe.loading import loaders"),
+        ("vllm_nvfp4_moe/loading/checks.py", "from vllm_nvfp4_moe.loading import loaders"),
         ("quantize/errors.py", "if TYPE_CHECKING:\n    from quantize.run.plan import Plan"),
     ],
 )
