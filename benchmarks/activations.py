@@ -33,11 +33,12 @@ from transformers import AutoTokenizer
 
 from benchmarks.simulate import round_nvfp4
 from examples.perplexity import cut, standard_library, token_stream
-from quantize.calibration.backward import Backward
+from quantize.calibration.backward import LayerwiseBackward
+from quantize.calibration.expert_weights import ExpertWeights
+from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
-from quantize.calibration.stream import Stream
-from quantize.calibration.walk import Nobody, Visitor, Weights
+from quantize.calibration.visitor import NullVisitor, Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.find import find
 from quantize.experts.group import ExpertGroup
@@ -103,8 +104,8 @@ def best_weights(
     return costs[0], min(costs[1:])
 
 
-class Remainder(Nobody):
-    """A visitor on the way back; :attr:`found` is by layer."""
+class Remainder(NullVisitor):
+    """A visitor in the backward pass; :attr:`found` is by layer."""
 
     def __init__(self) -> None:
         self.found: dict[int, Remains] = {}
@@ -114,19 +115,19 @@ class Remainder(Nobody):
         self._by_x = torch.zeros_like(self._x)
         self._products: list[tuple[tuple[float, float], tuple[float, float]]] = []
 
-    def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+    def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
         chunks = list(routing.of(number))
         if not chunks:
             return weights
         x = torch.cat([chunk.x for chunk in chunks]).float()
         outputs = [c.gradient * c.weights.unsqueeze(1) for c in chunks if c.gradient is not None]
         by_output = torch.cat(outputs).float()
-        gate_up = torch.cat([each.float() for each in weights.inputs])
-        slopes = torch.cat(weights.slopes(x, by_output), 1)
-        self._by_x.index_add_(0, torch.cat([chunk.rows for chunk in chunks]), slopes @ gate_up)
+        gate_up = torch.cat([each.float() for each in weights.gate_up])
+        slopes = torch.cat(weights.gate_up_gradients(x, by_output), 1)
+        self._by_x.index_add_(0, torch.cat([chunk.tokens for chunk in chunks]), slopes @ gate_up)
         if len(x) >= 4 * x.shape[1]:  # fewer say nothing about the best weights
             first = best_weights(x, slopes, gate_up)
-            second = best_weights(weights.between(x), by_output, weights.down.float())
+            second = best_weights(weights.intermediate(x), by_output, weights.down.float())
             self._products.append((first, second))
         return weights
 
@@ -148,35 +149,35 @@ class Remainder(Nobody):
 
 
 def measure(source: Path, rows: torch.Tensor) -> dict[int, Remains]:
-    """By layer, on tokens ``[rows, length]``."""
+    """By layer, on tokens ``[num_samples, sequence_length]``."""
     visitor = Remainder()
     with tempfile.TemporaryDirectory(prefix="nvfp4-moe-") as folder:
-        there_and_back(source, Store(Path(folder)), rows, visitor)
+        forward_backward(source, Store(Path(folder)), rows, visitor)
     return visitor.found
 
 
-def there_and_back(
+def forward_backward(
     source: Path,
     store: Store,
     rows: torch.Tensor,
     visitor: Visitor,
     dtype: torch.dtype = torch.float32,
-) -> Stream:
-    """Show ``visitor`` all experts on the way back of one walk that is not interrupted."""
+) -> LayerwiseModel:
+    """Show ``visitor`` all experts in the backward pass of a run that is not interrupted."""
     with Checkpoint(source) as checkpoint:
         groups = find(checkpoint)
-        stream = Stream(checkpoint, groups, torch.device("cpu"), dtype)
-        walk = Backward(checkpoint, identify(source), stream, rows, store)
-        walk.check()
-        for layer in range(walk.last + 1):
-            walk.layer(layer, Nobody())
-        walk.end()
-        first = min(map(stream.layer_of, groups))
-        for layer in reversed(range(first, walk.last + 1)):
-            walk.back(layer, visitor, layer > first)
-            walk.forget(layer + 1)
-            walk.forget_gradients(layer + 1)
-    return stream
+        model = LayerwiseModel(checkpoint, groups, torch.device("cpu"), dtype)
+        run = LayerwiseBackward(checkpoint, identify(source), model, rows, store)
+        run.check()
+        for layer in range(run.last + 1):
+            run.layer_forward(layer, NullVisitor())
+        run.end_backward()
+        first = min(map(model.layer_of, groups))
+        for layer in reversed(range(first, run.last + 1)):
+            run.layer_backward(layer, visitor, layer > first)
+            run.remove_states(layer + 1)
+            run.remove_gradients(layer + 1)
+    return model
 
 
 def table(found: dict[int, Remains]) -> Iterator[str]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from quantize.calibration.budget import needed
-from quantize.calibration.run import calibrate
-from quantize.calibration.run import missing as unstaged
+from quantize.calibration.calibrate import calibrate, unstaged
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.report import render
@@ -52,7 +51,7 @@ def execute(
     ray: str | None = None,
     command: str = "",
     progress: Progress = lambda _: None,
-    rows: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
     calibrating: Callable[[float, int], None] = lambda _, __: None,
 ) -> Summary:
     """Carry out ``plan`` into the folder ``target``.
@@ -65,8 +64,9 @@ def execute(
         threads: how many, on CPUs; by default as many as cores, within ``MEMORY``.
         ray: address of a Ray cluster that makes the shards instead of this machine.
         command: how the run was started, for the report.
-        rows: tokens to calibrate with, int64 ``[rows, length]``, if the plan says so.
-        calibrating: see ``quantize.calibration.run.Progress``.
+        samples: tokens to calibrate with, int64 ``[num_samples, sequence_length]``, if the plan
+            says so.
+        calibrating: see ``quantize.calibration.progress.Progress``.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if a
@@ -115,8 +115,8 @@ def execute(
             space += max(0, budget.states + budget.staged - there)
         _check_space(target, space)
         if plan.options.calibration and missing:
-            assert rows is not None
-            calibrate(checkpoint, plan, rows, record.calibration, device, calibrating)
+            assert samples is not None
+            calibrate(checkpoint, plan, samples, record.calibration, device, calibrating)
         if ray is not None:
             make_shards_on_ray(ray, checkpoint, plan, record, missing, threads, progress)
         else:

@@ -1,203 +1,224 @@
-"""Walking back: what a model's loss has for gradient by the output of each layer's experts.
+"""Running a model backward over calibration text: the loss's gradients at each layer's experts.
 
-The loss is what the model's own word for its next token is worth: a token is drawn from what it
-predicts, at every position, and the gradient is that of its cross entropy. Their second moments are
-the Fisher information (Martens, 2014, arXiv 1412.1193), so the curvature of the KL divergence from
-the unquantized model: they say which errors change what the model says.
+The loss is the cross entropy of tokens that the model itself predicts: one token is drawn from its
+prediction at every position. The second moments of this loss's gradients are the Fisher information
+(Martens, 2014, arXiv 1412.1193), which is the curvature of the KL divergence from the unquantized
+model. So they say which errors change the model's predictions.
 
-As on the way there (``quantize.calibration.walk``), memory holds a layer without its experts and
-one expert. A layer with experts runs three times: up to them, without the gradients by what they
-are given, and with these.
+As in the forward pass (``quantize.calibration.forward``), memory holds one layer without its
+experts and one expert. A layer with experts runs three times: up to its experts; then backward to
+their outputs; and, once the gradients with respect to the experts' inputs are known, backward to
+the layer's own inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
+from quantize.calibration.expert_weights import ExpertWeights
+from quantize.calibration.forward import LayerwiseForward, ShareDone
+from quantize.calibration.layerwise import LayerwiseModel, States
+from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.routing import Routing
-from quantize.calibration.stream import Returned, Routed
-from quantize.calibration.walk import (
-    Nobody,
-    Progress,
-    Visitor,
-    Walk,
-    Weights,
-    answer_name,
-    flat,
-    gradients_name,
-    states_name,
-)
+from quantize.calibration.stand_ins import ReplayExperts
+from quantize.calibration.store import Store, experts_output_name, gradients_name, states_name
+from quantize.calibration.visitor import NullVisitor, Visitor
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
+from quantize.experts.gates import Gates
 
 SEED = 0
 """Of the tokens that are drawn."""
 
-Outputs = list[tuple[torch.Tensor, torch.Tensor]]
-"""Tensors of a run, each with the loss's gradient by it."""
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+"""Tensors of a run, each with the loss's gradient with respect to it."""
 
 
-class Backward(Walk):
-    """A walk whose states are all in the store, from its end to its beginning."""
+class ExpertGradients(NamedTuple):
+    """A layer's experts as the rest of the layer sees them.
+
+    Attributes:
+        output: what they return, float32 ``[tokens, hidden]``.
+        x, weights: the loss's gradients with respect to their inputs, float32 ``[tokens, hidden]``,
+            and to the router's weights, float32 ``[tokens, k]``; None where they are not wanted.
+    """
+
+    output: torch.Tensor
+    x: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+
+class LayerwiseBackward(LayerwiseForward):
+    """A forward pass, and the backward pass over the states that it has left in the store.
+
+    Args:
+        samples, store: see :class:`LayerwiseForward`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        gates: Gates,
+        model: LayerwiseModel,
+        samples: torch.Tensor,
+        store: Store,
+    ) -> None:
+        super().__init__(checkpoint, gates, model, samples, store)
+        self._end = ModelEnd(model)
 
     def check(self) -> None:
-        """Before a long way there.
+        """See that a backward pass is possible, before a long forward pass.
 
         Raises:
-            QuantizeError: if there is no way back; see :meth:`Stream.check_end`.
+            QuantizeError: if it is not; see :meth:`ModelEnd.check`.
         """
-        self._stream.check_end()
+        self._end.check()
 
-    def end(self, progress: Progress = lambda _: None) -> None:
-        """Store the gradients by what the last layer with experts returns; see :meth:`check`."""
+    def end_backward(self, progress: ShareDone = lambda _: None) -> None:
+        """Store the gradients with respect to the outputs of the last layer with experts."""
         after = self.last + 1
-        with self._stream.end():
-            states = self._store.opened(states_name(after))
-            target = self._like(states, gradients_name(after))
-            for row in range(self._rows):
-                leaves = _leaves(part[row : row + 1] for part in states)
+        with self._end.loaded():
+            states = self._store.open_all(states_name(after))
+            target = self._new_gradients(states, gradients_name(after))
+            for sample in range(len(self._samples)):
+                this = slice(sample, sample + 1)
+                leaves = _leaves(part[this] for part in states)
                 with torch.enable_grad():
-                    tokens = self._tokens[row : row + 1]
-                    logits = self._stream.logits(tokens, _passed_on(leaves))
+                    logits = self._end.logits(self._samples[this], _copies(leaves))
                 self._differentiate(
                     "the model's end",
-                    [(logits, _by_logits(logits.detach(), SEED + row))],
-                    list(zip(leaves, (part[row : row + 1] for part in target), strict=True)),
+                    [(logits, _logits_gradient(logits.detach(), SEED + sample))],
+                    list(zip(leaves, (part[this] for part in target), strict=True)),
                 )
-                progress((row + 1) / self._rows)
+                progress((sample + 1) / len(self._samples))
 
-    def back(
+    def layer_backward(
         self,
-        number: int,
+        layer: int,
         visitor: Visitor,
-        further: bool = True,
-        progress: Progress = lambda _: None,
+        input_gradients: bool = True,
+        progress: ShareDone = lambda _: None,
     ) -> None:
-        """From the gradients by what layer ``number`` returns to those by what it is given.
+        """Go back through one layer, from the gradients with respect to its outputs.
 
         Args:
-            visitor: shown each expert, with the gradients by what all of them return.
-            further: whether the latter are wanted.
+            visitor: is shown each of its experts, with the gradients with respect to their sum.
+            input_gradients: store the gradients with respect to its inputs.
         """
-        with self._stream.at(number) as sites:
-            known: dict[str, torch.Tensor] = {}
-            if sites:
-                known = self._experts(number, sites[0], visitor, further, progress)
-            if further:
-                states = self._store.opened(states_name(number))
-                target = self._like(states, gradients_name(number))
-                self._pass_back(number, sites, known, target)
-        for name in (*known, "x", "ids", "weights", "by_answer"):
+        with self._model.loaded(layer) as stand_ins:
+            experts: ExpertGradients | None = None
+            stand_in = next(iter(stand_ins), None)  # there is no other, see check
+            if stand_in is not None:
+                experts = self._experts_backward(
+                    layer, stand_in, visitor, input_gradients, progress
+                )
+            if input_gradients:
+                states = self._store.open_all(states_name(layer))
+                target = self._new_gradients(states, gradients_name(layer))
+                self._run_backward(layer, stand_in, experts, target)
+            names = [experts_output_name(layer, stand_in.group) for stand_in in stand_ins]
+        for name in (*names, "x", "ids", "weights", "grad_x", "grad_weights", "grad_output"):
             self._store.remove(name)
 
-    def forget_gradients(self, number: int) -> None:
-        """Remove the gradients by what layer ``number`` is given."""
-        self._store.forget(gradients_name(number))
+    def remove_gradients(self, layer: int) -> None:
+        """Remove the gradients with respect to a layer's inputs from the store."""
+        self._store.remove_all(gradients_name(layer))
 
-    def _experts(
-        self, number: int, site: Routed, visitor: Visitor, further: bool, progress: Progress
-    ) -> dict[str, torch.Tensor]:
-        """Show the visitor each expert; what they answer, and the gradients by their inputs."""
-        group, store = site.group, self._store
+    def _experts_backward(
+        self,
+        layer: int,
+        stand_in: ReplayExperts,
+        visitor: Visitor,
+        input_gradients: bool,
+        progress: ShareDone,
+    ) -> ExpertGradients:
+        """Show the visitor each expert; return their output, and the gradients at their inputs."""
+        group, store = stand_in.group, self._store
         with torch.no_grad():
-            self._pass(number, [site], {})
-            answer = self._answer(number, site, Nobody(), lambda share: progress(share / 3))
-        name = answer_name(number, group)
-        by_answer = store.new("by_answer", tuple(answer.shape), torch.float32)
-        self._pass_back(number, [site], {name: answer}, [], by_answer)
-        routing = self._routing(group, by_answer)
-        known = {name: answer}
-        if further:
+            self._run_batches(layer, [stand_in], {})
+            output = self._compute_experts(
+                layer, group, NullVisitor(), lambda share: progress(share / 3)
+            )
+        grad_output = store.new("grad_output", tuple(output.shape), torch.float32)
+        found = ExpertGradients(output)
+        self._run_backward(layer, stand_in, found, [], grad_output)
+        routing = self._routing(group, grad_output)
+        if input_gradients:
             router = store.open("weights")
-            known["by_x"] = store.new("by_x", tuple(routing.x.shape), torch.float32)
-            known["by_weights"] = store.new("by_weights", tuple(router.shape), torch.float32)
-        visitor.begin(number, group, routing)
+            found = ExpertGradients(
+                output,
+                store.new("grad_x", tuple(routing.x.shape), torch.float32),
+                store.new("grad_weights", tuple(router.shape), torch.float32),
+            )
+        visitor.begin(layer, group, routing)
         for expert in range(group.num_experts):
-            weights = self._weights(group, expert)
+            weights = self._expert_weights(group, expert)
             visitor.expert(expert, weights, routing)
-            if further:
-                self._through(weights, routing, expert, known["by_x"], known["by_weights"])
+            if input_gradients:
+                _add_input_gradients(weights, routing, expert, found)
             progress((1 + 2 * (expert + 1) / group.num_experts) / 3)
         visitor.end()
-        return known
+        return found
 
-    def _through(
+    def _run_backward(
         self,
-        weights: Weights,
-        routing: Routing,
-        expert: int,
-        by_x: torch.Tensor,
-        by_weights: torch.Tensor,
-    ) -> None:
-        """Add the gradients by one expert's inputs: tokens, and the router's weights of it."""
-        for chunk in routing.of(expert):
-            assert chunk.gradient is not None
-            slopes = weights.slopes(chunk.x, chunk.gradient * chunk.weights.unsqueeze(1))
-            with torch.no_grad():
-                by_tokens = sum(
-                    slope @ weight.to(slope.dtype)
-                    for slope, weight in zip(slopes, weights.inputs, strict=True)
-                )
-                assert isinstance(by_tokens, torch.Tensor)
-                by_x.index_add_(0, chunk.rows, by_tokens.float().cpu())
-                out = weights.out(weights.between(chunk.x)).float()
-                by_weights.view(-1)[chunk.pairs] = (out * chunk.gradient).sum(1).cpu()
-
-    def _pass_back(
-        self,
-        number: int,
-        sites: list[Routed],
-        known: dict[str, torch.Tensor],
+        layer: int,
+        stand_in: ReplayExperts | None,
+        experts: ExpertGradients | None,
         target: list[torch.Tensor],
-        by_answer: torch.Tensor | None = None,
+        grad_output: torch.Tensor | None = None,
     ) -> None:
-        """All batches through one layer and back.
+        """Run all batches through one layer and back: to its experts' outputs, or to its inputs.
 
         Args:
-            known: what the layer's experts answer; unless ``by_answer`` is wanted, also the
-                gradients by their inputs.
-            target: filled with the gradients by what the layer is given, unless ``by_answer`` is
-                wanted.
-            by_answer: filled with the gradients by what the experts answer.
+            stand_in, experts: the layer's; None if it has none.
+            target: is filled with the gradients with respect to the layer's inputs, unless
+                ``grad_output`` is given.
+            grad_output: is filled with the gradients with respect to the experts' output.
         """
-        given = self._store.opened(states_name(number))
-        gradients = self._store.opened(gradients_name(number + 1))
-        row = token = 0
+        inputs = self._store.open_all(states_name(layer))
+        gradients = self._store.open_all(gradients_name(layer + 1))
+        sample = token = 0
         for batch in self._batches:
-            rows, tokens = slice(row, row + len(batch)), slice(token, token + batch.numel())
-            row, token = rows.stop, tokens.stop
-            leaves = _leaves((part[rows] for part in given), by_answer is None)
-            answers = []
+            samples = slice(sample, sample + len(batch))
+            tokens = slice(token, token + batch.numel())
+            sample, token = samples.stop, tokens.stop
+            leaves = _leaves((part[samples] for part in inputs), grad_output is None)
+            output = None
             with torch.enable_grad():
-                for site in sites:
-                    answer = known[answer_name(number, site.group)][tokens]
-                    leaf = answer.to(self._stream.device).requires_grad_()
-                    answers.append(leaf)
-                    site.replay = leaf.clone()  # some layers change it in place
-                returned = self._stream.run(batch, _passed_on(leaves) or None)
+                if stand_in is not None and experts is not None:
+                    output = experts.output[tokens].to(self._model.device).requires_grad_()
+                    stand_in.replay = output.clone()  # some layers change it in place
+                returned = self._model.run(batch, _copies(leaves) or None)
             assert returned is not None
-            outputs = list(zip(returned, (part[rows] for part in gradients), strict=True))
-            if by_answer is not None:
-                wanted = [(answers[0], by_answer[tokens])]
+            pairs = list(zip(returned, (part[samples] for part in gradients), strict=True))
+            if grad_output is not None:
+                assert output is not None
+                wanted = [(output, grad_output[tokens])]
             else:
-                for site in sites:
-                    x, _, weights = flat(site)
-                    outputs += [(x, known["by_x"][tokens]), (weights, known["by_weights"][tokens])]
-                parts = (part[rows] for part in target)
+                if stand_in is not None and experts is not None:
+                    assert experts.x is not None and experts.weights is not None
+                    x, _, weights = stand_in.routed()
+                    pairs += [(x, experts.x[tokens]), (weights, experts.weights[tokens])]
+                parts = (part[samples] for part in target)
                 wanted = list(zip(leaves, parts, strict=True))
-            self._differentiate(f"layer {number}", outputs, wanted)
+            self._differentiate(f"layer {layer}", pairs, wanted)
             # Else a graph would live until the next one is there, and through all experts.
-            del returned, outputs, wanted, answers, leaves
-            for site in sites:
-                site.seen = site.replay = None
-            self._stream.forget()
+            del returned, pairs, wanted, output, leaves
+            if stand_in is not None:
+                stand_in.seen = stand_in.replay = None
+            self._model.release()
 
-    def _differentiate(
-        self, where: str, outputs: Outputs, wanted: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        """Fill the second of each of ``wanted`` with the gradient by the first."""
-        useful = [(out, by) for out, by in outputs if out.requires_grad]
+    def _differentiate(self, where: str, pairs: Pairs, wanted: Pairs) -> None:
+        """Fill the second of each pair in ``wanted`` with the gradient with respect to the first.
+
+        Raises:
+            QuantizeError: if a gradient is NaN or infinite.
+        """
+        useful = [(out, gradient) for out, gradient in pairs if out.requires_grad]
         leaves = [leaf for leaf, _ in wanted if leaf.requires_grad]
         found: Iterator[torch.Tensor | None] = iter(())
         if useful and leaves:
@@ -205,7 +226,7 @@ class Backward(Walk):
                 torch.autograd.grad(
                     [out for out, _ in useful],
                     leaves,
-                    [by.to(out.device, out.dtype) for out, by in useful],
+                    [gradient.to(out.device, out.dtype) for out, gradient in useful],
                     allow_unused=True,
                 )
             )
@@ -216,32 +237,60 @@ class Backward(Walk):
                 continue
             if not torch.isfinite(gradient).all():
                 raise QuantizeError(
-                    f"{where}: the loss's gradient is NaN or infinite in {self._stream.dtype}; the "
+                    f"{where}: the loss's gradient is NaN or infinite in {self._model.dtype}; the "
                     "source is damaged, or needs another precision (--device cpu) or --rounding"
                 )
             target.copy_(gradient)
 
-    def _like(self, states: list[torch.Tensor], prefix: str) -> list[torch.Tensor]:
-        """New tensors in the store, one for each of ``states``."""
+    def _new_gradients(self, states: list[torch.Tensor], prefix: str) -> list[torch.Tensor]:
+        """Make a tensor in the store for the gradient with respect to each of ``states``."""
         return [
             self._store.new(f"{prefix}.{i:03d}", tuple(part.shape), torch.float32)
             for i, part in enumerate(states)
         ]
 
 
+def _add_input_gradients(
+    weights: ExpertWeights, routing: Routing, expert: int, found: ExpertGradients
+) -> None:
+    """Add to ``found`` the gradients with respect to one expert's inputs, and set those with
+    respect to the router's weights of it."""
+    assert found.x is not None and found.weights is not None
+    for chunk in routing.of(expert):
+        assert chunk.gradient is not None
+        gradients = weights.gate_up_gradients(chunk.x, chunk.gradient * chunk.weights.unsqueeze(1))
+        with torch.no_grad():
+            grad_x = sum(
+                gradient @ weight.to(gradient.dtype)
+                for gradient, weight in zip(gradients, weights.gate_up, strict=True)
+            )
+            assert isinstance(grad_x, torch.Tensor)
+            found.x.index_add_(0, chunk.tokens, grad_x.float().cpu())
+            own = weights.output(weights.intermediate(chunk.x)).float()
+            found.weights.view(-1)[chunk.pairs] = (own * chunk.gradient).sum(1).cpu()
+
+
 def _leaves(parts: Iterator[torch.Tensor], wanted: bool = True) -> list[torch.Tensor]:
-    """Of parts of the store, what gradients can be taken by, if ``wanted``; integers stay."""
+    """Copy parts of the store; gradients can be taken with respect to the copies, if ``wanted``
+    and they are no integers."""
     return [part.clone().requires_grad_(wanted and part.is_floating_point()) for part in parts]
 
 
-def _passed_on(leaves: list[torch.Tensor]) -> Returned:
-    """To a layer, which may change what it is given in place."""
+def _copies(leaves: list[torch.Tensor]) -> States:
+    """Copy leaves for a layer, which may change its input in place."""
     return tuple(leaf.clone() if leaf.requires_grad else leaf for leaf in leaves)
 
 
-def _by_logits(logits: torch.Tensor, seed: int) -> torch.Tensor:
-    """The gradient of a drawn token's cross entropy by the logits ``[rows, length, vocabulary]``:
-    the probabilities, less one at the token."""
+def _logits_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """Draw a token from each prediction, and return the gradient of its cross entropy.
+
+    Args:
+        logits: ``[texts, sequence_length, vocabulary]``.
+
+    Returns:
+        the gradient with respect to ``logits``, in float32: the probabilities, less one at the
+        token that was drawn.
+    """
     found = torch.softmax(logits.float(), -1)
     # Drawn on the host: the same on every device.
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What one layer's experts are given: tokens, who gets which, and with what weight."""
+"""The inputs of one layer's experts: tokens, which expert each goes to, and with what weight."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import NamedTuple
 import torch
 
 CHUNK = 8192
-"""Tokens of an expert that are computed at a time."""
+"""So many tokens of an expert are computed at a time."""
 
 
 class Chunk(NamedTuple):
     """Some of one expert's tokens.
 
     Attributes:
-        rows: their numbers among all tokens, int64 ``[n]``.
-        x: float ``[n, hidden]``.
-        weights: the router's, float32 ``[n]``.
-        pairs: where those are among all tokens' ``[tokens * k]``, int64 ``[n]``.
-        gradient: the loss's by what the layer's experts together return, float32 ``[n, hidden]``;
-            None where it is not known.
+        tokens: their numbers among all tokens, int64 ``[n]``.
+        x: their hidden states, float ``[n, hidden]``.
+        weights: the router's weights of them, float32 ``[n]``.
+        pairs: the positions of these weights among those of all tokens, flattened from
+            ``[tokens, k]``: int64 ``[n]``.
+        gradient: the loss's gradient with respect to the sum of the layer's experts, float32
+            ``[n, hidden]``; None where it is not known.
     """
 
-    rows: torch.Tensor
+    tokens: torch.Tensor
     x: torch.Tensor
     weights: torch.Tensor
     pairs: torch.Tensor
@@ -34,11 +35,16 @@ class Routing:
     """All calibration tokens at the experts of one layer.
 
     Args:
-        x: ``[tokens, hidden]``.
-        ids: int32 ``[tokens, k]``; weights: float32 ``[tokens, k]``.
+        x: hidden states, ``[tokens, hidden]``.
+        ids: the experts that each token goes to, int32 ``[tokens, k]``.
+        weights: the router's weights, float32 ``[tokens, k]``.
+        experts: how many experts the layer has.
         device: where chunks go.
-        chunk: tokens in one.
         gradient: float32 ``[tokens, hidden]``, see :class:`Chunk`.
+
+    Attributes:
+        x: as given.
+        counts: how many tokens each expert gets, int64 ``[experts]``.
     """
 
     def __init__(
@@ -48,7 +54,6 @@ class Routing:
         weights: torch.Tensor,
         experts: int,
         device: torch.device,
-        chunk: int = CHUNK,
         gradient: torch.Tensor | None = None,
     ) -> None:
         self.x = x
@@ -56,25 +61,24 @@ class Routing:
         self._weights = weights.flatten()
         self._k = ids.shape[1]
         self._device = device
-        self._chunk = chunk
         flat = ids.flatten().long()
         order = flat.argsort(stable=True)
         self.counts = torch.bincount(flat, minlength=experts)
-        """Tokens of each expert, int64 ``[experts]``; LongCat's zero experts come after them."""
         self._parts = order.split(self.counts.tolist())
 
     def of(self, expert: int) -> Iterator[Chunk]:
-        """One expert's tokens, in the order of all tokens."""
-        for part in self._parts[expert].split(self._chunk):
+        """Yield one expert's tokens, in the order of all tokens."""
+        for part in self._parts[expert].split(CHUNK):
             if part.numel():
                 weights = self._weights[part].to(self._device)
                 yield self._chunk_of(part // self._k, weights, part)
 
     def all(self) -> Iterator[Chunk]:
-        """Every token, as if it went to one expert with weight 1; :attr:`Chunk.pairs` are empty."""
-        for rows in torch.arange(len(self.x)).split(self._chunk):
-            yield self._chunk_of(rows, torch.ones(len(rows), device=self._device), rows[:0])
+        """Yield every token as if it went to one expert with weight 1; :attr:`Chunk.pairs` are
+        empty."""
+        for tokens in torch.arange(len(self.x)).split(CHUNK):
+            yield self._chunk_of(tokens, torch.ones(len(tokens), device=self._device), tokens[:0])
 
-    def _chunk_of(self, rows: torch.Tensor, weights: torch.Tensor, pairs: torch.Tensor) -> Chunk:
-        gradient = None if self._gradient is None else self._gradient[rows].to(self._device)
-        return Chunk(rows, self.x[rows].to(self._device), weights, pairs, gradient)
+    def _chunk_of(self, tokens: torch.Tensor, weights: torch.Tensor, pairs: torch.Tensor) -> Chunk:
+        gradient = None if self._gradient is None else self._gradient[tokens].to(self._device)
+        return Chunk(tokens, self.x[tokens].to(self._device), weights, pairs, gradient)

@@ -1,6 +1,7 @@
-"""Numbers of all calibration tokens: files that are mapped into memory.
+"""Tensors of all calibration tokens, in files that are mapped into memory.
 
-The system keeps in memory what fits and writes the rest to disk, so nothing has to be decided here.
+The operating system keeps in memory what fits there and writes the rest to disk, so nothing here
+decides what stays in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from quantize.checkpoint.tensors import DTYPE_NAMES
 from quantize.errors import QuantizeError
+from quantize.experts.group import ExpertGroup
 from quantize.run.files import write_json
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -22,10 +24,10 @@ _INDEX = "index.json"
 
 
 class Store:
-    """Tensors in files of one folder, with an index of their shapes.
+    """Tensors in the files of one folder, with an index of their shapes.
 
     Args:
-        folder: is made; on a disk with room for what is stored.
+        folder: is made if it is not there; its disk needs room for what is stored.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +37,7 @@ class Store:
         self._index: dict[str, Any] = json.loads(index.read_text()) if index.exists() else {}
 
     def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of zeros in a new file ``name``, replacing one there.
+        """Make a tensor of zeros in a new file ``name``, in place of one that is there.
 
         Raises:
             QuantizeError: if the disk has no room for it.
@@ -60,10 +62,10 @@ class Store:
         return self.open(name)
 
     def open(self, name: str) -> torch.Tensor:
-        """The tensor in the file ``name``.
+        """Map the tensor in the file ``name``; writing to it changes the file.
 
         Raises:
-            QuantizeError: if it is not there, or not whole.
+            QuantizeError: if the file is missing, or has another size than it should.
         """
         if not self.is_whole(name):
             raise QuantizeError(
@@ -77,7 +79,7 @@ class Store:
         return flat[:size].view(shape)
 
     def is_whole(self, name: str) -> bool:
-        """Whether the file has the size that the index says."""
+        """Whether the file ``name`` has the size that the index says."""
         shape, dtype = self._index.get(name, (None, None))
         if shape is None:
             return False
@@ -87,27 +89,42 @@ class Store:
             return False
         return bool(found == max(1, math.prod(shape)) * _DTYPES[dtype].itemsize)
 
-    def keep(self, prefixes: list[str]) -> None:
-        """Remove everything but the tensors that begin with one of ``prefixes`` and a dot."""
-        kept = {name for prefix in prefixes for name in self.names(prefix)}
-        for name in set(self._index) - kept:
-            self.remove(name)
-
     def names(self, prefix: str) -> list[str]:
-        """Of the tensors in the store, those that begin with ``prefix`` and a dot, in order."""
+        """Return the names that begin with ``prefix`` and a dot, in order."""
         return sorted(name for name in self._index if name.startswith(f"{prefix}."))
 
-    def opened(self, prefix: str) -> list[torch.Tensor]:
-        """:meth:`open` for each of :meth:`names`."""
+    def open_all(self, prefix: str) -> list[torch.Tensor]:
+        """Open each of :meth:`names`."""
         return [self.open(name) for name in self.names(prefix)]
-
-    def forget(self, prefix: str) -> None:
-        """:meth:`remove` for each of :meth:`names`."""
-        for name in self.names(prefix):
-            self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove the file ``name``, if it is there."""
         (self.folder / name).unlink(missing_ok=True)
         if self._index.pop(name, None) is not None:
             write_json(self.folder / _INDEX, self._index)
+
+    def remove_all(self, prefix: str) -> None:
+        """Remove each of :meth:`names`."""
+        for name in self.names(prefix):
+            self.remove(name)
+
+    def remove_all_but(self, prefixes: list[str]) -> None:
+        """Remove every tensor whose name does not begin with one of ``prefixes`` and a dot."""
+        kept = {name for prefix in prefixes for name in self.names(prefix)}
+        for name in set(self._index) - kept:
+            self.remove(name)
+
+
+def states_name(layer: int) -> str:
+    """Return the prefix of the files of a layer's inputs."""
+    return f"states-{layer:05d}"
+
+
+def gradients_name(layer: int) -> str:
+    """Return the prefix of the files of the loss's gradients with respect to a layer's inputs."""
+    return f"gradients-{layer:05d}"
+
+
+def experts_output_name(layer: int, group: ExpertGroup) -> str:
+    """Return the file of what a layer's experts return."""
+    return f"experts-output-{layer:05d}-{group.first}"

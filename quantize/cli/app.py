@@ -37,7 +37,7 @@ from rich.text import Text
 
 from quantize import inspection
 from quantize.calibration.budget import needed
-from quantize.calibration.text import digest_of, load_rows
+from quantize.calibration.samples import digest_of, load_samples
 from quantize.checkpoint.hub import resolve
 from quantize.checkpoint.reader import Checkpoint
 from quantize.cli.options import parse_size
@@ -268,7 +268,7 @@ def quantize(
             tokens = None
             if text is not None:
                 shape = calibration_rows, calibration_length
-                tokens = load_rows(text, checkpoint.folder, *shape, trust_remote_code)
+                tokens = load_samples(text, checkpoint.folder, *shape, trust_remote_code)
                 calibration = Calibration(
                     str(text), *shape, digest_of(tokens), rounding.value, every_expert
                 )
@@ -288,7 +288,7 @@ def quantize(
                     ray=ray,
                     command=_command(context),
                     progress=bar.advance,
-                    rows=tokens,
+                    samples=tokens,
                     calibrating=bar.calibrating,
                 )
         out.print(

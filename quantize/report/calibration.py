@@ -66,7 +66,7 @@ def section(calibration: CalibrationReport, plain: str, layers: list[LayerReport
         "its layer's input scales."
     )
     over = "all tokens" if calibration.every_expert else "its tokens, each with its router weight"
-    if METHODS[calibration.method].needs_output:
+    if METHODS[calibration.method].needs_output_hessian:
         over += ", and each direction with the size of the loss's gradient along it"
     return (
         '<section class="card calibration"><h2>Calibration</h2>'

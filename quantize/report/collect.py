@@ -9,7 +9,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import stored_tensors
 from quantize.report import CalibrationReport, Experience, LayerReport, RunReport
-from quantize.run.options import FEW
+from quantize.run.options import MIN_TOKENS
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.staged import Staged
@@ -38,11 +38,11 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
         dense=_dense(checkpoint, plan, lost) if plan.dense else None,
         calibration=CalibrationReport(
             settings.text,
-            settings.rows,
-            settings.length,
+            settings.num_samples,
+            settings.sequence_length,
             settings.method,
             settings.every_expert,
-            FEW,
+            MIN_TOKENS,
         )
         if settings
         else None,

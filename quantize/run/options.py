@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from quantize.experts.gates import Gate
 
-FEW = 32
-"""Tokens below which an expert's own say too little: its weights are then rounded to nearest, and
-its input scales are those of its layer."""
+MIN_TOKENS = 32
+"""An expert with fewer tokens is not calibrated, because they say too little: its weights are
+rounded to nearest, and its input scales are those of its layer."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,16 @@ class Calibration:
 
     Attributes:
         text: where the text is from, as the user said it.
-        rows: of tokens; length: of each.
+        num_samples: how many sequences of tokens there are.
+        sequence_length: how many tokens each of them has.
         digest: of the tokens themselves.
         method: a key of ``quantize.nvfp4.rounding.METHODS``.
-        every_expert: experts are calibrated with all tokens, not only those routed to them.
+        every_expert: calibrate each expert with all tokens, not only with those routed to it.
     """
 
     text: str
-    rows: int
-    length: int
+    num_samples: int
+    sequence_length: int
     digest: str
     method: str = "descent"
     every_expert: bool = False

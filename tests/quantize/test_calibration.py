@@ -22,15 +22,14 @@ from transformers import (
 )
 
 from benchmarks.m3_checkpoint import Model
-from quantize.calibration import quantizer
 from quantize.calibration.budget import needed
+from quantize.calibration.samples import digest_of, load_samples
 from quantize.calibration.store import Store
-from quantize.calibration.text import digest_of, load_rows
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.execute import execute
 from quantize.run.files import write_json
-from quantize.run.options import Calibration, Options
+from quantize.run.options import MIN_TOKENS, Calibration, Options
 from quantize.run.plan import plan
 from quantize.run.shards import header
 from quantize.verify import verify
@@ -58,7 +57,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(m3_nano: Path, text: Path) -> torch.Tensor:
-    return load_rows(text, m3_nano, ROWS, LENGTH)
+    return load_samples(text, m3_nano, ROWS, LENGTH)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +75,7 @@ def calibrated(
     settings = Calibration("text", *rows.shape, digest_of(rows), **more.pop("settings", GPTQ))
     with Checkpoint(source) as checkpoint:
         steps = plan(checkpoint, replace(options, calibration=settings))
-        execute(checkpoint, steps, target, rows=rows, **more)
+        execute(checkpoint, steps, target, samples=rows, **more)
     return target
 
 
@@ -143,7 +142,7 @@ def test_experts_are_closer_than_without(
     """On text that it was not calibrated with, beside the best rule without calibration."""
     with Checkpoint(m3_nano) as checkpoint:
         execute(checkpoint, plan(checkpoint, replace(SOME, scales="mse")), tmp_path / "mse")
-    others = load_rows(text, m3_nano, 2 * ROWS + 1, LENGTH)[1::8]
+    others = load_samples(text, m3_nano, 2 * ROWS + 1, LENGTH)[1::8]
     truth, plain, ours = (
         experts_output(m3_nano, folder, others) for folder in (None, tmp_path / "mse", whole)
     )
@@ -189,7 +188,7 @@ def test_input_scales_are_those_of_what_experts_are_given(
         for number, (x, ids) in seen.items():
             for expert in range(32):
                 chosen = (ids == expert).any(1)
-                if number not in (1, 3) or int(chosen.sum()) < quantizer.FEW:
+                if number not in (1, 3) or int(chosen.sum()) < MIN_TOKENS:
                     continue
                 # Twice the largest, so that as much again is not clipped (ModelOpt's formula).
                 want = 2 * float(x[chosen].abs().max()) / (6 * 448)
@@ -295,32 +294,32 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.fixture(scope="module")
-def there_and_back(
+def forward_backward(
     m3_nano: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Other two layers, two-sided, with less text; treat as read-only."""
     torch.set_num_threads(1)
-    target = tmp_path_factory.mktemp("there") / "out"
+    target = tmp_path_factory.mktemp("forward_backward") / "out"
     return calibrated(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
 
 
 @pytest.mark.parametrize("moment", [2.2, 6.5, 8.4])
-def test_an_interrupted_run_goes_on_there_and_back(
-    m3_nano: Path, there_and_back: Path, rows: torch.Tensor, tmp_path: Path, moment: float
+def test_an_interrupted_run_goes_on_forward_and_backward(
+    m3_nano: Path, forward_backward: Path, rows: torch.Tensor, tmp_path: Path, moment: float
 ) -> None:
-    """Six layers there, the model's end, and three back."""
+    """Six layers forward, the model's end, and three layers backward."""
     target = tmp_path / "out"
 
     assert set(interrupted(moment, m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)) == {10}
     again = resumed(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
     assert min(again) == int(moment)
     name = "model.safetensors"
-    assert (target / name).read_bytes() == (there_and_back / name).read_bytes()
+    assert (target / name).read_bytes() == (forward_backward / name).read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["states-00003.000", "gradients-00005.000"])
-def test_what_is_needed_on_the_way_back_is_looked_at(
-    m3_nano: Path, there_and_back: Path, rows: torch.Tensor, tmp_path: Path, damage: str
+def test_what_is_needed_for_the_backward_pass_is_looked_at(
+    m3_nano: Path, forward_backward: Path, rows: torch.Tensor, tmp_path: Path, damage: str
 ) -> None:
     target = tmp_path / "out"
 
@@ -329,7 +328,7 @@ def test_what_is_needed_on_the_way_back_is_looked_at(
     again = resumed(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
     assert min(again) == 0
     name = "model.safetensors"
-    assert (target / name).read_bytes() == (there_and_back / name).read_bytes()
+    assert (target / name).read_bytes() == (forward_backward / name).read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["states", "staged", "both staged", "findings", "half"])
@@ -488,10 +487,10 @@ def test_text_in_every_form(m3_nano: Path, tmp_path: Path) -> None:
         (tmp_path / "folder" / f"{number:02}.txt").write_text(document)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    from_lines = load_rows(tmp_path / "a.jsonl", m3_nano, 4, 64)
+    from_lines = load_samples(tmp_path / "a.jsonl", m3_nano, 4, 64)
     assert from_lines.shape == (4, 64)
-    assert torch.equal(from_lines, load_rows(tmp_path / "b.jsonl", m3_nano, 4, 64))
-    assert torch.equal(from_lines, load_rows(tmp_path / "folder", m3_nano, 4, 64))
+    assert torch.equal(from_lines, load_samples(tmp_path / "b.jsonl", m3_nano, 4, 64))
+    assert torch.equal(from_lines, load_samples(tmp_path / "folder", m3_nano, 4, 64))
     tokenizer = AutoTokenizer.from_pretrained(m3_nano)
     assert from_lines[0, 0] == tokenizer.bos_token_id
     assert tokenizer.decode(from_lines[0, 1:20]) in documents[0]
@@ -514,11 +513,11 @@ def test_text_that_is_none(
     file = tmp_path / name
     file.write_text(content, errors="surrogateescape")
     with pytest.raises(QuantizeError, match=message):
-        load_rows(file, m3_nano, 4, 64)
+        load_samples(file, m3_nano, 4, 64)
 
 
 def test_a_missing_text_and_an_empty_folder(m3_nano: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"nowhere.txt: cannot be read"):
-        load_rows(tmp_path / "nowhere.txt", m3_nano, 1, 16)
+        load_samples(tmp_path / "nowhere.txt", m3_nano, 1, 16)
     with pytest.raises(QuantizeError, match=r"holds no \.jsonl"):
-        load_rows(tmp_path, m3_nano, 1, 16)
+        load_samples(tmp_path, m3_nano, 1, 16)

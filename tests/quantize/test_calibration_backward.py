@@ -1,4 +1,4 @@
-"""Walking back through a model layer by layer gives the gradients that Transformers' model has."""
+"""Running a model backward layer by layer gives the gradients that Transformers' model has."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.activations import there_and_back
+from benchmarks.activations import forward_backward
 from quantize.calibration import backward
+from quantize.calibration.layerwise import LayerwiseModel
+from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store
-from quantize.calibration.stream import Stream
-from quantize.calibration.walk import Nobody
+from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.find import find
 from quantize.experts.group import ExpertGroup
 from tests.quantize import families
-from tests.quantize.test_calibration_walk import CPU, FAMILIES, NOT_WALKED, rows_of
+from tests.quantize.test_calibration_forward import CPU, FAMILIES, NOT_RUN, rows_of
 
 
-class Gradients(Nobody):
+class Gradients(NullVisitor):
     """A visitor that keeps what it is shown: by layer, the gradients by its experts' output."""
 
     def __init__(self) -> None:
@@ -34,21 +35,23 @@ class Gradients(Nobody):
         self.found[layer] = torch.zeros(len(routing.x), group.hidden)
         for chunk in routing.all():
             assert chunk.gradient is not None
-            self.found[layer][chunk.rows] = chunk.gradient
+            self.found[layer][chunk.tokens] = chunk.gradient
 
 
-def walked_back(folder: Path, store: Store, rows: torch.Tensor) -> tuple[Gradients, Stream]:
+def run_backward(
+    folder: Path, store: Store, rows: torch.Tensor
+) -> tuple[Gradients, LayerwiseModel]:
     visitor = Gradients()
-    return visitor, there_and_back(folder, store, rows, visitor, torch.float64)
+    return visitor, forward_backward(folder, store, rows, visitor, torch.float64)
 
 
 def transformers_gradients(
-    folder: Path, stream: Stream, rows: torch.Tensor, by_logits: Any
+    folder: Path, ours: LayerwiseModel, rows: torch.Tensor, by_logits: Any
 ) -> dict[int, torch.Tensor]:
     """By layer, of Transformers' own model, loaded and run as its users do."""
-    model: Any = type(stream.model).from_pretrained(
+    model: Any = type(ours.model).from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager",
-        attn_implementation=stream.model.config._attn_implementation,
+        attn_implementation=ours.model.config._attn_implementation,
     ).eval()  # fmt: skip
     outputs: dict[int, torch.Tensor] = {}
 
@@ -59,8 +62,8 @@ def transformers_gradients(
 
         return keep
 
-    for number, site, _ in stream._sites:
-        model.get_submodule(site).register_forward_hook(hook(number))
+    for number, path, _ in ours.sites:
+        model.get_submodule(path).register_forward_hook(hook(number))
     logits = model(input_ids=rows, use_cache=False).logits
     logits.backward(torch.cat([by_logits(logits[i : i + 1].detach(), i) for i in range(len(rows))]))
     found = {}
@@ -76,19 +79,19 @@ def any_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.randn(logits.shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_WALKED.keys()))
+@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_RUN.keys()))
 def test_as_autograd(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
     rows = rows_of(3, 16)
-    monkeypatch.setattr(backward, "_by_logits", any_gradient)
-    found, stream = walked_back(folder, Store(tmp_path / "store"), rows)
-    truth = transformers_gradients(folder, stream, rows, any_gradient)
+    monkeypatch.setattr(backward, "_logits_gradient", any_gradient)
+    found, ours = run_backward(folder, Store(tmp_path / "store"), rows)
+    truth = transformers_gradients(folder, ours, rows, any_gradient)
     assert found.found.keys() == truth.keys()
     for layer, expected in truth.items():
         # The store keeps gradients in float32.
         assert (found.found[layer] - expected).norm() <= 1e-5 * expected.norm(), layer
     left = {file.name.split(".")[0] for file in (tmp_path / "store").iterdir()}
-    assert not left & {"x", "ids", "weights", "by_x", "by_weights", "by_answer"}
+    assert not left & {"x", "ids", "weights", "grad_x", "grad_weights", "grad_output"}
     assert len([name for name in left if name.startswith("gradients")]) <= 1
 
 
@@ -121,11 +124,11 @@ def test_dense_layers_between_and_after(
 ) -> None:
     """They pass gradients on, too; the head may be the embedding; a config may ask for more."""
     folder = small(tmp_path / "m", tied, **more)
-    monkeypatch.setattr(backward, "_by_logits", any_gradient)
+    monkeypatch.setattr(backward, "_logits_gradient", any_gradient)
     rows = rows_of(2, 9)
-    found, stream = walked_back(folder, Store(tmp_path / "store"), rows)
+    found, ours = run_backward(folder, Store(tmp_path / "store"), rows)
     plain = small(tmp_path / "plain", tied) if more.keys() - {"tie_word_embeddings"} else folder
-    truth = transformers_gradients(plain, stream, rows, any_gradient)
+    truth = transformers_gradients(plain, ours, rows, any_gradient)
     assert found.found.keys() == truth.keys() == {1, 3}
     for layer, expected in truth.items():
         assert (found.found[layer] - expected).norm() <= 1e-5 * expected.norm(), layer
@@ -134,11 +137,11 @@ def test_dense_layers_between_and_after(
 def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
     folder = families.save(families.build("qwen3_moe"), "qwen3_moe", families.LAYOUTS[0], tmp_path)
     with Checkpoint(folder) as checkpoint:
-        stream = Stream(checkpoint, find(checkpoint), CPU)
-        stream.model = stream.model.model
-        stream.model.get_output_embeddings = lambda: None
+        ours = LayerwiseModel(checkpoint, find(checkpoint), CPU)
+        ours.model = ours.model.model
+        ours.model.get_output_embeddings = lambda: None
         with pytest.raises(QuantizeError, match=r"makes no logits.*take another rounding"):
-            stream.check_end()
+            ModelEnd(ours).check()
 
 
 def test_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -146,9 +149,9 @@ def test_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
     with Checkpoint(folder) as checkpoint:
-        stream = Stream(checkpoint, find(checkpoint), CPU)
+        ours = LayerwiseModel(checkpoint, find(checkpoint), CPU)
         with pytest.raises(QuantizeError, match=r"lm_head\.weight is not there"):
-            stream.check_end()
+            ModelEnd(ours).check()
 
 
 def test_what_is_drawn_is_what_the_model_predicts() -> None:
@@ -156,8 +159,8 @@ def test_what_is_drawn_is_what_the_model_predicts() -> None:
     ``diag(p) - p p^T``."""
     generator = torch.Generator().manual_seed(1)
     logits = 2 * torch.randn(1, 1, 5, generator=generator)
-    draws = [backward._by_logits(logits, seed) for seed in range(4000)]
-    assert torch.equal(draws[7], backward._by_logits(logits, 7))
+    draws = [backward._logits_gradient(logits, seed) for seed in range(4000)]
+    assert torch.equal(draws[7], backward._logits_gradient(logits, 7))
     p = logits.double().softmax(-1).flatten()
     found = torch.cat(draws).double().flatten(0, 1)
     assert found.mean(0).abs().max() < 0.03

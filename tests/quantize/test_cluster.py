@@ -172,7 +172,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
-from quantize.calibration.text import digest_of
+from quantize.calibration.samples import digest_of
 from quantize.run.options import Calibration
 from quantize.checkpoint.reader import Checkpoint
 from quantize.run.cluster import connected
@@ -185,7 +185,7 @@ rows = torch.randint(1, 16, (4, 64), generator=torch.Generator().manual_seed(0))
 settings = Calibration("text", *rows.shape, digest_of(rows), "two-sided")
 with connected(address) if address else nullcontext(), Checkpoint(source) as checkpoint:
     steps = plan(checkpoint, Options(max_shard_size=5000, calibration=settings))
-    execute(checkpoint, steps, target, rows=rows, ray=address or None)
+    execute(checkpoint, steps, target, samples=rows, ray=address or None)
 """
 
 

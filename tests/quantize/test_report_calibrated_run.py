@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from quantize import execute
-from quantize.calibration.text import digest_of
+from quantize.calibration.samples import digest_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.report import CalibrationReport, Experience, LayerReport, RunReport, render
 from quantize.report import collect as results
-from quantize.run.options import FEW, Calibration, Options
+from quantize.run.options import MIN_TOKENS, Calibration, Options
 from quantize.run.plan import plan
 from quantize.run.record import REPORT
 from quantize.run.staged import Findings, Staged
@@ -206,10 +206,10 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
         with Checkpoint(m3_nano) as checkpoint:
             steps = plan(checkpoint, options)
             whole, again = tmp_path / "a" / "out", tmp_path / "b" / "out"
-            execute.execute(checkpoint, steps, whole, rows=rows)
+            execute.execute(checkpoint, steps, whole, samples=rows)
             with pytest.raises(Stopped):
-                execute.execute(checkpoint, steps, again, rows=rows, calibrating=stop)
-            execute.execute(checkpoint, steps, again, rows=rows, resume=True)
+                execute.execute(checkpoint, steps, again, samples=rows, calibrating=stop)
+            execute.execute(checkpoint, steps, again, samples=rows, resume=True)
     finally:
         torch.set_num_threads(threads)
     assert (whole / REPORT).read_bytes() == (again / REPORT).read_bytes()
@@ -219,10 +219,10 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
     assert len(found) == 2
     for row, findings in enumerate(found):
         assert nth(row, root).one(class_="name").text == findings.prefix
-        few = [str(e) for e, n in enumerate(findings.tokens) if n < FEW]
+        few = [str(e) for e, n in enumerate(findings.tokens) if n < MIN_TOKENS]
         tokens, errors, _ = columns(nth(row, root).one("summary"))
         assert tokens.startswith(f"{min(findings.tokens)} ")
-        assert tokens.endswith(f" {max(findings.tokens)}{len(few)} below {FEW}")
+        assert tokens.endswith(f" {max(findings.tokens)}{len(few)} below {MIN_TOKENS}")
         lists = listed(nth(row, root))
         assert lists["mse"].partition(": ")[2].split(", ") == few
         assert lists["gptq"].split()[0] == str(len(findings.tokens) - len(few))

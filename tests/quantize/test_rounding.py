@@ -30,19 +30,19 @@ def case(rows: int, columns: int, seed: int = 0, correlation: float = 1.0) -> Ca
     return weight, x.T @ x / len(x), nvfp4.global_scale(weight)
 
 
-def lost(weight: torch.Tensor, moment: torch.Tensor, stored: nvfp4.NvFp4) -> float:
+def lost(weight: torch.Tensor, hessian: torch.Tensor, stored: nvfp4.NvFp4) -> float:
     """Mean squared error of the output, in float64."""
     difference = stored.dequantize().double() - weight.double()
-    return float(torch.einsum("oi,ij,oj->", difference, moment.double(), difference))
+    return float(torch.einsum("oi,ij,oj->", difference, hessian.double(), difference))
 
 
 def found(method: str, case: Case) -> float:
-    weight, moment, scale = case
-    codes, block_scale = METHODS[method].round(weight, moment, scale)
+    weight, hessian, scale = case
+    codes, block_scale = METHODS[method].round(weight, hessian, scale)
     assert codes.dtype == torch.uint8
     assert block_scale.dtype == torch.float8_e4m3fn
     assert nvfp4.bad_scales(block_scale) is None
-    return lost(weight, moment, nvfp4.NvFp4(codes, block_scale, scale))
+    return lost(weight, hessian, nvfp4.NvFp4(codes, block_scale, scale))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,9 +59,9 @@ def test_without_correlation_it_is_the_mse_rule(method: str) -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("correlation", [0.5, 1.0, 3.0])
 def test_each_method_is_closer_than_those_before(seed: int, correlation: float) -> None:
-    weight, moment, scale = case(48, 192, seed, correlation)
-    plain = lost(weight, moment, plainly([weight], "mse")[0])
-    first, second = (found(method, (weight, moment, scale)) for method in ("gptq", "descent"))
+    weight, hessian, scale = case(48, 192, seed, correlation)
+    plain = lost(weight, hessian, plainly([weight], "mse")[0])
+    first, second = (found(method, (weight, hessian, scale)) for method in ("gptq", "descent"))
     assert first < 0.9 * plain
     assert second < 0.95 * first
 
@@ -69,17 +69,17 @@ def test_each_method_is_closer_than_those_before(seed: int, correlation: float) 
 def test_gptq_is_optimal_brain_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     """With scales that are given: as OBQ does it (arXiv 2208.11580, equation 3), removing one row
     and column of the inverse after another."""
-    weight, moment, scale = case(12, 160)
+    weight, hessian, scale = case(12, 160)
     step = float(weight.abs().max() / scale / 5)
     step = float(torch.tensor(step).to(torch.float8_e4m3fn))
     module = sys.modules[gptq.__module__]  # the package has a function of its name
     monkeypatch.setattr(module, "best_scale", lambda block, _: torch.full((len(block),), step))
-    codes, _ = gptq(weight, moment, scale)
+    codes, _ = gptq(weight, hessian, scale)
     got = nvfp4.decode(codes).double() * step
 
     left = (weight.double() / scale.double()).clone()
     inverse = torch.linalg.inv(
-        moment.double() + DAMPING * moment.double().diagonal().mean() * torch.eye(160)
+        hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(160)
     )
     want = torch.empty_like(left)
     grid = torch.tensor([*nvfp4.E2M1_VALUES, *(-v for v in nvfp4.E2M1_VALUES)]).double() * step
@@ -97,16 +97,16 @@ def test_gptq_is_optimal_brain_quantization(monkeypatch: pytest.MonkeyPatch) -> 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10**6), st.floats(0.0, 4.0), st.sampled_from([16, 48, 80]))
 def test_no_step_of_the_descent_goes_up(seed: int, correlation: float, columns: int) -> None:
-    weight, moment, scale = case(8, columns, seed, correlation)
-    packed, block_scale = gptq(weight, moment, scale)
-    moment = damped(moment, 1e-4)
-    state = Descent(weight / scale, moment, nvfp4.unpack(packed), block_scale.float())
+    weight, hessian, scale = case(8, columns, seed, correlation)
+    packed, block_scale = gptq(weight, hessian, scale)
+    hessian = damped(hessian, 1e-4)
+    state = Descent(weight / scale, hessian, nvfp4.unpack(packed), block_scale.float())
 
     def now() -> float:
         stored = nvfp4.NvFp4(
             nvfp4.pack(state.codes), state.scales.to(torch.float8_e4m3fn), torch.ones(())
         )
-        return lost(weight / scale, moment, stored)
+        return lost(weight / scale, hessian, stored)
 
     before = now()
     for step in (state.columns, state.blocks, state.columns, state.blocks):
@@ -117,11 +117,11 @@ def test_no_step_of_the_descent_goes_up(seed: int, correlation: float, columns: 
 
 
 def test_a_column_without_input_and_an_expert_without_tokens() -> None:
-    weight, moment, scale = case(8, 32)
-    moment[5] = moment[:, 5] = 0
-    for moments in (moment, torch.zeros(32, 32)):
+    weight, hessian, scale = case(8, 32)
+    hessian[5] = hessian[:, 5] = 0
+    for inputs in (hessian, torch.zeros(32, 32)):
         for method in METHODS.values():
-            codes, block_scale = method.round(weight, moments, scale, torch.zeros(8, 8))
+            codes, block_scale = method.round(weight, inputs, scale, torch.zeros(8, 8))
             restored = nvfp4.dequantize(codes, block_scale, scale)
             assert torch.isfinite(restored).all()
             assert (restored - weight).norm() < 0.5 * weight.norm()

@@ -29,12 +29,12 @@ class Case(NamedTuple):
     """The arguments of a method."""
 
     weight: torch.Tensor
-    moment: torch.Tensor
+    hessian: torch.Tensor
     scale: torch.Tensor
-    output: torch.Tensor
+    output_hessian: torch.Tensor
 
 
-def moments(size: int, generator: torch.Generator) -> torch.Tensor:
+def second_moments(size: int, generator: torch.Generator) -> torch.Tensor:
     """Of correlated samples, a few directions of which stand out."""
     mix = torch.randn(size, size, generator=generator) / size**0.5
     x = torch.randn(4 * size, size, generator=generator) @ (torch.eye(size) + mix)
@@ -46,17 +46,17 @@ def moments(size: int, generator: torch.Generator) -> torch.Tensor:
 def case(rows: int, columns: int, seed: int = 0) -> Case:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 0.02
-    moment = moments(columns, generator)
-    return Case(weight, moment, nvfp4.global_scale(weight), moments(rows, generator))
+    hessian = second_moments(columns, generator)
+    return Case(weight, hessian, nvfp4.global_scale(weight), second_moments(rows, generator))
 
 
-def trace(difference: np.ndarray, moment: torch.Tensor, output: torch.Tensor) -> float:
+def trace(difference: np.ndarray, hessian: torch.Tensor, output_hessian: torch.Tensor) -> float:
     return float(
         np.einsum(
             "or,ri,ij,oj->",
-            output.double().numpy(),
+            output_hessian.double().numpy(),
             difference,
-            moment.double().numpy(),
+            hessian.double().numpy(),
             difference,
             optimize=True,
         )
@@ -68,30 +68,32 @@ def restored(codes: torch.Tensor, block_scale: torch.Tensor, scale: float = 1.0)
 
 
 def lost(method: str, of: Case, by: Case | None = None) -> float:
-    """What ``method`` makes of ``of``, by its own moments or by others."""
+    """What ``method`` makes of ``of``, by its own Hessians or by others."""
     codes, block_scale = METHODS[method].round(*of)
     found = restored(codes, block_scale, float(of.scale))
     by = by or of
-    return trace(found - of.weight.double().numpy(), by.moment, by.output)
+    return trace(found - of.weight.double().numpy(), by.hessian, by.output_hessian)
 
 
 class Watched:
     """A ``TwoSided`` that starts at GPTQ's result, as ``two_sided`` does, and its true loss."""
 
     def __init__(self, of: Case) -> None:
-        packed, block_scale = gptq(of.weight, of.moment, of.scale)
-        self.moment = damped(of.moment, DAMPING)
-        self.output = damped(of.output, OUTPUT_DAMPING)
-        self.output /= self.output.diagonal().mean()
+        packed, block_scale = gptq(of.weight, of.hessian, of.scale)
+        self.hessian = damped(of.hessian, DAMPING)
+        self.output_hessian = damped(of.output_hessian, OUTPUT_DAMPING)
+        self.output_hessian /= self.output_hessian.diagonal().mean()
         target = of.weight / of.scale
         self.target = target.double().numpy()
-        self.state = TwoSided(target, self.moment, self.output, nvfp4.unpack(packed), block_scale)
+        self.state = TwoSided(
+            target, self.hessian, self.output_hessian, nvfp4.unpack(packed), block_scale
+        )
 
     def difference(self) -> np.ndarray:
         return restored(nvfp4.pack(self.state.codes()), self.state.block_scale) - self.target
 
     def loss(self) -> float:
-        return trace(self.difference(), self.moment, self.output)
+        return trace(self.difference(), self.hessian, self.output_hessian)
 
 
 SHAPES = [(1, 64), (7, 16), (33, 48), (48, 192), (70, 96)]
@@ -123,21 +125,23 @@ def test_it_is_closer_than_the_descent_where_outputs_are_not_alike(
 
 
 def test_where_they_are_alike_it_is_as_good_as_the_descent() -> None:
-    """By the damped moments, of which each has its own opinion; both end where they end by chance,
+    """By the damped Hessians, of which each has its own opinion; both end where they end by chance,
     so what counts is the mean."""
     ratios = []
     for seed, (rows, columns) in itertools.product(range(6), [(48, 192), (70, 96)]):
-        of = case(rows, columns, seed)._replace(output=torch.eye(rows))
-        by = of._replace(moment=damped(of.moment, DAMPING))
+        of = case(rows, columns, seed)._replace(output_hessian=torch.eye(rows))
+        by = of._replace(hessian=damped(of.hessian, DAMPING))
         ratios.append(lost("two-sided", of, by) / lost("descent", of, by))
     assert max(ratios) < 1.03
     assert np.mean(ratios) < 1.01
 
 
-@pytest.mark.parametrize("output", [torch.eye(48), 2.0**-60 * torch.eye(48), torch.zeros(48, 48)])
-def test_no_moments_of_outputs_are_the_identity(output: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "output_hessian", [torch.eye(48), 2.0**-60 * torch.eye(48), torch.zeros(48, 48)]
+)
+def test_no_output_hessian_is_the_identity(output_hessian: torch.Tensor) -> None:
     of = case(48, 96)
-    got, want = two_sided(of.weight, of.moment, of.scale, output), two_sided(*of[:3])
+    got, want = two_sided(of.weight, of.hessian, of.scale, output_hessian), two_sided(*of[:3])
     assert (restored(*got) == restored(*want)).mean() > 0.95
 
 
@@ -150,12 +154,14 @@ def test_at_the_end_no_other_code_and_no_other_scale_is_better(seed: int) -> Non
     difference, before = watched.difference(), watched.loss()
     codes, bits = watched.state.codes().numpy(), watched.state.block_scale.view(torch.uint8).numpy()
     steps = reference.E4M3[bits].repeat(16, 1)
-    pull = watched.output.double().numpy() @ difference @ watched.moment.double().numpy()
+    residual = (
+        watched.output_hessian.double().numpy() @ difference @ watched.hessian.double().numpy()
+    )
 
     def after(where: tuple[int, slice], change: np.ndarray) -> float:
         row, part = where
-        own = change @ watched.moment[part, part].double().numpy() @ change
-        return before + 2 * change @ pull[where] + float(watched.output[row, row]) * own
+        own = change @ watched.hessian[part, part].double().numpy() @ change
+        return before + 2 * change @ residual[where] + float(watched.output_hessian[row, row]) * own
 
     # A block's own part of the loss is not above the whole, of which 1e-5 count as rounding.
     least = before * (1 - 2e-5)
@@ -173,7 +179,7 @@ def test_at_the_end_no_other_code_and_no_other_scale_is_better(seed: int) -> Non
     changed = difference.copy()
     changed[3, 5] += 0.25
     assert after((3, slice(5, 6)), np.array([0.25])) == pytest.approx(
-        trace(changed, watched.moment, watched.output)
+        trace(changed, watched.hessian, watched.output_hessian)
     )
 
 
@@ -181,21 +187,21 @@ def test_at_the_end_no_other_code_and_no_other_scale_is_better(seed: int) -> Non
 def test_a_small_weight_is_near_the_best_of_all(seed: int) -> None:
     """Two rows, and three columns that have inputs: all pairs of rows, at the scales found."""
     of = case(2, 16, seed)
-    of.moment[3:] = of.moment[:, 3:] = 0  # no code of the three changes what the others lose
+    of.hessian[3:] = of.hessian[:, 3:] = 0  # no code of the three changes what the others lose
     watched = Watched(of)
     while watched.state.sweep() > 0:
         pass
-    moment, output = watched.moment[:3, :3], watched.output.double().numpy()
+    hessian, output_hessian = watched.hessian[:3, :3], watched.output_hessian.double().numpy()
     steps = reference.E4M3[watched.state.block_scale.view(torch.uint8).numpy()]
     table = np.array(list(itertools.product(np.unique(reference.E2M1), repeat=3)))
     first, second = (steps[row] * table - watched.target[row, :3] for row in range(2))
-    inner = moment.double().numpy()
+    inner = hessian.double().numpy()
     best = (
-        output[0, 0] * ((first @ inner) * first).sum(1)[:, None]
-        + output[1, 1] * ((second @ inner) * second).sum(1)
-        + 2 * output[0, 1] * (first @ inner @ second.T)
+        output_hessian[0, 0] * ((first @ inner) * first).sum(1)[:, None]
+        + output_hessian[1, 1] * ((second @ inner) * second).sum(1)
+        + 2 * output_hessian[0, 1] * (first @ inner @ second.T)
     ).min()
-    got = trace(watched.difference()[:, :3], moment, watched.output)
+    got = trace(watched.difference()[:, :3], hessian, watched.output_hessian)
     assert best * (1 - 1e-6) <= got < 2 * best
 
 
@@ -217,13 +223,13 @@ def test_panels_are_only_for_speed(rows: int, columns: int, seed: int) -> None:
 def test_errors_in_a_block_are_made_up_for(seed: int) -> None:
     """A column's ideal is the least squares solution, given those before it."""
     generator = torch.Generator().manual_seed(seed)
-    moment = damped(moments(16, generator), DAMPING)
+    hessian = damped(second_moments(16, generator), DAMPING)
     ideal, step = torch.randn(16, generator=generator).numpy(), np.float32(0.5)
-    feedback = _blocks_of(moment)[2][0].numpy()
+    feedback = _blocks_of(hessian)[2][0].numpy()
     trial, rest = np.empty(16, np.float32), np.empty(16, np.float32)
     assert _round(ideal, feedback, step, np.float32(np.inf), trial, rest)
 
-    inner, want = moment.double().numpy(), np.zeros(16)
+    inner, want = hessian.double().numpy(), np.zeros(16)
     for j in range(16):
         error = want[:j] - ideal[:j]
         best = ideal[j:] - np.linalg.solve(inner[j:, j:], inner[j:, :j] @ error)
@@ -257,7 +263,10 @@ def test_any_multiple_and_any_order_in_memory_will_do() -> None:
     of = case(16, 48)
     want = two_sided(*of)
     other = Case(
-        of.weight.T.contiguous().T, of.moment.T, of.scale, (of.output * 2.0**-60).T.contiguous()
+        of.weight.T.contiguous().T,
+        of.hessian.T,
+        of.scale,
+        (of.output_hessian * 2.0**-60).T.contiguous(),
     )
     got = two_sided(*other)
     assert lost("two-sided", other) * 2.0**60 == pytest.approx(lost("two-sided", of), rel=0.02)
@@ -268,14 +277,14 @@ def test_any_multiple_and_any_order_in_memory_will_do() -> None:
 def test_what_has_no_gradient_or_no_input_is_rounded_all_the_same(dead: str) -> None:
     of = case(12, 48)
     if dead in ("outputs", "both"):
-        of.output[3] = of.output[:, 3] = 0
+        of.output_hessian[3] = of.output_hessian[:, 3] = 0
     if dead in ("inputs", "both"):
-        of.moment[5] = of.moment[:, 5] = 0
-        of.moment[16:32] = of.moment[:, 16:32] = 0
+        of.hessian[5] = of.hessian[:, 5] = 0
+        of.hessian[16:32] = of.hessian[:, 16:32] = 0
     if dead == "all outputs":
-        of.output.zero_()
+        of.output_hessian.zero_()
     if dead == "all inputs":
-        of.moment.zero_()
+        of.hessian.zero_()
     codes, block_scale = two_sided(*of)
     assert nvfp4.bad_scales(block_scale) is None
     difference = restored(codes, block_scale, float(of.scale)) - of.weight.numpy()
@@ -286,7 +295,7 @@ def test_what_has_no_gradient_or_no_input_is_rounded_all_the_same(dead: str) -> 
 def test_a_weight_of_zeros_stays_one() -> None:
     of = case(8, 32)
     zeros = torch.zeros_like(of.weight)
-    codes, block_scale = two_sided(zeros, of.moment, nvfp4.global_scale(zeros), of.output)
+    codes, block_scale = two_sided(zeros, of.hessian, nvfp4.global_scale(zeros), of.output_hessian)
     assert nvfp4.bad_scales(block_scale) is None
     assert not restored(codes, block_scale).any()
 
@@ -294,9 +303,9 @@ def test_a_weight_of_zeros_stays_one() -> None:
 def test_the_registry_says_who_looks_at_outputs() -> None:
     of = case(16, 32)
     for name, method in METHODS.items():
-        same = torch.equal(method(*of)[0], method(*of[:3])[0])
-        assert same == (not METHODS[name].needs_output)
-    assert any(method.needs_output for method in METHODS.values())
+        same = torch.equal(method.round(*of)[0], method.round(*of[:3])[0])
+        assert same == (not METHODS[name].needs_output_hessian)
+    assert any(method.needs_output_hessian for method in METHODS.values())
 
 
 def test_loss_is_the_mean_product_with_the_gradient() -> None:
@@ -306,4 +315,4 @@ def test_loss_is_the_mean_product_with_the_gradient() -> None:
     every = g.double() @ of.weight.double() @ x.double().T
     got = loss(of.weight, x.T @ x / 60, g.T @ g / 50)
     assert got == pytest.approx(float(every.square().mean()), rel=1e-5)
-    assert loss(of.weight, of.moment, torch.eye(8)) == pytest.approx(loss(of.weight, of.moment))
+    assert loss(of.weight, of.hessian, torch.eye(8)) == pytest.approx(loss(of.weight, of.hessian))

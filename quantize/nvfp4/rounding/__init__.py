@@ -1,6 +1,7 @@
-"""Choosing codes by what a weight's inputs are: the error of its output, not of the weight.
+"""Rounding methods: they choose codes and block scales for the error of a weight's *output*.
 
-A new rounding is one file here and one line in ``METHODS``.
+A new method is one file in this folder and one line in ``METHODS``. The file holds a function
+(``method.Round`` says what it takes and returns) and a ``method.Method`` that wraps it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """GPTQ (arXiv 2210.17323) on NVFP4's blocks.
 
-Columns are rounded one after another, and what each loses is made up for by those after it, as far
-as their inputs are correlated. A block's scale is chosen when its first column's turn comes: from
-the weights as they are then, by errors weighted with what later columns cannot make up for.
+GPTQ rounds one column after another. The columns that follow make up for what a column loses, as
+far as their inputs are correlated with its inputs. The scale of a block is chosen when the turn of
+its first column comes: from the weights as they are by then, with each column's error weighted by
+what later columns cannot make up for.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ from quantize.nvfp4.rounding.blocks import best_scale, codes_of, values_of
 from quantize.nvfp4.rounding.method import Method
 
 DAMPING = 0.01
-"""Of the mean second moment, added to all: few tokens say little about small directions."""
+"""Share of the Hessian's mean diagonal that is added to its diagonal: a few tokens say little about
+the directions in which they are small."""
 
-_TOGETHER = 8 * BLOCK
-"""Columns after which what they lost is passed on to all others at once."""
+_COLUMNS_AT_ONCE = 8 * BLOCK
+"""After so many columns, one matrix product passes on what they lost to all columns that follow."""
 
 
 def gptq(
     weight: torch.Tensor,
-    moment: torch.Tensor,
+    hessian: torch.Tensor,
     global_scale: torch.Tensor,
-    output: torch.Tensor | None = None,
+    output_hessian: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``quantize.nvfp4.rounding``; ``output`` makes no difference."""
+    """See ``quantize.nvfp4.rounding.method.Round``; ``output_hessian`` makes no difference."""
     left = weight.float() / global_scale
-    factor = compensation(moment)
+    factor = compensation(hessian)
     columns = left.shape[1]
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     scales = torch.empty(len(left), columns // BLOCK, device=left.device)
-    for first in range(0, columns, _TOGETHER):
-        end = min(first + _TOGETHER, columns)
+    for first in range(0, columns, _COLUMNS_AT_ONCE):
+        end = min(first + _COLUMNS_AT_ONCE, columns)
         lost = torch.empty(len(left), end - first, device=left.device)
         for column in range(first, end):
             if column % BLOCK == 0:
@@ -49,22 +51,25 @@ def gptq(
     return pack(codes), scales.to(torch.float8_e4m3fn)
 
 
-def compensation(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped moments' inverse, float32 ``[in, in]``: row ``j``
-    over its diagonal is what a unit of column ``j``'s error is worth in the columns after it."""
-    return inverse_and_factor(damped(moment, DAMPING))[1].float()
+def compensation(hessian: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor of the damped Hessian's inverse, float32 ``[in, in]``.
+
+    Row ``j``, divided by its element on the diagonal, says how much each later column must change
+    to make up for one unit of error in column ``j``.
+    """
+    return inverse_and_factor(damped(hessian, DAMPING))[1].float()
 
 
-def inverse_and_factor(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of positive definite moments ``[..., n, n]``, and its upper Cholesky factor, both
-    float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment.double()))
+def inverse_and_factor(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inverse of positive definite matrices ``[..., n, n]`` and the inverse's upper
+    Cholesky factor, both in float64."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix.double()))
     return inverse, torch.linalg.cholesky(inverse, upper=True)
 
 
-def damped(moment: torch.Tensor, share: float) -> torch.Tensor:
-    """A positive definite copy: ``share`` of the mean of the diagonal is added to it."""
-    result = moment.clone()
+def damped(hessian: torch.Tensor, share: float) -> torch.Tensor:
+    """Return a positive definite copy: add ``share`` of the diagonal's mean to the diagonal."""
+    result = hessian.clone()
     diagonal = result.diagonal()
     # Without any input, every weight is as important as every other.
     diagonal += torch.where(diagonal.mean() > 0, share * diagonal.mean(), 1.0)

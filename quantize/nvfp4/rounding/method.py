@@ -1,4 +1,4 @@
-"""What a rounding method is."""
+"""What a rounding method is: a function, and what calibration must know to call it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,54 @@ import torch
 
 
 class Round(Protocol):
-    """``(weight, moment, global_scale, output) -> (codes, block_scale)``.
+    """``(weight, hessian, global_scale, output_hessian) -> (codes, block_scale)``.
 
-    In: float32 ``[out, in]``; the inputs' second moments ``[in, in]``, any positive multiple of
-    them; a float32 scalar; the second moments ``[out, out]`` of the loss's gradient by the outputs,
-    any positive multiple, or None. Out: bytes uint8 ``[out, in / 2]`` and float8_e4m3fn
-    ``[out, in / 16]``. What it makes small is ``quantize.nvfp4.rounding.loss.loss``.
+    A method makes ``quantize.nvfp4.rounding.loss.loss`` small. It must leave its arguments as they
+    are, and it must accept Hessians that are singular or zero.
     """
 
     def __call__(
         self,
         weight: torch.Tensor,
-        moment: torch.Tensor,
+        hessian: torch.Tensor,
         global_scale: torch.Tensor,
-        output: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+        output_hessian: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Round one weight.
+
+        Args:
+            weight: float32 ``[out, in]``.
+            hessian: float32 ``[in, in]``: the second moments ``x x^T`` of the weight's inputs,
+                or any positive multiple of them.
+            global_scale: float32 scalar.
+            output_hessian: float32 ``[out, out]``: the second moments ``g g^T`` of the loss's
+                gradients with respect to the weight's outputs, or any positive multiple of them.
+                None stands for the identity. Calibration gives it only to methods that
+                :attr:`Method.needs_output_hessian`.
+
+        Returns:
+            packed codes, uint8 ``[out, in / 2]``, and block scales, float8_e4m3fn
+            ``[out, in / 16]``.
+        """
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to round.
+    """One rounding method.
+
+    The three sizes say how much memory a call takes on the device. Their defaults are what GPTQ
+    needs, with which every method here begins.
 
     Attributes:
-        needs_output: it takes every output to be as important as every other unless it is given
-            ``output``, so calibration runs the model backward for it.
+        round: the function.
+        needs_output_hessian: calibration runs the model backward too, to give ``output_hessian``.
+        weight_bytes: for each element of the weight.
+        hessian_bytes: for each element of ``hessian``, its factors in float64 included.
+        output_hessian_bytes: for each element of ``output_hessian``, if the method needs it.
     """
 
     round: Round
-    needs_output: bool = False
+    needs_output_hessian: bool = False
+    weight_bytes: int = 24
+    hessian_bytes: int = 48
+    output_hessian_bytes: int = 24

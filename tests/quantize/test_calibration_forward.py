@@ -1,4 +1,4 @@
-"""Walking through a model layer by layer gives what Transformers computes in one go."""
+"""Running a model forward layer by layer gives what Transformers computes in one go."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantize.calibration.budget import residual_streams
+from quantize.calibration.expert_weights import ExpertWeights
+from quantize.calibration.forward import LayerwiseForward
+from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.routing import Routing
-from quantize.calibration.store import Store
-from quantize.calibration.stream import Stream
-from quantize.calibration.walk import Walk, Weights, states_name
+from quantize.calibration.store import Store, states_name
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.find import find
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 FAMILIES = {family for name, family in families.classes().items()
             if name not in families.UNSUPPORTED}  # fmt: skip
 
-NOT_WALKED = {
+NOT_RUN = {
     "axk1": "fails on text",  # as Transformers' own does, with sizes as small as these
     "dbrx": "not found",  # blocks, not layers
     "deepseek_v3": "fails on text",  # likewise; with another head_dim below
@@ -45,7 +46,7 @@ NOT_WALKED = {
 """Part of the error for each family whose tiny model cannot be calibrated."""
 
 
-class Nothing:
+class Counting:
     """A visitor that counts."""
 
     def __init__(self) -> None:
@@ -56,38 +57,38 @@ class Nothing:
         self.groups.append(group.prefix)
         self.tokens += int(routing.counts.sum())
 
-    def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+    def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
         return weights
 
     def end(self) -> None:
         pass
 
 
-def walked(
+def run_forward(
     folder: Path,
     store: Store,
     rows: torch.Tensor,
     visitor: Any,
     dtype: torch.dtype = torch.float64,
-) -> tuple[torch.Tensor, Stream]:
+) -> tuple[torch.Tensor, LayerwiseModel]:
     """What the last layer with experts returns."""
     with Checkpoint(folder) as checkpoint:
-        stream = Stream(checkpoint, find(checkpoint), CPU, dtype)
-        walk = Walk(checkpoint, identify(folder), stream, rows, store)
-        for layer in range(stream.last + 1):
-            walk.layer(layer, visitor)
-            walk.forget(layer)
-    return store.open(f"{states_name(stream.last + 1)}.000"), stream
+        model = LayerwiseModel(checkpoint, find(checkpoint), CPU, dtype)
+        run = LayerwiseForward(checkpoint, identify(folder), model, rows, store)
+        for layer in range(model.last + 1):
+            run.layer_forward(layer, visitor)
+            run.remove_states(layer)
+    return store.open(f"{states_name(model.last + 1)}.000"), model
 
 
-def whole(folder: Path, stream: Stream, rows: torch.Tensor) -> torch.Tensor:
+def whole(folder: Path, ours: LayerwiseModel, rows: torch.Tensor) -> torch.Tensor:
     """The same from Transformers' model, loaded and run as its users do."""
-    model: Any = type(stream.model).from_pretrained(
+    model: Any = type(ours.model).from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager",
-        attn_implementation=stream.model.config._attn_implementation,
+        attn_implementation=ours.model.config._attn_implementation,
     ).eval()  # fmt: skip
     seen: list[Any] = []
-    layer = model.get_submodule(stream.layers_path)[stream.last]
+    layer = model.get_submodule(ours.layers_path)[ours.last]
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
         model(input_ids=rows, use_cache=False)
@@ -98,13 +99,13 @@ def rows_of(count: int, length: int, high: int = 60) -> torch.Tensor:
     return torch.randint(1, high, (count, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_WALKED.keys()))
+@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_RUN.keys()))
 def test_as_transformers(family: str, tmp_path: Path) -> None:
     folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
     rows = rows_of(3, 16)
-    visitor = Nothing()
-    found, stream = walked(folder, Store(tmp_path / "store"), rows, visitor)
-    truth = whole(folder, stream, rows)
+    visitor = Counting()
+    found, ours = run_forward(folder, Store(tmp_path / "store"), rows, visitor)
+    truth = whole(folder, ours, rows)
     # Routers of some families compute in float32.
     assert (found - truth).norm() / truth.norm() < 1e-6
     assert visitor.groups
@@ -113,15 +114,15 @@ def test_as_transformers(family: str, tmp_path: Path) -> None:
         hidden = find(checkpoint)[0].hidden
         assert found.numel() == rows.numel() * hidden * residual_streams(checkpoint)
     assert {file.name for file in (tmp_path / "store").iterdir()} == {
-        "index.json", *Store(tmp_path / "store").names(states_name(stream.last + 1))
+        "index.json", *Store(tmp_path / "store").names(states_name(ours.last + 1))
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", sorted(NOT_WALKED))
+@pytest.mark.parametrize("family", sorted(NOT_RUN))
 def test_what_cannot_be_run_says_so(family: str, tmp_path: Path) -> None:
     folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
-    with pytest.raises(QuantizeError, match=NOT_WALKED[family]) as error:
-        walked(folder, Store(tmp_path / "store"), rows_of(3, 16), Nothing())
+    with pytest.raises(QuantizeError, match=NOT_RUN[family]) as error:
+        run_forward(folder, Store(tmp_path / "store"), rows_of(3, 16), Counting())
     assert "calibrat" in str(error.value)
 
 
@@ -143,9 +144,9 @@ def test_the_published_layout_in_several_runs(
     m3_nano: Path, m3_nano_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """m3-nano as published: one tensor an expert, other names; two rows at a time."""
-    monkeypatch.setattr("quantize.calibration.walk.TOKENS", 64)
+    monkeypatch.setattr("quantize.calibration.forward.TOKENS_PER_RUN", 64)
     rows = rows_of(5, 32, 4000)
-    found, _ = walked(m3_nano_hub, Store(tmp_path / "store"), rows, Nothing())
+    found, _ = run_forward(m3_nano_hub, Store(tmp_path / "store"), rows, Counting())
     truth = truth_of(m3_nano, rows)
     assert (found - truth).norm() / truth.norm() < 1e-6
 
@@ -153,13 +154,13 @@ def test_the_published_layout_in_several_runs(
 def test_what_a_visitor_returns_is_what_the_model_goes_on_with(
     m3_nano: Path, tmp_path: Path
 ) -> None:
-    class Zeros(Nothing):
-        def expert(self, number: int, weights: Weights, routing: Routing) -> Weights:
+    class Zeros(Counting):
+        def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
             weights.down = torch.zeros_like(weights.down)
             return weights
 
     rows = rows_of(2, 16, 4000)
-    found, _ = walked(m3_nano, Store(tmp_path / "store"), rows, Zeros())
+    found, _ = run_forward(m3_nano, Store(tmp_path / "store"), rows, Zeros())
     truth = truth_of(m3_nano, rows, without_experts=True)
     assert (found - truth).norm() / truth.norm() < 1e-6
 
@@ -167,21 +168,21 @@ def test_what_a_visitor_returns_is_what_the_model_goes_on_with(
 def test_in_bfloat16_as_on_a_gpu(m3_nano: Path, tmp_path: Path) -> None:
     """Dtypes agree everywhere, and the router's bias keeps its own."""
     rows = rows_of(3, 16, 4000)
-    found, stream = walked(m3_nano, Store(tmp_path / "store"), rows, Nothing(), torch.bfloat16)
+    found, ours = run_forward(m3_nano, Store(tmp_path / "store"), rows, Counting(), torch.bfloat16)
     assert found.dtype == torch.bfloat16
     truth = truth_of(m3_nano, rows)
     assert (found - truth).norm() / truth.norm() < 0.05
-    assert stream._dtypes["e_score_correction_bias"] == torch.float32
+    assert ours.loader.dtype_plan["e_score_correction_bias"] == torch.float32
 
 
 def test_layers_that_return_different_things(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GLM-5-next's: what one hands on beside its states, the next may not; in several runs."""
-    monkeypatch.setattr("quantize.calibration.walk.TOKENS", 16)
+    monkeypatch.setattr("quantize.calibration.forward.TOKENS_PER_RUN", 16)
     family = "glm5_next"
     folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
     rows = rows_of(3, 16)
-    found, stream = walked(folder, Store(tmp_path / "store"), rows, Nothing())
-    truth = whole(folder, stream, rows)
+    found, ours = run_forward(folder, Store(tmp_path / "store"), rows, Counting())
+    truth = whole(folder, ours, rows)
     assert (found - truth).norm() / truth.norm() < 1e-6

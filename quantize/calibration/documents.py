@@ -1,77 +1,32 @@
-"""Calibration text: files to rows of tokens."""
+"""Reading documents: texts from a file, a folder of files, or a dataset."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
-
 from quantize.errors import QuantizeError, first_line
 
 FIELDS = ("text", "content", "prompt", "messages")
-"""Of a JSON line, in order of preference: where its text is."""
+"""Where the text of a JSON object or a dataset's row is, in order of preference."""
+
 _PIECE = 2**20
 """Characters of a text file that are read at a time."""
 
 _SUFFIXES = (".jsonl", ".txt", ".md", ".py", ".parquet")
 
 
-def load_rows(
-    source: Path, tokenizer_folder: Path, rows: int, length: int, trust_remote_code: bool = False
-) -> torch.Tensor:
-    """Tokens of the text in ``source``, int64 ``[rows, length]``.
-
-    Documents follow each other, each after the tokenizer's start token if it has one; rows are cut
-    from the whole in equal distances, so that few rows of a large file are still from all of it.
-
-    Args:
-        source: a text file, a ``.jsonl`` file with one of ``FIELDS`` a line, or a folder: a dataset
-            as ``datasets`` saves it, or one of such files.
-        tokenizer_folder: the checkpoint's.
-
-    Raises:
-        QuantizeError: if there is too little text (saying how much there is), or none that can be
-            read.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # Transformers raises many kinds here
-        raise QuantizeError(
-            f"{tokenizer_folder}: no tokenizer could be loaded ({first_line(error)}), and "
-            "calibration needs one; copy the original's tokenizer files there"
-        ) from error
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    tokens: list[int] = []
-    # Ten times as much as is needed, to choose from; the rest of a large file is not read.
-    for document in documents(source, tokenizer):
-        # Half a character, as JSON can hold it, would be an error.
-        document = document.encode("utf-8", "replace").decode("utf-8")
-        found = tokenizer.encode(document, add_special_tokens=False, verbose=False)
-        tokens += found if found[:1] == start else start + found  # chat templates may begin with it
-        if len(tokens) >= 10 * rows * length:
-            break
-    whole = len(tokens) // length
-    if whole < rows:
-        raise QuantizeError(
-            f"{source}: {len(tokens)} tokens, {rows} rows of {length} need {rows * length}; give "
-            "more text, or fewer or shorter rows"
-        )
-    chosen = [number * whole // rows for number in range(rows)]
-    return torch.tensor([tokens[i * length : (i + 1) * length] for i in chosen])
-
-
 def documents(source: Path, tokenizer: Any = None) -> Iterator[str]:
-    """The texts in ``source``, see :func:`load_rows`.
+    """Yield the texts in ``source``.
 
     Args:
-        tokenizer: with a chat template, for lines that hold ``messages``.
+        source: a text file; a ``.jsonl`` file, each of whose lines is a string or has one of
+            ``FIELDS``; a ``.parquet`` file with one of these columns; or a folder, which is a
+            dataset as ``datasets`` saves it, or holds such files.
+        tokenizer: has the chat template for ``messages``.
 
     Raises:
         QuantizeError: naming the file and line that cannot be read.
@@ -87,7 +42,7 @@ def documents(source: Path, tokenizer: Any = None) -> Iterator[str]:
 
 
 def _text_file(file: Path) -> Iterator[str]:
-    """In pieces that end with a line, so that the rest of a large one need not be read."""
+    """Yield pieces that end with a line, so that the rest of a large file need not be read."""
     try:
         with file.open(encoding="utf-8") as lines:
             while piece := lines.readlines(_PIECE):
@@ -147,8 +102,7 @@ def _parquet(file: Path, tokenizer: Any) -> Iterator[str]:
 
 
 def _needed(module: str, source: Path) -> Any:
-    import importlib
-
+    """Import a module that not every installation has."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -157,6 +111,7 @@ def _needed(module: str, source: Path) -> Any:
 
 
 def _text(row: Any, where: str, tokenizer: Any) -> str:
+    """Return the text of one JSON value or dataset's row, which is at ``where``."""
     if isinstance(row, str):
         return row
     found = row if isinstance(row, dict) else {}
@@ -173,8 +128,3 @@ def _text(row: Any, where: str, tokenizer: Any) -> str:
                     f"({first_line(error)})"
                 ) from error
     raise QuantizeError(f"{where}: has none of the fields {', '.join(FIELDS)}")
-
-
-def digest_of(tokens: torch.Tensor) -> str:
-    """Equal only for equal tokens, int64 ``[rows, length]``."""
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from quantize.calibration.moments import ALIKE, Moments
+from quantize.calibration.second_moments import ALIKE, SecondMoments
 
 CPU = torch.device("cpu")
 
 
-def of(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
-    moments = Moments(x.shape[1], CPU)
+def of(x: torch.Tensor, weights: torch.Tensor | None = None) -> SecondMoments:
+    moments = SecondMoments(x.shape[1], CPU)
     for part in range(0, len(x), 100):
         own = None if weights is None else weights[part : part + 100]
         moments.add(x[part : part + 100], own)

@@ -1,0 +1,143 @@
+"""Calibrating a plan's experts: passes through the model, and staging what they quantize."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantize.calibration.backward import LayerwiseBackward
+from quantize.calibration.forward import LayerwiseForward
+from quantize.calibration.layerwise import LayerwiseModel
+from quantize.calibration.progress import CalibrationProgress, Progress
+from quantize.calibration.quantizer import Quantizer, staged_outputs
+from quantize.calibration.store import Store, gradients_name, states_name
+from quantize.calibration.visitor import NullVisitor
+from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts.group import ExpertGroup
+from quantize.nvfp4.rounding import METHODS
+from quantize.run.staged import Staged
+
+if TYPE_CHECKING:
+    from quantize.run.plan import Plan
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    samples: torch.Tensor,
+    folder: Path,
+    device: torch.device,
+    progress: Progress = lambda _, __: None,
+) -> None:
+    """Quantize all experts of ``plan`` with calibration, into ``folder``.
+
+    If an earlier run was interrupted, this goes on with the layer that it was at.
+
+    Args:
+        samples: tokens, int64 ``[num_samples, sequence_length]``.
+
+    Raises:
+        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
+            is NaN or infinite, or the disk is full.
+    """
+    settings = plan.options.calibration
+    assert settings is not None
+    undone = unstaged(plan, folder)
+    if not undone:
+        shutil.rmtree(folder / "states", ignore_errors=True)
+        return
+    model = LayerwiseModel(
+        checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
+    )
+    store = Store(folder / "states")
+    quantizer = Quantizer(Staged(folder), undone, plan.layout, settings, plan.options.scales)
+    state = CalibrationProgress(plan, model, store, undone, progress)
+    if METHODS[settings.method].needs_output_hessian:
+        forward_backward(
+            LayerwiseBackward(checkpoint, plan.gates, model, samples, store), quantizer, state
+        )
+    else:
+        forward_pass(
+            LayerwiseForward(checkpoint, plan.gates, model, samples, store), quantizer, state
+        )
+    if undone := unstaged(plan, folder):
+        raise QuantizeError(
+            f"{undone[0].prefix}: text does not reach these experts in Transformers' model; leave "
+            "them out with --exclude, or leave --calibrate out"
+        )
+    shutil.rmtree(store.folder)
+    state.finish()
+
+
+def forward_pass(run: LayerwiseForward, quantizer: Quantizer, state: CalibrationProgress) -> None:
+    """Go through the model once, and quantize experts on the way."""
+    # Between two steps, the next layer's inputs are all that is needed.
+    state.resume(state.last + 1, lambda done: [states_name(done)], min(state.undone))
+    for layer in range(state.done, state.last + 1):
+        state.report(0)
+        run.layer_forward(layer, quantizer, state.report)
+        state.finish_step(states_name(layer + 1))
+        run.remove_states(layer)
+
+
+def forward_backward(
+    run: LayerwiseBackward, quantizer: Quantizer, state: CalibrationProgress
+) -> None:
+    """Go through the model without quantizing, then back from its end, and quantize experts on the
+    way back: only from the end is it known what matters at their outputs."""
+    run.check()
+    forward_steps = run.last + 1
+
+    def needed(done: int) -> list[str]:
+        # The first layer's input is the text.
+        if done <= forward_steps:
+            layers = {*range(state.first, done), done} - {0}
+            return [states_name(layer) for layer in sorted(layers)]
+        layer = forward_steps - (done - forward_steps - 1)  # its input's gradients are known
+        states = [states_name(n) for n in range(max(1, state.first), layer)]
+        return [*states, gradients_name(layer)]
+
+    steps = forward_steps + 1 + (forward_steps - state.first)
+    # A layer is left once the one before it is.
+    limit = forward_steps + 1 + (run.last - max(state.undone))
+    state.resume(steps, needed, limit)
+    for layer in range(state.done, forward_steps):
+        state.report(0)
+        run.layer_forward(layer, NullVisitor(), state.report)
+        state.finish_step(states_name(layer + 1))
+        if layer < state.first:
+            run.remove_states(layer)
+    if state.done == forward_steps:
+        state.report(0)
+        run.end_backward(state.report)
+        state.finish_step(gradients_name(forward_steps))
+    for layer in reversed(range(state.first, forward_steps - (state.done - forward_steps - 1))):
+        state.report(0)
+        run.layer_backward(layer, quantizer, layer > state.first, state.report)
+        state.finish_step(gradients_name(layer))
+        run.remove_states(layer + 1)
+        run.remove_gradients(layer + 1)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """Return the dtype that a model computes in."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def unstaged(plan: Plan, folder: Path) -> list[ExpertGroup]:
+    """Return the groups of experts that are still to be staged."""
+    staged = Staged(folder)
+    return [
+        group
+        for group in plan.groups
+        if not staged.is_done(group, list(staged_outputs(group, plan.layout)))
+    ]
+
+
+def staged_bytes(plan: Plan) -> int:
+    """Return how many bytes of experts the folder holds in the end."""
+    return sum(out.nbytes for group in plan.groups for out in staged_outputs(group, plan.layout))

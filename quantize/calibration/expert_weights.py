@@ -1,0 +1,72 @@
+"""The weights of one expert, what they compute, and the gradients through them."""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.experts.gates import Gate
+
+
+class ExpertWeights:
+    """One expert's weights, and how the model applies them.
+
+    Attributes:
+        gate_up: gate's and up's weights, or up's alone where there is no gate: each
+            ``[intermediate, hidden]``, in the source's dtype.
+        down: ``[hidden, intermediate]``, in the source's dtype.
+    """
+
+    def __init__(
+        self,
+        gate_up: tuple[torch.Tensor, ...],
+        down: torch.Tensor,
+        biases: tuple[torch.Tensor, ...],
+        gate: Gate,
+    ) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self._biases = biases
+        self._gate = gate
+
+    def intermediate(self, x: torch.Tensor, gate_up: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+        """Return down's inputs for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``, in ``x``'s
+        dtype.
+
+        Args:
+            gate_up: weights to use in place of the expert's own.
+        """
+        biases = self._biases[:-1] or (None,) * len(self.gate_up)
+        pairs = zip(gate_up or self.gate_up, biases, strict=True)
+        return self._gate.apply(*(_linear(x, weight, bias) for weight, bias in pairs))
+
+    def output(self, intermediate: torch.Tensor) -> torch.Tensor:
+        """Return the expert's output ``[n, hidden]`` for the result of :meth:`intermediate`."""
+        return _linear(intermediate, self.down, self._biases[-1] if self._biases else None)
+
+    def gate_up_gradients(
+        self, x: torch.Tensor, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the loss's gradients with respect to the products of gate and of up with ``x``.
+
+        Args:
+            x: tokens, ``[n, hidden]``.
+            gradient: the loss's gradient with respect to :meth:`output`'s result, ``[n, hidden]``.
+
+        Returns:
+            for each of :attr:`gate_up`, ``[n, intermediate]``, in float32 or better.
+        """
+        biases = self._biases[:-1] or (None,) * len(self.gate_up)
+        with torch.no_grad():
+            products = [_linear(x, *pair) for pair in zip(self.gate_up, biases, strict=True)]
+            products = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in products]
+            dtype = products[0].dtype
+            intermediate_gradient = gradient.to(dtype) @ self.down.to(dtype)
+        with torch.enable_grad():
+            leaves = [product.requires_grad_() for product in products]
+            intermediate = self._gate.apply(*leaves)
+        return torch.autograd.grad(intermediate, leaves, intermediate_gradient)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    own = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), own)
