@@ -80,7 +80,7 @@ def test_vllm_parses_each_serve_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_flags_in_text_exist(page: Path) -> None:
-    from quantize.cli import app
+    from quantize.cli.app import app
 
     group: Any = typer.main.get_command(app)
     ours = {o for c in group.commands.values() for p in c.params for o in p.opts + p.secondary_opts}
