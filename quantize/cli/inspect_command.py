@@ -6,6 +6,7 @@ from rich.filesize import decimal
 
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import reporting_errors
+from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     MODELOPT,
     ExcludeOption,
@@ -43,10 +44,10 @@ def inspect(
             trust_remote_code=trust_remote_code,
         )
         folder = resolve(source)
-        # From here on with PyTorch.
-        from quantize import inspection
-        from quantize.checkpoint.reader import Checkpoint
-        from quantize.run.plan import plan
+        with large_imports():
+            from quantize import inspection
+            from quantize.checkpoint.reader import Checkpoint
+            from quantize.run.plan import plan
 
         with Checkpoint(folder) as checkpoint:
             steps = plan(checkpoint, options)

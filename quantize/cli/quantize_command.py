@@ -13,6 +13,7 @@ from rich.filesize import decimal
 
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import UsageError, reporting_errors
+from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     DESCENT,
     MAX,
@@ -163,15 +164,15 @@ def quantize(
             check_device(name)
         if ray and device:
             raise UsageError("--device is for this machine, and --ray uses a cluster's devices")
-        # From here on with PyTorch.
-        from quantize.calibration.budget import needed
-        from quantize.calibration.text import digest_of, load_rows
-        from quantize.checkpoint.reader import Checkpoint
-        from quantize.execute import execute
-        from quantize.run.cluster import connected
-        from quantize.run.plan import plan
-        from quantize.run.record import check_target
-        from quantize.run.workers import all_devices
+        with large_imports():
+            from quantize.calibration.budget import needed
+            from quantize.calibration.text import digest_of, load_rows
+            from quantize.checkpoint.reader import Checkpoint
+            from quantize.execute import execute
+            from quantize.run.cluster import connected
+            from quantize.run.plan import plan
+            from quantize.run.record import check_target
+            from quantize.run.workers import all_devices
 
         devices = [device_of(name) for name in device] if device else None
         check_target(target, overwrite, resume)  # before hours of downloading

@@ -6,6 +6,7 @@ import typer
 
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import reporting_errors
+from quantize.cli.large_imports import large_imports
 from quantize.cli.options import GateOption, JsonOption, Source, Target, TrustOption, stated_gate
 from quantize.cli.output import complain, out, plain, print_json, progress_bar, table
 
@@ -21,9 +22,9 @@ def verify(
     with reporting_errors():
         stated = stated_gate(gate)
         folder = resolve(source)
-        # From here on with PyTorch.
-        from quantize.checkpoint.reader import Checkpoint
-        from quantize.verify import verify as compare
+        with large_imports():
+            from quantize.checkpoint.reader import Checkpoint
+            from quantize.verify import verify as compare
 
         with Checkpoint(folder) as original, Checkpoint(target, decode=False) as quantized:
             with progress_bar("Verifying", original.nbytes) as bar:
