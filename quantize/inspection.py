@@ -45,7 +45,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
     after: dict[tuple[str, int], int] = defaultdict(int)
     for job in (job for jobs in plan.shards for job in jobs):
         if isinstance(job, QuantizeExpert | Biases):
-            after[job.group.prefix, job.group.first] += sum(out.nbytes for out in job.outputs)
+            after[job.group.prefix, job.group.first] += job.written
     return [
         ExpertRow(
             pattern,

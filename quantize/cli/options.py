@@ -1,8 +1,94 @@
-"""Values of options: what a user writes, parsed."""
+"""The arguments and options that commands share, and how what a user writes for them is read.
+
+Values are judged here without PyTorch as far as that is possible, so that a mistake is answered
+at once.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantize.cli.errors import UsageError
 from quantize.errors import QuantizeError
+from quantize.experts.gates import Gate
+from quantize.layouts import LAYOUTS
+from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.scales import RULES
+
+if TYPE_CHECKING:
+    import torch
+
+# Choices come from the registries, which know names without importing what they name; mypy can
+# only follow enums that are written out.
+LayoutName = StrEnum("LayoutName", dict(zip(LAYOUTS, LAYOUTS, strict=True)))  # type: ignore[misc]
+RuleName = StrEnum("RuleName", dict(zip(RULES, RULES, strict=True)))  # type: ignore[misc]
+MethodName = StrEnum("MethodName", dict(zip(METHODS, METHODS, strict=True)))  # type: ignore[misc]
+
+MODELOPT, MAX, DESCENT = LayoutName("modelopt"), RuleName("max"), MethodName("descent")
+
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="Folder or hub id of the original checkpoint.")
+]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder for the quantized checkpoint.")]
+GateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        metavar="GATE",
+        help="The experts' gate, for models that Transformers does not know, by name or as JSON, "
+        "e.g. --gate silu, --gate gelu_tanh or --gate "
+        '\'{"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7}\'.',
+    ),
+]
+LayoutOption = Annotated[
+    LayoutName,
+    typer.Option(
+        "--layout", help="How tensors are named on disk, e.g. --layout compressed-tensors."
+    ),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run SRC's own Python code to identify its gate; without this flag, nothing from a "
+        "checkpoint is ever run. Needed for models that Transformers does not have, e.g. "
+        "inspect org/brand-new-moe --trust-remote-code.",
+    ),
+]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="PATTERN",
+        help="Quantize only modules whose path matches, e.g. --include '*.layers.1?.*'; can be "
+        "given several times. Linears that engines fuse are taken only together.",
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="PATTERN",
+        help="Leave modules whose path matches as they are, e.g. --exclude '*.layers.3.*'.",
+    ),
+]
+LinearsOption = Annotated[
+    bool,
+    typer.Option(
+        "--all-linears/--experts-only",
+        help="Quantize attention and dense linears of the decoder too, e.g. --all-linears "
+        "--exclude '*.self_attn.*'.",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of tables, e.g. --json > result.json.")
+]
 
 
 def parse_size(text: str) -> int:
@@ -22,3 +108,67 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise QuantizeError(f"{text!r}: a shard must be larger than nothing")
     return size
+
+
+def shard_size(text: str) -> int:
+    """Bytes that ``--max-shard-size`` says.
+
+    Raises:
+        UsageError: if ``text`` is not a size.
+    """
+    try:
+        return parse_size(text)
+    except QuantizeError as error:
+        raise UsageError(f"--max-shard-size {error}") from None
+
+
+def stated_gate(text: str | None) -> Gate | None:
+    """The gate that ``--gate`` says: a form's name, or JSON with a form and its numbers.
+
+    Raises:
+        UsageError: if ``text`` is neither, or no gate has these numbers.
+    """
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text) if text.lstrip().startswith("{") else {"form": text}
+        return Gate(**fields)
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"--gate {text!r} is neither a form's name nor its JSON: {error}"
+        ) from None
+    except QuantizeError as error:
+        raise UsageError(f"--gate: {error}") from None
+
+
+_DEVICE = re.compile(r"(cpu|cuda)(?::(0|[1-9][0-9]{0,3}))?")
+
+
+def check_device(name: str) -> None:
+    """Refuse what can be no device, before it is known which devices there are.
+
+    Raises:
+        UsageError: if ``name`` is neither cpu, nor cuda with or without a number.
+    """
+    if not _DEVICE.fullmatch(name):
+        raise UsageError(f"--device {name!r} is neither cpu, nor cuda, nor cuda:0 or the like")
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``name``, which :func:`check_device` accepts, is on this machine.
+
+    Raises:
+        QuantizeError: if this machine does not have it.
+    """
+    import torch
+
+    match = _DEVICE.fullmatch(name)
+    assert match is not None
+    if match[1] == "cpu":
+        return torch.device("cpu")
+    index = int(match[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise QuantizeError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs"
+        )
+    return torch.device("cuda", index)

@@ -70,6 +70,16 @@ def stored_tensors(module: str, shape: tuple[int, int], layout: Layout) -> tuple
     )
 
 
+def stored_nbytes(shape: tuple[int, int], layout: Layout) -> int:
+    """Bytes of what :func:`stored_tensors` lists."""
+    return _stored_nbytes(shape, layout)  # type: ignore[arg-type]
+
+
+@cache
+def _stored_nbytes(shape: tuple[int, int], layout: Layout) -> int:
+    return sum(out.nbytes for out in stored_tensors("", shape, layout))
+
+
 @cache
 def _stored(shape: tuple[int, int], layout: Layout) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     """Suffix, dtype and shape of each tensor that stores a weight of ``shape``.

@@ -14,7 +14,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
-from quantize.layouts.layout import INPUT_SCALE, Layout, stored_tensors
+from quantize.layouts.layout import INPUT_SCALE, Layout, stored_nbytes, stored_tensors
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
 from quantize.run.shards import ShardWriter
 from quantize.run.staged import Staged
@@ -33,6 +33,7 @@ class Job(Protocol):
         sources: names of the tensors that it reads, keys of ``Checkpoint.tensors``.
         modules: module paths of the weights that it quantizes.
         nbytes: how many bytes of the source it reads, as they are stored.
+        written: bytes of ``outputs``.
         memory: how many bytes it needs at most while it runs.
     """
 
@@ -44,6 +45,8 @@ class Job(Protocol):
     def modules(self) -> tuple[str, ...]: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def written(self) -> int: ...
     @property
     def memory(self) -> int: ...
 
@@ -73,6 +76,10 @@ class Copy:
     @property
     def modules(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def written(self) -> int:
+        return self.output.nbytes
 
     @property
     def memory(self) -> int:
@@ -149,13 +156,18 @@ class QuantizeExpert:
         )
 
     @property
+    def written(self) -> int:
+        shape = self.group.shapes[0 if self.inputs else -1]
+        return len(self.modules) * stored_nbytes(shape, self.layout)
+
+    @property
     def memory(self) -> int:
         weights = self.group.intermediate * self.group.hidden * len(self.modules)
         floats = 4 * weights if self.decoded else self.nbytes
         # Splitting interleaved rows and transposing each make a copy.
         copies = self.interleaved + (self.group.transposed or self.group.flat)
         source = self.nbytes * self.decoded + floats * (1 + copies)
-        return source + sum(out.nbytes for out in self.outputs)
+        return source + self.written
 
     def weights(self, worker: Worker) -> list[torch.Tensor]:
         """The source's weights, each ``[out, in]``, one for each of ``modules``."""
@@ -207,8 +219,12 @@ class CopyStaged:
         return self.job.nbytes
 
     @property
+    def written(self) -> int:
+        return self.job.written
+
+    @property
     def memory(self) -> int:
-        return sum(out.nbytes for out in self.outputs)
+        return self.written
 
     def will_need(self, checkpoint: Checkpoint) -> None:
         """Does nothing: the job reads no tensor of the source."""
@@ -247,9 +263,13 @@ class QuantizeLinears:
         )
 
     @property
+    def written(self) -> int:
+        return sum(stored_nbytes(shape, self.layout) for shape in self.shapes)
+
+    @property
     def memory(self) -> int:
         weights = sum(rows * columns for rows, columns in self.shapes)
-        return self.nbytes + 4 * weights * self.decoded + sum(out.nbytes for out in self.outputs)
+        return self.nbytes + 4 * weights * self.decoded + self.written
 
     def will_need(self, checkpoint: Checkpoint) -> None:
         for name in self.names:
@@ -277,6 +297,10 @@ class Biases:
     @property
     def modules(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def written(self) -> int:
+        return sum(out.nbytes for out in self.outputs)
 
     @property
     def memory(self) -> int:

@@ -54,7 +54,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of tensors in the output."""
-        return sum(out.nbytes for i in range(len(self.shards)) for out in self.outputs(i))
+        return sum(job.written for jobs in self.shards for job in jobs)
 
     @property
     def names(self) -> list[str]:
@@ -232,8 +232,8 @@ def expert_jobs(
 ) -> Iterator[QuantizeExpert | Biases]:
     """What makes one expert: its gate and up, its down, its biases if it has any."""
     share = group.num_experts if group.fused else 1
-    for inputs in (True, False):
-        job = QuantizeExpert(group, expert, inputs, interleaved, layout, rule, 0, False)
+    weights = group.weights_of(expert)
+    for inputs, read in ((True, weights[:-1]), (False, weights[-1:])):
         yield QuantizeExpert(
             group,
             expert,
@@ -241,8 +241,8 @@ def expert_jobs(
             interleaved,
             layout,
             rule,
-            nbytes=sum(checkpoint.stored_bytes(n) for n in job.sources) // share,
-            decoded=any(checkpoint.parts(n) != (n,) for n in job.sources),
+            nbytes=sum(checkpoint.stored_bytes(name) for name in read) // share,
+            decoded=any(checkpoint.parts(name) != (name,) for name in read),
         )
     if group.bias_names:
         sizes = [group.intermediate] * (len(group.names) - 1) + [group.hidden]
@@ -269,10 +269,9 @@ def _into_shards(jobs: Iterator[Job], max_size: int) -> list[list[Job]]:
     shards: list[list[Job]] = [[]]
     size = 0
     for job in jobs:
-        nbytes = sum(out.nbytes for out in job.outputs)
-        if shards[-1] and size + nbytes > max_size:
+        if shards[-1] and size + job.written > max_size:
             shards.append([])
             size = 0
         shards[-1].append(job)
-        size += nbytes
+        size += job.written
     return shards

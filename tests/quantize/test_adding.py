@@ -141,12 +141,12 @@ def test_a_source_format(register: Register, saved: Folders, tmp_path: Path) -> 
         convert(tmp_path / "lonely", tmp_path / "never")
 
 
-def test_a_gate(saved: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate(register: Register, tmp_path: Path) -> None:
     model = checkpoints.build("qwen3_moe", hidden_act="mish")
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(QuantizeError, match="its gate is none of"):
         identify(tmp_path / "source")
-    monkeypatch.setitem(FORMS, "mish", toys.Mish)
+    register(FORMS, "mish", "Mish")
     assert identify(tmp_path / "source").default == Gate("mish")
     convert(tmp_path / "source", tmp_path / "out")
     contract = json.loads((tmp_path / "out" / "config.json").read_text())["nvfp4_moe"]

@@ -47,7 +47,7 @@ def refusal(*args: object, code: int = 1) -> str:
 # -- quantize --------------------------------------------------------------------------------------
 
 
-def test_python_m_quantize(saved: Folders, tmp_path: Path) -> None:
+def test_python_m_quantize_takes_a_source_at_once(saved: Folders, tmp_path: Path) -> None:
     """As a process of its own; the same files as the console script's ``quantize``."""
     source = saved("qwen3_moe")
     result = subprocess.run(

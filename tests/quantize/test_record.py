@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from quantize import execute
 from quantize.checkpoint.reader import Checkpoint
-from quantize.cli import app as cli
+from quantize.cli import errors
+from quantize.cli.app import app
 from quantize.errors import QuantizeError
 from quantize.run import workers
 from quantize.run.options import Options
@@ -137,9 +138,9 @@ def test_what_nobody_foresaw_is_one_line_too(
         raise error
 
     monkeypatch.setattr(execute, "make_shards", fail)
-    monkeypatch.delenv(cli._TRACEBACK, raising=False)
+    monkeypatch.delenv(errors.TRACEBACK, raising=False)
     words = ["quantize", str(saved("qwen3_moe")), str(tmp_path / "out")]
-    result = CliRunner().invoke(cli.app, words)
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 1
     assert says in result.output
     assert "Traceback" not in result.output

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from quantize.errors import QuantizeError
 from quantize.experts.gates.forms import FORMS
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""What a user sees when something goes wrong: one line, and an exit code.
+
+Exit codes: 0 for success, 1 for an error (or problems that ``verify`` found), 2 for wrong usage,
+130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from quantize.cli.output import complain
+from quantize.errors import QuantizeError, first_line
+
+TRACEBACK = "NVFP4_MOE_TRACEBACK"
+"""Environment variable: if it is set, unexpected errors end the command with their traceback."""
+
+
+class UsageError(QuantizeError):
+    """Options that can never be right, whatever source and target are."""
+
+
+@contextmanager
+def reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
+    """Within, an exception becomes a line on standard error and an exit code.
+
+    Args:
+        advice: what to tell a user who interrupts the command.
+    """
+    try:
+        yield
+    except QuantizeError as error:
+        complain("error", str(error))
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        complain("interrupted", advice)
+        sys.exit(130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        complain("error", f"{where}{error.strerror or error}")
+        sys.exit(1)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            complain(
+                "error",
+                f"not enough memory ({first_line(error)}); choose another GPU with --device, or "
+                "--device cpu, or fewer --threads",
+            )
+            sys.exit(1)
+        if os.environ.get(TRACEBACK):
+            raise
+        complain(
+            "error",
+            f"unexpected {type(error).__name__}: {first_line(error)}. This is a bug of nvfp4-moe; "
+            f"please report it, with what {TRACEBACK}=1 shows",
+        )
+        sys.exit(1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: the machine's or, if PyTorch is loaded at all, a GPU's."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (
+        torch is not None and isinstance(error, torch.OutOfMemoryError)
+    )

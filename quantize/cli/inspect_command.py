@@ -1,0 +1,78 @@
+"""``nvfp4-moe inspect``: what would be quantized, what stays, and what it would save."""
+
+from __future__ import annotations
+
+from rich.filesize import decimal
+
+from quantize.checkpoint.hub import resolve
+from quantize.cli.errors import reporting_errors
+from quantize.cli.large_imports import large_imports
+from quantize.cli.options import (
+    MODELOPT,
+    ExcludeOption,
+    GateOption,
+    IncludeOption,
+    JsonOption,
+    LayoutOption,
+    LinearsOption,
+    Source,
+    TrustOption,
+    stated_gate,
+)
+from quantize.cli.output import out, plain, print_json, table
+from quantize.run.options import Options
+
+
+def inspect(
+    source: Source,
+    layout: LayoutOption = MODELOPT,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    all_linears: LinearsOption = False,
+    gate: GateOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what SRC's routed experts are, their gate, and what quantizing would save."""
+    with reporting_errors():
+        options = Options(
+            layout=layout.value,
+            gate=stated_gate(gate),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            linears=all_linears,
+            trust_remote_code=trust_remote_code,
+        )
+        folder = resolve(source)
+        with large_imports():
+            from quantize import inspection
+            from quantize.checkpoint.reader import Checkpoint
+            from quantize.run.plan import plan
+
+        with Checkpoint(folder) as checkpoint:
+            steps = plan(checkpoint, options)
+            if as_json:
+                print_json(inspection.as_json(checkpoint, steps))
+                return
+            experts = table(
+                f"Routed experts of {source}",
+                *("experts", "layers", "per layer", "hidden", "intermediate", "now", "NVFP4"),
+            )
+            experts.caption = f"gate: {plain(steps.gates)}"
+            for row in inspection.expert_rows(checkpoint, steps):
+                experts.add_row(
+                    plain(row.pattern),
+                    *map(str, (row.layers, row.experts, row.hidden, row.intermediate)),
+                    decimal(row.bytes_now),
+                    decimal(row.bytes_after),
+                )
+            out.print(experts)
+            stays = table("Stays as it is", "tensors", "count", "dtype", "bytes")
+            for other in inspection.other_rows(checkpoint, steps):
+                stays.add_row(
+                    plain(other.pattern), str(other.count), other.dtype, decimal(other.nbytes)
+                )
+            out.print(stays)
+            if steps.dense:
+                out.print(f"Linears quantized too: {sum(map(len, steps.dense))}")
+            out.print(f"Whole checkpoint: {decimal(checkpoint.nbytes)} -> {decimal(steps.nbytes)}")

@@ -1,0 +1,245 @@
+"""``nvfp4-moe quantize``: writes the NVFP4 checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+
+from quantize.checkpoint.hub import resolve
+from quantize.cli.errors import UsageError, reporting_errors
+from quantize.cli.large_imports import large_imports
+from quantize.cli.options import (
+    DESCENT,
+    MAX,
+    MODELOPT,
+    ExcludeOption,
+    GateOption,
+    IncludeOption,
+    LayoutOption,
+    LinearsOption,
+    MethodName,
+    RuleName,
+    Source,
+    Target,
+    TrustOption,
+    check_device,
+    device_of,
+    shard_size,
+    stated_gate,
+)
+from quantize.cli.output import err, out, plain, progress_bar
+from quantize.run.options import Calibration, Options
+
+if TYPE_CHECKING:
+    from quantize.run.plan import Plan
+
+
+def quantize(
+    context: typer.Context,
+    source: Source,
+    target: Target,
+    layout: LayoutOption = MODELOPT,
+    scales: Annotated[
+        RuleName,
+        typer.Option(
+            "--scales", help="How block scales are chosen, e.g. --scales mse: slower and closer."
+        ),
+    ] = MAX,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            "--max-shard-size", metavar="SIZE", help="Largest output file, e.g. 500MB or 5GiB."
+        ),
+    ] = "5GB",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    all_linears: LinearsOption = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the checkpoint in a non-empty DST, e.g. --scales mse --overwrite.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with an interrupted run in DST, e.g. by the same command with --resume; "
+            "start if there is none, and do nothing if it is complete already.",
+        ),
+    ] = False,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="What computes, e.g. --device cpu or --device cuda:1; all GPUs by default, the "
+            "CPU where there is none.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            help="CPU threads, e.g. --threads 16; by default as many as cores, but no more than "
+            "fit in 400 MB. Each needs memory for one expert.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Spread shards over a Ray cluster, e.g. --ray auto or --ray ray://head:10001; "
+            "SRC and DST must be on storage that all its machines share.",
+        ),
+    ] = None,
+    gate: GateOption = None,
+    trust_remote_code: TrustOption = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT",
+            help="Run the model over this text, a layer at a time, and quantize each expert for "
+            "what it is given: much closer, hours instead of minutes. A text file, JSON lines or a "
+            "folder, e.g. --calibrate texts.jsonl.",
+        ),
+    ] = None,
+    calibration_rows: Annotated[
+        int,
+        typer.Option(
+            "--calibration-rows", min=1, help="Pieces of text, e.g. --calibration-rows 512."
+        ),
+    ] = 128,
+    calibration_length: Annotated[
+        int,
+        typer.Option(
+            "--calibration-length", min=2, help="Tokens of each, e.g. --calibration-length 1024."
+        ),
+    ] = 2048,
+    rounding: Annotated[
+        MethodName,
+        typer.Option(
+            "--rounding",
+            help="How calibrated weights are rounded, e.g. --rounding gptq: faster, not as close; "
+            "two-sided: closest, with the loss's gradients, reading experts three times.",
+        ),
+    ] = DESCENT,
+    every_expert: Annotated[
+        bool,
+        typer.Option(
+            "--every-expert",
+            help="Calibrate each expert with all tokens, not only with those that the router sends "
+            "it, e.g. --calibrate texts.jsonl --every-expert: for texts too few for some experts.",
+        ),
+    ] = False,
+) -> None:
+    """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
+    again = "--resume instead of --overwrite" if overwrite else "--resume"
+    with reporting_errors(f"run the same command with {again} to go on"):
+        if overwrite and resume:
+            raise UsageError("--overwrite and --resume exclude each other")
+        if text is None and (alone := _without_calibrate(context)):
+            raise UsageError(f"{alone} needs --calibrate")
+        options = Options(
+            layout=layout.value,
+            scales=scales.value,
+            max_shard_size=shard_size(max_shard_size),
+            gate=stated_gate(gate),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            linears=all_linears,
+            trust_remote_code=trust_remote_code,
+        )
+        for name in device or ():
+            check_device(name)
+        if ray and device:
+            raise UsageError("--device is for this machine, and --ray uses a cluster's devices")
+        with large_imports():
+            from quantize.calibration.budget import needed
+            from quantize.calibration.samples import digest_of, load_samples
+            from quantize.checkpoint.reader import Checkpoint
+            from quantize.execute import execute
+            from quantize.run.cluster import connected
+            from quantize.run.plan import plan
+            from quantize.run.record import check_target
+            from quantize.run.workers import all_devices
+
+        devices = [device_of(name) for name in device] if device else None
+        check_target(target, overwrite, resume)  # before hours of downloading
+        with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
+            steps = plan(checkpoint, options)
+            err.print(_summary(steps), highlight=False)
+            tokens = None
+            if text is not None:
+                shape = calibration_rows, calibration_length
+                tokens = load_samples(text, checkpoint.folder, *shape, trust_remote_code)
+                calibration = Calibration(
+                    str(text), *shape, digest_of(tokens), rounding.value, every_expert
+                )
+                steps = replace(steps, options=replace(options, calibration=calibration))
+            if tokens is not None:
+                needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
+                err.print(f"Calibration: {needs}", highlight=False)
+            with progress_bar("Quantizing", checkpoint.nbytes) as bar:
+                done = execute(
+                    checkpoint,
+                    steps,
+                    target,
+                    overwrite=overwrite,
+                    resume=resume,
+                    devices=devices,
+                    threads=threads,
+                    ray=ray,
+                    command=_command(context),
+                    progress=bar.advance,
+                    samples=tokens,
+                    calibrating=bar.calibrating,
+                )
+        out.print(
+            f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
+            f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
+            f"{done.bytes_read / done.seconds / 1e9:.2f} GB/s",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _summary(steps: Plan) -> str:
+    experts = sum(g.num_experts for g in steps.groups)
+    linears = sum(map(len, steps.dense))
+    also = f", {linears} dense linears" if linears else ""
+    return f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {plain(steps.gates)}"
+
+
+def _without_calibrate(context: typer.Context) -> str | None:
+    """An option that says how to calibrate."""
+    for name in ("calibration_rows", "calibration_length", "rounding", "every_expert"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            return f"--{name.replace('_', '-')}"
+    return None
+
+
+def _command(context: typer.Context) -> str:
+    """The command line that determines the output, without what only says how it is made."""
+    how = {"overwrite", "resume", "device", "threads", "ray", "source", "target"}
+    words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name in how or not value or value == parameter.default:
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words.append(parameter.opts[0])
+            if one is not True:
+                words.append(getattr(one, "value", str(one)))
+    return shlex.join(words)
