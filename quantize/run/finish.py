@@ -16,10 +16,10 @@ from quantize.experts.gates import KEY, to_contract
 from quantize.layouts import config_files
 from quantize.run.files import replacing, sync, write_json
 from quantize.run.plan import Plan
-from quantize.run.record import Record
+from quantize.run.record import REPORT, REPORT_DATA, Record
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-_REWRITTEN = {"config.json", INDEX}
+_REWRITTEN = {"config.json", INDEX, REPORT, REPORT_DATA}
 
 
 def finish(

@@ -12,6 +12,7 @@ a record says is believed only if it is whole.
 from __future__ import annotations
 
 import errno
+import html
 import json
 import os
 import platform
@@ -33,6 +34,13 @@ from quantize.run.weight_error import WeightError
 
 FOLDER = ".nvfp4_moe"
 REPORT = "nvfp4_moe_report.html"
+REPORT_DATA = "nvfp4_moe_report.json"
+"""What ``REPORT`` shows; it has the run's fingerprint as ``fingerprint``."""
+
+
+def mark(fingerprint: str) -> str:
+    """What the page of a run ends with."""
+    return f"<!-- run {html.escape(fingerprint)} -->\n"
 
 
 class Record:
@@ -67,28 +75,25 @@ class Record:
         """Where calibration keeps what it has made."""
         return self.folder / "calibration"
 
-    @property
-    def mark(self) -> str:
-        """What the report of this run ends with."""
-        return f"<!-- run {self.fingerprint} -->\n"
-
     def is_finished(self, plan: Plan, others: Sequence[Path] = ()) -> bool:
         """Whether the target already holds all that this run would make, ``others`` copied too."""
         config = self.target / "config.json"
         copies = {file: self.target / file.name for file in others}
         indexed = len(plan.shards) == 1 or (self.target / INDEX).exists()
         try:
-            report = (self.target / REPORT).read_text(encoding="utf-8")
+            page = (self.target / REPORT).read_text(encoding="utf-8")
+            data = read_json(self.target / REPORT_DATA)
             done = config.stat().st_mtime_ns
             same = all(a.stat().st_size == b.stat().st_size for a, b in copies.items())
-        except (OSError, ValueError):
+        except (OSError, ValueError, QuantizeError):
             return False
         if not (same and indexed) or any(changed > done for changed in self.files.values()):
             return False
         return (
             not self._run.exists()
             and all((self.target / name).exists() for name in plan.layout.extra_files([]))
-            and report.endswith(self.mark)
+            and page.endswith(mark(self.fingerprint))
+            and data.get("fingerprint") == self.fingerprint
             and all(
                 is_complete(self.target / name, plan.outputs(shard))
                 for shard, name in enumerate(plan.names)
