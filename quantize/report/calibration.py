@@ -32,7 +32,7 @@ class Findings:
     def spread(self) -> tuple[str, str, str]:
         """Least, median and most tokens."""
         if not self.stats.tokens:
-            return ("–",) * 3
+            return ("\N{EN DASH}",) * 3
         median = f"{statistics.median(self.stats.tokens):,.1f}".removesuffix(".0")
         return f"{min(self.stats.tokens):,}", median, f"{max(self.stats.tokens):,}"
 

@@ -112,7 +112,9 @@ class ErrorScale:
     def times(self, cell: Cell) -> str:
         """An error in medians of its projection."""
         median = self.medians.get(cell.projection)
-        return f"{cell.error / median:.2f} ×" if median else "–"
+        if not median:
+            return "\N{EN DASH}"
+        return f"{cell.error / median:.2f} \N{MULTIPLICATION SIGN}"
 
 
 def root_mean_square(errors: tuple[float, ...]) -> float:

@@ -16,20 +16,8 @@ LEVELS = 64
 """Colours of errors that are as usual, classes ``c0`` (small) to ``c63``."""
 
 # Viridis (CC0, Matplotlib), every 32nd colour: uniform to the eye, also to colour-blind ones.
-_ANCHORS = [
-    bytes.fromhex(colour)
-    for colour in [
-        "440154",
-        "472d7b",
-        "3b528b",
-        "2c728e",
-        "21918c",
-        "28ae80",
-        "5ec962",
-        "addc30",
-        "fde725",
-    ]
-]
+_VIRIDIS = "440154472d7b3b528b2c728e21918c28ae805ec962addc30fde725"
+_ANCHORS = [bytes.fromhex(_VIRIDIS[i : i + 6]) for i in range(0, len(_VIRIDIS), 6)]
 
 
 def palette() -> list[str]:

@@ -96,16 +96,14 @@ def _context(run: RunReport) -> dict[str, Any]:
 
 def _sizes(run: RunReport) -> list[tuple[str, int, int]]:
     """What the checkpoint consists of: name, bytes before and after."""
-    parts = [("experts", run.layers)] + ([("dense linears", [run.dense])] if run.dense else [])
+    parts = {"experts": run.layers} | ({"dense linears": [run.dense]} if run.dense else {})
     sizes = [
         (name, sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers))
-        for name, layers in parts
+        for name, layers in parts.items()
     ]
-    before, after = (sum(size[i] for size in sizes) for i in (1, 2))
-    return [
-        *sizes,
-        ("all else", max(run.bytes_before - before, 0), max(run.bytes_after - after, 0)),
-    ]
+    before = run.bytes_before - sum(size for _, size, _ in sizes)
+    after = run.bytes_after - sum(size for *_, size in sizes)
+    return [*sizes, ("all else", max(before, 0), max(after, 0))]
 
 
 def _maps(grid: Grid) -> list[HeatMap]:
