@@ -55,7 +55,7 @@ class Bar(NamedTuple):
     """One bit pattern that occurs; ``x``, ``width`` and ``height`` are in pixels."""
 
     value: float
-    count: int
+    number: int
     x: float
     width: float
     height: float
