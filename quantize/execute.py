@@ -20,7 +20,8 @@ from quantize.report.collect import collect
 from quantize.run.cluster import make_shards_on_ray
 from quantize.run.finish import finish, other_files
 from quantize.run.plan import Plan
-from quantize.run.record import REPORT, REPORT_DATA, Record
+from quantize.run.record import Record
+from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.staged import Staged
 from quantize.run.workers import Progress, all_devices, make_shards
 

@@ -16,7 +16,7 @@ from quantize.report.findings import FAR, NAMES, Cell, Kind, root_mean_square
 from quantize.report.grid import Grid, of_experts, of_linears
 from quantize.report.heatmap import HeatMap, every_nth, heat_map, palette
 from quantize.report.verdict import judge
-from quantize.run.record import mark
+from quantize.run.report_files import mark
 
 _LINES = 12
 """Of the verdict."""

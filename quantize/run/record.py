@@ -12,7 +12,6 @@ a record says is believed only if it is whole.
 from __future__ import annotations
 
 import errno
-import html
 import json
 import os
 import platform
@@ -27,20 +26,13 @@ from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.layouts import config_files
+from quantize.run import report_files
 from quantize.run.files import write_json
 from quantize.run.plan import Plan
 from quantize.run.shards import is_complete
 from quantize.run.weight_error import WeightError
 
 FOLDER = ".nvfp4_moe"
-REPORT = "nvfp4_moe_report.html"
-REPORT_DATA = "nvfp4_moe_report.json"
-"""What ``REPORT`` shows; it has the run's fingerprint as ``fingerprint``."""
-
-
-def mark(fingerprint: str) -> str:
-    """What the page of a run ends with."""
-    return f"<!-- run {html.escape(fingerprint)} -->\n"
 
 
 class Record:
@@ -81,19 +73,16 @@ class Record:
         copies = {file: self.target / file.name for file in others}
         indexed = len(plan.shards) == 1 or (self.target / INDEX).exists()
         try:
-            page = (self.target / REPORT).read_text(encoding="utf-8")
-            data = read_json(self.target / REPORT_DATA)
             done = config.stat().st_mtime_ns
             same = all(a.stat().st_size == b.stat().st_size for a, b in copies.items())
-        except (OSError, ValueError, QuantizeError):
+        except OSError:
             return False
         if not (same and indexed) or any(changed > done for changed in self.files.values()):
             return False
         return (
             not self._run.exists()
             and all((self.target / name).exists() for name in plan.layout.extra_files([]))
-            and page.endswith(mark(self.fingerprint))
-            and data.get("fingerprint") == self.fingerprint
+            and report_files.are_of(self.target, self.fingerprint)
             and all(
                 is_complete(self.target / name, plan.outputs(shard))
                 for shard, name in enumerate(plan.names)

@@ -14,7 +14,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import Summary, execute
 from quantize.run.options import Options
 from quantize.run.plan import plan
-from quantize.run.record import REPORT, REPORT_DATA
+from quantize.run.report_files import REPORT, REPORT_DATA
 from tests.quantize.reference import INDEX
 
 SIZES = {

@@ -26,7 +26,7 @@ from quantize.report import (
 from quantize.report import collect as results
 from quantize.run.options import FEW, Calibration, Options
 from quantize.run.plan import plan
-from quantize.run.record import REPORT, REPORT_DATA
+from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.staged import Findings, Staged
 from tests.quantize.test_report import TIMES, Node, Tree, layer, parse, run
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from quantize.errors import QuantizeError
-from quantize.run.record import FOLDER, REPORT, REPORT_DATA
+from quantize.run.record import FOLDER
+from quantize.run.report_files import REPORT, REPORT_DATA
 from tests.quantize import checkpoints, processes
 from tests.quantize.checkpoints import convert
 from tests.quantize.reference import INDEX
