@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,17 @@ import pytest
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.report import CalibrationReport, ExpertStats, RunReport, dumps, loads, render
+from quantize.report import (
+    CalibrationReport,
+    ExpertStats,
+    LayerReport,
+    RunReport,
+    dumps,
+    loads,
+    render,
+)
 from quantize.run.report_files import REPORT, REPORT_DATA
+from tests.conftest import ROOT
 from tests.quantize.checkpoints import convert
 from tests.quantize.test_report import NASTY, changed, layer, run
 
@@ -116,6 +125,14 @@ def test_a_run_leaves_both(m3_nano: Path, tmp_path: Path) -> None:
     times = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
     assert convert(source, out, resume=True).bytes_read == 0
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == times
+
+
+def test_the_documentation_has_every_field() -> None:
+    page = (ROOT / "docs" / "users" / "report.md").read_text(encoding="utf-8")
+    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport):
+        for field in fields(kind):
+            assert f"`{field.name}`" in page
+            assert f'"{field.name}"' in page  # in the example
 
 
 def test_jinja_is_loaded_for_a_page_alone() -> None:
