@@ -109,6 +109,10 @@ class ErrorScale:
                     kind = Kind.EXACT
                 yield Cell(number, expert, COMBINED, root_mean_square(errors), kind)
 
+    def projections(self, layers: Sequence[LayerReport]) -> list[str]:
+        """All that ``layers`` have, in their order."""
+        return list(dict.fromkeys(name for layer in layers for name in layer.projections))
+
     def times(self, cell: Cell) -> str:
         """An error in medians of its projection."""
         median = self.medians.get(cell.projection)

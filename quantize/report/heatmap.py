@@ -1,4 +1,4 @@
-"""Heat maps as SVG: cells of one colour are one path, their neighbours in a row one rectangle.
+"""Heat maps as SVG: cells of one colour are one path, neighbours in a row one rectangle of it.
 
 A MiniMax-M3 has 29,184 cells in its four maps: each an element of its own would be megabytes.
 Exact numbers are in the tables, where the page's script finds them for its tooltips.
@@ -6,10 +6,10 @@ Exact numbers are in the tables, where the page's script finds them for its tool
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
 
-from quantize.report.findings import NAMES, Cell, Kind
+from quantize.report.findings import Cell, Kind
 from quantize.report.grid import Grid
 
 LEVELS = 64
@@ -31,59 +31,28 @@ def palette() -> list[str]:
     return colours
 
 
-@dataclass(frozen=True)
-class HeatMap:
-    """A map of errors.
-
-    Attributes:
-        x, y: where the cells begin, in pixels; w, h: size of a cell.
-        paths: by class, what SVG's ``d`` says of its cells, in units of cells: :data:`Kind`'s
-            values, and ``c0``, ``c1``, ... for ``Kind.FINE``.
-        marked: how many cells there are of each remarkable kind, in words.
-    """
-
-    title: str
-    grid: Grid
-    x: int
-    y: int
-    w: int
-    h: int
-    paths: dict[str, str]
-    marked: str
-
-
-def heat_map(title: str, grid: Grid, cells: list[Cell], width: int) -> HeatMap:
-    """The map that is about ``width`` pixels wide."""
-    longest = max(map(len, grid.rows))
-    x = 14 + 7 * min(longest, 40)
-    w = min(max((width - x) // len(grid.columns), 2 if width > 500 else 1), 40)
-    h = max(min(width // 2 // len(grid.rows), max(w, 12), 26), 4 if width < 500 else 6)
-    counts = Counter(cell.kind for cell in cells)
-    marked = [f"{counts[kind]} {name}" for kind, name in NAMES.items() if counts[kind]]
-    said = ", ".join(marked) or "none marked"
-    return HeatMap(title, grid, x, 18, w, h, _paths(grid, cells), said)
-
-
-def every_nth(size: int, wanted: int) -> int:
-    """Every how many cells of ``size`` pixels a label has ``wanted`` pixels: a power of two."""
-    n = 1
-    while n * size < wanted:
-        n *= 2
-    return n
-
-
-def _paths(grid: Grid, cells: list[Cell]) -> dict[str, str]:
+def paths(grid: Grid, cells: Iterable[Cell]) -> dict[str, str]:
+    """SVG's ``d`` of all cells of a class, in units of cells: ``c0``, ``c1``, ... for those of
+    ``Kind.FINE``, or the :class:`Kind`'s value."""
     classes: dict[tuple[int, int], str] = {}
     for cell in cells:
         kind = cell.kind.value
         if cell.kind is Kind.FINE:
             kind = f"c{round(grid.scale.position(cell.error) * (LEVELS - 1))}"
         classes[grid.place(cell.layer, cell.expert)] = kind
-    paths: dict[str, str] = defaultdict(str)
+    drawn: dict[str, str] = defaultdict(str)
     for (row, column), kind in sorted(classes.items()):
         if classes.get((row, column - 1)) != kind:
             end = column + 1
             while classes.get((row, end)) == kind:
                 end += 1
-            paths[kind] += f"M{column} {row}h{end - column}v1H{column}z"
-    return dict(sorted(paths.items()))
+            drawn[kind] += f"M{column} {row}h{end - column}v1H{column}z"
+    return dict(sorted(drawn.items()))  # those that are remarkable last, above the others
+
+
+def every_nth(size: float, wanted: int) -> int:
+    """Every how many cells of ``size`` pixels a label has ``wanted`` pixels: a power of two."""
+    n = 1
+    while n * size < wanted:
+        n *= 2
+    return n

@@ -10,11 +10,10 @@ from typing import Any
 from rich.filesize import decimal
 
 from quantize.nvfp4.rounding import METHODS
-from quantize.report import calibration, histogram
-from quantize.report.data import LayerReport, RunReport
-from quantize.report.findings import FAR, NAMES, Cell, Kind, root_mean_square
-from quantize.report.grid import Grid, of_experts, of_linears
-from quantize.report.heatmap import HeatMap, every_nth, heat_map, palette
+from quantize.report import calibration, heatmap, histogram
+from quantize.report.data import RunReport
+from quantize.report.findings import FAR, NAMES, Kind, root_mean_square
+from quantize.report.grid import of_experts, of_linears
 from quantize.report.verdict import judge
 from quantize.run.report_files import mark
 
@@ -22,8 +21,6 @@ _LINES = 12
 """Of the verdict."""
 _NAMED = 6
 """Experts named in one line of it."""
-_WORST = 8
-"""Errors in the list of the largest."""
 
 
 def render(run: RunReport) -> str:
@@ -71,9 +68,6 @@ def _context(run: RunReport) -> dict[str, Any]:
         "gates": Counter(layer.gate for layer in run.layers),
         "sizes": _sizes(run),
         "decibels": -20 * math.log10(experts.scale.median) if experts.scale.median > 0 else 0,
-        "maps": _maps(experts),
-        "linears_map": _linears_map(linears) if linears and linears.columns else None,
-        "worst": _worst(experts),
         "together": calibration.findings(settings, run.layers) if settings and calibrated else None,
         "calibrated": [
             (row, layer, calibration.findings(settings, [layer])) for row, layer in calibrated
@@ -81,10 +75,13 @@ def _context(run: RunReport) -> dict[str, Any]:
         if settings
         else [],
         "weighted": settings is not None and METHODS[settings.method].needs_output,
-        "layers": [(layer, _spread(layer), _marked(experts, layer)) for layer in run.layers],
-        "axis": histogram,
-        "every_nth": every_nth,
-        "palette": palette(),
+        "nonzero": lambda counts: [i for i, count in enumerate(counts) if count],
+        "value": histogram.value,
+        "label": histogram.label,
+        "known": lambda layer: sorted(e for row in layer.errors for e in row if e == e),
+        "palette": heatmap.palette(),
+        "paths": heatmap.paths,
+        "every_nth": heatmap.every_nth,
         "root_mean_square": root_mean_square,
         "FAR": FAR,
         "Kind": Kind,
@@ -104,39 +101,6 @@ def _sizes(run: RunReport) -> list[tuple[str, int, int]]:
     before = run.bytes_before - sum(size for _, size, _ in sizes)
     after = run.bytes_after - sum(size for *_, size in sizes)
     return [*sizes, ("all else", max(before, 0), max(after, 0))]
-
-
-def _maps(grid: Grid) -> list[HeatMap]:
-    """A map of all projections together, and one of each; none if there are no experts."""
-    if not grid.columns:
-        return []
-    cells = list(grid.scale.cells(grid.layers))
-    every = list(grid.scale.combined(grid.layers))
-    return [heat_map("all projections, root mean square", grid, every, 1064)] + [
-        heat_map(name, grid, [c for c in cells if c.projection == name], 336)
-        for name in dict.fromkeys(cell.projection for cell in cells)
-    ]
-
-
-def _linears_map(grid: Grid) -> HeatMap:
-    return heat_map("dense linears", grid, list(grid.scale.cells(grid.layers)), 1064)
-
-
-def _worst(grid: Grid) -> list[Cell]:
-    known = [c for c in grid.scale.cells(grid.layers) if c.kind in (Kind.FINE, Kind.FAR)]
-    return sorted(known, key=lambda cell: -cell.error)[:_WORST]
-
-
-def _spread(layer: LayerReport) -> tuple[float, float, float] | None:
-    """Least, median and largest error; None if all weights are zero."""
-    found = sorted(e for errors in layer.errors for e in errors if not math.isnan(e))
-    return (found[0], found[len(found) // 2], found[-1]) if found else None
-
-
-def _marked(grid: Grid, layer: LayerReport) -> list[tuple[Kind, int]]:
-    """How many experts there are of each remarkable kind."""
-    kinds = Counter(cell.kind for cell in grid.scale.combined([layer]))
-    return [(kind, kinds[kind]) for kind in NAMES if kinds[kind]]
 
 
 def _error(error: float) -> str:
