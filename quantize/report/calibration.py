@@ -16,6 +16,7 @@ class Findings:
     """What there is to say of ``stats``.
 
     Attributes:
+        spread: least, median and most tokens.
         few: experts with fewer tokens than ``CalibrationReport.min_tokens``.
         products: names of the experts' two products, with their mean errors before and after.
         rules: each rule with its experts; the calibration's method first, then by name.
@@ -23,23 +24,11 @@ class Findings:
     """
 
     stats: ExpertStats
+    spread: tuple[str, str, str]
     few: list[int]
     products: list[tuple[str, float, float]]
     rules: list[tuple[str, list[int]]]
     remarkable: list[tuple[str, list[int]]]
-
-    @property
-    def spread(self) -> tuple[str, str, str]:
-        """Least, median and most tokens."""
-        if not self.stats.tokens:
-            return ("\N{EN DASH}",) * 3
-        median = f"{statistics.median(self.stats.tokens):,.1f}".removesuffix(".0")
-        return f"{min(self.stats.tokens):,}", median, f"{max(self.stats.tokens):,}"
-
-    def heights(self, tallest: int) -> list[int]:
-        """Of each expert's bar, where the most tokens are ``tallest``."""
-        most = max(self.stats.tokens, default=0) or 1
-        return [round(tallest * tokens / most) for tokens in self.stats.tokens]
 
 
 def findings(settings: CalibrationReport, layers: list[LayerReport]) -> Findings:
@@ -64,6 +53,7 @@ def findings(settings: CalibrationReport, layers: list[LayerReport]) -> Findings
     ]
     return Findings(
         stats,
+        _spread(stats.tokens),
         few,
         [
             (name, _mean(stats.before, product), _mean(stats.after, product))
@@ -72,6 +62,13 @@ def findings(settings: CalibrationReport, layers: list[LayerReport]) -> Findings
         [(rule, [e for e, own in enumerate(stats.rules) if own == rule]) for rule in rules],
         [(name, experts) for name, experts in remarkable if experts],
     )
+
+
+def _spread(tokens: list[int]) -> tuple[str, str, str]:
+    if not tokens:
+        return ("\N{EN DASH}",) * 3
+    median = f"{statistics.median(tokens):,.1f}".removesuffix(".0")
+    return f"{min(tokens):,}", median, f"{max(tokens):,}"
 
 
 def _mean(errors: list[list[float]], product: int) -> float:

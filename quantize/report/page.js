@@ -25,6 +25,7 @@
     picture.addEventListener("click", (event) => {
       const row = rowAt(picture, event);
       if (!row || event.target.closest("a")) return;
+      event.preventDefault();  // where the picture is in a summary
       row.closest("details").open = true;
       location.hash = row.id;
     });

@@ -10,17 +10,13 @@ from typing import Any
 from rich.filesize import decimal
 
 from quantize.nvfp4.rounding import METHODS
-from quantize.report import calibration, heatmap, histogram
+from quantize.report import heatmap, histogram
+from quantize.report.calibration import findings
 from quantize.report.data import RunReport
 from quantize.report.findings import FAR, NAMES, Kind, root_mean_square
 from quantize.report.grid import of_experts, of_linears
 from quantize.report.verdict import judge
 from quantize.run.report_files import mark
-
-_LINES = 12
-"""Of the verdict."""
-_NAMED = 6
-"""Experts named in one line of it."""
 
 
 def render(run: RunReport) -> str:
@@ -57,8 +53,7 @@ def render(run: RunReport) -> str:
 def _context(run: RunReport) -> dict[str, Any]:
     experts = of_experts(run.layers)
     linears = of_linears(run.dense) if run.dense else None
-    settings = run.calibration
-    calibrated = [(row, layer) for row, layer in enumerate(run.layers) if layer.calibration]
+    method = METHODS.get(run.calibration.method) if run.calibration else None
     return {
         "run": run,
         "name": PurePath(run.target).name or run.target,
@@ -68,13 +63,8 @@ def _context(run: RunReport) -> dict[str, Any]:
         "gates": Counter(layer.gate for layer in run.layers),
         "sizes": _sizes(run),
         "decibels": -20 * math.log10(experts.scale.median) if experts.scale.median > 0 else 0,
-        "together": calibration.findings(settings, run.layers) if settings and calibrated else None,
-        "calibrated": [
-            (row, layer, calibration.findings(settings, [layer])) for row, layer in calibrated
-        ]
-        if settings
-        else [],
-        "weighted": settings is not None and METHODS[settings.method].needs_output,
+        "findings": findings,
+        "weighted": method is not None and method.needs_output,
         "nonzero": lambda counts: [i for i, count in enumerate(counts) if count],
         "value": histogram.value,
         "label": histogram.label,
@@ -86,8 +76,6 @@ def _context(run: RunReport) -> dict[str, Any]:
         "FAR": FAR,
         "Kind": Kind,
         "NAMES": NAMES,
-        "LINES": _LINES,
-        "NAMED": _NAMED,
     }
 
 

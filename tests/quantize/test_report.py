@@ -316,7 +316,7 @@ def test_histogram() -> None:
     assert bars[0].one("title").text == "1.875: 300 (74.81%)"
     tall = [float(bar.attributes["height"]) for bar in bars]
     assert max(tall) == tall[0]
-    # Areas are shares: 300 to 100, though the bars' widths differ.
+    # Areas are shares: 300 to 100.
     area = [t * float(bar.attributes["width"]) for t, bar in zip(tall, bars, strict=True)]
     assert area[0] / area[1] == pytest.approx(3, rel=0.05)
     assert "401 block scales; largest 256, 0 subnormal, 0 zero" in figure.attributes["aria-label"]
