@@ -138,33 +138,27 @@ def loads(text: str | bytes) -> RunReport:
                 f"the report has version {value['version']!r} and this package reads {VERSION}; "
                 "read it with the package that wrote it"
             )
-        dense, calibration = value["dense"], value["calibration"]
-        return RunReport(
-            **_fields(RunReport, value)
-            | {
-                "layers": [_layer(layer) for layer in value["layers"]],
-                "dense": _layer(dense) if dense else None,
-                "calibration": CalibrationReport(**calibration) if calibration else None,
-            }
-        )
+        parts = _fields(RunReport, value)
+        parts["layers"] = [_layer(layer) for layer in parts["layers"]]
+        parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
+        if parts["calibration"]:
+            settings = _fields(CalibrationReport, parts["calibration"])
+            parts["calibration"] = CalibrationReport(**settings)
+        return RunReport(**parts)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise QuantizeError(f"not a report of nvfp4-moe ({error!r})") from error
 
 
 def _layer(value: dict[str, Any]) -> LayerReport:
-    stats = value["calibration"]
-    if stats:
-        outputs = {key: [_floats(errors) for errors in stats[key]] for key in ("before", "after")}
-        stats = ExpertStats(**_fields(ExpertStats, stats) | outputs)
-    return LayerReport(
-        **_fields(LayerReport, value)
-        | {
-            "projections": tuple(value["projections"]),
-            "errors": [tuple(_floats(errors)) for errors in value["errors"]],
-            "names": tuple(value["names"]),
-            "calibration": stats,
-        }
-    )
+    parts = _fields(LayerReport, value)
+    parts["projections"], parts["names"] = tuple(value["projections"]), tuple(value["names"])
+    parts["errors"] = [tuple(_floats(errors)) for errors in value["errors"]]
+    if parts["calibration"]:
+        stats = _fields(ExpertStats, parts["calibration"])
+        for name in ("before", "after"):
+            stats[name] = [_floats(errors) for errors in stats[name]]
+        parts["calibration"] = ExpertStats(**stats)
+    return LayerReport(**parts)
 
 
 def _fields(kind: type, value: dict[str, Any]) -> dict[str, Any]:

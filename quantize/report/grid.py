@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quantize.report.data import LayerReport
 from quantize.report.findings import ErrorScale
@@ -45,7 +45,7 @@ class Grid:
     def name(self, layer: int, expert: int) -> str:
         """What an entry is called: an expert by its number, a linear by its module path."""
         names = self.layers[layer].names
-        return names[expert] if names else f"{self.axes[1]} {expert}"
+        return names[expert] if names else f"expert {expert}"
 
 
 def of_experts(layers: list[LayerReport]) -> Grid:
@@ -61,6 +61,7 @@ def of_experts(layers: list[LayerReport]) -> Grid:
 def of_linears(dense: LayerReport) -> Grid:
     """Kinds of dense linears, as their names without the layer's number have it, by layers."""
     names = dense.names or tuple(f"linear.{i}" for i in range(len(dense.errors)))
+    dense = replace(dense, names=names)
     kinds = [_NUMBER.sub("N", name, count=1) for name in names]
     numbers = [int(found[0]) if (found := _NUMBER.search(name)) else 0 for name in names]
     rows, columns = list(dict.fromkeys(kinds)), sorted(set(numbers))
