@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -101,12 +103,10 @@ def test_what_is_no_report_is_refused(text: str, message: str) -> None:
         loads(text)
 
 
-def test_a_run_leaves_both(m3_nano: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_both(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """The page is of the data alone; files of an earlier run's report are not copied over it."""
     source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    for file in m3_nano.iterdir():
-        (source / file.name).symlink_to(file)
+    shutil.copytree(saved("qwen3_moe"), source)
     (source / REPORT).write_text("of an earlier run")
     (source / REPORT_DATA).write_text("{}")
     convert(source, out)
