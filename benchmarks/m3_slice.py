@@ -9,8 +9,8 @@ Beside the experts there are router and norms; attention and embeddings are left
 something to quantize and nothing to run.
 
 All weights are fresh normal numbers, so no two experts are alike. Memory holds one matrix of one
-expert: stacked tensors of 1.2 GB are written piece by piece, which ``quantize.run.shards`` has no need
-to do. ``config.json`` comes last: where it is, the slice is complete.
+expert: stacked tensors of 1.2 GB are written piece by piece, which ``quantize.run.shards`` has no
+need to do. ``config.json`` comes last: where it is, the slice is complete.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Names are those that this package, ModelOpt and llm-compressor write, one expert's projections each:
 ``….layers.N.….experts.E.gate_proj|up_proj|down_proj|w1|w3|w2`` with a layout's four suffixes. What
-the numbers mean is :mod:`quantize.nvfp4.format`'s and the layout's. A folder whose weights alone are
+the numbers mean is ``quantize.nvfp4.format``'s and the layout's. A folder whose weights alone are
 quantized (``W4A16_NVFP4``, llm-compressor's ``NVFP4A16``) has no input scales.
 """
 

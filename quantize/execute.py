@@ -14,12 +14,13 @@ from quantize.calibration.budget import needed
 from quantize.calibration.calibrate import calibrate, unstaged
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.report import render
+from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run.cluster import make_shards_on_ray
 from quantize.run.finish import finish, other_files
 from quantize.run.plan import Plan
-from quantize.run.record import REPORT, Record
+from quantize.run.record import Record
+from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.staged import Staged
 from quantize.run.workers import Progress, all_devices, make_shards
 
@@ -125,8 +126,9 @@ def execute(
             )
             devices = devices or all_devices()
             make_shards(checkpoint, work, record, missing, devices, threads, progress)
-        report = render(collect(checkpoint, plan, record)) + record.mark
-        finish(checkpoint, plan, record, others, {REPORT: report.encode()})
+        report = collect(checkpoint, plan, record)
+        files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
+        finish(checkpoint, plan, record, others, files)
     except BaseException:
         record.abandon()
         raise

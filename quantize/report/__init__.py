@@ -1,10 +1,26 @@
-"""``nvfp4_moe_report.html``: what a run did, for eyes. One file, no network, no clock.
+"""What a run did: data (``nvfp4_moe_report.json``), and a page for eyes that is made from it.
 
-``render(RunReport(...))`` is the whole interface. The page depends on nothing but its argument, so
-that a resumed run leaves the same bytes as one that was never interrupted.
+The page is one file that needs no network. It depends on nothing but the data, and the data on
+nothing but the run: no clock and no host, so that a resumed run leaves the same bytes as one that
+was never interrupted.
 """
 
-from quantize.report.data import CalibrationReport, Experience, LayerReport, RunReport
+from quantize.report.data import (
+    CalibrationReport,
+    ExpertStats,
+    LayerReport,
+    RunReport,
+    dumps,
+    loads,
+)
 from quantize.report.page import render
 
-__all__ = ["CalibrationReport", "Experience", "LayerReport", "RunReport", "render"]
+__all__ = [
+    "CalibrationReport",
+    "ExpertStats",
+    "LayerReport",
+    "RunReport",
+    "dumps",
+    "loads",
+    "render",
+]

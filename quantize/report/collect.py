@@ -8,8 +8,8 @@ from importlib.metadata import version
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import stored_tensors
-from quantize.report import CalibrationReport, Experience, LayerReport, RunReport
-from quantize.run.options import MIN_TOKENS
+from quantize.report.data import CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.staged import Staged
@@ -36,17 +36,14 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
         bytes_after=plan.nbytes,
         layers=[_layer(checkpoint, plan, group, lost, staged) for group in plan.groups],
         dense=_dense(checkpoint, plan, lost) if plan.dense else None,
-        calibration=CalibrationReport(
-            settings.text,
-            settings.num_samples,
-            settings.sequence_length,
-            settings.method,
-            settings.every_expert,
-            MIN_TOKENS,
-        )
-        if settings
-        else None,
+        calibration=_settings(settings) if settings else None,
+        fingerprint=record.fingerprint,
     )
+
+
+def _settings(used: Calibration) -> CalibrationReport:
+    samples, length = used.num_samples, used.sequence_length
+    return CalibrationReport(used.text, samples, length, used.method, used.every_expert, MIN_TOKENS)
 
 
 def _layer(
@@ -72,13 +69,17 @@ def _layer(
         scale_counts=_total([weight for weights in experts for weight in weights]),
         bytes_before=sum(checkpoint.stored_bytes(name) for name in group.sources),
         bytes_after=written * group.num_experts,
-        given=_experience(staged, group) if staged else None,
+        calibration=_stats(staged, group) if staged else None,
     )
 
 
-def _experience(staged: Staged, group: ExpertGroup) -> Experience:
+def _stats(staged: Staged, group: ExpertGroup) -> ExpertStats:
     found = staged.findings(group)
-    return Experience(found.tokens, found.rules, found.before, found.after)
+    before, after = (
+        [[_rounded(error) for error in errors] for errors in experts]
+        for experts in (found.before, found.after)
+    )
+    return ExpertStats(found.tokens, found.rules, before, after)
 
 
 def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> LayerReport:
@@ -101,7 +102,12 @@ def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> 
 
 
 def _relative(weight: WeightError) -> float:
-    return math.sqrt(weight.noise / weight.signal) if weight.signal else math.nan
+    return _rounded(math.sqrt(weight.noise / weight.signal)) if weight.signal else math.nan
+
+
+def _rounded(error: float) -> float:
+    """To the six digits that a device's order of summing leaves alone."""
+    return float(f"{error:.6g}")
 
 
 def _total(weights: list[WeightError]) -> list[int]:

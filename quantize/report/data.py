@@ -1,10 +1,21 @@
-"""What the report is told about a run."""
+"""A run's results as data, and as the JSON of ``nvfp4_moe_report.json``.
+
+The JSON has these classes' attributes under their names, beside ``version``: docs/users/report.md
+describes it. A relative error that does not exist is NaN here and ``null`` there.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from quantize.errors import QuantizeError
+
+VERSION = 1
+"""Of the JSON; it changes when a reader of an older version would misunderstand a newer file."""
 
 
 @dataclass(frozen=True)
@@ -13,27 +24,28 @@ class CalibrationReport:
 
     Attributes:
         text: where the text is from, as the user said it.
-        rows: of tokens; length: of each.
-        method: the rule of experts that were given enough tokens.
+        num_samples: how many samples of text.
+        sequence_length: tokens in each sample.
+        method: the rounding of experts that were given enough tokens.
         every_expert: experts were calibrated with all tokens, not only those routed to them.
-        few: tokens below which an expert's own were not relied on.
+        min_tokens: an expert with fewer tokens is rounded to nearest instead.
     """
 
     text: str
-    rows: int
-    length: int
+    num_samples: int
+    sequence_length: int
     method: str
     every_expert: bool
-    few: int
+    min_tokens: int
 
 
 @dataclass(frozen=True)
-class Experience:
-    """What calibration found of one layer's experts, a list entry each.
+class ExpertStats:
+    """What calibration found of one layer's experts, a list entry for each expert.
 
     Attributes:
-        tokens: that the router sent to the expert.
-        rules: how its weights were quantized.
+        tokens: how many tokens the router sent to the expert.
+        rules: how its weights were quantized: the calibration's method, or a scale rule.
         before, after: relative errors of the outputs of its two products, ``[experts][2]``, without
             calibration and as written; NaN where there was no output.
     """
@@ -50,15 +62,15 @@ class LayerReport:
 
     Attributes:
         prefix: module path, such as ``model.layers.3.mlp.experts``.
-        gate: the experts' gate, as ``str(Gate)`` has it.
+        gate: the experts' gate, as ``str(Gate)`` has it; empty if dense.
         projections: ``("gate", "up", "down")``, ``("up", "down")``, or ``("weight",)`` if dense.
         errors: ``[experts][projections]``, ``norm(dequantized - weight) / norm(weight)``; NaN if
             the weight is all zero.
-        scale_counts: ``[127]``, block scales by E4M3 bit pattern.
-        bytes_before: of the weights in the source.
-        bytes_after: of all that is written for them.
-        names: module paths of the rows of ``errors``, if they are not experts 0, 1, ...
-        given: what calibration found, if there was any.
+        scale_counts: ``[127]``, how many block scales have each E4M3 bit pattern.
+        bytes_before: size of the weights in the source.
+        bytes_after: size of all that is written for them.
+        names: module paths of the linears, if they are not experts 0, 1, ...
+        calibration: what calibration found, if there was any.
     """
 
     prefix: str
@@ -69,19 +81,29 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     names: tuple[str, ...] = ()
-    given: Experience | None = None
+    calibration: ExpertStats | None = None
 
     @property
     def label(self) -> str:
-        """The layer's number, as far as ``prefix`` has one."""
+        """The layer's number, if ``prefix`` has one."""
         numbers = re.findall(r"(?<![^.])\d+(?![^.])", self.prefix)
         return numbers[-1] if numbers else self.prefix
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """A whole run. ``bytes_before`` and ``bytes_after`` are of the whole checkpoint; with
-    ``calibration``, ``scales`` is the rule that it is compared with."""
+    """A whole run.
+
+    Attributes:
+        source, target: folders; command: how the run was started.
+        layout, scales: names of the layout and of the scale rule; with ``calibration``, ``scales``
+            is the rule that it is compared with.
+        versions: of this package and of those that decide what it computes.
+        bytes_before, bytes_after: sizes of the whole checkpoint.
+        layers: one entry for each layer's experts.
+        dense: the dense linears, if they were quantized too.
+        fingerprint: of the run (``Plan.fingerprint``).
+    """
 
     source: str
     target: str
@@ -94,8 +116,65 @@ class RunReport:
     layers: list[LayerReport]
     dense: LayerReport | None = None
     calibration: CalibrationReport | None = None
+    fingerprint: str = ""
 
 
-def combined(errors: tuple[float, ...]) -> float:
-    """Root mean square of one expert's ``errors``; NaN if one of its weights is all zero."""
-    return math.sqrt(sum(error * error for error in errors) / len(errors)) if errors else math.nan
+def dumps(run: RunReport) -> str:
+    """``run`` as JSON: ASCII, one line, the same for equal runs."""
+    value = {"version": VERSION} | _without_nan(asdict(run))
+    return json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def loads(text: str | bytes) -> RunReport:
+    """The run that :func:`dumps` made ``text`` of.
+
+    Raises:
+        QuantizeError: if ``text`` is not JSON, has another version, or is no report.
+    """
+    try:
+        value = json.loads(text)
+        if value["version"] != VERSION:
+            raise QuantizeError(
+                f"the report has version {value['version']!r} and this package reads {VERSION}; "
+                "read it with the package that wrote it"
+            )
+        parts = _fields(RunReport, value)
+        parts["layers"] = [_layer(layer) for layer in parts["layers"]]
+        parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
+        if parts["calibration"]:
+            settings = _fields(CalibrationReport, parts["calibration"])
+            parts["calibration"] = CalibrationReport(**settings)
+        return RunReport(**parts)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise QuantizeError(f"not a report of nvfp4-moe ({error!r})") from error
+
+
+def _layer(value: dict[str, Any]) -> LayerReport:
+    parts = _fields(LayerReport, value)
+    parts["projections"], parts["names"] = tuple(value["projections"]), tuple(value["names"])
+    parts["errors"] = [tuple(_floats(errors)) for errors in value["errors"]]
+    if parts["calibration"]:
+        stats = _fields(ExpertStats, parts["calibration"])
+        for name in ("before", "after"):
+            stats[name] = [_floats(errors) for errors in stats[name]]
+        parts["calibration"] = ExpertStats(**stats)
+    return LayerReport(**parts)
+
+
+def _fields(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: value[field.name] for field in fields(kind)}
+
+
+def _floats(errors: list[float | str | None]) -> list[float]:
+    return [math.nan if error is None else float(error) for error in errors]
+
+
+def _without_nan(value: Any) -> Any:
+    """``value`` with what JSON has no number for: NaN as ``None``, infinity as a string."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity"
+    return value

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from quantize.report.data import LayerReport, combined
+from quantize.report.data import LayerReport
 
 FAR = 0.25
 """How far above its projection's median an error may be, as a part of the median."""
@@ -40,23 +40,22 @@ NAMES = {Kind.FAR: "far above", Kind.ZERO: "all zero", Kind.EXACT: "exact"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the report: ``row`` is a layer's position, ``column`` an expert's."""
+    """One error; ``layer`` and ``expert`` (or linear) are positions in the report."""
 
-    row: int
-    column: int
+    layer: int
+    expert: int
     projection: str
     error: float
     kind: Kind
 
 
-class Yardstick:
-    """The medians of ``layers``, and the ends of their colour scale.
+class ErrorScale:
+    """The medians of the errors of ``layers``, and the ends of their colour scale.
 
     Attributes:
         median: of all errors but zeros; NaN if there are none.
         medians: the same, by projection.
-        low: error that gets the first colour.
-        high: error that gets the last.
+        low, high: the errors that get the first and the last colour.
     """
 
     def __init__(self, layers: list[LayerReport]) -> None:
@@ -89,22 +88,39 @@ class Yardstick:
         median = self.medians.get(projection, math.inf)
         return Kind.FAR if error > min(median * (1 + FAR), IMPLAUSIBLE) else Kind.FINE
 
-    def cells(self, row: int, layer: LayerReport) -> Iterator[Cell]:
-        """One layer's cells, projection by projection."""
-        for column, errors in enumerate(layer.errors):
-            for projection, error in zip(layer.projections, errors, strict=True):
-                yield Cell(row, column, projection, error, self.kind(projection, error))
+    def position(self, error: float) -> float:
+        """Where ``error`` is between ``low`` (0) and ``high`` (1); those beyond are at the end."""
+        return min(max((error - self.low) / (self.high - self.low), 0.0), 1.0)
 
-    def combined(self, row: int, layer: LayerReport) -> Iterator[Cell]:
-        """One layer's cells, all projections of an expert in one: the most remarkable decides."""
-        for column, errors in enumerate(layer.errors):
-            kinds = {self.kind(*both) for both in zip(layer.projections, errors, strict=True)}
-            kind = next((k for k in (Kind.FAR, Kind.ZERO) if k in kinds), Kind.FINE)
-            if kinds == {Kind.EXACT}:
-                kind = Kind.EXACT
-            yield Cell(row, column, COMBINED, combined(errors), kind)
+    def cells(self, layers: Sequence[LayerReport]) -> Iterator[Cell]:
+        """Of all ``layers``: a cell for each projection of each expert."""
+        for number, layer in enumerate(layers):
+            for expert, errors in enumerate(layer.errors):
+                for projection, error in zip(layer.projections, errors, strict=True):
+                    yield Cell(number, expert, projection, error, self.kind(projection, error))
+
+    def combined(self, layers: Sequence[LayerReport]) -> Iterator[Cell]:
+        """Of all ``layers``: a cell for each expert; its most remarkable projection decides."""
+        for number, layer in enumerate(layers):
+            for expert, errors in enumerate(layer.errors):
+                kinds = {self.kind(*both) for both in zip(layer.projections, errors, strict=True)}
+                kind = next((k for k in (Kind.FAR, Kind.ZERO) if k in kinds), Kind.FINE)
+                if kinds == {Kind.EXACT}:
+                    kind = Kind.EXACT
+                yield Cell(number, expert, COMBINED, root_mean_square(errors), kind)
+
+    def projections(self, layers: Sequence[LayerReport]) -> list[str]:
+        """All that ``layers`` have, in their order."""
+        return list(dict.fromkeys(name for layer in layers for name in layer.projections))
 
     def times(self, cell: Cell) -> str:
-        """An error in medians of its projection, as HTML."""
+        """An error in medians of its projection."""
         median = self.medians.get(cell.projection)
-        return f"{cell.error / median:.2f} &times;" if median else "&ndash;"
+        if not median:
+            return "\N{EN DASH}"
+        return f"{cell.error / median:.2f} \N{MULTIPLICATION SIGN}"
+
+
+def root_mean_square(errors: tuple[float, ...]) -> float:
+    """Of one expert's ``errors``; NaN if one of its weights is all zero."""
+    return math.sqrt(sum(error * error for error in errors) / len(errors)) if errors else math.nan

@@ -17,9 +17,10 @@ from quantize.layouts import config_files
 from quantize.run.files import replacing, sync, write_json
 from quantize.run.plan import Plan
 from quantize.run.record import Record
+from quantize.run.report_files import REPORT, REPORT_DATA
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-_REWRITTEN = {"config.json", INDEX}
+_REWRITTEN = {"config.json", INDEX, REPORT, REPORT_DATA}
 
 
 def finish(

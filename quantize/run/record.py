@@ -26,13 +26,13 @@ from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.layouts import config_files
+from quantize.run import report_files
 from quantize.run.files import write_json
 from quantize.run.plan import Plan
 from quantize.run.shards import is_complete
 from quantize.run.weight_error import WeightError
 
 FOLDER = ".nvfp4_moe"
-REPORT = "nvfp4_moe_report.html"
 
 
 class Record:
@@ -67,28 +67,22 @@ class Record:
         """Where calibration keeps what it has made."""
         return self.folder / "calibration"
 
-    @property
-    def mark(self) -> str:
-        """What the report of this run ends with."""
-        return f"<!-- run {self.fingerprint} -->\n"
-
     def is_finished(self, plan: Plan, others: Sequence[Path] = ()) -> bool:
         """Whether the target already holds all that this run would make, ``others`` copied too."""
         config = self.target / "config.json"
         copies = {file: self.target / file.name for file in others}
         indexed = len(plan.shards) == 1 or (self.target / INDEX).exists()
         try:
-            report = (self.target / REPORT).read_text(encoding="utf-8")
             done = config.stat().st_mtime_ns
             same = all(a.stat().st_size == b.stat().st_size for a, b in copies.items())
-        except (OSError, ValueError):
+        except OSError:
             return False
         if not (same and indexed) or any(changed > done for changed in self.files.values()):
             return False
         return (
             not self._run.exists()
             and all((self.target / name).exists() for name in plan.layout.extra_files([]))
-            and report.endswith(self.mark)
+            and report_files.are_of(self.target, self.fingerprint)
             and all(
                 is_complete(self.target / name, plan.outputs(shard))
                 for shard, name in enumerate(plan.names)

@@ -14,7 +14,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import Summary, execute
 from quantize.run.options import Options
 from quantize.run.plan import plan
-from quantize.run.record import REPORT
+from quantize.run.report_files import REPORT, REPORT_DATA
 from tests.quantize.reference import INDEX
 
 SIZES = {
@@ -201,5 +201,5 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(f.relative_to(folder)): f.read_bytes()
         for f in folder.rglob("*")
-        if f.is_file() and f.name != REPORT
+        if f.is_file() and f.name not in (REPORT, REPORT_DATA)
     }

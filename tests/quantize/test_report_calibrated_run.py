@@ -15,11 +15,18 @@ import torch
 from quantize import execute
 from quantize.calibration.samples import digest_of
 from quantize.checkpoint.reader import Checkpoint
-from quantize.report import CalibrationReport, Experience, LayerReport, RunReport, render
+from quantize.report import (
+    CalibrationReport,
+    ExpertStats,
+    LayerReport,
+    RunReport,
+    loads,
+    render,
+)
 from quantize.report import collect as results
 from quantize.run.options import MIN_TOKENS, Calibration, Options
 from quantize.run.plan import plan
-from quantize.run.record import REPORT
+from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.staged import Findings, Staged
 from tests.quantize.test_report import TIMES, Node, Tree, layer, parse, run
 
@@ -37,9 +44,9 @@ FINDINGS = Findings(
 )  # fmt: skip
 
 
-def given(findings: Findings, **more: Any) -> Experience:
+def given(findings: Findings, **more: Any) -> ExpertStats:
     parts = {name: getattr(findings, name) for name in ("tokens", "rules", "before", "after")}
-    return Experience(**(parts | more))
+    return ExpertStats(**(parts | more))
 
 
 def calibrated(*layers: LayerReport, **more: Any) -> RunReport:
@@ -72,9 +79,13 @@ def heights(details: Node) -> list[float]:
 @pytest.fixture(scope="module")
 def page() -> Node:
     """Two layers like any other around one that ``FINDINGS`` are of."""
-    usual = Experience([50] * 8, ["descent"] * 8, [[0.1, 0.1]] * 8, [[0.05, 0.075]] * 8)
-    middle = replace(layer(3), given=given(FINDINGS))
-    return parse(calibrated(replace(layer(2), given=usual), middle, replace(layer(4), given=usual)))
+    usual = ExpertStats([50] * 8, ["descent"] * 8, [[0.1, 0.1]] * 8, [[0.05, 0.075]] * 8)
+    middle = replace(layer(3), calibration=given(FINDINGS))
+    return parse(
+        calibrated(
+            replace(layer(2), calibration=usual), middle, replace(layer(4), calibration=usual)
+        )
+    )
 
 
 def test_tokens_errors_and_rules_of_a_layer(page: Node) -> None:
@@ -113,7 +124,9 @@ def test_each_expert_has_its_tokens_and_rule(page: Node) -> None:
 
 def test_the_chart(page: Node) -> None:
     tokens = [100, 50, 200, 31, 0, 150, 40, 32]
-    root = parse(calibrated(layer(2), replace(layer(3), given=given(FINDINGS, tokens=tokens))))
+    root = parse(
+        calibrated(layer(2), replace(layer(3), calibration=given(FINDINGS, tokens=tokens)))
+    )
     details = nth(1, root)
     assert heights(details) == pytest.approx([n / 200 for n in tokens], abs=0.0025)
     chart = details.one("svg", class_="coverage")
@@ -126,12 +139,11 @@ def test_the_chart(page: Node) -> None:
     assert re.findall(r"M(\d+) ", few) == ["3", "4"]
     assert "v-0" not in few  # none is not seen
     # As the script finds places: the middle of expert 5's bar is row 1, column 5.
-    x, y, w, h = (float(chart.attributes[f"data-{name}"]) for name in "xywh")
-    shift = re.search(r"translate\(0 (\d+)\)", render(calibrated(replace(layer(3), given=given(
-        FINDINGS)))))  # fmt: skip
-    assert shift
-    for inside in (1, h - 1):
-        assert (int((520 * 5.5 / 8 - x) // w), int((float(shift[1]) + inside - y) // h)) == (5, 1)
+    x, w = (float(chart.attributes[f"data-{name}"]) for name in "xw")
+    assert chart.attributes["data-row"] == "1"
+    width = float(chart.attributes["width"])
+    assert int((width * 5.5 / 8 - x) // w) == 5
+    assert chart.one("g").attributes["transform"] == f"scale({w} 0.12)"  # of 200 to 24 pixels
 
 
 NAN = [[math.nan] * 2] * 8
@@ -140,13 +152,13 @@ NAN = [[math.nan] * 2] * 8
 @pytest.mark.parametrize(
     "report",
     [
-        calibrated(replace(layer(0), given=Experience([0] * 8, ["mse"] * 8, NAN, NAN))),
-        calibrated(replace(layer(0, errors=[]), given=Experience([], [], [], []))),
-        calibrated(replace(layer(0), given=given(FINDINGS, before=[[0.0, math.inf]] * 8))),
-        calibrated(replace(layer(0), given=given(FINDINGS, after=[[0.0, math.inf]] * 8))),
+        calibrated(replace(layer(0), calibration=ExpertStats([0] * 8, ["mse"] * 8, NAN, NAN))),
+        calibrated(replace(layer(0, errors=[]), calibration=ExpertStats([], [], [], []))),
+        calibrated(replace(layer(0), calibration=given(FINDINGS, before=[[0.0, math.inf]] * 8))),
+        calibrated(replace(layer(0), calibration=given(FINDINGS, after=[[0.0, math.inf]] * 8))),
         calibrated(replace(layer(0, projections=("up", "down"), errors=[(0.1, 0.1)] * 8),
-                           given=given(FINDINGS))),
-        calibrated(layer(0), replace(layer(1), given=given(FINDINGS))),
+                           calibration=given(FINDINGS))),
+        calibrated(layer(0), replace(layer(1), calibration=given(FINDINGS))),
         calibrated(),
     ],
 )  # fmt: skip
@@ -159,7 +171,9 @@ def test_odd_calibrations_have_a_page_too(report: RunReport) -> None:
 
 
 def test_experts_without_any_token() -> None:
-    root = parse(calibrated(replace(layer(0), given=Experience([0] * 8, ["mse"] * 8, NAN, NAN))))
+    root = parse(
+        calibrated(replace(layer(0), calibration=ExpertStats([0] * 8, ["mse"] * 8, NAN, NAN)))
+    )
     tokens, errors, rules = columns(nth(0, root).one("summary"))
     assert tokens == "0 0 08 below 32"
     assert errors == f"gate, up {DASH}down {DASH}"
@@ -174,8 +188,8 @@ def test_a_minimax_m3_stays_small() -> None:
     for number in range(3, 60):
         tokens = rng.lognormal(8, 1.5, 128).astype(int).tolist()
         errors = rng.normal(0.09, 0.002, (128, 2)).tolist()
-        found = Experience(tokens, ["descent"] * 128, errors, errors)
-        layers.append(replace(layer(number, experts=128), given=found))
+        found = ExpertStats(tokens, ["descent"] * 128, errors, errors)
+        layers.append(replace(layer(number, experts=128), calibration=found))
     assert len(render(calibrated(*layers)).encode()) < 2_000_000
 
 
@@ -212,7 +226,21 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
             execute.execute(checkpoint, steps, again, samples=rows, resume=True)
     finally:
         torch.set_num_threads(threads)
-    assert (whole / REPORT).read_bytes() == (again / REPORT).read_bytes()
+    for name in (REPORT, REPORT_DATA):
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
+    written = loads((whole / REPORT_DATA).read_bytes())
+    assert render(written) == (whole / REPORT).read_text(encoding="utf-8")
+    assert written.calibration == CalibrationReport("a <text>", 2, 64, "gptq", False, MIN_TOKENS)
+    for layer_, findings in zip(written.layers, found, strict=True):
+        assert layer_.calibration is not None
+        assert layer_.calibration.tokens == findings.tokens
+        assert layer_.calibration.rules == findings.rules
+        for name in ("before", "after"):
+            known = np.array(getattr(layer_.calibration, name))
+            assert np.array_equal(np.isnan(known), np.isnan(getattr(findings, name)))
+            assert np.nan_to_num(known) == pytest.approx(
+                np.nan_to_num(getattr(findings, name)), rel=1e-5
+            )
 
     root = Tree((whole / REPORT).read_text(encoding="utf-8").rpartition("<!--")[0]).root
     assert f"gptq, 2 {TIMES} 64 tokens of a <text>" in root.one("header").text

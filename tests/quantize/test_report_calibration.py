@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from quantize.report import CalibrationReport, Experience
+from quantize.report import CalibrationReport, ExpertStats
 from tests.quantize.test_report import NASTY, TIMES, Node, layer, parse, run
 
 NAN = math.nan
 SETTINGS = CalibrationReport("texts.jsonl", 128, 2048, "descent", False, 32)
-GIVEN = Experience(
+GIVEN = ExpertStats(
     tokens=[1000, 2000, 31, 0, 500, 4000, 32, 1500],
     rules=["descent", "descent", "mse", "mse", "descent", "descent", "descent", "descent"],
     before=[[0.08, 0.1], [0.08, 0.1], [0.08, 0.1], [NAN, NAN], *[[0.08, 0.1]] * 4],
@@ -18,9 +18,9 @@ GIVEN = Experience(
 )
 
 
-def page(given: Experience = GIVEN, **more: object) -> Node:
+def page(given: ExpertStats = GIVEN, **more: object) -> Node:
     settings = replace(SETTINGS, **more)  # type: ignore[arg-type]
-    return parse(run(layer(0, given=given), layer(1), calibration=settings))
+    return parse(run(layer(0, calibration=given), layer(1), calibration=settings))
 
 
 def section(root: Node) -> Node:
@@ -85,14 +85,14 @@ def test_links_lead_to_the_experts_rows() -> None:
 
 def test_names_from_outside_are_text() -> None:
     root = parse(
-        run(layer(0, given=GIVEN, prefix=NASTY), calibration=replace(SETTINGS, text=NASTY))
+        run(layer(0, calibration=GIVEN, prefix=NASTY), calibration=replace(SETTINGS, text=NASTY))
     )
     assert NASTY in section(root).text
     assert len(root.all("script")) == len(parse(run(layer(0))).all("script"))
 
 
 def test_experts_that_got_nothing_at_all() -> None:
-    none = Experience([0] * 8, ["mse"] * 8, [[NAN, NAN]] * 8, [[NAN, NAN]] * 8)
+    none = ExpertStats([0] * 8, ["mse"] * 8, [[NAN, NAN]] * 8, [[NAN, NAN]] * 8)
     said = words(section(page(none)))
     assert "8 below 32" in said
     assert "nan" not in said.lower().replace("nanoseconds", "")

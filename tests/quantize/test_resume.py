@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from quantize.errors import QuantizeError
-from quantize.run.record import FOLDER, REPORT
+from quantize.run.record import FOLDER
+from quantize.run.report_files import REPORT, REPORT_DATA
 from tests.quantize import checkpoints, processes
 from tests.quantize.checkpoints import convert
 from tests.quantize.reference import INDEX
@@ -348,7 +349,9 @@ def test_resuming_what_is_complete_does_nothing(
     assert everything(tmp_path / "out") == whole[0]
 
 
-@pytest.mark.parametrize("change", ["options", "a shard", "the report"])
+@pytest.mark.parametrize(
+    "change", ["options", "a shard", "the report", "the report's data", "another run's data"]
+)
 def test_resuming_what_is_not_quite_complete(change: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert processes.run(tmp_path, "quantize", source, "out", *SIZE).code == 0
@@ -356,6 +359,11 @@ def test_resuming_what_is_not_quite_complete(change: str, source: Path, tmp_path
         cut(first_shard(out), -1)
     elif change == "the report":
         (out / REPORT).unlink()
+    elif change == "the report's data":
+        (out / REPORT_DATA).unlink()
+    elif change == "another run's data":
+        data = json.loads((out / REPORT_DATA).read_text())
+        (out / REPORT_DATA).write_text(json.dumps(data | {"fingerprint": "another"}))
     options = ("--scales", "mse") if change == "options" else ()
     words = ("quantize", source, "out", *SIZE, *options, "--resume")
     assert "--overwrite" in refusal(*words, folder=out)
@@ -409,4 +417,4 @@ def test_a_run_that_failed_can_be_resumed(
     ours = everything(tmp_path / "out")
     assert ours.keys() == whole[0].keys()
     different = {name for name, data in ours.items() if data != whole[0][name]}
-    assert different == {REPORT}  # it says where the source was
+    assert different == {REPORT, REPORT_DATA}  # it says where the source was
