@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from quantize.nvfp4.format import format as nvfp4
+from quantize.nvfp4 import format as nvfp4
 from quantize.nvfp4.scales import RULES
 from tests.quantize import reference
 from tests.quantize.plain import plainly

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.nvfp4.format import format as nvfp4
+from quantize.nvfp4 import format as nvfp4
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.blocks import codes_of
 from quantize.nvfp4.rounding.descent import Descent

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantize.nvfp4.format import format as nvfp4
+from quantize.nvfp4 import format as nvfp4
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.gptq import damped, gptq
 from quantize.nvfp4.rounding.loss import loss
