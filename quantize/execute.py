@@ -76,8 +76,8 @@ def execute(
     """
     started = time.perf_counter()
     # The files' own folders too: a source may be a folder of links to them.
-    sources = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
-    if target.exists() and any(folder.samefile(target) for folder in sources):
+    source_folders = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
+    if target.exists() and any(folder.samefile(target) for folder in source_folders):
         raise QuantizeError(f"{target} is the source; choose another folder")
     others = list(other_files(checkpoint.folder))
     record = Record(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantize.checkpoint.reader import Checkpoint
-from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.run.jobs import Biases, QuantizeExpert
 from quantize.run.plan import Plan
 
@@ -53,7 +53,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
             experts,
             hidden,
             intermediate,
-            sum(checkpoint.stored_bytes(name) for g in groups for name in g.sources),
+            sum(checkpoint.stored_bytes(name) for g in groups for name in g.tensor_names),
             sum(after[g.prefix, g.first] for g in groups),
         )
         for (pattern, experts, hidden, intermediate), groups in alike.items()
@@ -62,7 +62,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
 
 def other_rows(checkpoint: Checkpoint, plan: Plan) -> list[OtherRow]:
     """One row for each kind of tensor that stays as it is, largest first."""
-    quantized = source_names(plan.groups) | {name for names in plan.dense for name in names}
+    quantized = tensor_names_of(plan.groups) | {name for names in plan.dense for name in names}
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         if name not in quantized:

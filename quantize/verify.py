@@ -19,7 +19,7 @@ from quantize.errors import QuantizeError
 from quantize.experts import linears
 from quantize.experts.find import find
 from quantize.experts.gates import KEY, Gate, Gates, from_contract
-from quantize.experts.group import source_names
+from quantize.experts.group import tensor_names_of
 from quantize.experts.identify import identify
 from quantize.layouts import detect
 from quantize.layouts.layout import Layout, stored_tensors
@@ -192,7 +192,7 @@ class _Comparison:
             outs = stored_tensors(name.removesuffix(".weight"), (rows, columns), self.layout)
             self.expected.update(out.name for out in outs)
             yield partial(self._linear, name, outs)
-        done = source_names(quantized) | set(dense)
+        done = tensor_names_of(quantized) | set(dense)
         for name, info in self.source.tensors.items():
             if name not in done:
                 self.expected.add(name)

@@ -13,7 +13,7 @@ from quantize.calibration.calibrate import precision, staged_bytes
 from quantize.calibration.forward import TOKENS_PER_RUN
 from quantize.calibration.routing import CHUNK
 from quantize.checkpoint.reader import Checkpoint
-from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.names import layer_number
 from quantize.nvfp4.rounding import METHODS
 
@@ -51,7 +51,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     length = settings.sequence_length
     total = settings.num_samples * length
     width = precision(device).itemsize
-    experts = source_names(plan.found)
+    experts = tensor_names_of(plan.found)
     decoder = plan.found[0].prefix.partition("layers.")[0]
     layers: dict[int | None, int] = defaultdict(int)
     for name, info in checkpoint.tensors.items():

@@ -180,7 +180,7 @@ class LayerwiseForward:
 
     def _expert_weights(self, group: ExpertGroup, expert: int) -> ExpertWeights:
         gate, device = self._gates.of(group.prefix), self._model.device
-        gate_up = group.inputs(self._checkpoint, expert, gate.interleaved)
+        gate_up = group.gate_up(self._checkpoint, expert, gate.interleaved)
         biases = group.biases(self._checkpoint, expert, gate.interleaved)
         return ExpertWeights(
             tuple(weight.to(device) for weight in gate_up),

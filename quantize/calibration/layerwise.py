@@ -233,7 +233,7 @@ class LayerwiseModel:
         """Find the module path of the list of layers, and the experts."""
         layers, sites = "", []
         for group in groups:
-            path = self.loader.parameter_of(group.sources[0]).rpartition(".")[0]
+            path = self.loader.parameter_of(group.tensor_names[0]).rpartition(".")[0]
             try:
                 module = self.model.get_submodule(path)
                 list_path, number = re.findall(r"(.*?\.?layers)\.([0-9]+)\.", f"{path}.")[0]

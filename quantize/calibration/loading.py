@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.group import ExpertGroup, tensor_names_of
 
 _PRECISE = torch.float32
 _PREFIXES = ("", "language_model.")
@@ -64,9 +64,9 @@ class WeightLoader:
         self._converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         self._parameters = model.state_dict()
         self._prefix = next(
-            (p for p in _PREFIXES if groups and self._parameter(p + groups[0].sources[0])), ""
+            (p for p in _PREFIXES if groups and self._parameter(p + groups[0].tensor_names[0])), ""
         )
-        self._stored = self._by_parameter(checkpoint.tensors.keys() - source_names(groups))
+        self._stored = self._by_parameter(checkpoint.tensors.keys() - tensor_names_of(groups))
 
     def parameter_of(self, name: str) -> str:
         """Return the model's parameter that a stored tensor becomes, or goes into.

@@ -117,7 +117,7 @@ def _is_attention(up: TensorInfo, down: TensorInfo) -> bool:
 
 def _check(group: ExpertGroup, checkpoint: Checkpoint) -> None:
     """Raise QuantizeError if a group's dtypes, sizes or number of experts are not supported."""
-    for name in group.sources:
+    for name in group.tensor_names:
         info = checkpoint.tensors[name]
         if info.dtype not in PLAIN:
             raise QuantizeError(
@@ -128,8 +128,8 @@ def _check(group: ExpertGroup, checkpoint: Checkpoint) -> None:
     for what, size in (("experts", group.num_experts), *sizes):
         if size < 1:
             raise QuantizeError(
-                f"{group.sources[0]}: {what} size {size}, there is nothing to quantize; download "
-                "the checkpoint again"
+                f"{group.tensor_names[0]}: {what} size {size}, there is nothing to quantize; "
+                "download the checkpoint again"
             )
     for what, size in sizes:
         if size % BLOCK:

@@ -11,7 +11,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import Gate
 
 
-class Source(Protocol):
+class TensorReader(Protocol):
     """An object that a group's tensors are read from, such as a ``Checkpoint``."""
 
     def load(self, name: str) -> torch.Tensor:
@@ -35,11 +35,12 @@ class ExpertGroup:
         hidden: number of inputs of gate and up, and of outputs of down.
         intermediate: number of outputs of gate and of up, and of inputs of down.
         fused: whether the source stacks all experts in a few tensors.
-        names: the names of the written weights: (gate, up, down), or (up, down) without a gate.
-        sources: the names of all source tensors of this group. First come the weights. If fused,
-            they are (gate_up, down) or one tensor for each of ``names``. Otherwise there is one
-            tensor for each of ``names``, for one expert after another. Then come ``bias_names``,
-            and then the tensors of experts that the model never uses.
+        projections: what the written weights are called: (gate, up, down), or (up, down) without a
+            gate.
+        tensor_names: the names of all source tensors of this group. First come the weights. If
+            fused, they are (gate_up, down) or one tensor for each of ``projections``. Otherwise
+            there is one tensor for each of ``projections``, for one expert after another. Then come
+            ``bias_names``, and then the tensors of experts that the model never uses.
         transposed: whether fused tensors are stored as ``[experts, in, out]``.
         bias_names: the names of the biases, in the order of the weights; empty if there are none.
         interleaved: whether the rows of a fused gate_up_proj alternate between gate and up, if its
@@ -54,8 +55,8 @@ class ExpertGroup:
     hidden: int
     intermediate: int
     fused: bool
-    names: tuple[str, ...]
-    sources: tuple[str, ...]
+    projections: tuple[str, ...]
+    tensor_names: tuple[str, ...]
     transposed: bool = False
     bias_names: tuple[str, ...] = ()
     interleaved: bool | None = None
@@ -66,39 +67,39 @@ class ExpertGroup:
     @property
     def gated(self) -> bool:
         """Whether the experts have a gate."""
-        return len(self.names) == 3
+        return len(self.projections) == 3
 
     @property
     def parameters(self) -> int:
         """Number of weights of all experts, without biases."""
-        return len(self.names) * self.num_experts * self.hidden * self.intermediate
+        return len(self.projections) * self.num_experts * self.hidden * self.intermediate
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The shape ``[out, in]`` of each of ``names``."""
+        """The shape ``[out, in]`` of each of ``projections``."""
         wide = (self.intermediate, self.hidden)
-        return (*(wide for _ in self.names[:-1]), wide[::-1])
+        return (*(wide for _ in self.projections[:-1]), wide[::-1])
 
     def modules(self, expert: int) -> tuple[str, ...]:
-        """Module paths of one expert's written weights, in the order of ``names``."""
-        return tuple(f"{self.prefix}.{self.first + expert}.{name}" for name in self.names)
+        """Module paths of one expert's written weights, in the order of ``projections``."""
+        return tuple(f"{self.prefix}.{self.first + expert}.{name}" for name in self.projections)
 
     def weights_of(self, expert: int) -> tuple[str, ...]:
         """Names of the source tensors that hold one expert's weights; that of down is last.
 
         Fused tensors hold all experts.
         """
-        return self._of(expert, self.sources)
+        return self._of(expert, self.tensor_names)
 
-    def sources_of(self, expert: int) -> tuple[str, ...]:
+    def tensors_of(self, expert: int) -> tuple[str, ...]:
         """Names of the source tensors that hold one expert's weights and biases.
 
         Fused tensors hold all experts.
         """
-        return self._of(expert, self.sources) + self._of(expert, self.bias_names)
+        return self._of(expert, self.tensor_names) + self._of(expert, self.bias_names)
 
-    def inputs(
-        self, source: Source, expert: int, interleaved: bool = False
+    def gate_up(
+        self, source: TensorReader, expert: int, interleaved: bool = False
     ) -> tuple[torch.Tensor, ...]:
         """Read one expert's (gate, up), or (up,) without a gate.
 
@@ -111,18 +112,18 @@ class ExpertGroup:
         parts = [self._read(source, name, expert) for name in self.weights_of(expert)[:-1]]
         return self._split(parts[0], interleaved) if self.joined else tuple(parts)
 
-    def down(self, source: Source, expert: int) -> torch.Tensor:
+    def down(self, source: TensorReader, expert: int) -> torch.Tensor:
         """Read one expert's down: ``[hidden, intermediate]``, in the source's dtype."""
         tensor = self._read(source, self.weights_of(expert)[-1], expert)
         return tensor.T.contiguous() if self.flat else tensor
 
     def biases(
-        self, source: Source, expert: int, interleaved: bool = False
+        self, source: TensorReader, expert: int, interleaved: bool = False
     ) -> dict[str, torch.Tensor]:
         """Read one expert's biases, by the module path of the written weight.
 
         Those of gate and up are ``[intermediate]``, that of down is ``[hidden]``. The result is
-        empty if there are no biases. ``interleaved`` is as for :meth:`inputs`.
+        empty if there are no biases. ``interleaved`` is as for :meth:`gate_up`.
         """
         names = self._of(expert, self.bias_names)
         if not names:
@@ -145,12 +146,12 @@ class ExpertGroup:
             )
 
     def _of(self, expert: int, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of ``names`` (of weights or of biases) that hold this expert."""
-        count = len(self.names) - self.joined
+        """Those of ``projections`` (of weights or of biases) that hold this expert."""
+        count = len(self.projections) - self.joined
         start = 0 if self.fused else count * expert
         return names[start : start + count]
 
-    def _read(self, source: Source, name: str, expert: int) -> torch.Tensor:
+    def _read(self, source: TensorReader, name: str, expert: int) -> torch.Tensor:
         if not self.fused:
             return source.load(name)
         tensor = source.load_expert(name, expert, self.num_experts if self.flat else None)
@@ -164,6 +165,6 @@ class ExpertGroup:
         return gate.contiguous(), up.contiguous()
 
 
-def source_names(groups: list[ExpertGroup]) -> set[str]:
+def tensor_names_of(groups: list[ExpertGroup]) -> set[str]:
     """Names of all source tensors of the ``groups``."""
-    return {name for group in groups for name in group.sources}
+    return {name for group in groups for name in group.tensor_names}

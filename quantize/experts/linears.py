@@ -13,7 +13,7 @@ from collections import defaultdict
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import PLAIN, TensorInfo
-from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.nvfp4.format import BLOCK
 
 OUTPUTS = {"o_proj", "down_proj", "w2", "q_b_proj"}
@@ -43,7 +43,7 @@ def find(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> list[tuple[str, .
     """
     stacks = {match["stack"] for group in groups if (match := _LAYER.match(group.prefix))}
     layers = checkpoint.text_config().get("num_hidden_layers")
-    experts = source_names(groups)
+    experts = tensor_names_of(groups)
     sets: dict[tuple[str, int, str], list[str]] = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         module, weight, _ = name.rpartition(".weight")

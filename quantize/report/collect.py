@@ -64,10 +64,10 @@ def _layer(
     return LayerReport(
         prefix=group.prefix,
         gate=str(plan.gates.of(group.prefix)),
-        projections=("gate", "up", "down")[-len(group.names) :],
+        projections=("gate", "up", "down")[-len(group.projections) :],
         errors=[tuple(map(_relative, weights)) for weights in experts],
         scale_counts=_total([weight for weights in experts for weight in weights]),
-        bytes_before=sum(checkpoint.stored_bytes(name) for name in group.sources),
+        bytes_before=sum(checkpoint.stored_bytes(name) for name in group.tensor_names),
         bytes_after=written * group.num_experts,
         calibration=_stats(staged, group) if staged else None,
     )

@@ -193,7 +193,7 @@ def _wait_for(shard: int, plan: Plan, record: Record) -> None:
     while not record.is_done(plan, shard):
         if time.monotonic() > deadline:
             raise QuantizeError(
-                f"{record.target / plan.names[shard]} was written by another machine and is "
+                f"{record.target / plan.file_names[shard]} was written by another machine and is "
                 "not here; the target must be on storage that all machines share"
             )
         time.sleep(0.5)

@@ -56,7 +56,7 @@ def finish(
             page.write(content)
     if len(plan.shards) > 1:
         weight_map = {
-            out.name: name for i, name in enumerate(plan.names) for out in plan.outputs(i)
+            out.name: name for i, name in enumerate(plan.file_names) for out in plan.outputs(i)
         }
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(target / INDEX, index, partial)

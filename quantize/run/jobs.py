@@ -30,7 +30,7 @@ class Job(Protocol):
 
     Attributes:
         outputs: the tensors that it writes.
-        sources: names of the tensors that it reads, keys of ``Checkpoint.tensors``.
+        tensor_names: of the source tensors that it reads, keys of ``Checkpoint.tensors``.
         modules: module paths of the weights that it quantizes.
         nbytes: how many bytes of the source it reads, as they are stored.
         written: bytes of ``outputs``.
@@ -38,7 +38,7 @@ class Job(Protocol):
     """
 
     @property
-    def sources(self) -> tuple[str, ...]: ...
+    def tensor_names(self) -> tuple[str, ...]: ...
     @property
     def outputs(self) -> tuple[TensorInfo, ...]: ...
     @property
@@ -70,7 +70,7 @@ class Copy:
         return (self.output,)
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         return (self.output.name,)
 
     @property
@@ -120,7 +120,7 @@ class QuantizeExpert:
     """Quantizes one expert's gate and up, which share a global scale, or its down.
 
     Attributes:
-        inputs: it does gate and up; False: down.
+        gate_up: whether it does gate and up, or else down.
         interleaved: rows of a fused ``gate_up_proj`` alternate between gate and up.
         rule: a key of ``quantize.nvfp4.scales.RULES``.
         nbytes: how many bytes of the source it reads.
@@ -129,7 +129,7 @@ class QuantizeExpert:
 
     group: ExpertGroup
     expert: int
-    inputs: bool
+    gate_up: bool
     interleaved: bool
     layout: Layout
     rule: str
@@ -140,24 +140,24 @@ class QuantizeExpert:
     def modules(self) -> tuple[str, ...]:
         """The written weights' module paths."""
         modules = self.group.modules(self.expert)
-        return modules[:-1] if self.inputs else modules[-1:]
+        return modules[:-1] if self.gate_up else modules[-1:]
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         """The tensors that are read."""
         weights = self.group.weights_of(self.expert)
-        return weights[:-1] if self.inputs else weights[-1:]
+        return weights[:-1] if self.gate_up else weights[-1:]
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
-        shape = self.group.shapes[0 if self.inputs else -1]
+        shape = self.group.shapes[0 if self.gate_up else -1]
         return tuple(
             out for name in self.modules for out in stored_tensors(name, shape, self.layout)
         )
 
     @property
     def written(self) -> int:
-        shape = self.group.shapes[0 if self.inputs else -1]
+        shape = self.group.shapes[0 if self.gate_up else -1]
         return len(self.modules) * stored_nbytes(shape, self.layout)
 
     @property
@@ -171,20 +171,20 @@ class QuantizeExpert:
 
     def weights(self, worker: Worker) -> list[torch.Tensor]:
         """The source's weights, each ``[out, in]``, one for each of ``modules``."""
-        if self.inputs:
-            return list(self.group.inputs(worker, self.expert, self.interleaved))
+        if self.gate_up:
+            return list(self.group.gate_up(worker, self.expert, self.interleaved))
         return [self.group.down(worker, self.expert)]
 
     def will_need(self, checkpoint: Checkpoint) -> None:
         group = self.group
         experts = group.num_experts if group.flat else None
-        for name in self.sources:
+        for name in self.tensor_names:
             checkpoint.will_need(name, self.expert if group.fused else None, experts)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
         weights = self.weights(worker)
         return _quantize(
-            weights, self.modules, self.sources, self.rule, self.layout, worker, writer
+            weights, self.modules, self.tensor_names, self.rule, self.layout, worker, writer
         )
 
 
@@ -206,9 +206,9 @@ class CopyStaged:
         return self.job.modules
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         """The tensors that calibration read; they are not read again."""
-        return self.job.sources
+        return self.job.tensor_names
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -247,7 +247,7 @@ class QuantizeLinears:
     decoded: bool
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         return self.names
 
     @property
@@ -291,7 +291,7 @@ class Biases:
     nbytes: int
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         return self.group.bias_names
 
     @property
@@ -321,7 +321,7 @@ class Biases:
 def _quantize(
     weights: list[torch.Tensor],
     modules: tuple[str, ...],
-    sources: tuple[str, ...],
+    tensor_names: tuple[str, ...],
     rule: str,
     layout: Layout,
     worker: Worker,
@@ -331,7 +331,7 @@ def _quantize(
         results = quantize_weights(weights, rule, worker.kernel)
     except NotFiniteError:
         raise QuantizeError(
-            f"{' and '.join(modules)} ({', '.join(sources)}) hold NaN or infinite weights; "
+            f"{' and '.join(modules)} ({', '.join(tensor_names)}) hold NaN or infinite weights; "
             "the source is damaged"
         ) from None
     lost = []

@@ -19,7 +19,7 @@ from quantize.errors import QuantizeError
 from quantize.experts import linears
 from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates, to_contract
-from quantize.experts.group import ExpertGroup, source_names
+from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.identify import identify
 from quantize.experts.names import ignored_modules
 from quantize.layouts import LAYOUTS
@@ -57,7 +57,7 @@ class Plan:
         return sum(job.written for jobs in self.shards for job in jobs)
 
     @property
-    def names(self) -> list[str]:
+    def file_names(self) -> list[str]:
         """The shards' file names."""
         count = len(self.shards)
         if count == 1:
@@ -140,7 +140,7 @@ def plan(
             "--include and --exclude leave nothing to quantize; linears that engines fuse (query, "
             "key and value; gate and up) are quantized only if all of them are included"
         )
-    quantized = source_names(groups) | {name for names in dense for name in names}
+    quantized = tensor_names_of(groups) | {name for names in dense for name in names}
     left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
     unquantized = [group.prefix for group in found if group not in groups]
     for prefix in (*unquantized, *left_as_is(checkpoint)):
@@ -160,7 +160,7 @@ def _check_patterns(
     """A pattern that changes nothing is a mistake, unless it excludes what stays anyway."""
     prefixes = {group.prefix for group in groups}
     dense = {name.removesuffix(".weight") for names in candidates for name in names}
-    others = checkpoint.tensors.keys() - source_names(groups)
+    others = checkpoint.tensors.keys() - tensor_names_of(groups)
     what = {
         "--include": (options.include, prefixes | dense if options.linears else prefixes),
         "--exclude": (options.exclude, prefixes | {name.rpartition(".")[0] for name in others}),
@@ -197,9 +197,9 @@ def _jobs(
     rule: str,
 ) -> Iterator[Job]:
     """In the source's order of files and tensors, so that reading stays sequential."""
-    first = {group.sources[0]: group for group in groups}
+    first = {group.tensor_names[0]: group for group in groups}
     sets = {names[0]: names for names in dense}
-    done = source_names(groups) | {name for names in dense for name in names}
+    done = tensor_names_of(groups) | {name for names in dense for name in names}
     for name, info in checkpoint.tensors.items():
         if name in first:
             group = first[name]
@@ -233,11 +233,11 @@ def expert_jobs(
     """What makes one expert: its gate and up, its down, its biases if it has any."""
     share = group.num_experts if group.fused else 1
     weights = group.weights_of(expert)
-    for inputs, read in ((True, weights[:-1]), (False, weights[-1:])):
+    for gate_up, read in ((True, weights[:-1]), (False, weights[-1:])):
         yield QuantizeExpert(
             group,
             expert,
-            inputs,
+            gate_up,
             interleaved,
             layout,
             rule,
@@ -245,8 +245,8 @@ def expert_jobs(
             decoded=any(checkpoint.parts(name) != (name,) for name in read),
         )
     if group.bias_names:
-        sizes = [group.intermediate] * (len(group.names) - 1) + [group.hidden]
-        names = group.sources_of(expert)[len(group.weights_of(expert)) :]
+        sizes = [group.intermediate] * (len(group.projections) - 1) + [group.hidden]
+        names = group.tensors_of(expert)[len(group.weights_of(expert)) :]
         dtypes = [checkpoint.tensors[name].dtype for name in names]
         dtypes = dtypes[:1] * group.joined + dtypes
         outputs = tuple(

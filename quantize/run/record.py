@@ -85,7 +85,7 @@ class Record:
             and report_files.are_of(self.target, self.fingerprint)
             and all(
                 is_complete(self.target / name, plan.outputs(shard))
-                for shard, name in enumerate(plan.names)
+                for shard, name in enumerate(plan.file_names)
             )
         )
 
@@ -132,10 +132,12 @@ class Record:
             if str(info.file.resolve()) in self.changed
         }
         for shard, jobs in enumerate(plan.shards):
-            read = {part for job in jobs for name in job.sources for part in checkpoint.parts(name)}
+            read = {
+                part for job in jobs for name in job.tensor_names for part in checkpoint.parts(name)
+            }
             if plan.options.calibration or names & read:
-                self._errors(plan.names[shard]).unlink(missing_ok=True)
-                (self.target / plan.names[shard]).unlink(missing_ok=True)
+                self._errors(plan.file_names[shard]).unlink(missing_ok=True)
+                (self.target / plan.file_names[shard]).unlink(missing_ok=True)
         self._write()
 
     def missing(self, plan: Plan) -> list[int]:
@@ -145,7 +147,7 @@ class Record:
     def is_done(self, plan: Plan, shard: int) -> bool:
         """Whether a shard is there, with the record of what its weights lost."""
         return (
-            is_complete(self.target / plan.names[shard], plan.outputs(shard))
+            is_complete(self.target / plan.file_names[shard], plan.outputs(shard))
             and self._read_errors(plan, shard) is not None
         )
 
@@ -162,7 +164,7 @@ class Record:
     def errors(self, plan: Plan) -> dict[str, WeightError]:
         """What all weights lost, by module path; for a run that misses nothing."""
         every: dict[str, WeightError] = {}
-        for shard, name in enumerate(plan.names):
+        for shard, name in enumerate(plan.file_names):
             found = self._read_errors(plan, shard)
             if found is None:
                 raise QuantizeError(f"{self._errors(name)} was changed; pass --resume to repair it")
@@ -242,7 +244,7 @@ class Record:
     def _read_errors(self, plan: Plan, shard: int) -> dict[str, WeightError] | None:
         """What the weights of a shard lost; None if that is not known of each of them."""
         try:
-            entries = json.loads(self._errors(plan.names[shard]).read_text(encoding="utf-8"))
+            entries = json.loads(self._errors(plan.file_names[shard]).read_text(encoding="utf-8"))
             found = {entry[0]: _weight_error(*entry) for entry in entries}
         except (OSError, ValueError, TypeError, LookupError):
             return None

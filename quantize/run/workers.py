@@ -139,7 +139,7 @@ class _OpenShards:
         """The writer of a shard, which the first call opens."""
         with self._lock:
             if shard not in self._writers:
-                name = self._plan.names[shard]
+                name = self._plan.file_names[shard]
                 self._writers[shard] = ShardWriter(
                     self._record.target / name,
                     self._plan.outputs(shard),

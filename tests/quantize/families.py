@@ -351,7 +351,7 @@ def _sources(family: str) -> list[str]:
 
 def _names(group: ExpertGroup) -> str:
     prefix = group.prefix.removesuffix(".experts")
-    names = [name.removeprefix(f"{prefix}.") for name in group.sources_of(0)]
+    names = [name.removeprefix(f"{prefix}.") for name in group.tensors_of(0)]
     shown = ", ".join(f"`{re.sub(r'(?<=experts.)[0-9]+', 'E', name)}`" for name in names)
     interleaved = " (gate and up row by row)" if group.interleaved else ""
     return shown + " `[in, out]`" * group.transposed + interleaved

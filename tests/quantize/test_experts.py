@@ -48,7 +48,7 @@ def all_weights(folder: Path, interleaved: bool = False) -> dict[str, torch.Tens
     with Checkpoint(folder) as checkpoint:
         for group in find(checkpoint):
             for expert in range(group.num_experts):
-                gate, up = group.inputs(checkpoint, expert, interleaved)
+                gate, up = group.gate_up(checkpoint, expert, interleaved)
                 down = group.down(checkpoint, expert)
                 assert gate.shape == up.shape == (group.intermediate, group.hidden)
                 assert down.shape == (group.hidden, group.intermediate)
@@ -76,7 +76,7 @@ def test_m3_nano_as_transformers_writes_it(m3_nano: Path) -> None:
     for group in found:
         assert (group.num_experts, group.hidden, group.intermediate) == (32, 384, 128)
         assert (group.fused, group.transposed) == (True, False)
-        assert group.sources == (f"{group.prefix}.gate_up_proj", f"{group.prefix}.down_proj")
+        assert group.tensor_names == (f"{group.prefix}.gate_up_proj", f"{group.prefix}.down_proj")
         assert group.parameters == 32 * 3 * 384 * 128
 
 
@@ -87,15 +87,15 @@ def test_m3_nano_as_the_hub_publishes_it(m3_nano: Path, m3_nano_hub: Path) -> No
     for group in found:
         assert (group.num_experts, group.hidden, group.intermediate) == (32, 384, 128)
         assert not group.fused
-        assert group.names == ("w1", "w3", "w2")
-        assert len(group.sources) == 96
+        assert group.projections == ("w1", "w3", "w2")
+        assert len(group.tensor_names) == 96
     # The same weights, whichever layout they are read from.
     with (
         safe_open(m3_nano / "model.safetensors", "pt") as fused,
         Checkpoint(m3_nano_hub) as hub,
     ):
         both = fused.get_slice("model.layers.4.mlp.experts.gate_up_proj")[17]
-        gate, up = found[3].inputs(hub, 17)
+        gate, up = found[3].gate_up(hub, 17)
         assert torch.equal(torch.cat((gate, up)), both)
         down = fused.get_slice("model.layers.4.mlp.experts.down_proj")[17]
         assert torch.equal(found[3].down(hub, 17), down)
@@ -145,7 +145,7 @@ def test_minimax_m3_with_one_tensor_per_expert(stacked: Folders, tmp_path: Path)
     split = checkpoints.per_expert(stored, ("w1", "w3", "w2"))
     config = json.loads((stacked("minimax_m3") / "config.json").read_text())
     folder = checkpoints.save(tmp_path / "split", split, config)
-    assert groups(folder)[0].names == ("w1", "w3", "w2")
+    assert groups(folder)[0].projections == ("w1", "w3", "w2")
     assert_equal(all_weights(folder), routed(split))
 
 
@@ -203,7 +203,7 @@ def test_layers_come_in_numeric_order(tmp_path: Path) -> None:
 
 def test_shared_experts_and_routers_are_no_routed_experts(saved: Folders) -> None:
     with Checkpoint(saved("deepseek_v3")) as checkpoint:
-        sources = {name for group in find(checkpoint) for name in group.sources}
+        sources = {name for group in find(checkpoint) for name in group.tensor_names}
         assert any(".shared_experts." in name for name in checkpoint.tensors)
     assert not any("shared" in name or name.endswith("gate.weight") for name in sources)
 
@@ -240,7 +240,7 @@ def test_biases_of_gpt_oss(saved: Folders) -> None:
                 f"{group.prefix}.gate_up_proj_bias",
                 f"{group.prefix}.down_proj_bias",
             )
-            assert set(group.bias_names) <= set(group.sources)
+            assert set(group.bias_names) <= set(group.tensor_names)
             for expert in range(EXPERTS):
                 assert_equal(
                     group.biases(checkpoint, expert, True),
@@ -250,7 +250,7 @@ def test_biases_of_gpt_oss(saved: Folders) -> None:
                         f"{group.prefix}.{expert}.down_proj": down[expert],
                     },
                 )
-                assert group.sources_of(expert) == group.sources
+                assert group.tensors_of(expert) == group.tensor_names
 
 
 def test_biases_of_separate_experts(saved: Folders, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_biases_of_separate_experts(saved: Folders, tmp_path: Path) -> None:
         assert_equal(
             group.biases(checkpoint, 2), {name: stored[f"{name}.bias"] for name in modules}
         )
-        assert group.sources_of(2) == tuple(
+        assert group.tensors_of(2) == tuple(
             f"{name}.{what}" for what in ("weight", "bias") for name in modules
         )
 
@@ -284,10 +284,10 @@ def test_experts_without_a_gate(stack: bool, tmp_path: Path) -> None:
         }
     with Checkpoint(checkpoints.save(tmp_path / "x", tensors, {})) as checkpoint:
         (group,) = find(checkpoint)
-        assert (group.gated, group.names) == (False, ("up_proj", "down_proj"))
+        assert (group.gated, group.projections) == (False, ("up_proj", "down_proj"))
         assert group.parameters == 4 * 2 * 48 * 32
         assert group.modules(3) == ("x.experts.3.up_proj", "x.experts.3.down_proj")
-        (got,) = group.inputs(checkpoint, 3)
+        (got,) = group.gate_up(checkpoint, 3)
         assert torch.equal(got, up[3])
         assert torch.equal(group.down(checkpoint, 3), down[3])
         group.check_gate(Gate("relu2"))

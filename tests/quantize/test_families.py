@@ -185,7 +185,7 @@ def test_quantized_and_put_back(
     checkpoints.convert(source, tmp_path / "target")
     with Checkpoint(source) as checkpoint:
         groups = find(checkpoint)
-        left = set(checkpoint.tensors) - {name for group in groups for name in group.sources}
+        left = set(checkpoint.tensors) - {name for group in groups for name in group.tensor_names}
     gates = identify(source)
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert from_contract(config["nvfp4_moe"]) == gates.concatenated()
@@ -203,7 +203,9 @@ def test_quantized_and_put_back(
             inner._experts_implementation = "eager"
         ours = []
         for expert in range(group.num_experts):
-            modules = [f"{group.prefix}.{group.first + expert}.{name}" for name in group.names]
+            modules = [
+                f"{group.prefix}.{group.first + expert}.{name}" for name in group.projections
+            ]
             names = [f"{module}.{what}" for what in ("weight", "bias") for module in modules]
             ours.append({name: tensors.pop(name) for name in names if name in tensors})
             parts, down = again.views(expert)

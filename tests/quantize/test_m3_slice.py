@@ -22,7 +22,7 @@ def test_slice_is_read_as_announced(tmp_path: Path, fused: bool, file_size: int)
         groups = find(checkpoint)
         assert [(g.num_experts, g.hidden, g.intermediate) for g in groups] == [(4, 64, 32)] * 2
         assert {group.fused for group in groups} == {fused}
-        experts = {name: checkpoint.load(name) for g in groups for name in g.sources}
+        experts = {name: checkpoint.load(name) for g in groups for name in g.tensor_names}
         rest = checkpoint.tensors.keys() - experts.keys()
         assert all("layernorm" in name or "gate" in name or "bias" in name for name in rest)
     values = torch.cat([tensor.flatten().float() for tensor in experts.values()])

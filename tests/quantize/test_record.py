@@ -45,7 +45,7 @@ def interrupted(source: Path, target: Path) -> list[str]:
         record = Record(target, steps.fingerprint(checkpoint), files=files)
         record.begin(overwrite=False, resume=False)
         workers.make_shards(checkpoint, steps, record, range(len(steps.shards)), CPU, 1)
-    return steps.names
+    return steps.file_names
 
 
 def test_a_file_of_the_source_that_changed_voids_just_what_was_made_from_it(
