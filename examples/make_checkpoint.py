@@ -301,7 +301,9 @@ def main() -> None:
     """Parse the arguments and make the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of training, {STEPS} if not given")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"of training, {STEPS} if not given"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
     args = parser.parse_args()
