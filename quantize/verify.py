@@ -23,14 +23,11 @@ from quantize.experts.group import tensor_names_of
 from quantize.experts.identify import identify
 from quantize.layouts import detect
 from quantize.layouts.layout import Layout, stored_tensors
-from quantize.nvfp4.format import NvFp4, bad_scales
+from quantize.nvfp4.format import IMPLAUSIBLE, NvFp4, bad_scales
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
 from quantize.run.workers import cores, threads_of_our_own
-
-IMPLAUSIBLE = 0.5
-"""Relative error above which a weight cannot be the source's: NVFP4 leaves about 0.1."""
 
 
 @dataclass(frozen=True)

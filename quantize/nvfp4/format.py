@@ -32,6 +32,10 @@ E4M3_MIN = 2.0**-9
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of codes 0 to 7. Bit 3 of a code is the sign."""
 
+IMPLAUSIBLE = 0.5
+"""Relative error above which a weight cannot be the one that was quantized: NVFP4 loses about 0.1
+of a weight's norm."""
+
 # Boundaries for rounding to nearest, ties to the even code. The code of a magnitude is the number
 # of boundaries below it. A value on boundary k lies between codes k and k + 1 and must get the even
 # one of the two, so it is rounded up if k is odd, and down if k is even.

@@ -14,13 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from quantize.nvfp4.format import IMPLAUSIBLE
 from quantize.report.data import LayerReport
 
 FAR = 0.25
 """How far above its projection's median an error may be, as a part of the median."""
-
-IMPLAUSIBLE = 0.5
-"""Relative error above which a weight cannot be the source's, as in ``nvfp4-moe verify``."""
 
 COMBINED = "combined"
 
