@@ -186,7 +186,7 @@ READ_ONLY = """
 import torch
 from numba.core.caching import CacheImpl
 CacheImpl._locator_classes = []  # what is left where no folder is writable, root or not
-from quantize.kernels.numba_cpu import NumbaKernel
+from quantize.nvfp4.kernels.numba_cpu import NumbaKernel
 print(float(NumbaKernel().amax(torch.full((2, 16), 3.0))))
 """
 
