@@ -20,7 +20,7 @@ from quantize.errors import QuantizeError
 from quantize.execute import execute
 from quantize.run.options import Options
 from quantize.run.plan import plan
-from quantize.run.workers import REPORT
+from quantize.run.record import REPORT
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import convert
 from tests.quantize.reference import INDEX
