@@ -16,17 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantize.calibration.samples import digest_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.sources import FORMATS
 from quantize.errors import QuantizeError
+from quantize.execute import execute
 from quantize.experts.gates import FORMS, Gate
 from quantize.experts.identify import identify
 from quantize.layouts import LAYOUTS
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import quantize_weights
 from quantize.nvfp4.kernels.reference import ReferenceKernel
+from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
 from quantize.registry import Registry
+from quantize.run.options import Calibration, Options
+from quantize.run.plan import plan
 from quantize.verify import verify
 from tests.quantize import checkpoints, toys
 from tests.quantize.checkpoints import convert
@@ -109,6 +114,25 @@ def test_a_layout_of_three_tensors(register: Register, saved: Folders, tmp_path:
             assert bits(a) == bits(b)
     assert "input_scale" not in "".join(ours)
     assert json.loads((out / "toy.json").read_text())["ignore"]
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "weight-only"])
+def test_a_rounding(layout: str, register: Register, saved: Folders, tmp_path: Path) -> None:
+    register(METHODS, "nearest", "NEAREST")
+    register(LAYOUTS, "weight-only", "WEIGHT_ONLY")
+    source = saved("qwen3_moe")
+    tokens = torch.randint(1, 16, (4, 64), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration("text", 4, 64, digest_of(tokens), "nearest", every_expert=True)
+    with Checkpoint(source) as checkpoint:
+        steps = plan(checkpoint, Options(layout=layout, calibration=calibration))
+        execute(checkpoint, steps, tmp_path / "calibrated", samples=tokens)
+    convert(source, tmp_path / "plain", layout=layout)
+    ours, theirs = weights_of(tmp_path / "calibrated"), weights_of(tmp_path / "plain")
+    assert list(ours) == list(theirs)
+    inputs = [name for name in ours if name.endswith("input_scale")]
+    assert bool(inputs) == (layout == "modelopt")
+    for name, tensor in ours.items():  # it rounds as the max rule does, whatever the inputs are
+        assert (bits(tensor) == bits(theirs[name])) == (name not in inputs), name
 
 
 def test_a_source_format(register: Register, saved: Folders, tmp_path: Path) -> None:

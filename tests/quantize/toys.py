@@ -102,9 +102,9 @@ def _decode(
 
 def _to_nearest(
     weight: torch.Tensor,
-    moment: torch.Tensor,
+    hessian: torch.Tensor,
     global_scale: torch.Tensor,
-    output: torch.Tensor | None = None,
+    output_hessian: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     amax = weight.unflatten(-1, (-1, BLOCK)).abs().amax(-1)
     block_scale = round_to_e4m3(amax / (6 * global_scale))
