@@ -56,7 +56,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; what is not finite (the SQNR if nothing was lost) is null."""
+        """The report as JSON values. A number that is not finite is null: the SQNR of no loss."""
         return {
             "ok": not self.problems,
             "problems": self.problems,

@@ -54,6 +54,9 @@ class NvFp4MoEMethod(ExpertsBackend):
         self.layout = context.format.layout
         self.weight_only = weight_only
         self.gate = context.gates.of(layer.layer_name)
+        self._kinds = tuple(
+            kind for kind in TensorKind if kind != TensorKind.INPUT_SCALE or not weight_only
+        )
 
     def uses_weight_scale_2_pattern(self) -> bool:
         return True
@@ -71,9 +74,7 @@ class NvFp4MoEMethod(ExpertsBackend):
         layout's names. vLLM calls this."""
         layer.num_experts = num_experts
         layer.params_dtype = params_dtype
-        kinds = tuple(
-            kind for kind in TensorKind if kind != TensorKind.INPUT_SCALE or not self.weight_only
-        )
+        kinds = self._kinds
         load_format = get_current_vllm_config().load_config.load_format
         self._dummy = load_format == "dummy"
         on_the_fly = self.context.format.on_the_fly
@@ -141,7 +142,7 @@ class NvFp4MoEMethod(ExpertsBackend):
     def _canonicalize(self, layer: RoutedExperts) -> None:
         """Rename the parameters, and turn scales that divide into scales that multiply."""
         for prefix in ("w13", "w2"):
-            for tensor in EXPERT_TENSORS.values():
+            for tensor in (EXPERT_TENSORS[kind] for kind in self._kinds):
                 name = f"{prefix}_{tensor.suffix(self.layout)}"
                 param = getattr(layer, name, None)
                 if param is None:

@@ -31,7 +31,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import Gates
 
 SEED = 0
-"""Of the tokens that are drawn."""
+"""The seed for drawing tokens: sample ``n`` uses ``SEED + n``."""
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Tensors of a run, each with the loss's gradient with respect to it."""

@@ -102,8 +102,8 @@ class Quantizer:
             return routing.all() if self._settings.every_expert else routing.of(number)
 
         inputs, gate_up_gradients, down_gradients = self._second_moments(group, weights, tokens())
-        few = inputs.tokens < MIN_TOKENS
-        rule = FALLBACK if few else self._settings.method
+        undersampled = inputs.tokens < MIN_TOKENS
+        rule = FALLBACK if undersampled else self._settings.method
         gate_up = Product(list(weights.gate_up), inputs, gate_up_gradients)
         gate_up_results = self._round(group, number, gate_up, rule, kernel)
         # Down's inputs are what the quantized gate and up make.
@@ -118,7 +118,7 @@ class Quantizer:
             )
         down = Product([weights.down], intermediate, down_gradients)
         down_results = self._round(group, number, down, rule, kernel)
-        if few:
+        if undersampled:
             self._undersampled.add(number)
         self._largest.append((inputs.largest, intermediate.largest))
         findings = self._findings

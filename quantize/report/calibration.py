@@ -17,7 +17,7 @@ class Findings:
 
     Attributes:
         spread: least, median and most tokens.
-        few: experts with fewer tokens than ``CalibrationReport.min_tokens``.
+        undersampled: experts with fewer tokens than ``CalibrationReport.min_tokens``.
         products: names of the experts' two products, with their mean errors before and after.
         rules: each rule with its experts; the calibration's method first, then by name.
         remarkable: names with the experts that they are said of.
@@ -25,14 +25,14 @@ class Findings:
 
     stats: ExpertStats
     spread: tuple[str, str, str]
-    few: list[int]
+    undersampled: list[int]
     products: list[tuple[str, float, float]]
     rules: list[tuple[str, list[int]]]
     remarkable: list[tuple[str, list[int]]]
 
 
 def findings(settings: CalibrationReport, layers: list[LayerReport]) -> Findings:
-    """Of the experts of all ``layers`` that are calibrated."""
+    """Summarise what calibration found in all calibrated ``layers``."""
     found = [layer.calibration for layer in layers if layer.calibration]
     stats = ExpertStats(
         list(chain.from_iterable(own.tokens for own in found)),
@@ -41,20 +41,20 @@ def findings(settings: CalibrationReport, layers: list[LayerReport]) -> Findings
         list(chain.from_iterable(own.after for own in found)),
     )
     inputs = dict.fromkeys(name for layer in layers for name in layer.projections[:-1])
-    few = [expert for expert, n in enumerate(stats.tokens) if n < settings.min_tokens]
+    undersampled = [expert for expert, n in enumerate(stats.tokens) if n < settings.min_tokens]
     rules = sorted(set(stats.rules), key=lambda rule: (rule != settings.method, rule))
     pairs = list(enumerate(zip(stats.before, stats.after, strict=True)))
     unknown = [expert for expert, (b, a) in pairs if any(map(math.isnan, (*b, *a)))]
     worse = [expert for expert, (b, a) in pairs if any(map(lt, b, a))]
     remarkable = [
-        (f"below {settings.min_tokens}", few),
+        (f"below {settings.min_tokens}", undersampled),
         ("no output", unknown),
         ("worse after", worse),
     ]
     return Findings(
         stats,
         _spread(stats.tokens),
-        few,
+        undersampled,
         [
             (name, _mean(stats.before, product), _mean(stats.after, product))
             for product, name in enumerate((", ".join(inputs), "down"))

@@ -106,7 +106,7 @@ def _relative(weight: WeightError) -> float:
 
 
 def _rounded(error: float) -> float:
-    """To the six digits that a device's order of summing leaves alone."""
+    """Round to six digits. Later ones depend on the order in which a device sums."""
     return float(f"{error:.6g}")
 
 

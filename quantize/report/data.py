@@ -15,7 +15,8 @@ from typing import Any
 from quantize.errors import QuantizeError
 
 VERSION = 1
-"""Of the JSON; it changes when a reader of an older version would misunderstand a newer file."""
+"""The version of the JSON format. It changes when a reader of an older version would misunderstand
+a newer file."""
 
 
 @dataclass(frozen=True)

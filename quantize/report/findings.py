@@ -24,7 +24,7 @@ COMBINED = "combined"
 
 
 class Kind(Enum):
-    """How a cell is shown; ``Kind.FINE`` ones by colour."""
+    """How a cell is shown. A cell of kind ``FINE`` gets a colour by its error."""
 
     FINE = "fine"
     FAR = "far"
@@ -91,14 +91,14 @@ class ErrorScale:
         return min(max((error - self.low) / (self.high - self.low), 0.0), 1.0)
 
     def cells(self, layers: Sequence[LayerReport]) -> Iterator[Cell]:
-        """Of all ``layers``: a cell for each projection of each expert."""
+        """Yield a cell for each projection of each expert."""
         for number, layer in enumerate(layers):
             for expert, errors in enumerate(layer.errors):
                 for projection, error in zip(layer.projections, errors, strict=True):
                     yield Cell(number, expert, projection, error, self.kind(projection, error))
 
     def combined(self, layers: Sequence[LayerReport]) -> Iterator[Cell]:
-        """Of all ``layers``: a cell for each expert; its most remarkable projection decides."""
+        """Yield a cell for each expert, of the kind of its most remarkable projection."""
         for number, layer in enumerate(layers):
             for expert, errors in enumerate(layer.errors):
                 kinds = {self.kind(*both) for both in zip(layer.projections, errors, strict=True)}
@@ -112,7 +112,7 @@ class ErrorScale:
         return list(dict.fromkeys(name for layer in layers for name in layer.projections))
 
     def times(self, cell: Cell) -> str:
-        """An error in medians of its projection."""
+        """The cell's error as a multiple of its projection's median."""
         median = self.medians.get(cell.projection)
         if not median:
             return "\N{EN DASH}"
@@ -120,5 +120,5 @@ class ErrorScale:
 
 
 def root_mean_square(errors: tuple[float, ...]) -> float:
-    """Of one expert's ``errors``; NaN if one of its weights is all zero."""
+    """The root mean square of one expert's ``errors``; NaN if one of its weights is all zero."""
     return math.sqrt(sum(error * error for error in errors) / len(errors)) if errors else math.nan

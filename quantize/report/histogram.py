@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 
-PATTERNS = 127
-"""Bit patterns 0 to 126: zero, then E4M3's positive finite values in ascending order."""
-
 
 def value(bits: int) -> float:
     """The E4M3 value of a bit pattern from 0 to 126."""

@@ -104,7 +104,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _change(after: float, before: float) -> str:
-    """In percent; empty where that says nothing."""
+    """The change in percent; empty if ``before`` is zero or infinite."""
     if not 0 < before < math.inf:
         return ""
     return f" ({100 * (after / before - 1):+.1f}%)".replace("-", "\N{MINUS SIGN}")

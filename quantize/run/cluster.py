@@ -162,7 +162,9 @@ def _check_address(address: str) -> None:
         ) from error
     if "RAY_USE_TLS" in os.environ:  # then only Ray knows with which certificates
         return
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    # A proxy is for the web: Ray does not use it either.
+    options = [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(f"{host}:{port}", options) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_CONNECT)
         except grpc.FutureTimeoutError:

@@ -196,7 +196,7 @@ def _jobs(
     layout: Layout,
     rule: str,
 ) -> Iterator[Job]:
-    """In the source's order of files and tensors, so that reading stays sequential."""
+    """Yield all jobs in the order of the source's files and tensors: reading stays sequential."""
     first = {group.tensor_names[0]: group for group in groups}
     sets = {names[0]: names for names in dense}
     done = tensor_names_of(groups) | {name for names in dense for name in names}

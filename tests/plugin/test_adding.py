@@ -101,7 +101,7 @@ def test_a_gate(
 ) -> None:
     """It runs on CPUs. On GPUs no kernel counts as applying it until somebody has read one."""
     form = "squared_relu"
-    monkeypatch.setitem(FORMS, form, SquaredRelu)
+    monkeypatch.setitem(FORMS._places, form, f"{__name__}:{SquaredRelu.__name__}")
     monkeypatch.setitem(activation.VLLM_NAME, form, MoEActivation.RELU2)
     folder = damage("modelopt").config(lambda c: c["nvfp4_moe"].update(gate={"form": form}))
     layer = load(folder, dtype="float32")[LAYER].routed_experts

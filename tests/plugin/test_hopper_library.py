@@ -15,7 +15,13 @@ from tests.gpu.layer import Shape
 from tests.gpu.packed import GATES, Packed
 from tests.plugin.emulation import CPU, Emulated, body, compiled
 from vllm_nvfp4_moe.kernels.hopper import launch
-from vllm_nvfp4_moe.kernels.hopper.launch import CGate, LaunchSpec, TileShape, check_library
+from vllm_nvfp4_moe.kernels.hopper.launch import (
+    CGate,
+    CTileShape,
+    LaunchSpec,
+    TileShape,
+    check_library,
+)
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
@@ -38,11 +44,16 @@ class ShorterGate(ctypes.Structure):
     _fields_ = CGate._fields_[:-1]
 
 
+class ShorterTileShape(ctypes.Structure):
+    _fields_ = CTileShape._fields_[:-1]
+
+
 WRONG = {
     "LaunchSpec": ("LaunchSpec", LongerSpec, ctypes.sizeof(LaunchSpec), ctypes.sizeof(LongerSpec)),
     "Gate": ("CGate", ShorterGate, 16, 12),
     "Tile": ("TILE_BYTES", 20, 16, 20),
     "Place": ("PLACE_BYTES", 12, 16, 12),
+    "TileShapeNumbers": ("CTileShape", ShorterTileShape, 16, 12),
 }
 """By the struct's name in CUDA: what stands for it in Python, and a wrong one; its size there and
 here."""

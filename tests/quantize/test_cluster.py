@@ -314,6 +314,15 @@ def test_nothing_at_the_address(
     assert everything(tmp_path / "out") == {"config.json": b"{}"}
 
 
+def test_a_proxy_for_the_web_is_not_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with cluster.connected(address):
+        import ray
+
+        assert ray.is_initialized()
+
+
 @pytest.mark.parametrize("text", ["nonsense", "host:", ":6379", "ray://host", "host:99999"])
 def test_what_is_no_address(text: str, source: Path, tmp_path: Path) -> None:
     assert f"--ray {text} is neither auto" in refusal(

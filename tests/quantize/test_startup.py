@@ -197,6 +197,16 @@ def test_python_m_quantize_is_the_whole_command(saved: Folders, tmp_path: Path) 
     assert "No problems found." in run("verify", source, out).stdout
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["options first", "options last"])
+def test_python_m_quantize_src_dst(first: bool, saved: Folders, tmp_path: Path) -> None:
+    options, folders = ("--layout", "compressed-tensors"), (saved("qwen3_moe"), tmp_path / "out")
+    words = (*options, *folders) if first else (*folders, *options)
+    ended = process(tmp_path / "note", *words, how="-m")
+    assert ended.code == 0, ended.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
 def test_a_folder_called_like_a_command_is_given_with_its_path(
     saved: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from quantize.experts.gates import Gate
 
 _Rule = Callable[["Gate"], str | None]
-"""Of one form in one backend: why the gate is not applied with its numbers, None if it is."""
+"""A function that says why a backend does not apply a form with a gate's numbers; None if it
+does."""
 
 
 def _exactly(gate: Gate) -> str | None:

@@ -1,12 +1,13 @@
 """How a checkpoint's routed experts are stored, layer by layer, and who takes everything else.
 
-A new way to store experts is one class here, with the attributes of :class:`Format`, and one case
-in :func:`from_checkpoint`. Everything but routed experts is left to ``stock``, vLLM's own config.
+A new way to store experts is one class here, with the attributes of :class:`Format`, and one line
+in ``_FORMATS``. Everything but routed experts is left to ``stock``, vLLM's own config.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,9 +163,18 @@ def from_checkpoint(config: dict[str, Any]) -> Format | None:
     """The format of a checkpoint with this ``quantization_config``; None if nothing in it is NVFP4
     in a known layout."""
     layout = detect(config)
-    if layout is None:
+    if layout is None or layout.name not in _FORMATS:
         return None
-    if layout.name == "compressed-tensors":
-        return _CompressedTensors(config)
+    return _FORMATS[layout.name](config)
+
+
+def _modelopt(config: dict[str, Any]) -> Format:
     mixed = algorithm(settings(config)) == MIXED
     return _ModelOptMixed(config) if mixed else _ModelOpt(config)
+
+
+_FORMATS: dict[str, Callable[[dict[str, Any]], Format]] = {
+    "modelopt": _modelopt,
+    "compressed-tensors": _CompressedTensors,
+}
+"""By the layout's name: how the plugin serves it."""

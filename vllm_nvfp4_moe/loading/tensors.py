@@ -1,7 +1,7 @@
 """The tensors of which one NVFP4 weight of an expert consists: names, shapes and types.
 
-A weight is a matrix ``[out, in]``. Each layout stores it as four tensors, of its own names, and
-vLLM's layer holds the same four for all its experts together.
+A weight is a matrix ``[out, in]``. Each layout stores it as up to four tensors, of its own names,
+and vLLM's layer holds the same ones for all its experts together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class TensorKind(Enum):
-    """Which of a weight's four tensors one is, in the order of ``Layout.suffixes``."""
+    """Which of a weight's tensors one is, in the order of ``Layout.suffixes``. A layout for weights
+    alone has no input scale."""
 
     CODES = "codes"
     BLOCK_SCALE = "block scale"
@@ -55,7 +56,7 @@ class ExpertTensor:
 
     def suffix(self, layout: Layout) -> str:
         """The end of its name in ``layout``."""
-        return dict(zip(TensorKind, layout.suffixes, strict=True))[self.kind]
+        return dict(zip(TensorKind, layout.suffixes, strict=False))[self.kind]
 
     def shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """Its shape for a weight ``[rows, columns]``: two sizes, none for a single number."""

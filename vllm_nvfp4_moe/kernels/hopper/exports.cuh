@@ -15,5 +15,6 @@ EXPORTED int launch_spec_bytes() { return sizeof(LaunchSpec); }
 EXPORTED int gate_bytes() { return sizeof(Gate); }
 EXPORTED int tile_bytes() { return sizeof(Tile); }
 EXPORTED int place_bytes() { return sizeof(Place); }
+EXPORTED int tile_shape_bytes() { return sizeof(TileShapeNumbers); }
 EXPORTED int tile_shape_count() { return sizeof(GEMMS) / sizeof(*GEMMS); }
 EXPORTED void tile_shape(int number, TileShapeNumbers* shape) { *shape = GEMMS[number].shape; }

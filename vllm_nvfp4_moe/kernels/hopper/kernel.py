@@ -25,7 +25,7 @@ from vllm_nvfp4_moe.kernels.jit import KernelError
 
 ARCHITECTURE = "90a"
 MAX_EXPERTS = 1024
-"""Of a rank: ``route`` has a thread for each."""
+"""The most experts that a rank may hold: ``route`` has one thread for each."""
 
 
 @dataclass(frozen=True)

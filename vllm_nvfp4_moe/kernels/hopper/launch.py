@@ -71,9 +71,9 @@ class CGate(ctypes.Structure):
 
 
 TILE_BYTES = 16
-"""Of ``Tile`` in gemm.cuh: four 32-bit integers."""
+"""The size of ``Tile`` in gemm.cuh: four 32-bit integers."""
 PLACE_BYTES = 16
-"""Of ``Place`` in gemm.cuh: the same."""
+"""The size of ``Place`` in gemm.cuh: four 32-bit numbers."""
 
 
 class LaunchSpec(ctypes.Structure):
@@ -131,6 +131,7 @@ def check_library(library: ctypes.CDLL, shapes: Sequence[TileShape]) -> None:
         ("Gate", library.gate_bytes, ctypes.sizeof(CGate)),
         ("Tile", library.tile_bytes, TILE_BYTES),
         ("Place", library.place_bytes, PLACE_BYTES),
+        ("TileShapeNumbers", library.tile_shape_bytes, ctypes.sizeof(CTileShape)),
     ):
         if (found := export()) != size:
             raise KernelError(
