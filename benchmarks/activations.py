@@ -93,12 +93,12 @@ def best_weights(
     and with the least-squares weights of the first half. ``gradient``: by outputs."""
     given, half = rounded(x), len(x) // 2
     before, after = (slice(half), slice(half, None))
-    moment = (given[before].T @ given[before]).double()
+    hessian = (given[before].T @ given[before]).double()
     lost = (weight @ ((x - given)[before].T @ given[before])).double()
     truth = x[after] @ weight.T
     costs = [cost(given[after] @ weight.T - truth, gradient[after])]
     for share in PRIORS:
-        drawn = moment + share * moment.diagonal().mean() * torch.eye(len(moment))
+        drawn = hessian + share * hessian.diagonal().mean() * torch.eye(len(hessian))
         better = weight + torch.linalg.solve(drawn, lost.T).T.float()
         costs.append(cost(given[after] @ better.T - truth, gradient[after]))
     return costs[0], min(costs[1:])

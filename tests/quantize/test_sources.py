@@ -74,9 +74,11 @@ def test_published(publish: Callable[[], Published], tmp_path: Path) -> None:
 def test_into_given_memory(publish: Callable[[], Published]) -> None:
     published = publish()
     [(name, expected)] = published.weights.items()
-    encoded = find(published)[name]
+    stored_weight = find(published)[name]
     memory = torch.full((expected.size,), torch.nan)
-    decoded = encoded.decode(*(published.stored[part] for part in encoded.parts), out=memory)
+    decoded = stored_weight.decode(
+        *(published.stored[part] for part in stored_weight.parts), out=memory
+    )
     assert decoded.data_ptr() == memory.data_ptr()
     assert_same(decoded, expected)
 
@@ -158,18 +160,18 @@ def test_fp8_every_size(
     grid = (*lead, -(-shape[0] // block[0]), -(-shape[1] // block[1]))
     config = {"quant_method": "fp8", "weight_block_size": list(block)}
     published = fp8("a", "a_scale_inv", (*lead, *shape), grid, block, config, dtype)
-    encoded = find(published)["a"]
-    assert_same(encoded.decode(*published.stored.values()), published.weights["a"])
+    stored_weight = find(published)["a"]
+    assert_same(stored_weight.decode(*published.stored.values()), published.weights["a"])
     for expert in range(experts or 0):
         parts = [part[expert] for part in published.stored.values()]
-        assert_same(encoded.decode(*parts), published.weights["a"][expert])
+        assert_same(stored_weight.decode(*parts), published.weights["a"][expert])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_scale_reaches_the_caller(bad: float) -> None:
     stored = {"a.weight": torch.ones(4, 4).to(E4M3), "a.weight_scale_inv": torch.full((1, 1), bad)}
-    encoded = find_stored_weights(headers(stored), {})["a.weight"]
-    assert not encoded.decode(*stored.values()).isfinite().any()
+    stored_weight = find_stored_weights(headers(stored), {})["a.weight"]
+    assert not stored_weight.decode(*stored.values()).isfinite().any()
 
 
 # Against other implementations.
@@ -190,22 +192,22 @@ def test_bad_scale_reaches_the_caller(bad: float) -> None:
 def test_as_transformers_fp8(publish: Callable[[], Published]) -> None:
     """Transformers has these under one roof; it takes blocks from the shapes alone."""
     published = publish()
-    [(name, encoded)] = find(published).items()
-    codes, scale = (published.stored[part] for part in encoded.parts)
+    [(name, stored_weight)] = find(published).items()
+    codes, scale = (published.stored[part] for part in stored_weight.parts)
     if scale.dtype == torch.uint8:  # as bytes, they do not know the code for NaN
         scale = scale.clamp(max=254)
     expected = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
-    assert_same(encoded.decode(codes, scale), expected.numpy())
-    assert encoded.name == name
+    assert_same(stored_weight.decode(codes, scale), expected.numpy())
+    assert stored_weight.name == name
 
 
 def test_as_transformers_gpt_oss() -> None:
     published = pub.gpt_oss()
-    [encoded] = find(published).values()
+    [stored_weight] = find(published).values()
     blocks, _ = published.stored.values()
     scale = tensor(random_bytes(EXPERTS, 10, 3, high=255))  # they do not know the code for NaN
     expected = convert_moe_packed_tensors(blocks, scale, dtype=torch.float32)
-    assert_same(encoded.decode(blocks, scale), expected.transpose(1, 2).contiguous().numpy())
+    assert_same(stored_weight.decode(blocks, scale), expected.transpose(1, 2).contiguous().numpy())
 
 
 def test_as_compressed_tensors() -> None:
@@ -216,11 +218,11 @@ def test_as_compressed_tensors() -> None:
         (pub.compressed_tensors_mxfp8, MXFP8QuantizationCompressor),
     ):
         published = publish()
-        [encoded] = find(published).values()
-        codes = published.stored[encoded.parts[0]][:10]
-        key = encoded.parts[0].rpartition(".")[2]
+        [stored_weight] = find(published).values()
+        codes = published.stored[stored_weight.parts[0]][:10]
+        key = stored_weight.parts[0].rpartition(".")[2]
         theirs = compressor.decompress({key: codes, "weight_scale": scale}, None)["weight"]
-        assert_same(encoded.decode(codes, scale), theirs.float().numpy())
+        assert_same(stored_weight.decode(codes, scale), theirs.float().numpy())
 
 
 # Files and dtypes.
