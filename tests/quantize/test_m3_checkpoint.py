@@ -51,7 +51,7 @@ def test_a_quantized_one_is_as_the_quantizer_writes_it(tmp_path: Path, layout: s
     write(tmp_path / "random", 2, layout=layout, **sizes)
     assert stored(tmp_path / "random") == stored(tmp_path / "real")
     for file in (tmp_path / "real").glob("*.json"):
-        if "index" not in file.name:
+        if "index" not in file.name and file.name != REPORT_DATA:
             assert json.loads((tmp_path / "random" / file.name).read_text()) == json.loads(
                 file.read_text()
             )
