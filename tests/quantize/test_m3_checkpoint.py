@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.m3_checkpoint import STD, Model, write
+from quantize.run.report_files import REPORT_DATA
 from tests.plugin.reference import dequantize
 from tests.quantize import checkpoints
 
