@@ -121,9 +121,7 @@ def execute(
         if ray is not None:
             make_shards_on_ray(ray, checkpoint, plan, record, missing, threads, progress)
         else:
-            work = (
-                plan.with_staged(Staged(record.calibration)) if plan.options.calibration else plan
-            )
+            work = plan.with_staged(Staged(record.calibration))
             devices = devices or all_devices()
             make_shards(checkpoint, work, record, missing, devices, threads, progress)
         report = collect(checkpoint, plan, record)

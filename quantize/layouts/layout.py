@@ -32,6 +32,9 @@ class Layout(Protocol):
     reciprocal: bool
     config_files: tuple[str, ...]
 
+    def __hash__(self) -> int:
+        """Layouts are single objects, by which sizes are cached."""
+
     def store(self, weight: NvFp4) -> dict[str, torch.Tensor]:
         """The tensors of a weight, by suffix, without those of its input scale."""
 
@@ -66,17 +69,13 @@ def stored_tensors(module: str, shape: tuple[int, int], layout: Layout) -> tuple
     """The tensors that store the weight, of ``shape`` ``[out, in]``, of the linear ``module``."""
     return tuple(
         TensorInfo(f"{module}.{suffix}", dtype, dims)
-        for suffix, dtype, dims in _stored(shape, layout)  # type: ignore[arg-type]
+        for suffix, dtype, dims in _stored(shape, layout)
     )
 
 
+@cache
 def stored_nbytes(shape: tuple[int, int], layout: Layout) -> int:
     """Bytes of what :func:`stored_tensors` lists."""
-    return _stored_nbytes(shape, layout)  # type: ignore[arg-type]
-
-
-@cache
-def _stored_nbytes(shape: tuple[int, int], layout: Layout) -> int:
     return sum(out.nbytes for out in stored_tensors("", shape, layout))
 
 

@@ -231,9 +231,7 @@ def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
             "package; both must be the same on all machines"
         )
     record = Record(Path(target), fingerprint)
-    if steps.options.calibration:
-        steps = steps.with_staged(Staged(record.calibration))
-    return checkpoint, steps, record, threads
+    return checkpoint, steps.with_staged(Staged(record.calibration)), record, threads
 
 
 def _ours(cause: Any) -> QuantizeError:

@@ -92,7 +92,12 @@ class Plan:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def with_staged(self, staged: Staged) -> Plan:
-        """The same plan once calibration has rounded all experts: they are copied from there."""
+        """The plan as it is carried out: what calibration has rounded is copied from ``staged``.
+
+        Without calibration, the plan itself.
+        """
+        if not self.options.calibration:
+            return self
         shards: list[list[Job]] = [
             [CopyStaged(job, staged) if isinstance(job, QuantizeExpert) else job for job in jobs]
             for jobs in self.shards
