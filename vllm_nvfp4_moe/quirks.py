@@ -95,7 +95,8 @@ ROUTER_BIAS = Quirk(
     what="vLLM's Transformers backend leaves the bias in the model's dtype, and vLLM's CUDA router "
     'then stops with "bias tensor must be float32".',
     seen_in=("0.32",),
-    undone="Only the layer and its own router get a float32 copy of the values that were loaded.",
+    undone="Only that tensor changes its dtype, wherever the model holds it, so that what a reload "
+    "writes to it reaches the router.",
     gone_when="the Transformers backend converts the bias, or the router does.",
 )
 
@@ -194,7 +195,11 @@ def route_with_float32_bias(layer: RoutedExperts) -> None:
     bias = getattr(router, "e_score_correction_bias", None)
     if bias is not None and bias.dtype != torch.float32:
         ROUTER_BIAS.log()
-        router.e_score_correction_bias = layer.e_score_correction_bias = bias.data.float()
+        # Not a copy: the model's own module loads into this tensor, and vLLM's reloading may do so
+        # after it has processed this layer.
+        bias.data = bias.data.float()
+        if layer.e_score_correction_bias is not bias:
+            layer.e_score_correction_bias.data = bias.data
 
 
 def attention_break_is_armed() -> bool:

@@ -93,7 +93,7 @@ class Loader(_WeightLoader):
         shard: str,
         expert: int,
     ) -> bool:
-        self.loads.check(self.kind, shard, expert, tensor)
+        self.loads.check(self.kind, shard, expert, tensor, announced=param.is_meta)
         return self.put(param, tensor, name, shard, expert)
 
     def put(
@@ -120,6 +120,9 @@ class Loader(_WeightLoader):
 class QuantizingLoader(_WeightLoader):
     """The loader of the parameter for codes, where the checkpoint has weights in plain floats.
 
+    vLLM's reloading calls it twice with each weight: first with a parameter on the meta device, to
+    count how much of the layer has come, and once all has, to load it.
+
     Gate and up share a global scale, so the first of them to come waits for the other, in the
     host's memory. Weights are quantized whole, before they are sliced for ranks, on the parameter's
     device.
@@ -141,14 +144,16 @@ class QuantizingLoader(_WeightLoader):
         shard: str,
         expert: int,
     ) -> bool:
-        if param.is_meta:  # how vLLM's reloading begins
-            self.loads.refuse(
-                "weights that were quantized while they loaded cannot be loaded again; restart, or "
-                "serve a checkpoint that nvfp4-moe quantize made"
-            )
-        self.loads.check_plain(shard, expert, tensor)
+        self.loads.check_plain(shard, expert, tensor, announced=param.is_meta)
         local = self.loads.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
-        if local:
+        if param.is_meta:
+            self.waiting.clear()
+            if local:
+                rows, columns = tensor.shape
+                shape = EXPERT_TENSORS[TensorKind.CODES].shape(rows, columns)
+                codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+                self.loaders[TensorKind.CODES].put(param, codes, name, shard, expert)
+        elif local:
             self._take(param.device, tensor, name, shard, expert)
         return local
 

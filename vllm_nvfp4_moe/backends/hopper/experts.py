@@ -60,7 +60,7 @@ class HopperExperts(mk.FusedMoEExpertsModular):
 
     Args:
         layer: after ``HopperMethod.prepare``. Global scales are read from it in each call, since
-            EPLB and reloading change or replace its parameters.
+            vLLM's reloading puts its parameters of the first load back after ``prepare``.
         gate: the contract's. vLLM's name for it, which calls bring, has no numbers.
         kernel: the one that the layer's weights are packed for.
     """

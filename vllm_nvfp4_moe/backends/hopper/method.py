@@ -80,9 +80,10 @@ class HopperMethod(GpuMethod):
             replace_parameter(layer, f"{prefix}_weight_scale_2", global_scales)
             if hasattr(layer, f"{prefix}_input_scale"):
                 delattr(layer, f"{prefix}_input_scale")
-            # What was freed is a little smaller than the next layer's packed matrix: PyTorch would
-            # keep it and take as much again from the driver.
-            torch.cuda.empty_cache()
+            if not self.reloading:
+                # What was freed is a little smaller than the next layer's packed matrix: PyTorch
+                # would keep it and take as much again from the driver.
+                torch.cuda.empty_cache()
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         steps = maybe_make_prepare_finalize(
             moe=self.moe,
