@@ -141,8 +141,8 @@ class NvFp4MoEMethod(ExpertsBackend):
         codes = getattr(layer, f"w13_{EXPERT_TENSORS[TensorKind.CODES].suffix(self.layout)}", None)
         if codes is None or (self.reloading and not self.loads.seen):
             raise RefusedError(
-                f"{layer.layer_name}: its weights are converted already. To load others, use vLLM's "
-                "reload_weights or update_weights"
+                f"{layer.layer_name}: its weights are converted already. To load others, use "
+                "vLLM's reload_weights or update_weights"
             )
         with (
             set_current_vllm_config(self._vllm_config),
@@ -212,6 +212,4 @@ class NvFp4MoEMethod(ExpertsBackend):
                 data = param.data
                 if self.layout.reciprocal and tensor.per_matrix:
                     data = data.reciprocal()
-                layer.register_parameter(
-                    canonical, torch.nn.Parameter(data, requires_grad=False)
-                )
+                layer.register_parameter(canonical, torch.nn.Parameter(data, requires_grad=False))

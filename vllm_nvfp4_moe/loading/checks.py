@@ -61,6 +61,8 @@ class ExpertLoads:
         self.kinds = kinds
         self.global_input_scales = global_input_scales
         self.seen: set[tuple[TensorKind, str, int]] = set()
+        self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
+        """By expert, gate or up in plain floats until the other comes, and which of them."""
         self.on_tensor = on_tensor
         config = layer.moe_config
         # Sizes of the whole model, before tensor parallelism slices and before any padding.
@@ -122,9 +124,9 @@ class ExpertLoads:
             expected = stored.shape(*self._sizes[shard])
             if tuple(tensor.shape) != expected:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
-        if not announced and kind != TensorKind.CODES and self._needs(kind, expert):
-            if problem := bad_scales(tensor):
-                self.refuse(f"{name}: {problem}")
+        loaded = not announced and self._needs(kind, expert)
+        if loaded and kind != TensorKind.CODES and (problem := bad_scales(tensor)):
+            self.refuse(f"{name}: {problem}")
         self._count(kind, shard, expert, announced)
 
     def check_plain(
@@ -146,6 +148,7 @@ class ExpertLoads:
         self.on_tensor()
         if announced:
             self.seen.clear()
+            self.waiting.clear()
         else:
             self.seen.add((kind, shard, expert))
 
@@ -153,9 +156,11 @@ class ExpertLoads:
         """Refuse the layer if a tensor that this rank needs has not come.
 
         Raises:
-            RefusedError: naming the first three that are missing.
+            RefusedError: naming the first three that are missing; or if one came twice, so that a
+                gate may have been quantized with another's up.
         """
-        seen, self.seen = self.seen, set()  # a reload is counted anew
+        seen, waiting = self.seen, self.waiting
+        self.seen, self.waiting = set(), {}  # a reload is counted anew
         missing = [
             self.name(kind, shard, expert)
             for expert in range(self.layer.global_num_experts)
@@ -166,6 +171,11 @@ class ExpertLoads:
         if missing:
             more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
             self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
+        for expert, (shard, _) in waiting.items():
+            self.refuse(
+                f"{self.name(TensorKind.CODES, shard, expert)} came twice, and quantized with "
+                "which of the other matrix's is not certain; load the whole checkpoint again"
+            )
 
     def _needs(self, kind: TensorKind, expert: int) -> bool:
         """Whether this rank needs that tensor of the expert with this global number."""

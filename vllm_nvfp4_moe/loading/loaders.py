@@ -134,7 +134,6 @@ class QuantizingLoader(_WeightLoader):
     def __init__(self, loads: ExpertLoads, loaders: dict[TensorKind, Loader]) -> None:
         super().__init__(loads)
         self.loaders = loaders
-        self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
 
     def load(
         self,
@@ -147,7 +146,6 @@ class QuantizingLoader(_WeightLoader):
         self.loads.check_plain(shard, expert, tensor, announced=param.is_meta)
         local = self.loads.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
         if param.is_meta:
-            self.waiting.clear()
             if local:
                 rows, columns = tensor.shape
                 shape = EXPERT_TENSORS[TensorKind.CODES].shape(rows, columns)
@@ -162,11 +160,12 @@ class QuantizingLoader(_WeightLoader):
     ) -> None:
         parts = {shard: tensor}
         if shard != "w2":
-            if expert not in self.waiting:
+            waiting = self.loads.waiting
+            if waiting.get(expert, (shard,))[0] == shard:
                 # Some of vLLM's loaders hand out pieces of a GPU buffer that they use again.
-                self.waiting[expert] = shard, tensor.cpu()
+                waiting[expert] = shard, tensor.cpu()
                 return
-            first, other = self.waiting.pop(expert)
+            first, other = waiting.pop(expert)
             parts[first] = other
         # vLLM loads under the model's dtype as the default.
         with torch.device(device), set_default_torch_dtype(torch.float32):
