@@ -164,6 +164,7 @@ class NvFp4MoEMethod(ExpertsBackend):
             self.loads.complete()
         self._canonicalize(layer)
         self._complete_made_up(layer, dummy)
+        self.prepare_router(layer)
         sample = None
         if not dummy:
             fold_global_scales(layer)
