@@ -11,7 +11,8 @@ import torch
 from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.layerwise import LayerwiseModel
-from quantize.calibration.progress import CalibrationProgress, Progress
+from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
+from quantize.calibration.proof import Say, prove
 from quantize.calibration.quantizer import Quantizer, staged_outputs
 from quantize.calibration.store import Store, gradients_name, states_name
 from quantize.calibration.visitor import NullVisitor
@@ -32,6 +33,7 @@ def calibrate(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda _, __: None,
+    say: Say = lambda _: None,
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into ``folder``.
 
@@ -39,10 +41,12 @@ def calibrate(
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+        say: see ``quantize.calibration.proof.Say``.
 
     Raises:
-        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
-            is NaN or infinite, or the disk is full.
+        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), does not
+            compute here what Transformers' does (``quantize.calibration.proof``), a weight is NaN
+            or infinite, or the disk is full.
     """
     settings = plan.options.calibration
     assert settings is not None
@@ -50,6 +54,8 @@ def calibrate(
     if not undone:
         shutil.rmtree(folder / "states", ignore_errors=True)
         return
+    if not (folder / PROGRESS).exists():  # else an earlier run has proved it
+        prove(checkpoint, plan, samples, folder / "proof", device, say)
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
