@@ -1,11 +1,11 @@
 """A model that has the weights of one decoder layer at a time, and runs that layer on text.
 
 Each run calls the model's own ``forward``, so every layer gets just the masks, positions and other
-arguments that its class makes. The embedding stays, because some layers use it again. Stand-ins take
-the place of the layers before the current one: they return the current layer's input. The run ends with what the current layer returns. A stand-in also
-takes the place of the layer's routed experts, which are never loaded here: it records their
-arguments, and later returns what was computed for them one expert at a time
-(``quantize.calibration.forward``).
+arguments that its class makes. The embedding stays, because some layers use it again. Stand-ins
+take the place of the layers before the current one: they return the current layer's input. The run
+ends with what the current layer returns. A stand-in also takes the place of the layer's routed
+experts, which are never loaded here: it records their arguments, and later returns what was
+computed for them one expert at a time (``quantize.calibration.forward``).
 """
 
 from __future__ import annotations

@@ -166,7 +166,9 @@ def _compare(
     worst = 0.0
     what = "returns others"
     if layer in agreed:
-        what += " though its experts are given the same: they compute something else than their gate"
+        what += (
+            " though its experts are given the same: they compute something else than their gate"
+        )
     for ours, theirs in zip(got, want, strict=True):
         if not theirs.is_floating_point():
             continue

@@ -1,4 +1,4 @@
-"""Transformers' own model of a checkpoint, run in one go: what calibration's passes must agree with.
+"""Transformers' own model of a checkpoint, run in one go: calibration's passes must agree with it.
 
 No stand-in is in this model. One call of its ``forward`` goes through all layers, with its own
 embeddings, masks and positions; hooks load each layer's weights before it runs, and drop them after
@@ -23,7 +23,6 @@ from quantize.calibration.loading import WeightLoader, drop_weights
 from quantize.calibration.stand_ins import StopForward
 from quantize.calibration.store import Store
 from quantize.checkpoint.reader import Checkpoint
-from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 
 WHOLE_LAYER = 5e8

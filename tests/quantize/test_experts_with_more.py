@@ -1,4 +1,4 @@
-"""Experts that do more than GEMM, gate, GEMM are refused, whatever it is and wherever it happens."""
+"""Experts that do more than GEMM, gate, GEMM are refused, whatever it is and wherever it is."""
 
 from __future__ import annotations
 
