@@ -99,7 +99,9 @@ def prove(
                 states = tuple(store.open_all(states_name(last + 1)))
                 error = _error(end.logits(texts, states).cpu(), logits.cpu())
             if not float(error.median()) <= FAR:
-                raise _disagreement(model, "the model's end", "makes other logits", error)
+                raise QuantizeError(
+                    _disagreement(model, "the model's end", "makes other logits", error)
+                )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     say(
@@ -143,14 +145,18 @@ class _Inputs(NullVisitor):
         (want,) = self._store.open_all(inputs_name(layer, group))
         error = _error(routing.x, want)
         if not _is_near(error, layer <= self._first):
-            raise _disagreement(self._model, f"layer {layer}", "gives its experts others", error)
+            raise QuantizeError(
+                _disagreement(
+                    self._model, f"layer {layer}", "gives its experts other states", error
+                )
+            )
         self.agreed.add(layer)
 
     def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
         assert self._group is not None
         for weight in (*weights.gate_up, weights.down):
             if not torch.isfinite(weight).all():
-                raise damaged(self._group, number)
+                raise QuantizeError(damaged(self._group, number))
         return weights
 
 
@@ -164,17 +170,17 @@ def _compare(
 ) -> float:
     """Compare what a layer returns, and return the median error."""
     worst = 0.0
-    what = "returns others"
+    known = ""
     if layer in agreed:
-        what += (
-            " though its experts are given the same: they compute something else than their gate"
-        )
+        known = " Its experts are given the same, so they compute something else than their gate."
     for ours, theirs in zip(got, want, strict=True):
         if not theirs.is_floating_point():
             continue
         error = _error(ours, theirs)
         if not _is_near(error, close):
-            raise _disagreement(model, f"layer {layer}", what, error)
+            raise QuantizeError(
+                _disagreement(model, f"layer {layer}", "returns other states", error, known)
+            )
         worst = max(worst, float(error.median()))
     return worst
 
@@ -194,12 +200,12 @@ def _is_near(error: torch.Tensor, close: bool) -> bool:
 
 
 def _disagreement(
-    model: LayerwiseModel, where: str, what: str, error: torch.Tensor
-) -> QuantizeError:
-    return QuantizeError(
+    model: LayerwiseModel, where: str, what: str, error: torch.Tensor, known: str = ""
+) -> str:
+    return (
         f"{model.folder}: {where} of {type(model.model).__name__} {what} in calibration than in "
         f"Transformers' own run of the model: {float(error.median()):.2g} of their norm at the "
         f"median token, {float(error.max()):.2g} at most, more than {NEAR:g} at "
-        f"{float((error > NEAR).double().mean()):.0%} of tokens. So calibration does not know this "
-        "model yet; leave --calibrate out, and report this"
+        f"{float((error > NEAR).double().mean()):.0%} of tokens.{known} So calibration does not know "
+        "this model yet; leave --calibrate out, and report this"
     )

@@ -169,7 +169,7 @@ class Quantizer:
                 return quantize_weights(product.weights, rule, kernel)
             return product.rounded(rule, kernel)
         except NotFiniteError:
-            raise damaged(group, number) from None
+            raise QuantizeError(damaged(group, number)) from None
 
     def _write(self, module: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write some of a module's tensors, by suffix."""
@@ -185,9 +185,9 @@ def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[TensorInfo]:
             yield from stored_tensors(module, shape, layout)
 
 
-def damaged(group: ExpertGroup, number: int) -> QuantizeError:
-    """Return the error that an expert's weights are NaN or infinite."""
-    return QuantizeError(
+def damaged(group: ExpertGroup, number: int) -> str:
+    """Return the message that an expert's weights are NaN or infinite."""
+    return (
         f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds NaN or "
         "infinite weights; the source is damaged"
     )

@@ -161,7 +161,7 @@ def test_an_embedding_that_is_not_there_later(
             self._decoder.get_input_embeddings().weight.data.zero_()
 
     monkeypatch.setattr(LayerwiseModel, "replay_before", without)
-    refused(folder, tmp_path / "proof", r"layer 1 of Gemma4.* others.* in calibration than in")
+    refused(folder, tmp_path / "proof", r"layer 1 of Gemma4.* other states in calibration than in")
 
 
 def test_a_wrong_rotary(four_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_a_wrong_rotary(four_layers: Path, tmp_path: Path, monkeypatch: pytest.M
         ours._decoder.rotary_emb.inv_freq.mul_(1.01)
 
     breaking(monkeypatch, change)
-    refused(four_layers, tmp_path / "proof", r"layer 0 of Mixtral.* gives its experts others")
+    refused(four_layers, tmp_path / "proof", r"layer 0 of Mixtral.* gives its experts other states")
 
 
 def test_a_window_that_is_dropped(
@@ -184,7 +184,7 @@ def test_a_window_that_is_dropped(
     model = families.build("mixtral", sliding_window=14)
     folder = families.save(model, "mixtral", families.LAYOUTS[0], tmp_path / "late")
     for each in (four_layers, folder):
-        refused(each, tmp_path / "proof", r"layer 0 of Mixtral.* gives its experts others")
+        refused(each, tmp_path / "proof", r"layer 0 of Mixtral.* gives its experts other states")
 
 
 def test_a_mask_that_is_dropped(
@@ -196,11 +196,11 @@ def test_a_mask_that_is_dropped(
         return forward(self, *args, **kwargs | {"attention_mask": None})
 
     monkeypatch.setattr(CaptureLayer, "forward", without)
-    refused(four_layers, tmp_path / "proof", r"layer 0 of Mixtral.* gives its experts others")
+    refused(four_layers, tmp_path / "proof", r"layer 0 of Mixtral.* gives its experts other states")
 
 
 def test_another_gate(four_layers: Path, tmp_path: Path) -> None:
-    match = r"layer 0 .*though its experts are given the same: they compute something else"
+    match = r"layer 0 .*experts are given the same, so they compute something else"
     refused(four_layers, tmp_path / "proof", match, gate=Gate("gelu"))
 
 
@@ -275,6 +275,15 @@ def test_each_kind_of_layer_and_two_with_experts(
         families.build(family, **more), family, families.LAYOUTS[0], tmp_path / "m"
     )
     assert f"{count} of 6 layers" in proved(folder, tmp_path / "proof", rows_of(2, 16))
+
+
+def test_layers_that_share_keys_and_values_are_refused(tmp_path: Path) -> None:
+    """No later layer gets what an earlier one keeps beside its result."""
+    text = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    folder = families.save(
+        families.build("gemma4", text_config=text), "gemma4", families.LAYOUTS[0], tmp_path / "m"
+    )
+    refused(folder, tmp_path / "proof", "fails on text.*calibration runs it")
 
 
 def test_a_run_that_is_refused_leaves_nothing(
