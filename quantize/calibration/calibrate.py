@@ -12,7 +12,8 @@ from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.layerwise import LayerwiseModel
-from quantize.calibration.progress import CalibrationProgress, Progress
+from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
+from quantize.calibration.proof import Say, prove
 from quantize.calibration.quantizer import Quantizer, staged_outputs
 from quantize.calibration.store import Store, gradients_name, states_name
 from quantize.calibration.visitor import NullVisitor, Visitor
@@ -34,6 +35,7 @@ def calibrate(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda _, __: None,
+    say: Say = lambda _: None,
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
     scales alone, if that is what ``plan`` says.
@@ -42,10 +44,12 @@ def calibrate(
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+        say: see ``quantize.calibration.proof.Say``.
 
     Raises:
-        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
-            is NaN or infinite, or the disk is full.
+        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), does not
+            compute here what Transformers' does (``quantize.calibration.proof``), a weight is NaN
+            or infinite, or the disk is full.
     """
     settings = plan.options.calibration
     assert settings is not None
@@ -53,6 +57,8 @@ def calibrate(
     if not undone:
         shutil.rmtree(folder / "states", ignore_errors=True)
         return
+    if not (folder / PROGRESS).exists():  # else an earlier run has proved it
+        prove(checkpoint, plan, samples, folder / "proof", device, say)
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )

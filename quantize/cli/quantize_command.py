@@ -233,6 +233,7 @@ def quantize(
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
+                    say=bar.say,
                 )
         out.print(
             f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
