@@ -35,6 +35,7 @@ def register() -> None:
         return
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
+    when_imported("vllm.config.model", _count_as_nvfp4)
 
 
 def _register_config() -> None:
@@ -59,6 +60,12 @@ def _register_gpu_only_models() -> None:
 
         for architecture in ARCHITECTURES:
             ModelRegistry.register_model(architecture, GpuOnlyModel)
+
+
+def _count_as_nvfp4() -> None:
+    from vllm_nvfp4_moe import quirks
+
+    quirks.count_as_nvfp4()
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:
