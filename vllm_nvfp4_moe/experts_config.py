@@ -151,8 +151,8 @@ class ExpertsConfig(Format, QuantizationConfig):
         return method
 
     def _watch(self, method: QuantizeMethodBase) -> None:
-        """Have ``method``, of the first layer that is not ours, also look whether all experts came
-        by their methods through :meth:`get_quant_method`.
+        """Have ``method``, of a model's first layer that is not ours, also look whether all its
+        experts came by their methods through :meth:`get_quant_method`.
 
         Some of vLLM's models choose their experts' methods themselves. They would read NVFP4 codes
         as other numbers, and nothing of this package would be called.
@@ -166,22 +166,29 @@ class ExpertsConfig(Format, QuantizationConfig):
 
         def process_weights_after_loading(layer: torch.nn.Module) -> None:
             del method.process_weights_after_loading  # once: later, vLLM may exchange methods
+            self._watched = False  # a draft model may follow
             names = [n for n, m in modules.items() if hasattr(m, "routed_experts")]
-            self._check_methods([modules[n].routed_experts for n in names if n not in others])
+            experts = [modules[name].routed_experts for name in names if name not in others]
+            self._check_methods(experts)
+            if not others and experts and not any(map(is_ours, experts)):
+                logger.warning(
+                    "--quantization nvfp4_moe does nothing here: no routed experts of this model "
+                    "are NVFP4 by its quantization_config"
+                )
             finish(layer)
 
         method.process_weights_after_loading = process_weights_after_loading
 
     def _check_methods(self, layers: list[RoutedExperts]) -> None:
         """Refuse the model if one of ``layers``, all that it has, is NVFP4 and not ours."""
-        from vllm_nvfp4_moe.interface import ExpertsBackend
-
-        others = [each for each in layers if not isinstance(each.quant_method, ExpertsBackend)]
         left_out = {
             each.layer_name: type(each.quant_method).__name__
-            for each in others
-            if self.weight_only(each, each.layer_name) is not None
-            or self.stored.below(each.layer_name)
+            for each in layers
+            if not is_ours(each)
+            and (
+                self.weight_only(each, each.layer_name) is not None
+                or self.stored.below(each.layer_name)
+            )
         }
         if left_out:
             name, method = next(iter(left_out.items()))
@@ -191,8 +198,10 @@ class ExpertsConfig(Format, QuantizationConfig):
                 f"{method} without asking, which takes their weights for something else, or "
                 "applies another gate. Try --model-impl transformers, or serve without this plugin"
             )
-        if layers and len(others) == len(layers):
-            logger.warning(
-                "--quantization nvfp4_moe does nothing here: no routed experts of this model are "
-                "NVFP4 by its quantization_config"
-            )
+
+
+def is_ours(layer: RoutedExperts) -> bool:
+    """Whether a backend of this package runs the experts of ``layer``."""
+    from vllm_nvfp4_moe.interface import ExpertsBackend
+
+    return isinstance(layer.quant_method, ExpertsBackend)

@@ -81,10 +81,10 @@ class Gates:
 def first_number(path: str) -> int | None:
     """The layer's number in the contract: the first number in a module path.
 
-    None if there is none, or if it counts multi-token-prediction layers from 0, as below ``mtp.``.
+    None if there is none, or if it counts multi-token-prediction layers alone, as in ``mtp.0``.
     """
     found = _NUMBER.search(path)
-    return int(found[1]) if found and not is_drafting(path, {}) else None
+    return int(found[1]) if found and not is_drafting(path[: found.start()], {}) else None
 
 
 def to_contract(gates: Gates) -> dict[str, Any]:
