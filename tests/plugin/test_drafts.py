@@ -1,4 +1,4 @@
-"""Multi-token-prediction layers draft what the model then checks: their experts stay as they are."""
+"""Multi-token-prediction layers draft what the model then checks: their experts stay the same."""
 
 from __future__ import annotations
 
