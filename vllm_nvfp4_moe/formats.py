@@ -52,7 +52,8 @@ class ModelOpt(ExpertsConfig, ModelOptNvFp4Config):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         # This layout takes what no list excludes for quantized. But a tied head has no tensors to
         # be listed by, and some of vLLM's models give their head no name.
-        if isinstance(layer, ParallelLMHead) and not self.stored.has_head():
+        listed = not isinstance(layer, ParallelLMHead) or self.is_layer_excluded(prefix)
+        if not listed and not self.stored.has_head():
             return UnquantizedEmbeddingMethod()
         return super().get_quant_method(layer, prefix)
 

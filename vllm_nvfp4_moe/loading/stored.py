@@ -36,12 +36,13 @@ class Stored:
         """Module paths as vLLM has them; None if the headers cannot be read."""
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-        names = list(get_safetensors_params_metadata(self._model, revision=self._revision))
-        if not names:
+        found = get_safetensors_params_metadata(self._model, revision=self._revision)
+        if not found:
             return None
+        names = [name for name in found if name.endswith(self._suffix)]
         if self._mapper is not None:
             names = self._mapper.apply_list(names)
-        return frozenset(n.removesuffix(self._suffix) for n in names if n.endswith(self._suffix))
+        return frozenset(name.removesuffix(self._suffix) for name in names)
 
     def has_head(self) -> bool:
         """Whether an output head is NVFP4, or may be."""
