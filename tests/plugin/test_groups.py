@@ -128,6 +128,7 @@ class Layer(torch.nn.Module):
 Layer.__name__ = "RoutedExperts"
 
 
+INT4 = WEIGHTS | {"type": "int", "strategy": "group", "group_size": 32}
 FP8 = WEIGHTS | {"num_bits": 8, "strategy": "channel", "group_size": None}
 
 
@@ -144,6 +145,7 @@ FP8 = WEIGHTS | {"num_bits": 8, "strategy": "channel", "group_size": None}
         ([nvfp4("re:.*(gate|up)_proj"), int8("re:.*down_proj")], (), None),
         ([others.group([BOTH], FP8, FP8, "float-quantized"), nvfp4("re:.*self_attn.*")], (), None),
         ([nvfp4("Linear", inputs=others.INT8_INPUTS)], (), None),
+        ([others.group([BOTH], INT4, None, "pack-quantized"), nvfp4("re:.*attn.*")], (), None),
     ],
 )
 def test_each_group_as_stock_takes_it(
