@@ -36,6 +36,7 @@ def register() -> None:
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)
+    when_imported("vllm.ray.ray_env", _give_settings_to_ray)
 
 
 def _register_config() -> None:
@@ -66,6 +67,14 @@ def _count_as_nvfp4() -> None:
     from vllm_nvfp4_moe import quirks
 
     quirks.count_as_nvfp4()
+
+
+def _give_settings_to_ray() -> None:
+    """Let vLLM copy this package's variables from the driver to its workers on Ray, as it copies
+    its own. Without them, workers would serve as if nothing had been set."""
+    from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES
+
+    DEFAULT_ENV_VAR_PREFIXES.add(f"{NAME.upper()}_")
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:

@@ -118,17 +118,6 @@ def test_a_model_without_experts(load: Load, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_loading_again(load: Load, shallow_bf16: Path) -> None:
-    """vLLM's reloading begins with parameters on the meta device, which nothing can be put into."""
-    from vllm_nvfp4_moe.loading.loaders import QuantizingLoader
-
-    layer = load(shallow_bf16)[LAYER].routed_experts
-    loader = QuantizingLoader(layer.quant_method.loads, {})
-    parameter = torch.nn.Parameter(torch.empty(1, device="meta"))
-    with pytest.raises(ValueError, match=rf"{LAYER}: weights that were quantized .* restart"):
-        loader(parameter, torch.empty(128, 384), "w13_weight", "w1", 0)
-
-
 def experts_of_llama4(folder: Path) -> list[list[torch.Tensor]]:
     """[gate, up, down] of each expert of layer 1, by Transformers' own modeling code: the stacks
     are ``[experts, in, out]``, gate before up."""
