@@ -1,0 +1,207 @@
+"""The target's JSON files: the source's config, the quantization, the ignore lists, the gate.
+
+What must be on an ignore list is derived from the target's tensors, not from the quantizer's plan.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts.gates import KEY, Gates, from_contract
+from quantize.layouts import LAYOUTS
+from quantize.layouts.layout import Layout
+from quantize.verify.claims import Claims
+
+CONFIG = "config.json"
+
+OURS = {KEY, "quantization_config"}
+"""What the quantizer adds to a config."""
+
+OF_THE_SOURCE = {"quantization_config", "compression_config", "expert_dtype", "quantization"}
+"""What describes how the source was stored, at any depth. It is no longer true of the target."""
+
+_EXPERTS = re.compile(r"(.*?\bexperts)(?:\.|$)")
+
+_HEADS = re.compile(r"(?:^|[._])(?:lm_)?head$|(?:^|\.)output$")
+"""Output heads. One that is tied to the embeddings has no tensor, and must be ignored all the
+same."""
+
+
+def config_problems(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """Where the target's config is not the source's."""
+    ours = {key: value for key, value in target.config.items() if key not in OURS}
+    theirs = {key: value for key, value in source.config.items() if key not in OURS}
+    where = target.folder / CONFIG
+    for path, found, wanted in _differences(ours, theirs, ""):
+        yield f"{where}: {path} is {found}, the source's {wanted}; quantize again"
+
+
+def gate_problems(target: Checkpoint, truth: Gates | None) -> Iterator[str]:
+    """What is wrong with the gate contract; ``truth`` is the source's gates, if there is one."""
+    where = str(target.folder / CONFIG)
+    if KEY not in target.config:
+        yield f"{where}: no gate contract ({KEY}); quantize with this package"
+        return
+    try:
+        written = from_contract(target.config[KEY], where)
+    except QuantizeError as error:
+        yield str(error)
+        return
+    known = {"version", "gate", "layers", "made"}
+    for name in sorted(set(target.config[KEY]) - known):
+        yield f"{where}: {KEY} has an unknown field {name!r}; quantize again"
+    if written.concatenated() != written:
+        yield f"{where}: {KEY} says that gate and up alternate, but they are stored apart"
+    elif truth is not None and written != truth.concatenated():
+        yield f"{where}: the gate is {written}, but the source's is {truth}; quantize again"
+
+
+def quantization_problems(
+    target: Checkpoint, layout: Layout, claims: Claims, quantized: set[str], known: set[str]
+) -> Iterator[str]:
+    """What is wrong with ``quantization_config``, and with the layout's files beside it.
+
+    Args:
+        quantized: module paths of the quantized weights.
+        known: other names that an ignore list may have: modules of the source.
+    """
+    where = target.folder / CONFIG
+    config = target.config["quantization_config"]
+    lists = {"ignore": config.get("ignore", config.get("exclude_modules"))}
+    for name in layout.config_files:
+        try:
+            found = read_json(target.folder / name)
+        except QuantizeError as error:
+            yield f"{error}; quantize again"
+            continue
+        lists[name] = _excluded(found)
+        if claims.made is None or not _strings(lists[name]):
+            continue
+        wanted = layout.extra_files(lists[name])[name]
+        for path, ours, theirs in _differences(found, wanted, ""):
+            yield f"{target.folder / name}: {path} is {ours}, expected {theirs}; quantize again"
+    for file, ignore in lists.items():
+        place = f"{where}: quantization_config" if file == "ignore" else target.folder / file
+        if not _strings(ignore):
+            yield f"{place}: its ignore list is {_shown(ignore)}, expected names; quantize again"
+            continue
+        for problem in _ignore_problems(target, quantized, known, ignore):
+            yield f"{place}: {problem}; quantize again"
+    if claims.made is None or not _strings(lists["ignore"]):
+        return
+    if (
+        claims.made.layout != layout.name
+        or claims.made.activations != (layout is not layout.weights_only)
+    ) and claims.made.layout in LAYOUTS:
+        yield (
+            f"{where}: quantization_config describes the layout {layout.name!r}"
+            f"{' for weights only' if layout is layout.weights_only else ''}, but {KEY}.made says "
+            f"{claims.made.layout!r} with activations {claims.made.activations}; quantize again"
+        )
+    for path, ours, theirs in _differences(
+        config, layout.quantization_config(lists["ignore"]), "quantization_config."
+    ):
+        yield f"{where}: {path} is {ours}, expected {theirs}; quantize again"
+
+
+def _ignore_problems(
+    target: Checkpoint, quantized: set[str], known: set[str], ignore: list[str]
+) -> Iterator[str]:
+    names = set(ignore)
+    patterns = [entry for entry in names if entry.startswith("re:") or set(entry) & set("*?[")]
+    # A module path covers all below it, as vLLM has it.
+    parents = {entry for entry in names if entry not in patterns}
+
+    def covering(module: str) -> str | None:
+        parts = module.split(".")
+        for count in range(len(parts), 0, -1):
+            if (path := ".".join(parts[:count])) in parents:
+                return path
+        return next((entry for entry in patterns if _matches(entry, module)), None)
+
+    for module in sorted(quantized):
+        if (entry := covering(module)) is not None:
+            yield f"the ignore list has {entry!r}, but {module} is quantized"
+            return
+    stays, experts = _unquantized(target, quantized)
+    for module in sorted(stays):
+        if covering(module) is None:
+            yield f"the ignore list lacks {module}, which is not quantized"
+            return
+    if len(ignore) != len(names):
+        yield "the ignore list names a module twice"
+    for entry in sorted(parents):
+        below = entry in stays or any(name.startswith(f"{entry}.") for name in stays)
+        of_experts = any(entry == path or entry.startswith(f"{path}.") for path in experts)
+        if not (below or of_experts or entry in known or _HEADS.search(entry)):
+            yield f"the ignore list has {entry!r}, which no module here is called"
+            return
+
+
+def _unquantized(target: Checkpoint, quantized: set[str]) -> tuple[set[str], set[str]]:
+    """Modules of the target with a weight of two or more dimensions that is not NVFP4; and the
+    paths of experts that are not quantized, under which engines look for them."""
+    stays: set[str] = set()
+    taken = {path[1] for module in quantized if (path := _EXPERTS.match(module))}
+    experts: set[str] = set()
+    for name, info in target.tensors.items():
+        module, _, last = name.rpartition(".")
+        path = _EXPERTS.match(name)
+        if path and path[1] not in taken:
+            experts.add(path[1])
+        if len(info.shape) < 2 or module in quantized:
+            continue
+        if last == "weight":
+            stays.add(module)
+        elif path:
+            stays.add(path[1])  # stacked experts
+    for module in list(stays):  # stacked projections whose path has no "experts" (Granite, Step)
+        parent = module.rpartition(".")[0]
+        if module.endswith(("input_linear", "output_linear")) or parent.endswith(".moe"):
+            experts.add(f"{parent}.experts")
+    return stays, experts
+
+
+def _matches(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error:
+            return False
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"{pattern}.*")
+
+
+def _excluded(value: dict[str, Any]) -> Any:
+    nested = value.get("quantization")
+    fields = nested if isinstance(nested, dict) else value
+    return fields.get("exclude_modules", fields.get("ignore"))
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _differences(ours: Any, theirs: Any, path: str) -> Iterator[tuple[str, str, str]]:
+    """Where two JSON values differ: the path there, and what is there in each."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key not in ours and key in OF_THE_SOURCE:
+                continue
+            mine, other = ours.get(key, _MISSING), theirs.get(key, _MISSING)
+            yield from _differences(mine, other, f"{path}{key}.")
+    elif _shown(ours) != _shown(theirs):
+        yield path.rstrip("."), _shown(ours)[:200], _shown(theirs)[:200]
+
+
+_MISSING = object()
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is _MISSING else json.dumps(value, sort_keys=True)
