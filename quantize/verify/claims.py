@@ -35,12 +35,13 @@ class Claims:
 
     made: Made | None
     run: RunReport | None
-    _layers: dict[str, LayerReport] = field(default_factory=dict)
+    _layers: dict[str, list[LayerReport]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.run:
             dense = [self.run.dense] if self.run.dense else []
-            self._layers = {layer.prefix: layer for layer in (*self.run.layers, *dense)}
+            for layer in (*self.run.layers, *dense):  # experts of several sizes have one prefix
+                self._layers.setdefault(layer.prefix, []).append(layer)
 
     @property
     def known(self) -> bool:
@@ -54,8 +55,8 @@ class Claims:
             return None
         rule: str | None = self.made.scales
         if self.made.rounding is not None and expert is not None:
-            layer = self._layers.get(prefix)
-            rules = layer.calibration.rules if layer and layer.calibration else []
+            layers = self._layers.get(prefix, [])
+            rules = [r for layer in layers if layer.calibration for r in layer.calibration.rules]
             rule = rules[expert] if expert < len(rules) else None
         return rule if rule in RULES else None
 
@@ -66,16 +67,16 @@ class Claims:
 
     def problems(self, prefix: str, weights: list[Lost]) -> Iterable[str]:
         """What the report says otherwise of a layer's weights, in their order there."""
-        layer = self._layers.get(prefix)
-        if layer is None:
+        layers = self._layers.get(prefix, [])
+        if not layers:
             if self.run is not None:
                 yield f"{REPORT_DATA} does not have {prefix}; quantize again"
             return
         modules = [weight.module for weight in weights]
-        if layer.names and list(layer.names) != modules:
+        if (names := [name for layer in layers for name in layer.names]) and names != modules:
             yield f"{REPORT_DATA} names other linears than are quantized; quantize again"
             return
-        said = [error for errors in layer.errors for error in errors]
+        said = [error for layer in layers for errors in layer.errors for error in errors]
         if len(said) != len(weights):
             yield f"{REPORT_DATA}: {prefix} has {len(said)} errors for {len(weights)} weights"
             return
@@ -90,7 +91,7 @@ class Claims:
                     f"{error:.6g}: it was changed since it was written; quantize again"
                 )
         counts = torch.stack([weight.counts for weight in weights]).sum(0).tolist()
-        if counts != layer.scale_counts:
+        if counts != [sum(c) for c in zip(*(ly.scale_counts for ly in layers), strict=True)]:
             yield (
                 f"{prefix}: {REPORT_DATA} counts other block scales (scale_counts) than are stored:"
                 " some were changed since they were written; quantize again"

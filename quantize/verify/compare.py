@@ -15,7 +15,7 @@ import torch
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.experts import linears
-from quantize.experts.find import find
+from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.layouts.layout import INPUT_SCALE, Layout
@@ -37,7 +37,8 @@ class Comparison:
         weights: the quantized weights, in the order of the report.
         expected: names of all tensors that the target must have, once :meth:`tasks` is through.
         memory: the most bytes that a task takes.
-        problems: what should have been quantized and is not, or the other way round.
+        problems: what is wrong with all of it.
+        experts_left: module paths of the experts that are not quantized.
     """
 
     source: Checkpoint
@@ -49,11 +50,14 @@ class Comparison:
     expected: set[str] = field(default_factory=set)
     memory: int = 0
     problems: list[str] = field(default_factory=list)
+    experts_left: set[str] = field(default_factory=set)
 
     def tasks(self) -> Iterator[Task]:
         """Everything that is to be done."""
         groups = find(self.source)
         quantized = [group for group in groups if self._is_quantized(group)]
+        self.experts_left = {g.prefix for g in groups if g not in quantized}
+        self.experts_left.update(left_as_is(self.source))
         dense = [
             names
             for names in linears.find(self.source, groups)

@@ -9,25 +9,39 @@ import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, Gates, from_contract
+from quantize.experts.names import ignored_modules
 from quantize.layouts import LAYOUTS
 from quantize.layouts.layout import Layout
 from quantize.verify.claims import Claims
 
 CONFIG = "config.json"
 
+
+class Modules(NamedTuple):
+    """Module paths of a checkpoint.
+
+    Attributes:
+        quantized: those with a weight in NVFP4.
+        experts_left: routed experts that are not.
+        known: others that an ignore list may name.
+    """
+
+    quantized: set[str]
+    experts_left: set[str]
+    known: set[str]
+
+
 OURS = {KEY, "quantization_config"}
 """What the quantizer adds to a config."""
 
 OF_THE_SOURCE = {"quantization_config", "compression_config", "expert_dtype", "quantization"}
 """What describes how the source was stored, at any depth. It is no longer true of the target."""
-
-_EXPERTS = re.compile(r"(.*?\bexperts)(?:\.|$)")
 
 _HEADS = re.compile(r"(?:^|[._])(?:lm_)?head$|(?:^|\.)output$")
 """Output heads. One that is tied to the embeddings has no tensor, and must be ignored all the
@@ -64,14 +78,9 @@ def gate_problems(target: Checkpoint, truth: Gates | None) -> Iterator[str]:
 
 
 def quantization_problems(
-    target: Checkpoint, layout: Layout, claims: Claims, quantized: set[str], known: set[str]
+    target: Checkpoint, layout: Layout, claims: Claims, modules: Modules
 ) -> Iterator[str]:
-    """What is wrong with ``quantization_config``, and with the layout's files beside it.
-
-    Args:
-        quantized: module paths of the quantized weights.
-        known: other names that an ignore list may have: modules of the source.
-    """
+    """What is wrong with ``quantization_config``, and with the layout's files beside it."""
     where = target.folder / CONFIG
     config = target.config["quantization_config"]
     lists = {"ignore": config.get("ignore", config.get("exclude_modules"))}
@@ -92,7 +101,7 @@ def quantization_problems(
         if not _strings(ignore):
             yield f"{place}: its ignore list is {_shown(ignore)}, expected names; quantize again"
             continue
-        for problem in _ignore_problems(target, quantized, known, ignore):
+        for problem in _ignore_problems(target, modules, ignore, claims.made is not None):
             yield f"{place}: {problem}; quantize again"
     if claims.made is None or not _strings(lists["ignore"]):
         return
@@ -112,12 +121,17 @@ def quantization_problems(
 
 
 def _ignore_problems(
-    target: Checkpoint, quantized: set[str], known: set[str], ignore: list[str]
+    target: Checkpoint, modules: Modules, ignore: list[str], ours: bool
 ) -> Iterator[str]:
+    """What is wrong with an ignore list.
+
+    Args:
+        ours: this package wrote it, so that it names each module; else a path or a pattern may
+            stand for several, as vLLM has it.
+    """
     names = set(ignore)
     patterns = [entry for entry in names if entry.startswith("re:") or set(entry) & set("*?[")]
-    # A module path covers all below it, as vLLM has it.
-    parents = {entry for entry in names if entry not in patterns}
+    parents = names - set(patterns)
 
     def covering(module: str) -> str | None:
         parts = module.split(".")
@@ -126,47 +140,34 @@ def _ignore_problems(
                 return path
         return next((entry for entry in patterns if _matches(entry, module)), None)
 
-    for module in sorted(quantized):
+    for module in sorted(modules.quantized):
         if (entry := covering(module)) is not None:
             yield f"the ignore list has {entry!r}, but {module} is quantized"
             return
-    stays, experts = _unquantized(target, quantized)
-    for module in sorted(stays):
-        if covering(module) is None:
+    stays = {
+        name.removesuffix(".weight")
+        for name, info in target.tensors.items()
+        if name.endswith(".weight") and len(info.shape) >= 2
+    } - modules.quantized
+    needed = stays.union(*map(ignored_modules, modules.experts_left))
+    for module in sorted(needed):
+        if module not in names and (ours or covering(module) is None):
             yield f"the ignore list lacks {module}, which is not quantized"
             return
     if len(ignore) != len(names):
         yield "the ignore list names a module twice"
-    for entry in sorted(parents):
-        below = entry in stays or any(name.startswith(f"{entry}.") for name in stays)
-        of_experts = any(entry == path or entry.startswith(f"{path}.") for path in experts)
-        if not (below or of_experts or entry in known or _HEADS.search(entry)):
+    known = {part for name in needed | modules.known for part in _paths(name)}
+    experts = tuple(f"{path}." for path in known if path.endswith("experts"))
+    for entry in sorted(parents - known):
+        if not (_HEADS.search(entry) or entry.startswith(experts)):
             yield f"the ignore list has {entry!r}, which no module here is called"
             return
 
 
-def _unquantized(target: Checkpoint, quantized: set[str]) -> tuple[set[str], set[str]]:
-    """Modules of the target with a weight of two or more dimensions that is not NVFP4; and the
-    paths of experts that are not quantized, under which engines look for them."""
-    stays: set[str] = set()
-    taken = {path[1] for module in quantized if (path := _EXPERTS.match(module))}
-    experts: set[str] = set()
-    for name, info in target.tensors.items():
-        module, _, last = name.rpartition(".")
-        path = _EXPERTS.match(name)
-        if path and path[1] not in taken:
-            experts.add(path[1])
-        if len(info.shape) < 2 or module in quantized:
-            continue
-        if last == "weight":
-            stays.add(module)
-        elif path:
-            stays.add(path[1])  # stacked experts
-    for module in list(stays):  # stacked projections whose path has no "experts" (Granite, Step)
-        parent = module.rpartition(".")[0]
-        if module.endswith(("input_linear", "output_linear")) or parent.endswith(".moe"):
-            experts.add(f"{parent}.experts")
-    return stays, experts
+def _paths(module: str) -> Iterator[str]:
+    """The paths of a module and of all that it is in."""
+    parts = module.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
 def _matches(pattern: str, module: str) -> bool:

@@ -21,7 +21,7 @@ from quantize.run.worker import Worker
 from quantize.run.workers import cores, threads_of_our_own
 from quantize.verify.claims import Claims, read_claims
 from quantize.verify.compare import Comparison, Task
-from quantize.verify.configs import config_problems, gate_problems, quantization_problems
+from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
 from quantize.verify.files import file_problems
 from quantize.verify.results import LayerError, Lost, Report, Worst
 from quantize.verify.structure import Structure, missing_layers, quantized_modules
@@ -68,17 +68,16 @@ def verify(
     report.problems += gate_problems(target, gates)
     report.problems += file_problems(source, target, claims)
     if source is None or gates is None:
-        quantized = _alone(target, layout, claims, report)
+        modules = _alone(target, layout, claims, report)
     else:
         comparison = Comparison(source, target, layout, gates, claims)
-        quantized = _against(comparison, progress, report)
-    known = {name.rpartition(".")[0] for name in source.tensors} if source else set()
-    report.problems += quantization_problems(target, layout, claims, quantized, known)
+        modules = _against(comparison, progress, report)
+    report.problems += quantization_problems(target, layout, claims, modules)
     return report
 
 
-def _against(comparison: Comparison, progress: Callable[[int], None], report: Report) -> set[str]:
-    """Compare all tensors; returns the module paths of quantized weights."""
+def _against(comparison: Comparison, progress: Callable[[int], None], report: Report) -> Modules:
+    """Compare all tensors; returns what is quantized and what is not."""
     tasks = list(comparison.tasks())
     report.problems += comparison.problems
     lost: dict[str, list[Lost]] = {weights.prefix: [] for weights in comparison.weights}
@@ -99,7 +98,11 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
             relative = math.nan
         report.layers.append(LayerError(prefix, relative, worst))
     report.problems += comparison.too_many()
-    return {module for weights in comparison.weights for module in weights.modules}
+    return Modules(
+        {module for weights in comparison.weights for module in weights.modules},
+        comparison.experts_left,
+        {name.rpartition(".")[0] for name in comparison.source.tensors},
+    )
 
 
 def _worst(comparison: Comparison, prefix: str, lost: list[Lost]) -> Worst | None:
@@ -117,8 +120,8 @@ def _worst(comparison: Comparison, prefix: str, lost: list[Lost]) -> Worst | Non
     return Worst(most.module, most.relative, row, BLOCK * block, share)
 
 
-def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -> set[str]:
-    """Check the target without a source; returns the module paths of quantized weights."""
+def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -> Modules:
+    """Check the target without a source; returns what is quantized and what is not."""
     structure = Structure(target, layout)
     weights = structure.weights(claims)
     if not weights:
@@ -130,7 +133,8 @@ def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -
     for part, _ in _in_threads(target, tasks, cores(memory)):
         report.problems += part.problems
     report.notes.append("without the source, only the checkpoint's own parts were compared")
-    return quantized_modules(target, layout)
+    known = {name.rpartition(".")[0] for name in target.tensors}
+    return Modules(quantized_modules(target, layout), set(), known)
 
 
 def _memory(weights: Weights) -> int:
