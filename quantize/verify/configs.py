@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.experts.gates import KEY, Gates, from_contract
+from quantize.experts.gates import KEY, Gates, from_contract, to_contract
 from quantize.experts.names import ignored_modules
 from quantize.layouts import LAYOUTS
 from quantize.layouts.layout import Layout
+from quantize.run.made import FIELD
 from quantize.verify.claims import Claims
 
 CONFIG = "config.json"
@@ -57,8 +58,13 @@ def config_problems(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
         yield f"{where}: {path} is {found}, the source's {wanted}; quantize again"
 
 
-def gate_problems(target: Checkpoint, truth: Gates | None) -> Iterator[str]:
-    """What is wrong with the gate contract; ``truth`` is the source's gates, if there is one."""
+def gate_problems(target: Checkpoint, truth: Gates | None, ours: bool) -> Iterator[str]:
+    """What is wrong with the gate contract.
+
+    Args:
+        truth: the source's gates, if there is a source.
+        ours: this package wrote the contract, so that it has every field and no other.
+    """
     where = str(target.folder / CONFIG)
     if KEY not in target.config:
         yield f"{where}: no gate contract ({KEY}); quantize with this package"
@@ -68,9 +74,10 @@ def gate_problems(target: Checkpoint, truth: Gates | None) -> Iterator[str]:
     except QuantizeError as error:
         yield str(error)
         return
-    known = {"version", "gate", "layers", "made"}
-    for name in sorted(set(target.config[KEY]) - known):
-        yield f"{where}: {KEY} has an unknown field {name!r}; quantize again"
+    plain = {key: value for key, value in target.config[KEY].items() if key != FIELD}
+    if ours:
+        for path, found, wanted in _differences(plain, to_contract(written), f"{KEY}."):
+            yield f"{where}: {path} is {found}, expected {wanted}; quantize again"
     if written.concatenated() != written:
         yield f"{where}: {KEY} says that gate and up alternate, but they are stored apart"
     elif truth is not None and written != truth.concatenated():

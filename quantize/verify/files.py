@@ -21,9 +21,9 @@ READ = (
     *("tokenizer*", "*.model", "*.tiktoken", "tekken.json", "vocab*.json", "vocab.txt"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
-    *("generation_config.json", "*processor_config.json"),
+    *("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
 )
-"""Files beside the weights that engines read."""
+"""Files beside the weights that engines read, and what must go with the weights."""
 
 _PIECE = 2**20
 
@@ -58,6 +58,8 @@ def _index_problems(target: Checkpoint) -> Iterator[str]:
     index = target.folder / INDEX
     if not index.exists():
         names = {file.name for file in target.files}
+        if len(names) > 1:
+            yield f"{index} is missing, but the tensors are in {len(names)} files; quantize again"
         for file in sorted(target.folder.glob("*.safetensors")):
             if file.name not in names:
                 yield (

@@ -65,7 +65,7 @@ def verify(
     if source is not None:
         gates = Gates.uniform(gate) if gate else identify(source.folder, trust_remote_code)
         report.problems += config_problems(source, target)
-    report.problems += gate_problems(target, gates)
+    report.problems += gate_problems(target, gates, claims.made is not None)
     report.problems += file_problems(source, target, claims)
     if source is None or gates is None:
         modules = _alone(target, layout, claims, report)
