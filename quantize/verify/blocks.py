@@ -2,21 +2,23 @@
 
 Without calibration a result can be made again, and is compared bit by bit. A calibrated rounding
 cannot be: it depends on a text. It may also move a value by more than half a step, since columns
-make up for what other columns lose. So there is no bound from arithmetic alone, and these are set
-between what roundings do and what damage does. All are norms:
+make up for what other columns lose, and with ``two-sided`` rows for other rows. So arithmetic alone
+gives no bound, and these are set between what roundings do and what damage does. A row, or a block
+of 16 inputs, may lose a share of a norm: its own, that of its row's average block, or ``floor`` of
+that of the weight's average row or block, whichever is largest.
 
-* a row may lose ``ROW`` of itself. In calibrated layers of m3-nano and in small random models (2.6
-  million blocks) ``gptq`` and ``descent`` lost at most 0.15 of a row, and ``two-sided`` at most
-  0.49. A row that is zeroed loses 1, and one whose signs are flipped 2;
-* a block of 16 inputs may lose ``BLOCK`` of itself, or of the row's average block if that is
-  larger, since it makes up for its neighbours. They lost at most 0.26 and 0.62. A zeroed block that
-  is no smaller than the average loses 1; a scale that is off by a factor ``f`` loses ``f - 1``;
-* whatever they are, a block's values may be off by ``OWN`` of its steps (block scale times global
-  scale), since of a block much smaller than the smallest scale allows nothing is left;
-* a row much smaller than the others, ``SMALL`` of their root mean square, counts as so large:
-  ``two-sided`` lets rows make up for each other.
+* ``COLUMNS``, for roundings to nearest, ``gptq`` and ``descent``. In calibrated layers of m3-nano
+  and in small random models (2.6 million blocks) they lost at most 0.15 of a row and 0.26 of a
+  block; with inputs that are nearly the same up to factors, 0.28 and 0.46.
+* ``ROWS``, for ``two-sided``, and where the rounding is not known. It lost at most 0.49 of a row
+  and 0.62 of a block, and with inputs and gradients that are nearly the same up to factors 0.9 and
+  1.5 of an average one.
 
-The tests break each bound (``tests/quantize/test_verify_bounds.py``).
+What is zeroed loses 1, what has flipped signs 2, and a scale that is off by a factor ``f`` loses
+``f - 1``. Whatever they are, a block's values may be off by ``OWN`` of its steps (block scale times
+global scale), since of a block much smaller than the smallest scale allows nothing is left.
+
+The tests break the bounds (``tests/quantize/test_verify_bounds.py``).
 """
 
 from __future__ import annotations
@@ -30,10 +32,19 @@ from quantize.nvfp4.format import BLOCK as SIZE
 from quantize.nvfp4.format import NvFp4, decode
 from quantize.nvfp4.kernels.numba_cpu import E4M3, compiled
 
-ROW = 0.75
-BLOCK = 0.85
 OWN = 0.5
-SMALL = 0.1
+
+
+class Bounds(NamedTuple):
+    """Shares of a norm that may be lost, see the module."""
+
+    row: float
+    block: float
+    floor: float
+
+
+COLUMNS = Bounds(0.5, 0.75, 0.1)
+ROWS = Bounds(0.95, 1.75, 1.0)
 
 _PAIRS = decode(torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(1)).numpy()
 """float32 ``[256, 2]``: both E2M1 values of each packed byte."""
@@ -63,22 +74,23 @@ class Blocks(NamedTuple):
         row, block = divmod(place, ratio.shape[1])
         return row, block, float(ratio.flatten()[place])
 
-    def problem(self) -> str | None:
+    def problem(self, bounds: Bounds = COLUMNS) -> str | None:
         """What no rounding does; None if there is nothing of that kind."""
         own = SIZE * (OWN * self.step).square()
         lost, whole = self.noise.sum(1), self.signal.sum(1)
-        size = torch.maximum(whole, SMALL**2 * whole.mean())
-        rows = (lost > torch.maximum(ROW**2 * size, own.sum(1))).nonzero().flatten()
+        size = torch.maximum(whole, bounds.floor**2 * whole.mean())
+        rows = (lost > torch.maximum(bounds.row**2 * size, own.sum(1))).nonzero().flatten()
         if len(rows):
             row = int(rows[0])
             return (
                 f"{len(rows)} of {len(lost)} rows are not the source's: of row {row}, "
                 f"{(lost[row] / size[row]).sqrt():.2f} of its norm is lost"
             )
-        bad = (self.noise > torch.maximum(BLOCK**2 * self.typical(), own)).nonzero()
+        sizes = torch.maximum(self.typical(), bounds.floor**2 * self.signal.mean())
+        bad = (self.noise > torch.maximum(bounds.block**2 * sizes, own)).nonzero()
         if len(bad):
             row, block = (int(n) for n in bad[0])
-            share = (self.noise[row, block] / self.typical()[row, block]).sqrt()
+            share = (self.noise[row, block] / sizes[row, block]).sqrt()
             return (
                 f"{len(bad)} of {self.noise.numel()} blocks are not the source's: of row {row}, "
                 f"{place(block)}, {share:.2f} is lost, more than rounding within its scale can"

@@ -17,6 +17,7 @@ from quantize.report.data import LayerReport, RunReport, loads
 from quantize.run.made import ARITHMETIC, FIELD, Made, made
 from quantize.run.report_files import REPORT, REPORT_DATA, mark
 from quantize.run.version import package_version
+from quantize.verify.blocks import COLUMNS, ROWS, Bounds
 from quantize.verify.results import Lost, Report
 
 DENSE = "dense linears"
@@ -64,6 +65,14 @@ class Claims:
     def global_rule(self) -> str | None:
         """The scale rule that decides the global scales of calibrated weights, if it is known."""
         return "max" if self.known and self.made and self.made.rounding in METHODS else None
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the rounding of experts may lose."""
+        rounding = self.made.rounding if self.made else ""
+        if rounding is None or (rounding in METHODS and not METHODS[rounding].needs_output_hessian):
+            return COLUMNS
+        return ROWS
 
     def problems(self, prefix: str, weights: list[Lost]) -> Iterable[str]:
         """What the report says otherwise of a layer's weights, in their order there."""

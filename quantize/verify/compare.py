@@ -22,6 +22,7 @@ from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
+from quantize.verify.blocks import COLUMNS
 from quantize.verify.claims import DENSE, Claims
 from quantize.verify.weights import Part, Weights
 
@@ -143,6 +144,7 @@ class Comparison:
             self.claims.rule(group.prefix, group.first + job.expert),
             self.claims.global_rule,
             self.claims.made is None or self.claims.made.text,
+            self.claims.bounds,
             job.weights,
             job.nbytes,
             # The blocks' errors, and the weight in float32.
@@ -159,6 +161,7 @@ class Comparison:
             None,
             # Text is for experts.
             self.claims.made is None,
+            COLUMNS,
             lambda worker: [worker.load(name) for name in names],
             sum(map(self.source.stored_bytes, names)),
             10 * sum(rows * columns for rows, columns in shapes),

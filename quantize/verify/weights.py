@@ -14,7 +14,7 @@ from quantize.layouts.layout import INPUT_SCALE, Layout, stored_tensors
 from quantize.nvfp4.format import BLOCK, IMPLAUSIBLE, NvFp4, bad_scales
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights, shared_scale
 from quantize.run.worker import Worker
-from quantize.verify.blocks import Blocks, compare_blocks, place
+from quantize.verify.blocks import ROWS, Blocks, Bounds, compare_blocks, place
 from quantize.verify.results import Lost
 
 _LEAST, _LARGEST = 1e-12, 1e6
@@ -41,6 +41,7 @@ class Weights:
         rule: the scale rule that alone decides their bits; None if they can only be bounded.
         global_rule: the scale rule that decides their global scale, if it is known.
         text: input scales are those of a text.
+        bounds: what rounding may lose, where there is no ``rule``.
         load: reads the source's weights, each ``[out, in]``; None if there is no source.
         nbytes: of the source.
         memory: how many bytes checking them takes, about.
@@ -52,6 +53,7 @@ class Weights:
     rule: str | None = None
     global_rule: str | None = None
     text: bool = True
+    bounds: Bounds = ROWS
     load: Callable[[Worker], list[torch.Tensor]] | None = None
     nbytes: int = 0
     memory: int = 0
@@ -150,7 +152,7 @@ class Weights:
             bits = whole.block_scale.contiguous().view(torch.uint8).flatten()
             counts = torch.bincount(bits, minlength=127)
             part.lost.append(Lost(module, noise, signal, counts))
-            problem = compare_blocks(weight, whole).problem()
+            problem = compare_blocks(weight, whole).problem(self.bounds)
             if not problem and not noise <= IMPLAUSIBLE**2 * signal:
                 problem = "these are not the source's weights"
             if problem:
