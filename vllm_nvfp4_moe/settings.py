@@ -8,7 +8,8 @@ variable                     meaning
 ``NVFP4_MOE_ACTIVATIONS``    ``bf16`` (the default) or ``fp8``: what our Hopper kernel multiplies.
                              ``nvfp4``: experts that are quantized while they load have input
                              scales of 1.0, for kernels with 4-bit activations.
-``NVFP4_MOE_CACHE``          The folder of compiled kernels, ``~/.cache/vllm_nvfp4_moe`` by default.
+``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
+                             (``VLLM_CACHE_ROOT``).
 ===========================  ======================================================================
 
 Beside them, the plugin respects two variables of vLLM by which users have the activations of vLLM's
@@ -65,9 +66,15 @@ def on_the_fly_activations() -> bool:
     return os.environ.get(ACTIVATIONS) == NVFP4
 
 
-def cache() -> Path:
-    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "vllm_nvfp4_moe")
+def cache() -> Path | None:
+    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist. None
+    if nothing says where it is: users of containers may have no home directory."""
+    if folder := os.environ.get(CACHE):
+        return Path(folder).absolute()
+    import vllm.envs as envs
+
+    root = Path(envs.VLLM_CACHE_ROOT)
+    return root / "nvfp4_moe" if root.is_absolute() else None
 
 
 def humming_input() -> str | None:

@@ -113,14 +113,3 @@ def test_a_model_without_experts(load: Load, tmp_path: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot establish which gate"):
         load(tmp_path)
-
-
-def test_loading_again(load: Load, shallow_bf16: Path) -> None:
-    """vLLM's reloading begins with parameters on the meta device, which nothing can be put into."""
-    from vllm_nvfp4_moe.loading.loaders import QuantizingLoader
-
-    layer = load(shallow_bf16)[LAYER].routed_experts
-    loader = QuantizingLoader(layer.quant_method.loads, {})
-    parameter = torch.nn.Parameter(torch.empty(1, device="meta"))
-    with pytest.raises(ValueError, match=rf"{LAYER}: weights that were quantized .* restart"):
-        loader(parameter, torch.empty(128, 384), "w13_weight", "w1", 0)
