@@ -30,7 +30,7 @@ import torch
 
 from quantize.nvfp4.format import BLOCK as SIZE
 from quantize.nvfp4.format import NvFp4, decode
-from quantize.nvfp4.kernels.numba_cpu import E4M3, compiled
+from quantize.nvfp4.kernels.numba_cpu import E4M3, exact
 
 OWN = 0.5
 
@@ -124,7 +124,7 @@ def compare_blocks(weight: torch.Tensor, stored: NvFp4) -> Blocks:
     return Blocks(noise, signal, stored.block_scale.float())
 
 
-@compiled
+@exact
 def _block_errors(x, global_scale, pairs, e4m3, packed, scale, noise, signal):  # type: ignore[no-untyped-def]
     """Fill ``noise`` and ``signal``, see ``Blocks``; all arrays are flat."""
     inverse = np.float32(1) / global_scale
