@@ -161,7 +161,7 @@ class _Comparison:
     memory: int = 0
 
     def tasks(self) -> Iterator[_Task]:
-        groups = find(self.source)
+        groups = find(self.source, self._has_nvfp4_below)
         quantized = [
             group
             for group in groups
@@ -205,6 +205,11 @@ class _Comparison:
             if found and (original is None or found.dtype != original.dtype):
                 return True
         return False
+
+    def _has_nvfp4_below(self, prefix: str) -> bool:
+        """Whether the target has any block scales of experts at the module path ``prefix``."""
+        end = f".{self.layout.suffixes[1]}"
+        return any(n.startswith(f"{prefix}.") and n.endswith(end) for n in self.target.tensors)
 
     def _expert(self, job: QuantizeExpert, worker: Worker) -> tuple[_Part, int]:
         part = _Part(job.group.prefix)
@@ -315,7 +320,7 @@ class _Comparison:
         for expert in range(info.shape[0]):
             worker.arena.reset()
             copy = self.target.load_expert(info.name, expert, arena=worker.arena)
-            yield copy, worker.load_expert(info.name, expert)
+            yield copy, worker.load_expert(info.name, expert).contiguous()
 
 
 def _check_gate(target: Checkpoint, truth: Gates, report: Report) -> None:

@@ -179,6 +179,8 @@ def quantize(
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
+            for note in steps.notes:
+                err.print(plain(note), highlight=False, soft_wrap=True)
             tokens = None
             if text is not None:
                 shape = calibration_rows, calibration_length

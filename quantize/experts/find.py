@@ -138,14 +138,17 @@ def _nothing_found(checkpoint: Checkpoint) -> str:
     kinds = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in checkpoint.tensors})
     shown = "\n  ".join(kinds[:40]) + ("\n  …" if len(kinds) > 40 else "")
     staying = left_as_is(checkpoint)
-    left = (
-        "Multi-token-prediction layers, and what is in another part than the language model, stay "
-        f"as they are: {', '.join(staying)}. "
-    )
+    others = [prefix for prefix in staying if other_part(prefix, checkpoint.config)]
+    drafting = [prefix for prefix in staying if prefix not in others]
+    left = ""
+    if drafting:
+        left += f"Multi-token-prediction layers stay as they are: {', '.join(drafting)}. "
+    if others:
+        left += f"So do experts outside of the language model: {', '.join(others)}. "
     return (
         f"{checkpoint.folder}: no routed experts found among {len(checkpoint.tensors)} tensors. "
         "Looked for '….experts.gate_up_proj' with '….experts.down_proj' (three dimensions), "
         "'….experts.E.w1|w3|w2.weight' and '….experts.E.gate_proj|up_proj|down_proj.weight', and "
         "names that some models have instead (docs/users/families.md). "
-        f"{left if staying else ''}The tensors are (N for numbers):\n  {shown}"
+        f"{left}The tensors are (N for numbers):\n  {shown}"
     )

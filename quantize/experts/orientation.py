@@ -57,8 +57,8 @@ def settled(
     raise QuantizeError(
         f"{weights[0].file.name}: {' and '.join(f'{i.name} {list(i.shape)}' for i in weights)} may "
         "be [experts, out, in] or [experts, in, out]: neither config.json "
-        f"({said or 'no sizes'}) nor a class of Transformers tells; store each expert in tensors "
-        f"of its own ({prefix}.0.down_proj.weight is [hidden, intermediate])"
+        f"({str(said) or 'no sizes'}) nor a class of Transformers tells; store each expert in "
+        f"tensors of its own ({prefix}.0.down_proj.weight is [hidden, intermediate])"
     )
 
 

@@ -37,8 +37,8 @@ def single_groups(
         if not any(kind == names[-1] for _, kind, _ in beyond):
             unused = [parts[key].name for key in beyond]
             experts -= zero
-    sets = modalities(config)
-    share = experts if experts % sets else experts // sets
+    count = modalities(config)
+    share = experts if experts % count else experts // count
     return [
         _single_group(prefix, parts, names, range(first, first + share), unused)
         for first in range(0, experts, share)
