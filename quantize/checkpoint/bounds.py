@@ -78,7 +78,7 @@ def check_counts(file: Path, config: dict[str, Any], tensors: Iterable[TensorInf
 
 
 def _too_large(file: Path, path: str, value: float) -> QuantizeError:
-    shown = f"{value}" if value < 10**18 else "above 10^18"
+    shown = f"{value}" if value < 10**40 else "above 10^40"
     return QuantizeError(
         f"{file}: {path} is {shown}, but no tensor of the checkpoint has a number that high in its "
         f"name, or is that large; {_CORRECT}"

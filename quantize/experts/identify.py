@@ -24,7 +24,14 @@ from quantize.experts.gates import FORMS, Gate, Gates
 from quantize.experts.gates.contract import first_number
 from quantize.experts.gates.drive import CannotDriveError, drive
 from quantize.experts.gates.probe import FAR, Probe
-from quantize.experts.model import build, config_of, is_foreign, model_classes, offline
+from quantize.experts.model import (
+    TooLargeError,
+    build,
+    config_of,
+    is_foreign,
+    model_classes,
+    offline,
+)
 from quantize.experts.parts import other_part
 
 _HELP = (
@@ -75,6 +82,8 @@ def identify_config(
     with nullcontext() if trust_remote_code else offline():
         try:
             sites = list(_sites(build(config, trust_remote_code)))
+        except TooLargeError:
+            raise
         except QuantizeError as error:
             sites = _alone(config)
             if not sites:

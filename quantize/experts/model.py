@@ -117,7 +117,7 @@ def parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-class _TooLargeError(QuantizeError):
+class TooLargeError(QuantizeError):
     """A model has more modules than any that is known."""
 
 
@@ -130,7 +130,7 @@ def _bounded() -> Iterator[None]:
         nonlocal count
         count += 1
         if count > _MAX_MODULES:
-            raise _TooLargeError(
+            raise TooLargeError(
                 f"config.json describes a model of more than {_MAX_MODULES} modules; correct its "
                 "numbers of layers and experts, or download the checkpoint again"
             )
@@ -169,7 +169,7 @@ def build(
                     own._attn_implementation = attention
                     model: torch.nn.Module = cls(own)
                 return model
-            except _TooLargeError:
+            except TooLargeError:
                 raise
             except Exception as error:  # the model's code may raise anything
                 errors.append(error)
