@@ -21,7 +21,6 @@ from quantize.run.finish import finish, other_files
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
-from quantize.run.staged import Staged
 from quantize.run.workers import Progress, all_devices, make_shards
 
 
@@ -121,7 +120,7 @@ def execute(
         if ray is not None:
             make_shards_on_ray(ray, checkpoint, plan, record, missing, threads, progress)
         else:
-            work = plan.with_staged(Staged(record.calibration))
+            work = plan.calibrated(record.calibration)
             devices = devices or all_devices()
             make_shards(checkpoint, work, record, missing, devices, threads, progress)
         report = collect(checkpoint, plan, record)

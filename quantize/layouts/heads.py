@@ -14,8 +14,8 @@ _HEADS = ("lm_head", "output", "embed_out", "output_layer")
 """Names of heads in models of language: most, InternLM2, GPT-NeoX, ChatGLM."""
 
 _EMBEDDING = re.compile(
-    r"(?P<above>.*?)(?:\.?(?:model|language_model|transformer|backbone|decoder))*"
-    r"\.?(?:embed_tokens|tok_embeddings|embeddings?|word_embeddings|wte|embed_in)\.weight"
+    r"(?P<above>.*?)\.?(?:embed_tokens|tok_embeddings|embeddings?|word_embeddings|wte|embed_in)"
+    r"\.weight"
 )
 """Embeddings of tokens. The head is beside the module that holds them, or above."""
 
@@ -31,8 +31,8 @@ def heads(tensors: Iterable[str], quantized: Iterable[str]) -> set[str]:
     above = {""}
     for name in tensors:
         if found := _EMBEDDING.fullmatch(name):
-            above.add(found["above"])
-            above.add(name.rpartition(".")[0].rpartition(".")[0])
+            parts = found["above"].split(".")
+            above.update(".".join(parts[:count]) for count in range(len(parts) + 1))
     taken = {re.sub(r"\d+", "0", module) for module in quantized}
     names = {*_HEADS, *(f"{prefix}.{_HEADS[0]}".lstrip(".") for prefix in above)}
     return {name for name in names if not any(name in module for module in taken)}

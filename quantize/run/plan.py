@@ -10,9 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint.descriptions import are_plain, descriptions
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.sources.refusals import check_config
 from quantize.checkpoint.tensors import TensorInfo
@@ -28,7 +28,9 @@ from quantize.layouts import LAYOUTS
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.notes import left_over, other_parts
 from quantize.run.options import Options, matches
+from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 from quantize.run.version import package_version
 
@@ -97,18 +99,30 @@ class Plan:
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-    def with_staged(self, staged: Staged) -> Plan:
-        """The plan as it is carried out: what calibration has rounded is copied from ``staged``.
+    def calibrated(self, folder: Path) -> Plan:
+        """The plan as it is carried out, with what calibration has left in ``folder``: what it has
+        rounded is copied, or weights get the input scales that it has found.
 
         Without calibration, the plan itself.
+
+        Raises:
+            QuantizeError: if input scales are not there.
         """
         if not self.options.calibration:
             return self
-        shards: list[list[Job]] = [
-            [CopyStaged(job, staged) if isinstance(job, QuantizeExpert) else job for job in jobs]
-            for jobs in self.shards
-        ]
-        return replace(self, shards=shards)
+        staged = Staged(folder)
+        with_ranges = self.options.calibration.method is None
+        scales = {g.prefix: Ranges(folder).of(g) for g in self.groups} if with_ranges else {}
+
+        def carried_out(job: Job) -> Job:
+            if not isinstance(job, QuantizeExpert):
+                return job
+            if not with_ranges:
+                return CopyStaged(job, staged)
+            gate_up, down = scales[job.group.prefix][job.expert]
+            return replace(job, input_scale=gate_up if job.gate_up else down)
+
+        return replace(self, shards=[list(map(carried_out, jobs)) for jobs in self.shards])
 
 
 def plan(
@@ -124,7 +138,7 @@ def plan(
             nothing.
     """
     options = options or Options()
-    leftover = _leftover(checkpoint)
+    leftover = left_over(checkpoint)
     if not leftover:
         where = str(checkpoint.folder / "config.json")
         check_config(checkpoint.config, checkpoint.formats, where)
@@ -164,37 +178,13 @@ def plan(
         left |= ignored_modules(prefix)
     prefixes = [group.prefix for group in groups]
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
-    jobs = _jobs(checkpoint, groups, dense, gates, LAYOUTS[options.layout], options.scales)
+    layout = LAYOUTS[options.layout]
+    layout = layout if options.activations else layout.weights_only
+    jobs = _jobs(checkpoint, groups, dense, gates, layout, options.scales)
     shards = _into_shards(jobs, options.max_shard_size)
     _check_unique(shards)
-    notes = (*leftover, *_other_parts(checkpoint, stays))
-    layout = LAYOUTS[options.layout]
+    notes = (*leftover, *other_parts(checkpoint, stays))
     return Plan(options, found, groups, dense, gates, layout, sorted(left), shards, notes)
-
-
-def _leftover(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """A note about what the config says of quantization, if no tensor is quantized."""
-    paths = [path for path, _ in descriptions(checkpoint.config)]
-    if not paths or not are_plain(checkpoint.stored):
-        return ()
-    return (
-        f"{checkpoint.folder / 'config.json'}: {', '.join(paths)} is left over: no tensor is "
-        "quantized. It is dropped.",
-    )
-
-
-def _other_parts(checkpoint: Checkpoint, stays: list[str]) -> Iterator[str]:
-    """Notes about experts that are outside of the language model and are not asked for."""
-    parts: dict[str, list[str]] = {}
-    for prefix in stays:
-        if part := other_part(prefix, checkpoint.config):
-            parts.setdefault(part, []).append(prefix)
-    for part, prefixes in parts.items():
-        more = f" and {len(prefixes) - 1} more" * (len(prefixes) > 1)
-        yield (
-            f"Experts outside of the language model stay as they are: {prefixes[0]}{more}; "
-            f"--include '*{part}*' asks for them."
-        )
 
 
 def _gates(checkpoint: Checkpoint, options: Options, found: list[ExpertGroup]) -> Gates:
