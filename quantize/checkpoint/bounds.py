@@ -63,26 +63,20 @@ def check_counts(file: Path, config: dict[str, Any], tensors: Iterable[TensorInf
         size = max(size, tensor.nbytes)
     limits = ((_LAYERS, layers), (_COUNT, max(layers, count)), (_SIZE, size))
     for path, key, value in _numbers(config):
-        for pattern, limit in limits:
-            if not pattern.fullmatch(key):
-                continue
-            if isinstance(value, bool | float) or value < -1:
-                raise QuantizeError(
-                    f"{file}: {path} is {value!r}, expected a whole number that is not negative; "
-                    f"{_CORRECT}"
-                )
-            if value > limit:
-                raise _too_large(file, path, value)
-        if _MORE_LAYERS.fullmatch(key) and not isinstance(value, bool) and value > layers:
-            raise _too_large(file, path, value)
-
-
-def _too_large(file: Path, path: str, value: float) -> QuantizeError:
-    shown = f"{value}" if value < 10**40 else "above 10^40"
-    return QuantizeError(
-        f"{file}: {path} is {shown}, but no tensor of the checkpoint has a number that high in its "
-        f"name, or is that large; {_CORRECT}"
-    )
+        of_key = [limit for pattern, limit in limits if pattern.fullmatch(key)]
+        if of_key and (isinstance(value, bool | float) or value < -1):
+            raise QuantizeError(
+                f"{file}: {path} is {value!r}, expected a whole number that is not negative; "
+                f"{_CORRECT}"
+            )
+        if _MORE_LAYERS.fullmatch(key) and not isinstance(value, bool):
+            of_key.append(layers)
+        if any(value > limit for limit in of_key):
+            shown = f"{value}" if value < 10**40 else "above 10^40"
+            raise QuantizeError(
+                f"{file}: {path} is {shown}, but no tensor of the checkpoint has a number that "
+                f"high in its name, or is that large; {_CORRECT}"
+            )
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
