@@ -83,6 +83,7 @@ def as_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "experts": [asdict(row) for row in expert_rows(checkpoint, plan)],
         "dense_linears": sum(map(len, plan.dense)),
         "unchanged": [asdict(row) for row in other_rows(checkpoint, plan)],
+        "notes": list(plan.notes),
         "bytes_before": checkpoint.nbytes,
         "bytes_after": plan.nbytes,
     }

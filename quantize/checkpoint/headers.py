@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,11 +25,6 @@ _NUMBERED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,9})\.safetensors")
 _ABSURD_NUMBER = re.compile(r"\d{19}")
 """A number in a tensor's name that is too long to mean anything. Python refuses to convert strings
 of some thousand digits to integers."""
-
-_COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?)$")
-_MAX_COUNT = 1000
-"""Number of layers that a config may always state. A larger number must not exceed the number of
-tensors: finding the gate builds every layer (without memory for its weights), which takes time."""
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -110,20 +104,6 @@ def check_index(folder: Path, stored: Mapping[str, TensorInfo]) -> None:
         info = stored.get(name)
         if info is None or info.file.name != file:
             raise QuantizeError(f"{index} says that {name} is in {file}, but it is not there")
-
-
-def check_counts(file: Path, config: dict[str, Any], tensors: int) -> None:
-    """Raise QuantizeError if ``config`` states more layers than a checkpoint could hold.
-
-    Args:
-        file: the file that ``config`` was read from, for the message.
-        tensors: the number of tensors in the checkpoint.
-    """
-    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-    for key, count in (item for part in parts for item in part.items()):
-        limit = max(_MAX_COUNT, tensors)
-        if isinstance(count, int) and count > limit and _COUNT.search(key):
-            raise QuantizeError(f"{file}: {key} is {count}, but there are only {tensors} tensors")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from quantize.checkpoint.headers import check_counts, check_index, find_files, read_header
+from quantize.checkpoint.bounds import check_counts
+from quantize.checkpoint.headers import check_index, find_files, read_header
 from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.language import language_config
 from quantize.checkpoint.memory import Arena
 from quantize.checkpoint.sources.find import find_stored_weights
 from quantize.checkpoint.sources.refusals import undecodable
@@ -72,7 +74,7 @@ class Checkpoint:
                     raise QuantizeError(f"{info.name} is in both {other} and {file.name}")
                 self.stored[info.name] = info
         check_index(folder, self.stored)
-        check_counts(folder / "config.json", self.config, len(self.stored))
+        check_counts(folder / "config.json", self.config, self.stored.values())
         self._stored_weights = find_stored_weights(self.stored, self.config) if decode else {}
         self.tensors = self._decoded_view()
 
@@ -107,9 +109,8 @@ class Checkpoint:
         return sum(self.stored[part].nbytes for part in self.parts(name))
 
     def text_config(self) -> dict[str, Any]:
-        """The language model's config: ``text_config`` if multimodal, else the whole config."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
+        """The language model's config: the whole config, unless it describes other parts too."""
+        return language_config(self.config)
 
     def load(
         self, name: str, arena: Arena | None = None, device: torch.device | None = None

@@ -73,6 +73,8 @@ def inspect(
                     plain(other.pattern), str(other.count), other.dtype, decimal(other.nbytes)
                 )
             out.print(stays)
+            for note in steps.notes:
+                out.print(plain(note), highlight=False, soft_wrap=True)
             if steps.dense:
                 out.print(f"Linears quantized too: {sum(map(len, steps.dense))}")
             out.print(f"Whole checkpoint: {decimal(checkpoint.nbytes)} -> {decimal(steps.nbytes)}")

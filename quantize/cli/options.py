@@ -49,7 +49,8 @@ GateOption = Annotated[
     typer.Option(
         "--gate",
         metavar="GATE",
-        help="The experts' gate, for models that Transformers does not know, by name or as JSON, "
+        help="The experts' gate, for models that Transformers does not know, by name or as JSON "
+        '(with "interleaved": true if rows of gate and up alternate), '
         "e.g. --gate silu, --gate gelu_tanh or --gate "
         '\'{"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7}\'.',
     ),

@@ -205,6 +205,8 @@ def quantize(
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
+            for note in steps.notes:
+                err.print(plain(note), highlight=False, soft_wrap=True)
             _say_activations(options, found, activations is None)
             tokens = None
             read = text or input_scales

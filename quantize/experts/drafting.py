@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from quantize.experts.names import layer_number
+from quantize.experts.stated import number_of_layers
 
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)[^.]*(?:\.|$)")
 
@@ -19,9 +20,9 @@ def is_drafting(prefix: str, config: dict[str, Any]) -> bool:
     """Whether the module path ``prefix`` is in a multi-token-prediction layer.
 
     Args:
-        config: the language model's config.
+        config: the config of the part of the model that ``prefix`` is in.
     """
-    layers = config.get("num_hidden_layers")
+    layers = number_of_layers(config)
     number = layer_number(prefix)
-    beyond = isinstance(layers, int) and number is not None and number >= layers
+    beyond = layers is not None and number is not None and number >= layers
     return beyond or _MTP.search(prefix) is not None

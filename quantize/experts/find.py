@@ -10,28 +10,30 @@ Two ways to store them are known:
 
 Experts without a gate have only up and down. Biases are found with their weights.
 
-This module builds no model and does not look for the activation function: that is the task of
-``quantize.experts.identify``. Experts of multi-token-prediction layers are not quantized
-(``quantize.experts.drafting``).
+This module does not look for the activation function: that is the task of
+``quantize.experts.identify``. Where shapes alone do not tell how a tensor is to be read, the config
+does, and all sizes must agree with it (``quantize.experts.agreement``). Experts of
+multi-token-prediction layers (``quantize.experts.drafting``) are not quantized, and those of towers
+and talkers (``quantize.experts.parts``) only on request.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from quantize.checkpoint.reader import Checkpoint
-from quantize.checkpoint.tensors import PLAIN, TensorInfo
+from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
+from quantize.experts.agreement import check_counts, check_group
 from quantize.experts.drafting import is_drafting
 from quantize.experts.group import ExpertGroup
 from quantize.experts.names import SINGLE_PATTERN, STACKED_PATTERNS, natural_order
+from quantize.experts.parts import config_of_part, other_part
 from quantize.experts.single import single_groups
 from quantize.experts.stacked import stacked_group, stored_twice
-from quantize.nvfp4.format import BLOCK
-
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 class _Found(NamedTuple):
@@ -46,37 +48,54 @@ class _Found(NamedTuple):
     single: dict[str, dict[tuple[int, str, str], TensorInfo]]
 
 
-def find(checkpoint: Checkpoint) -> list[ExpertGroup]:
+Asked = Callable[[str], bool]
+"""Whether experts that are in another part than the language model are to be quantized, by their
+module path."""
+
+
+def find(checkpoint: Checkpoint, asked: Asked = lambda _: False) -> list[ExpertGroup]:
     """All groups of routed experts that are to be quantized, in the order of their names.
+
+    Args:
+        asked: about experts that are in another part than the language model.
 
     Raises:
         QuantizeError: if there are none (the message then lists the names of the tensors), if a
-            group is incomplete, if its shapes disagree, or if a dtype, size or way of storing it is
-            not supported.
+            group is incomplete, if its shapes disagree with each other or with the config, or if a
+            dtype, size or way of storing it is not supported.
     """
     found = _collect(checkpoint)
-    config = checkpoint.text_config()
     groups: list[ExpertGroup] = []
     for prefix, parts in found.stacked.items():
-        if not is_drafting(prefix, config):
-            groups.append(stacked_group(prefix, parts, checkpoint))
+        if not _stays(checkpoint, prefix, asked):
+            groups.append(stacked_group(prefix, parts, checkpoint, _config(checkpoint, prefix)))
     for prefix, single in found.single.items():
-        if not is_drafting(prefix, config):
-            groups += single_groups(prefix, single, config)
+        if not _stays(checkpoint, prefix, asked):
+            groups += single_groups(prefix, single, _config(checkpoint, prefix))
     if not groups:
         raise QuantizeError(_nothing_found(checkpoint))
+    groups.sort(key=lambda g: (natural_order(g.prefix), g.first))
+    check_counts([(group, _config(checkpoint, group.prefix)) for group in groups])
     for group in groups:
-        _check(group, checkpoint)
-    return sorted(groups, key=lambda g: (natural_order(g.prefix), g.first))
+        check_group(group, checkpoint, _config(checkpoint, group.prefix))
+    return groups
 
 
-def left_as_is(checkpoint: Checkpoint) -> list[str]:
-    """Module paths of the routed experts in multi-token-prediction layers, which are left out."""
+def left_as_is(checkpoint: Checkpoint, asked: Asked = lambda _: False) -> list[str]:
+    """Module paths of the routed experts that :func:`find` leaves out."""
     found = _collect(checkpoint)
-    config = checkpoint.text_config()
-    return sorted(
-        (p for p in (*found.stacked, *found.single) if is_drafting(p, config)), key=natural_order
-    )
+    left = (p for p in (*found.stacked, *found.single) if _stays(checkpoint, p, asked))
+    return sorted(left, key=natural_order)
+
+
+def _config(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+    """The config of the part of the model that ``prefix`` is in."""
+    return config_of_part(other_part(prefix, checkpoint.config), checkpoint.config)
+
+
+def _stays(checkpoint: Checkpoint, prefix: str, asked: Asked) -> bool:
+    other = other_part(prefix, checkpoint.config) is not None
+    return is_drafting(prefix, _config(checkpoint, prefix)) or (other and not asked(prefix))
 
 
 def _collect(checkpoint: Checkpoint) -> _Found:
@@ -115,43 +134,21 @@ def _is_attention(up: TensorInfo, down: TensorInfo) -> bool:
     return stacked and up.shape == (up.shape[0], *down.shape[:0:-1])
 
 
-def _check(group: ExpertGroup, checkpoint: Checkpoint) -> None:
-    """Raise QuantizeError if a group's dtypes, sizes or number of experts are not supported."""
-    for name in group.tensor_names:
-        info = checkpoint.tensors[name]
-        if info.dtype not in PLAIN:
-            raise QuantizeError(
-                f"{info.file.name}: {name} has dtype {info.dtype}; only {', '.join(PLAIN)} sources "
-                "can be quantized (start from the original, unquantized checkpoint)"
-            )
-    sizes = (("hidden", group.hidden), ("intermediate", group.intermediate))
-    for what, size in (("experts", group.num_experts), *sizes):
-        if size < 1:
-            raise QuantizeError(
-                f"{group.tensor_names[0]}: {what} size {size}, there is nothing to quantize; "
-                "download the checkpoint again"
-            )
-    for what, size in sizes:
-        if size % BLOCK:
-            raise QuantizeError(
-                f"{group.prefix}: {what} size {size} is not a multiple of {BLOCK}, NVFP4's block"
-            )
-    config = checkpoint.text_config()
-    counts = {key: config[key] for key in _EXPERT_COUNTS if isinstance(config.get(key), int)}
-    if counts and group.num_experts not in counts.values():
-        said = ", ".join(f"{key} = {value}" for key, value in counts.items())
-        raise QuantizeError(f"{group.prefix} has {group.num_experts} experts; config.json: {said}")
-
-
 def _nothing_found(checkpoint: Checkpoint) -> str:
     kinds = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in checkpoint.tensors})
     shown = "\n  ".join(kinds[:40]) + ("\n  …" if len(kinds) > 40 else "")
-    drafting = left_as_is(checkpoint)
-    left = f"Multi-token-prediction layers stay as they are: {', '.join(drafting)}. "
+    staying = left_as_is(checkpoint)
+    others = [prefix for prefix in staying if other_part(prefix, checkpoint.config)]
+    drafting = [prefix for prefix in staying if prefix not in others]
+    left = ""
+    if drafting:
+        left += f"Multi-token-prediction layers stay as they are: {', '.join(drafting)}. "
+    if others:
+        left += f"So do experts outside of the language model: {', '.join(others)}. "
     return (
         f"{checkpoint.folder}: no routed experts found among {len(checkpoint.tensors)} tensors. "
         "Looked for '….experts.gate_up_proj' with '….experts.down_proj' (three dimensions), "
         "'….experts.E.w1|w3|w2.weight' and '….experts.E.gate_proj|up_proj|down_proj.weight', and "
         "names that some models have instead (docs/users/families.md). "
-        f"{left if drafting else ''}The tensors are (N for numbers):\n  {shown}"
+        f"{left}The tensors are (N for numbers):\n  {shown}"
     )

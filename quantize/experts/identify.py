@@ -29,7 +29,15 @@ from quantize.experts.gates.drive import (
     drive,
 )
 from quantize.experts.gates.probe import FAR, Probe
-from quantize.experts.model import build, config_of, is_foreign, model_classes, offline
+from quantize.experts.model import (
+    TooLargeError,
+    build,
+    config_of,
+    is_foreign,
+    model_classes,
+    offline,
+)
+from quantize.experts.parts import other_part
 
 _HELP = (
     "If you know the gate, pass it: --gate silu, or --gate "
@@ -43,13 +51,17 @@ _REMOTE = (
 _GRID = (-FAR, -33.0, -9.0, -7.5, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 6.5, 7.5, 10.5, 40.0, FAR)
 
 
-def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
+def identify(
+    source: Path | str, trust_remote_code: bool = False, other_parts: bool = False
+) -> Gates:
     """The gates of a checkpoint's experts.
 
     Args:
         source: a folder or a hub id.
         trust_remote_code: whether to run the checkpoint's own code if Transformers does not know
             the model.
+        other_parts: whether experts of other parts than the language model count too
+            (``quantize.experts.parts``).
 
     Raises:
         QuantizeError: if the model is unknown, if a gate has no known form, or if experts of one
@@ -65,18 +77,25 @@ def identify(source: Path | str, trust_remote_code: bool = False) -> Gates:
             f"{source}/config.json: Transformers does not know this model, so its gate is "
             f"unknown ({first_line(error)}). {remote}{_HELP}"
         ) from error
-    return identify_config(config, trust_remote_code)
+    return identify_config(config, trust_remote_code, other_parts)
 
 
-def identify_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Gates:
+def identify_config(
+    config: PreTrainedConfig, trust_remote_code: bool = False, other_parts: bool = False
+) -> Gates:
     """The gates of the model that ``config`` describes. Raises the errors of :func:`identify`."""
     with nullcontext() if trust_remote_code else offline():
         try:
             sites = list(_sites(build(config, trust_remote_code)))
+        except TooLargeError:
+            raise
         except QuantizeError as error:
             sites = _alone(config)
             if not sites:
                 raise QuantizeError(f"{error}, so its gate is unknown. {_HELP}") from error
+    if not other_parts:
+        raw = config.to_dict()
+        sites = [site for site in sites if other_part(site[0], raw) is None] or sites
     layers: dict[int, Gate] = {}
     first: dict[int, str] = {}
     for path, module in sites:

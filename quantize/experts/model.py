@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import constants
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedConfig, initialization
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -32,6 +33,10 @@ _MODELS = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_M
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 _IMPLEMENTATION = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")
 """Keys with which a config chooses kernels. A value may name any repository of the hub."""
+
+_MAX_MODULES = 300_000
+"""Most modules that a model may have. Kimi-K2, of 10^12 weights, has 120,000 in its own code, with
+a module for each matrix of each expert. This bounds the time in which a model is built."""
 
 Place = Callable[[], AbstractContextManager[Any]]
 
@@ -112,6 +117,31 @@ def parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+class TooLargeError(QuantizeError):
+    """A model has more modules than any that is known."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Within this context, a model of more than ``_MAX_MODULES`` modules is an error."""
+    count = 0
+
+    def registered(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MAX_MODULES:
+            raise TooLargeError(
+                f"config.json describes a model of more than {_MAX_MODULES} modules; correct its "
+                "numbers of layers and experts, or download the checkpoint again"
+            )
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def build(
     config: PreTrainedConfig,
     trust_remote_code: bool = False,
@@ -134,11 +164,13 @@ def build(
     for part in (config,) if text is config else (config, text):
         for cls in model_classes(part, trust_remote_code):
             try:
-                with place(), initialization.no_init_weights():
+                with place(), initialization.no_init_weights(), _bounded():
                     own = copy.deepcopy(part)
                     own._attn_implementation = attention
                     model: torch.nn.Module = cls(own)
                 return model
+            except TooLargeError:
+                raise
             except Exception as error:  # the model's code may raise anything
                 errors.append(error)
     if errors:

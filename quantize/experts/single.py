@@ -8,6 +8,7 @@ from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.experts.names import PROJECTIONS
+from quantize.experts.stated import modalities
 from quantize.experts.unused import zero_experts
 
 
@@ -18,7 +19,7 @@ def single_groups(
 
     Args:
         parts: the tensors, by (expert, projection, ``weight`` or ``bias``).
-        config: the language model's config.
+        config: the config of the part of the model that the experts are in.
 
     Raises:
         QuantizeError: if a tensor is missing or has the wrong shape, or if names are mixed.
@@ -36,10 +37,8 @@ def single_groups(
         if not any(kind == names[-1] for _, kind, _ in beyond):
             unused = [parts[key].name for key in beyond]
             experts -= zero
-    # Ernie 4.5 VL: experts for text, followed by equally many of another size for images.
-    sizes = config.get("moe_intermediate_size")
-    count = len(sizes) if isinstance(sizes, list) and len(sizes) and not experts % len(sizes) else 1
-    share = experts // count
+    count = modalities(config)
+    share = experts if experts % count else experts // count
     return [
         _single_group(prefix, parts, names, range(first, first + share), unused)
         for first in range(0, experts, share)

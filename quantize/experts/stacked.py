@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.experts.names import PROJECTIONS
+from quantize.experts.orientation import Orientation, settled
 from quantize.experts.unused import zero_experts
 
 
@@ -18,11 +21,14 @@ def stored_twice(prefix: str, one: TensorInfo, other: TensorInfo) -> QuantizeErr
     )
 
 
-def stacked_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpoint) -> ExpertGroup:
+def stacked_group(
+    prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpoint, config: dict[str, Any]
+) -> ExpertGroup:
     """The group of experts at the module path ``prefix``.
 
     Args:
         parts: the tensors, by their kind in ``quantize.experts.names.STACKED``.
+        config: the config of the part of the model that the experts are in.
 
     Raises:
         QuantizeError: if a tensor is missing, or if shapes do not fit together.
@@ -40,7 +46,7 @@ def stacked_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpo
         )
     weights = [parts[kind] for kind in kinds]
     if parts["down"].name.endswith("mlp.w2"):
-        return _flat_group(prefix, weights, checkpoint)
+        return _flat_group(prefix, weights, config)
     for info in weights:
         if len(info.shape) != 3:
             raise QuantizeError(
@@ -51,21 +57,21 @@ def stacked_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpo
     wide = 2 if joined else 1
     experts, hidden, intermediate = shapes[-1]
     # LongCat's gate_up has entries for zero experts too: they have no down and are never used.
-    unused = zero_experts(checkpoint.text_config())
-    fits = False
-    for transposed in (False, True):
-        if transposed:
-            intermediate, hidden = hidden, intermediate
+    unused = zero_experts(config)
+    fitting: list[Orientation] = []
+    for one in ((hidden, intermediate, False), (intermediate, hidden, True)):
+        hidden, intermediate, transposed = one
         matrix = (hidden, wide * intermediate) if transposed else (wide * intermediate, hidden)
         allowed = ((experts, *matrix), (experts + unused, *matrix))
-        if fits := all(shape in allowed for shape in shapes[:-1]):
-            break
-    if not fits:
+        if all(shape in allowed for shape in shapes[:-1]):
+            fitting.append(one)
+    if not fitting:
         raise QuantizeError(
             f"{' and '.join(f'{i.name} {list(i.shape)}' for i in weights)} do not fit together; "
             f"expected [experts, {'2 * ' * joined}intermediate, hidden] and "
             "[experts, hidden, intermediate]"
         )
+    hidden, intermediate, transposed = settled(prefix, weights, fitting, checkpoint, config)
     sizes = [*[wide * intermediate] * (len(kinds) - 1), hidden]
     biases = _stacked_biases(prefix, parts, kinds, [(experts, size) for size in sizes])
     return ExpertGroup(
@@ -83,9 +89,9 @@ def stacked_group(prefix: str, parts: dict[str, TensorInfo], checkpoint: Checkpo
     )
 
 
-def _flat_group(prefix: str, weights: list[TensorInfo], checkpoint: Checkpoint) -> ExpertGroup:
+def _flat_group(prefix: str, weights: list[TensorInfo], config: dict[str, Any]) -> ExpertGroup:
     """DBRX's group: three tensors ``[experts * intermediate, hidden]``."""
-    nested = checkpoint.text_config().get("ffn_config")
+    nested = config.get("ffn_config")
     experts = nested.get("moe_num_experts") if isinstance(nested, dict) else None
     shape = weights[0].shape
     fits = len(weights) == 3 and len(shape) == 2 and all(info.shape == shape for info in weights)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from quantize.checkpoint.descriptions import STALE_FILES, without_descriptions
 from quantize.checkpoint.headers import INDEX
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -21,7 +22,7 @@ from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-_REWRITTEN = {"config.json", INDEX, REPORT, REPORT_DATA}
+_REWRITTEN = {"config.json", INDEX, REPORT, REPORT_DATA, *STALE_FILES}
 
 
 def finish(
@@ -61,7 +62,7 @@ def finish(
         }
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(target / INDEX, index, partial)
-    config = checkpoint.config | {
+    config = without_descriptions(checkpoint.config) | {
         KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
         "quantization_config": plan.layout.quantization_config(plan.ignore),
     }

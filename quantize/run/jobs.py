@@ -103,11 +103,11 @@ class Copy:
             size = self.output.nbytes // self.output.shape[0]
             for expert in range(self.output.shape[0]):
                 worker.arena.reset()
-                decoded = worker.load_expert(name, expert).bfloat16()
+                decoded = worker.load_expert(name, expert).bfloat16().contiguous()
                 writer.write(name, worker.to_host(decoded), expert * size)
             return []
         if self.decoded:
-            writer.write(name, worker.to_host(worker.load(name).bfloat16()))
+            writer.write(name, worker.to_host(worker.load(name).bfloat16().contiguous()))
             return []
         info = worker.checkpoint.stored[name]
         buffer = worker.arena.take(min(PIECE, self.nbytes))

@@ -6,6 +6,7 @@ import fnmatch
 from dataclasses import dataclass
 
 from quantize.experts.gates import Gate
+from quantize.experts.parts import names_part
 
 MIN_TOKENS = 32
 """An expert with fewer tokens is not calibrated, because they say too little: its weights are
@@ -46,7 +47,8 @@ class Options:
         max_shard_size: bytes; a shard exceeds it only if a single tensor does.
         gate: the experts' gate, if the user states it; else it is identified.
         include: patterns of module paths (``fnmatch``); if there are any, only layers' experts and
-            linears that match one are quantized.
+            linears that match one are quantized. Experts outside of the language model are
+            quantized only if one names the part of the model that they are in.
         exclude: patterns of module paths that are not quantized, though included.
         linears: quantize dense linears too (``quantize.experts.linears``).
         trust_remote_code: run a checkpoint's own Python code to identify its gate.
@@ -63,6 +65,13 @@ class Options:
     linears: bool = False
     trust_remote_code: bool = False
     calibration: Calibration | None = None
+
+    def asks_for(self, module: str, part: str) -> bool:
+        """Whether ``include`` asks for ``module`` of another part than the language model.
+
+        A pattern does if it matches the module and names the part.
+        """
+        return any(names_part(p, part) and matches(module, (p,)) for p in self.include)
 
     def takes(self, module: str) -> bool:
         """Whether ``include`` and ``exclude`` leave ``module`` to be quantized."""

@@ -23,9 +23,12 @@ from quantize.experts.gates import Gates, to_contract
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.identify import identify
 from quantize.experts.names import ignored_modules
+from quantize.experts.parts import other_part
 from quantize.layouts import LAYOUTS
+from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.notes import left_over, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
@@ -40,7 +43,9 @@ class Plan:
         found: all routed experts.
         groups: those that are quantized.
         dense: the linears that are, in sets that share a global scale.
-        ignore: modules with a weight of two or more dimensions that stay.
+        ignore: modules with a weight of two or more dimensions that stay, and the head, which may
+            have none.
+        notes: what the user should know about the source, a sentence each.
         shards: jobs, in the order of their outputs in each shard.
     """
 
@@ -52,6 +57,7 @@ class Plan:
     layout: Layout
     ignore: list[str]
     shards: list[list[Job]] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -132,12 +138,17 @@ def plan(
             nothing.
     """
     options = options or Options()
-    where = str(checkpoint.folder / "config.json")
-    check_config(checkpoint.config, checkpoint.formats, where)
-    found = find(checkpoint)
-    if options.gate:
-        gates = Gates.uniform(options.gate)
-    gates = gates or identify(checkpoint.folder, options.trust_remote_code)
+    leftover = left_over(checkpoint)
+    if not leftover:
+        where = str(checkpoint.folder / "config.json")
+        check_config(checkpoint.config, checkpoint.formats, where)
+
+    def asked(prefix: str) -> bool:
+        part = other_part(prefix, checkpoint.config)
+        return part is not None and options.asks_for(prefix, part)
+
+    found = find(checkpoint, asked)
+    gates = gates or _gates(checkpoint, options, found)
     for group in found:
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
@@ -162,14 +173,45 @@ def plan(
     quantized = tensor_names_of(groups) | {name for names in dense for name in names}
     left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
     unquantized = [group.prefix for group in found if group not in groups]
-    for prefix in (*unquantized, *left_as_is(checkpoint)):
+    stays = left_as_is(checkpoint, asked)
+    for prefix in (*unquantized, *stays):
         left |= ignored_modules(prefix)
+    prefixes = [group.prefix for group in groups]
+    left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
     layout = LAYOUTS[options.layout]
     layout = layout if options.activations else layout.weights_only
     jobs = _jobs(checkpoint, groups, dense, gates, layout, options.scales)
     shards = _into_shards(jobs, options.max_shard_size)
     _check_unique(shards)
-    return Plan(options, found, groups, dense, gates, layout, sorted(left), shards)
+    notes = (*leftover, *other_parts(checkpoint, stays))
+    return Plan(options, found, groups, dense, gates, layout, sorted(left), shards, notes)
+
+
+def _gates(checkpoint: Checkpoint, options: Options, found: list[ExpertGroup]) -> Gates:
+    """The gates that the user states, or those of the model's class.
+
+    Raises:
+        QuantizeError: also if the user states another order of gate and up in the rows of a joined
+            ``gate_up_proj`` than the class has, since each order can be read as the other.
+    """
+    others = any(other_part(group.prefix, checkpoint.config) for group in found)
+    if options.gate is None:
+        return identify(checkpoint.folder, options.trust_remote_code, others)
+    joined = [g.prefix for g in found if g.joined and g.interleaved is None]
+    if joined:
+        try:
+            truth = identify(checkpoint.folder, options.trust_remote_code, others)
+        except QuantizeError:
+            return Gates.uniform(options.gate)
+        for prefix in joined:
+            if truth.of(prefix).interleaved != options.gate.interleaved:
+                raise QuantizeError(
+                    f"--gate {options.gate}: the rows of {prefix}.gate_up_proj "
+                    f"{'alternate' if truth.of(prefix).interleaved else 'do not alternate'} "
+                    f"between gate and up in the model's class, whose gate is {truth}; leave "
+                    "--gate out, or state the same order (interleaved)"
+                )
+    return Gates.uniform(options.gate)
 
 
 def _check_patterns(

@@ -18,6 +18,7 @@ from quantize.experts import linears
 from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.experts.parts import other_part
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.plan import expert_jobs
@@ -55,7 +56,7 @@ class Comparison:
 
     def tasks(self) -> Iterator[Task]:
         """Everything that is to be done."""
-        groups = find(self.source)
+        groups = find(self.source, self._asked)
         quantized = [group for group in groups if self._is_quantized(group)]
         self.experts_left = {g.prefix for g in groups if g not in quantized}
         self.experts_left.update(left_as_is(self.source))
@@ -110,6 +111,16 @@ class Comparison:
         self.weights.append(weights)
         self.memory = max(self.memory, weights.memory)
         self.expected.update(out.name for outs in weights.outputs(self.layout) for out in outs)
+
+    def _asked(self, prefix: str) -> bool:
+        """Whether the experts at ``prefix``, in another part than the language model, were to be
+        quantized."""
+        made = self.claims.made
+        if made is None:
+            end = f".{self.layout.suffixes[1]}"
+            return any(n.startswith(f"{prefix}.") and n.endswith(end) for n in self.target.tensors)
+        part = other_part(prefix, self.source.config)
+        return part is not None and made.selection().asks_for(prefix, part)
 
     def _is_quantized(self, group: ExpertGroup) -> bool:
         made = self.claims.made
@@ -231,7 +242,7 @@ class Comparison:
         for expert in range(info.shape[0]):
             worker.arena.reset()
             copy = self.target.load_expert(info.name, expert, arena=worker.arena)
-            yield copy, worker.load_expert(info.name, expert)
+            yield copy, worker.load_expert(info.name, expert).contiguous()
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -285,7 +285,10 @@ def gpt_oss(kind: str = "gate_up_proj") -> Published:
     stored = {f"{name}_blocks": tensor(blocks), f"{name}_scales": tensor(scale)}
     values = e2m1_pairs(blocks.reshape(EXPERTS, 10, 48))
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    return mx(stored, config, name, values, scale, "mxfp4")
+    published = mx(stored, config, name, values, scale, "mxfp4")
+    # Unquantized, they are [experts, in, out].
+    weights = {n: np.ascontiguousarray(w.swapaxes(1, 2)) for n, w in published.weights.items()}
+    return published._replace(weights=weights)
 
 
 def gpt_oss_down() -> Published:

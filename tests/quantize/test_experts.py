@@ -282,7 +282,7 @@ def test_experts_without_a_gate(stack: bool, tmp_path: Path) -> None:
             for e in range(4)
             for name in ("up_proj", "down_proj")
         }
-    with Checkpoint(checkpoints.save(tmp_path / "x", tensors, {})) as checkpoint:
+    with Checkpoint(checkpoints.save(tmp_path / "x", tensors, {"hidden_size": 32})) as checkpoint:
         (group,) = find(checkpoint)
         assert (group.gated, group.projections) == (False, ("up_proj", "down_proj"))
         assert group.parameters == 4 * 2 * 48 * 32

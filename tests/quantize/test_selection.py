@@ -19,6 +19,7 @@ from quantize.experts import linears
 from quantize.experts.find import find
 from quantize.experts.gates import Gate
 from quantize.layouts import LAYOUTS
+from quantize.layouts.heads import heads
 from quantize.run.options import Options
 from quantize.run.plan import plan
 from tests.quantize import checkpoints, reference
@@ -418,3 +419,62 @@ def test_vllm_on_a_model_with_a_vision_tower(
     at = "language_model.model.layers"
     attention = {f"{at}.{i}.self_attn.{kind}" for i in range(2) for kind in ("qkv_proj", "o_proj")}
     assert taken == {f"{at}.1.mlp.experts"} | (attention if all_linears else set())
+
+
+# -- heads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("linears", [False, True])
+def test_heads_are_left_to_stock_vllm_as_they_are(
+    layout: str, tied: bool, linears: bool, tmp_path: Path
+) -> None:
+    """Stock vLLM's own configs build the head; a tied one has no tensor in the checkpoint."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    checkpoints.build("qwen3_moe", tie_word_embeddings=tied).save_pretrained(tmp_path / "source")
+    checkpoints.convert(tmp_path / "source", tmp_path / "target", layout=layout, linears=linears)
+    file = tmp_path / "target" / "config.json"
+    config = json.loads(file.read_text())["quantization_config"]
+    assert {"lm_head", "output", "embed_out"} <= set(config["ignore"])
+    modelopt = layout == "modelopt"
+    stock = (ModelOptNvFp4Config if modelopt else CompressedTensorsConfig).from_config(config)
+    head = ParallelLMHead.__new__(ParallelLMHead)  # only its class is looked at
+    # As vLLM names heads of language models alone, and within models that have other parts.
+    for prefix in ("lm_head", "language_model.lm_head", "model.lm_head", "thinker.lm_head"):
+        method = stock.get_quant_method(head, prefix)
+        assert method is None or isinstance(method, UnquantizedLinearMethod), prefix
+    # AFMoE, EXAONE-MoE and Qwen3-Omni give it no name. No entry of ModelOpt's list can match that
+    # without matching all else, so there the plugin answers for the head.
+    if not modelopt:
+        assert stock.get_quant_method(head, "") is None
+    modules = ["model.layers.0.mlp.experts", *(["model.layers.0.self_attn.o_proj"] * linears)]
+    assert taken_by_vllm(tmp_path / "target", modules, "Qwen3MoeForCausalLM") == set(modules)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.embed_tokens.weight", "lm_head"),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head"),
+        ("thinker.model.embed_tokens.weight", "thinker.lm_head"),
+        ("model.language_model.embed_tokens.weight", "lm_head"),
+        ("backbone.embeddings.weight", "lm_head"),
+        ("transformer.wte.weight", "lm_head"),
+    ],
+)
+def test_names_of_heads_that_have_no_tensor(embedding: str, head: str) -> None:
+    assert head in heads([embedding], [])
+
+
+def test_no_name_of_a_head_is_part_of_what_is_quantized() -> None:
+    """ModelOpt's lists are looked for within names: "output" would leave this out."""
+    quantized = ["model.layers.3.output.experts"]
+    assert "output" not in heads(["model.embed_tokens.weight"], quantized)
+    assert "lm_head" in heads(["model.embed_tokens.weight"], quantized)

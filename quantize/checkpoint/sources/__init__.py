@@ -5,8 +5,8 @@ their names, dtypes and shapes, and ``quantize.checkpoint.reader`` presents them
 package as one tensor of floats. ``refusals`` rejects the formats that cannot, or should not, be
 read. To add a format, write one file here and add one line to ``FORMATS``.
 
-This room may import ``quantize.checkpoint.tensors``, ``quantize.nvfp4``, ``quantize.errors`` and
-``quantize.registry``.
+This room may import ``quantize.checkpoint.tensors``, ``quantize.checkpoint.descriptions``,
+``quantize.nvfp4``, ``quantize.errors`` and ``quantize.registry``.
 """
 
 from __future__ import annotations

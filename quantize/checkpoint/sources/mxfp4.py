@@ -4,7 +4,8 @@ The even input is in the low nibble. The value is ``e2m1(code) * 2 ** (scale - 1
 or F8_E8M0 ``[..., out, in / 32]``. A weight ``[..., out, in]`` is stored in one of three ways:
 
 * GPT-OSS: stacked experts ``X`` are ``X_blocks``, U8 ``[..., out, in / 32, 16]``, and ``X_scales``.
-  Transformers' ``convert_moe_packed_tensors`` also transposes them; this module does not;
+  The unquantized ``X`` is ``[..., in, out]``: Transformers' ``convert_moe_packed_tensors``
+  transposes them, and so does this module;
 * compressed-tensors' ``mxfp4-pack-quantized``: ``X.weight_packed``, U8 ``[out, in / 2]``, and
   ``X.weight_scale``;
 * under the weight's own name, U8 or I8 ``[..., out, in / 2]``. The scale is then called
@@ -53,8 +54,10 @@ class MxFp4:
                 continue
             name, scale = _name_and_scale(codes, stored)
             if scale is not None and scale.dtype in SCALE_DTYPES:
-                shape = _shape(codes, scale)
-                found.append(from_pair(self.name, name, shape, (codes, scale), stored, decode))
+                shape, how = _shape(codes, scale), decode
+                if codes.name.endswith(_STACKED[0]):
+                    shape, how = (*shape[:-2], *shape[:-3:-1]), decode_transposed
+                found.append(from_pair(self.name, name, shape, (codes, scale), stored, how))
         return found
 
     def complaint(self, info: TensorInfo) -> str | None:
@@ -76,6 +79,13 @@ def decode(
     """
     packed = codes.reshape(*scale.shape[:-1], -1)
     return apply(lookup(packed, E2M1_PAIRS, out), scale)
+
+
+def decode_transposed(
+    codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As :func:`decode`, but the result is a view ``[..., in, out]``, whose memory is not."""
+    return decode(codes, scale, out).mT
 
 
 def _name_and_scale(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantize.checkpoint.descriptions import descriptions
 from quantize.checkpoint.sources import FORMATS
-from quantize.checkpoint.sources.stored_weight import quantization_config
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 
@@ -39,8 +39,9 @@ def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
     Raises:
         QuantizeError: if the source is refused; the message says why.
     """
-    quantization = quantization_config(config)
-    schemes = {scheme.lower() for scheme in _schemes(quantization)} | (formats & {NVFP4})
+    described = [value for _, value in descriptions(config)]
+    schemes = {scheme.lower() for value in described for scheme in _schemes(value)}
+    schemes |= formats & {NVFP4}
     if any(NVFP4 in scheme for scheme in schemes):
         raise QuantizeError(
             f"{where}: the checkpoint is already NVFP4; quantizing 4-bit values again only loses "
@@ -48,9 +49,10 @@ def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
         )
     readable = _UNQUANTIZED.union(*(fmt.config_names for fmt in FORMATS.values()))
     if unreadable := sorted(schemes - readable):
+        methods = ", ".join(dict.fromkeys(map(_method, described)))
         raise QuantizeError(
-            f"{where}: the checkpoint is already quantized ({_method(quantization)}: "
-            f"{', '.join(unreadable)}), in a format that cannot be read; {_ORIGINAL}"
+            f"{where}: the checkpoint is already quantized ({methods}: {', '.join(unreadable)}), "
+            f"in a format that cannot be read; {_ORIGINAL}"
         )
 
 

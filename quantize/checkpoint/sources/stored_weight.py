@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from quantize.checkpoint.descriptions import descriptions
 from quantize.checkpoint.tensors import TensorInfo
 
 _SCALE = re.compile(r"(?:.*[._])?scales?(?:_inv|_2)?")
@@ -110,13 +111,8 @@ ALONE = (
 
 
 def quantization_config(config: dict[str, Any]) -> Any:
-    """The ``quantization_config`` of a ``config.json``; None if there is none.
+    """The first description of quantized weights in a ``config.json``; None if there is none.
 
-    It is at the top level or in ``text_config``, and may be called ``compression_config``.
+    It is at the top level or in the config of a part, and may be called ``compression_config``.
     """
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if place.get(key) is not None:
-                return place[key]
-    return None
+    return next((value for _, value in descriptions(config)), None)

@@ -1,0 +1,38 @@
+"""What a user should know of a source before it is quantized, a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from quantize.checkpoint.descriptions import are_plain, descriptions
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.parts import other_part
+
+
+def left_over(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A note about what the config says of quantization, if no tensor is quantized; else empty."""
+    paths = [path for path, _ in descriptions(checkpoint.config)]
+    if not paths or not are_plain(checkpoint.stored):
+        return ()
+    return (
+        f"{checkpoint.folder / 'config.json'}: {', '.join(paths)} is left over: no tensor is "
+        "quantized. It is dropped.",
+    )
+
+
+def other_parts(checkpoint: Checkpoint, stays: Sequence[str]) -> Iterator[str]:
+    """Notes about experts that are outside of the language model and are not asked for.
+
+    Args:
+        stays: module paths of all experts that are left out.
+    """
+    parts: dict[str, list[str]] = {}
+    for prefix in stays:
+        if part := other_part(prefix, checkpoint.config):
+            parts.setdefault(part, []).append(prefix)
+    for part, prefixes in parts.items():
+        more = f" and {len(prefixes) - 1} more" * (len(prefixes) > 1)
+        yield (
+            f"Experts outside of the language model stay as they are: {prefixes[0]}{more}; "
+            f"--include '*{part}*' asks for them."
+        )
