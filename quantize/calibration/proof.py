@@ -206,6 +206,6 @@ def _disagreement(
         f"{model.folder}: {where} of {type(model.model).__name__} {what} in calibration than in "
         f"Transformers' own run of the model: {float(error.median()):.2g} of their norm at the "
         f"median token, {float(error.max()):.2g} at most, more than {NEAR:g} at "
-        f"{float((error > NEAR).double().mean()):.0%} of tokens.{known} So calibration does not know "
-        "this model yet; leave --calibrate out, and report this"
+        f"{float((error > NEAR).double().mean()):.0%} of tokens.{known} So calibration does not "
+        "know this model yet; leave --calibrate out, and report this"
     )
