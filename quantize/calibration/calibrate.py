@@ -11,6 +11,7 @@ import torch
 from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.layerwise import LayerwiseModel
+from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.progress import CalibrationProgress, Progress
 from quantize.calibration.quantizer import Quantizer, staged_outputs
 from quantize.calibration.store import Store, gradients_name, states_name
@@ -32,6 +33,7 @@ def calibrate(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda _, __: None,
+    model: LayerwiseModel | None = None,
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into ``folder``.
 
@@ -39,6 +41,7 @@ def calibrate(
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+        model: from :func:`runnable_model`, if that was called.
 
     Raises:
         QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
@@ -50,9 +53,7 @@ def calibrate(
     if not undone:
         shutil.rmtree(folder / "states", ignore_errors=True)
         return
-    model = LayerwiseModel(
-        checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
-    )
+    model = model or runnable_model(checkpoint, plan, device)
     store = Store(folder / "states")
     quantizer = Quantizer(Staged(folder), undone, plan.layout, settings, plan.options.scales)
     state = CalibrationProgress(plan, model, store, undone, progress)
@@ -71,6 +72,21 @@ def calibrate(
         )
     shutil.rmtree(store.folder)
     state.finish()
+
+
+def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LayerwiseModel:
+    """The model that a calibration runs. A run builds it before it changes anything.
+
+    Raises:
+        QuantizeError: if calibration does not know it.
+    """
+    model = LayerwiseModel(
+        checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
+    )
+    settings = plan.options.calibration
+    if settings and METHODS[settings.method].needs_output_hessian:
+        ModelEnd(model).check()
+    return model
 
 
 def forward_pass(run: LayerwiseForward, quantizer: Quantizer, state: CalibrationProgress) -> None:

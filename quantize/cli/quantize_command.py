@@ -142,6 +142,15 @@ def quantize(
             "it, e.g. --calibrate texts.jsonl --every-expert: for texts too few for some experts.",
         ),
     ] = False,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-dir",
+            metavar="DIR",
+            help="Keep calibration's hidden states and finished experts in a folder of the run's "
+            "own in DIR, not in DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
+        ),
+    ] = None,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
     again = "--resume instead of --overwrite" if overwrite else "--resume"
@@ -170,12 +179,16 @@ def quantize(
             from quantize.checkpoint.reader import Checkpoint
             from quantize.execute import execute
             from quantize.run.cluster import connected
+            from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
-            from quantize.run.record import check_target
+            from quantize.run.target import FOLDER, check_links, check_target
             from quantize.run.workers import all_devices
 
         devices = [device_of(name) for name in device] if device else None
-        check_target(target, overwrite, resume)  # before hours of downloading
+        # Before hours of downloading. Links first: what they lead to is not looked at.
+        check_links(target, [FOLDER])
+        check_unlocked(target / FOLDER)
+        check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
@@ -204,6 +217,8 @@ def quantize(
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
+                    work_dir=work_dir,
+                    say=lambda line: err.print(plain(line), soft_wrap=True, highlight=False),
                 )
         out.print(
             f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
@@ -223,7 +238,7 @@ def _summary(steps: Plan) -> str:
 
 def _without_calibrate(context: typer.Context) -> str | None:
     """An option that says how to calibrate."""
-    for name in ("calibration_rows", "calibration_length", "rounding", "every_expert"):
+    for name in ("calibration_rows", "calibration_length", "rounding", "every_expert", "work_dir"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             return f"--{name.replace('_', '-')}"
@@ -232,7 +247,7 @@ def _without_calibrate(context: typer.Context) -> str | None:
 
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
-    how = {"overwrite", "resume", "device", "threads", "ray", "source", "target"}
+    how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

@@ -38,6 +38,7 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
         dense=_dense(checkpoint, plan, lost) if plan.dense else None,
         calibration=_settings(settings) if settings else None,
         fingerprint=record.fingerprint,
+        files=sorted(record.names),
     )
 
 
