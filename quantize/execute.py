@@ -28,7 +28,7 @@ from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.space import Space
 from quantize.run.staged import Staged
-from quantize.run.target import check_links
+from quantize.run.target import check_folder
 from quantize.run.workers import Progress, all_devices, make_shards
 
 Say = Callable[[str], None]
@@ -120,9 +120,9 @@ def execute(
             len(plan.shards),
         )
 
+    check_folder(target)
     if resume and record.is_finished(plan, others):
         if record.folder.exists():  # a kill in the last moments may have left it
-            check_links(target, [record.folder.name])
             with locked(record.folder):
                 record.end()
         progress(_source_bytes(plan, range(len(plan.shards))))
@@ -130,7 +130,6 @@ def execute(
     run = _Run(
         checkpoint, plan, record, others, devices or all_devices(), threads, ray, samples, say
     )
-    check_links(target, [record.folder.name])
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
 

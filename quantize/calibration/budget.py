@@ -39,7 +39,7 @@ class Budget(NamedTuple):
     def __str__(self) -> str:
         return (
             f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states and "
-            f"{decimal(self.staged)} of experts on the target's disk until the run is complete"
+            f"{decimal(self.staged)} of experts on disk until the run is complete"
         )
 
 

@@ -181,12 +181,11 @@ def quantize(
             from quantize.run.cluster import connected
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
-            from quantize.run.target import FOLDER, check_links, check_target
+            from quantize.run.target import FOLDER, check_folder, check_target
             from quantize.run.workers import all_devices
 
         devices = [device_of(name) for name in device] if device else None
-        # Before hours of downloading. Links first: what they lead to is not looked at.
-        check_links(target, [FOLDER])
+        check_folder(target)  # all of this before hours of downloading
         check_unlocked(target / FOLDER)
         check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:

@@ -22,6 +22,7 @@ from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates, to_contract
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.identify import identify
+from quantize.experts.layers import check_layer_count
 from quantize.experts.names import ignored_modules
 from quantize.layouts import LAYOUTS
 from quantize.layouts.layout import Layout
@@ -136,6 +137,7 @@ def plan(
     where = str(checkpoint.folder / "config.json")
     check_config(checkpoint.config, checkpoint.formats, where)
     found = find(checkpoint)
+    check_layer_count(checkpoint.config, found, where)
     if options.gate:
         gates = Gates.uniform(options.gate)
     gates = gates or identify(checkpoint.folder, options.trust_remote_code)

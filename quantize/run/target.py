@@ -14,15 +14,20 @@ FOLDER = ".nvfp4_moe"
 CONFIG = "config.json"
 
 
+def check_folder(target: Path) -> None:
+    """Raise QuantizeError if ``target`` is a file, or holds links."""
+    if target.exists() and not target.is_dir():
+        raise QuantizeError(f"{target} is a file; the target must be a folder")
+    check_links(target, [FOLDER])
+
+
 def check_target(target: Path, overwrite: bool, resume: bool) -> None:
     """Whether a run may use the folder ``target``, as far as can be said without its plan.
 
     Raises:
         QuantizeError: if not.
     """
-    if target.exists() and not target.is_dir():
-        raise QuantizeError(f"{target} is a file; the target must be a folder")
-    check_links(target, [FOLDER])
+    check_folder(target)
     if overwrite or is_free(target):
         return
     interrupted = (target / FOLDER / "run.json").exists()
