@@ -148,7 +148,12 @@ def _digests(infos: list[TensorInfo]) -> list[tuple[str, str]]:
 def _digest(descriptor: int, info: TensorInfo) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for start, count in _places(info.nbytes):
-        data = os.pread(descriptor, count, info.offset + start)
+        try:
+            data = os.pread(descriptor, count, info.offset + start)
+        except OSError as error:
+            raise QuantizeError(
+                f"{info.file}: cannot read {info.name}: {error.strerror or error}"
+            ) from error
         if len(data) < count:
             raise QuantizeError(f"{info.file}: ends within {info.name}; download it again")
         digest.update(data)

@@ -2,6 +2,7 @@
 as what they are."""
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -334,18 +335,23 @@ def test_a_missing_shard_without_an_index(gone: int, source: Path, out: Path) ->
 # -- reading fails ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [1, 20, 45])
+@pytest.mark.parametrize("after", [1, 30, 100])
 def test_a_disk_that_fails(
     after: int, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = os.preadv, iter(range(10**6))
+    """While it is sampled, and while it is read."""
+    calls = itertools.count()
 
-    def failing(*args: Any) -> int:
-        if next(calls) >= after:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return plain(*args)
+    def failing(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(calls) >= after:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return plain(*args)
 
-    monkeypatch.setattr(os, "preadv", failing)
+        return call
+
+    for name in ("pread", "preadv"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
     message = refusal("quantize", source, out, "--max-shard-size", "6KB")
     assert f"{MODEL}: cannot read " in message
     assert "Input/output error" in message
