@@ -155,7 +155,9 @@ def _digest(descriptor: int, info: TensorInfo) -> str:
                 f"{info.file}: cannot read {info.name}: {error.strerror or error}"
             ) from error
         if len(data) < count:
-            raise QuantizeError(f"{info.file}: ends within {info.name}; download it again")
+            raise QuantizeError(
+                f"{info.file}: ends within {info.name}; it was cut off while being read"
+            )
         digest.update(data)
     return digest.hexdigest()
 
