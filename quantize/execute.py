@@ -27,7 +27,6 @@ from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.space import Space
-from quantize.run.staged import Staged
 from quantize.run.target import check_folder
 from quantize.run.workers import Progress, all_devices, make_shards
 
@@ -230,7 +229,7 @@ class _Run:
         if self.ray is not None:
             make_shards_on_ray(self.ray, checkpoint, plan, record, missing, self.threads, progress)
         else:
-            work = plan.with_staged(Staged(record.calibration))
+            work = plan.calibrated(record.calibration)
             make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
         report = collect(checkpoint, plan, record)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}

@@ -8,7 +8,8 @@ loading know a backend only as this class.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
@@ -74,6 +75,19 @@ class ExpertsBackend(FusedMoEMethodBase):
         """Whether the kernel multiplies by other numbers than those that the checkpoint's tensors
         mean: by weights that it has rounded again."""
         return False
+
+    def every_kernel(self) -> Iterable[tuple[str, AbstractContextManager[None]]]:
+        """What it chooses among in each call: a name of each, and within what that one is taken.
+
+        The self-check runs each of them, with few tokens and with many. If only the kernels know
+        what they choose by, this is one entry without a name.
+        """
+        return [("", nullcontext())]
+
+    def prepare_router(self, layer: RoutedExperts) -> None:
+        """Change what keeps vLLM's router from routing ``layer`` on this platform, before
+        :meth:`prepare` and the self-check."""
+        return
 
     @abstractmethod
     def prepare(self, layer: RoutedExperts) -> None:

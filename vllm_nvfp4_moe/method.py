@@ -18,13 +18,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEMethodBase,
     FusedMoeWeightScaleSupported,
 )
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import set_default_torch_dtype
 
+from quantize.layouts.layout import INPUT_SCALE as NO_RANGE
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.context import ModelContext
 from vllm_nvfp4_moe.errors import RefusedError
@@ -32,6 +34,7 @@ from vllm_nvfp4_moe.interface import ExpertsBackend
 from vllm_nvfp4_moe.loading.checks import ExpertLoads, fold_global_scales
 from vllm_nvfp4_moe.loading.loaders import Loader, QuantizingLoader
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
+from vllm_nvfp4_moe.reload import Kept
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -44,7 +47,13 @@ class NvFp4MoEMethod(ExpertsBackend):
         context: of the model that the layer belongs to.
         layer: already set to the contract's gate.
         weight_only: the layer's experts come without input scales.
+
+    Attributes:
+        reloading: the layer's weights are loaded again: what was made of the first ones, and is in
+            use, stays where it is.
     """
+
+    reloading = False
 
     def __init__(self, context: ModelContext, layer: RoutedExperts, weight_only: bool) -> None:
         # By name: a backend may inherit from a method of vLLM too, whose constructor chooses
@@ -75,7 +84,10 @@ class NvFp4MoEMethod(ExpertsBackend):
         layer.num_experts = num_experts
         layer.params_dtype = params_dtype
         kinds = self._kinds
-        load_format = get_current_vllm_config().load_config.load_format
+        # The config of this layer's model, which may be a draft model. It is no longer current
+        # when weights are loaded again.
+        self._vllm_config = get_current_vllm_config()
+        load_format = self._vllm_config.load_config.load_format
         self._dummy = load_format == "dummy"
         on_the_fly = self.context.format.on_the_fly
         summary = self.context.summary
@@ -90,7 +102,7 @@ class NvFp4MoEMethod(ExpertsBackend):
         loaders = {kind: Loader(self.loads, kind) for kind in kinds}
         quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
 
-        padded = hidden_size != (extra_weight_attrs.get("unpadded_hidden_size") or hidden_size)
+        unpadded = extra_weight_attrs.get("unpadded_hidden_size") or hidden_size
         inner = intermediate_size_per_partition
         for prefix, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
             for kind in kinds:
@@ -102,9 +114,6 @@ class NvFp4MoEMethod(ExpertsBackend):
                 if kind == TensorKind.INPUT_SCALE and self.global_input_scales:
                     experts = extra_weight_attrs["global_num_experts"]
                 data = torch.empty(experts, *shape, dtype=tensor.dtype)
-                if padded and not tensor.per_matrix:
-                    # Nothing is loaded into the padding.
-                    data.fill_(int(kind == TensorKind.BLOCK_SCALE))
                 param = torch.nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{prefix}_{tensor.suffix(self.layout)}", param)
                 loader = quantizing if quantizing and kind == TensorKind.CODES else loaders[kind]
@@ -112,32 +121,83 @@ class NvFp4MoEMethod(ExpertsBackend):
                 if tensor.granularity is not None:
                     granularity = FusedMoeWeightScaleSupported(tensor.granularity)
                     attributes["quant_method"] = granularity.value
+                # vLLM's reloading processes a layer once so many numbers have come for it: none
+                # for padding, and for what is quantized as it loads only the codes.
+                if quantizing and kind != TensorKind.CODES:
+                    attributes["weight_loader_numel"] = 0
+                elif not tensor.per_matrix:
+                    attributes["weight_loader_numel"] = data.numel() * unpadded // hidden_size
                 set_weight_attrs(param, attributes)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that every tensor came, give them their canonical names, hand them to the backend
-        and check what its kernel computes. vLLM calls this once its loader has ended.
+        and check what its kernel computes. vLLM calls this once its loader has ended, and again
+        for each reload.
 
         Raises:
             RefusedError: if the model would not give the text that its checkpoint means.
         """
+        # As at vLLM's first load, whoever calls.
+        codes = getattr(layer, f"w13_{EXPERT_TENSORS[TensorKind.CODES].suffix(self.layout)}", None)
+        if codes is None or (self.reloading and not self.loads.seen):
+            raise RefusedError(
+                f"{layer.layer_name}: its weights are converted already. To load others, use "
+                "vLLM's reload_weights or update_weights"
+            )
+        with (
+            set_current_vllm_config(self._vllm_config),
+            set_default_torch_dtype(layer.params_dtype),
+            codes.device,
+        ):
+            self._process(layer)
+        self.reloading = True
+
+    def _process(self, layer: RoutedExperts) -> None:
         if quirks.shared_experts_counted_by_every_rank(layer):
             raise RefusedError(
                 f"{layer.layer_name}: with tensor parallelism, vLLM's Transformers backend would "
                 "add this model's shared expert once per rank (in bf16 too). Use "
                 "--tensor-parallel-size 1, or a layout that vLLM has a model of its own for"
             )
-        if not self._dummy:
+        dummy = self._dummy and not self.reloading
+        if not dummy:
             self.loads.complete()
         self._canonicalize(layer)
+        self._complete_made_up(layer, dummy)
+        self.prepare_router(layer)
         sample = None
-        if not self._dummy:
+        if not dummy:
             fold_global_scales(layer)
             sample = self.context.self_check.before(layer, self)
+        kept = Kept(layer, self) if self.reloading else None
         self.prepare(layer)
         if sample is not None:
             self.context.self_check.after(sample, layer, self)
+        if kept is not None:
+            kept.restore(layer, self)
         self.context.summary.loaded(layer, self)
+
+    def _complete_made_up(self, layer: RoutedExperts, dummy: bool) -> None:
+        """Fill what did not come from a checkpoint: padding, input scales of weights that were
+        quantized as they loaded, and with ``--load-format dummy`` everything."""
+        config = layer.moe_config
+        hidden = config.hidden_dim_unpadded or config.hidden_dim
+        if dummy:
+            # vLLM makes up small numbers of both signs, and no scale is negative.
+            fixed = torch.Generator(layer.w13_weight.device).manual_seed(0)
+            for prefix in ("w13", "w2"):
+                getattr(layer, f"{prefix}_weight").data.random_(0, 256, generator=fixed)
+                getattr(layer, f"{prefix}_weight_scale").data.fill_(1)
+                getattr(layer, f"{prefix}_weight_scale_2").data.fill_(2**-7)
+        if (dummy or self.context.format.on_the_fly) and not self.weight_only:
+            for prefix in ("w13", "w2"):
+                # With global scales, also those of experts of other ranks.
+                getattr(layer, f"{prefix}_input_scale").data.fill_(NO_RANGE)
+        for kind, value in ((TensorKind.CODES, 0), (TensorKind.BLOCK_SCALE, 1)):
+            tensor = EXPERT_TENSORS[kind]
+            columns = tensor.shape(1, hidden)[1]
+            getattr(layer, f"w13_{tensor.canonical}").data[:, :, columns:].fill_(value)
+            getattr(layer, f"w2_{tensor.canonical}").data[:, hidden:].fill_(value)
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
         """Rename the parameters, and turn scales that divide into scales that multiply."""
@@ -148,9 +208,9 @@ class NvFp4MoEMethod(ExpertsBackend):
                 if param is None:
                     continue
                 delattr(layer, name)
+                if hasattr(layer, canonical := f"{prefix}_{tensor.canonical}"):
+                    delattr(layer, canonical)  # of the load before
                 data = param.data
                 if self.layout.reciprocal and tensor.per_matrix:
                     data = data.reciprocal()
-                layer.register_parameter(
-                    f"{prefix}_{tensor.canonical}", torch.nn.Parameter(data, requires_grad=False)
-                )
+                layer.register_parameter(canonical, torch.nn.Parameter(data, requires_grad=False))

@@ -10,9 +10,11 @@ Whoever supports a new version of vLLM reads this list, and drops what has gone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +97,8 @@ ROUTER_BIAS = Quirk(
     what="vLLM's Transformers backend leaves the bias in the model's dtype, and vLLM's CUDA router "
     'then stops with "bias tensor must be float32".',
     seen_in=("0.32",),
-    undone="Only the layer and its own router get a float32 copy of the values that were loaded.",
+    undone="Only that tensor changes its dtype, wherever the model holds it, so that what a reload "
+    "writes to it reaches the router.",
     gone_when="the Transformers backend converts the bias, or the router does.",
 )
 
@@ -115,7 +118,8 @@ NEEDLESS_PADDING = Quirk(
     "the copy for global scales, which it has expanded to all rows: its kernels take contiguous "
     "tensors only.",
     seen_in=("0.32",),
-    undone="torch.nn.functional.pad is exchanged while one layer is converted, and put back.",
+    undone="torch.nn.functional.pad is exchanged while a layer is converted, for the thread that "
+    "does so, and put back.",
     gone_when="Humming, or PyTorch, does not copy what needs no padding.",
 )
 
@@ -194,7 +198,11 @@ def route_with_float32_bias(layer: RoutedExperts) -> None:
     bias = getattr(router, "e_score_correction_bias", None)
     if bias is not None and bias.dtype != torch.float32:
         ROUTER_BIAS.log()
-        router.e_score_correction_bias = layer.e_score_correction_bias = bias.data.float()
+        # Not a copy: the model's own module loads into this tensor, and vLLM's reloading may do so
+        # after it has processed this layer.
+        bias.data = bias.data.float()
+        if layer.e_score_correction_bias is not bias:
+            layer.e_score_correction_bias.data = bias.data
 
 
 def attention_break_is_armed() -> bool:
@@ -257,20 +265,46 @@ def select_nvfp4_moe_backend(kernels_of: Callable[[Any], list[Any]]) -> Callable
     return FunctionType(code, names, function.__name__, function.__defaults__)
 
 
+class _Padding(threading.local):
+    """How often this thread is within :func:`pad_only_what_needs_it`, and how many threads are."""
+
+    depth = 0
+    lock = threading.Lock()
+    threads = 0
+
+
+_padding = _Padding()
+
+
 @contextmanager
 def pad_only_what_needs_it() -> Iterator[None]:
     """Within, ``torch.nn.functional.pad`` returns a tensor that needs no padding as it is, if it
-    is contiguous, and else a contiguous copy (``NEEDLESS_PADDING``)."""
-    original = torch.nn.functional.pad
-
-    def pad(
-        input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
-    ) -> torch.Tensor:
-        return original(input, list(pad), mode, value) if any(pad) else input.contiguous()
-
+    is contiguous, and else a contiguous copy (``NEEDLESS_PADDING``). Other threads see no change,
+    and several may be within at once."""
     NEEDLESS_PADDING.log()
-    torch.nn.functional.pad = pad
+    functional: Any = torch.nn.functional
+    with _Padding.lock:
+        if not _Padding.threads:
+            functional.pad = _lazily(functional.pad)
+        _Padding.threads += 1
+    _padding.depth += 1
     try:
         yield
     finally:
-        torch.nn.functional.pad = original
+        _padding.depth -= 1
+        with _Padding.lock:
+            _Padding.threads -= 1
+            if not _Padding.threads:
+                functional.pad = functional.pad.__wrapped__
+
+
+def _lazily(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(original)
+    def pad(
+        input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    ) -> torch.Tensor:
+        if _padding.depth and not any(pad):
+            return input.contiguous()
+        return original(input, list(pad), mode, value)
+
+    return pad

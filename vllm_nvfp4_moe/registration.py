@@ -35,6 +35,7 @@ def register() -> None:
         return
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
+    when_imported("vllm.ray.ray_env", _give_settings_to_ray)
 
 
 def _register_config() -> None:
@@ -59,6 +60,14 @@ def _register_gpu_only_models() -> None:
 
         for architecture in ARCHITECTURES:
             ModelRegistry.register_model(architecture, GpuOnlyModel)
+
+
+def _give_settings_to_ray() -> None:
+    """Let vLLM copy this package's variables from the driver to its workers on Ray, as it copies
+    its own. Without them, workers would serve as if nothing had been set."""
+    from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES
+
+    DEFAULT_ENV_VAR_PREFIXES.add(f"{NAME.upper()}_")
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:

@@ -6,7 +6,10 @@ variable                     meaning
 ``NVFP4_MOE_SELF_CHECK``     ``0`` turns off the check that each kind of layer gets at load.
 ``NVFP4_MOE_HOPPER``         ``0`` leaves Hopper GPUs to vLLM's own kernels.
 ``NVFP4_MOE_ACTIVATIONS``    ``bf16`` (the default) or ``fp8``: what our Hopper kernel multiplies.
-``NVFP4_MOE_CACHE``          The folder of compiled kernels, ``~/.cache/vllm_nvfp4_moe`` by default.
+                             ``nvfp4``: experts that are quantized while they load have input
+                             scales of 1.0, for kernels with 4-bit activations.
+``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
+                             (``VLLM_CACHE_ROOT``).
 ===========================  ======================================================================
 
 Beside them, the plugin respects two variables of vLLM by which users have the activations of vLLM's
@@ -29,6 +32,9 @@ HOPPER = "NVFP4_MOE_HOPPER"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
 CACHE = "NVFP4_MOE_CACHE"
 
+NVFP4 = "nvfp4"
+"""A value of ``NVFP4_MOE_ACTIVATIONS``."""
+
 HUMMING_INPUT = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
 """vLLM's: how Humming quantizes activations."""
 MARLIN_INPUT = "VLLM_MARLIN_INPUT_DTYPE"
@@ -45,17 +51,30 @@ def hopper() -> bool:
     return os.environ.get(HOPPER, "1") != "0"
 
 
-def activations() -> str:
+def hopper_activations() -> str:
     """The type of the activations that our Hopper kernel multiplies (``NVFP4_MOE_ACTIVATIONS``).
 
     Whoever has the kernels checks that there is one of that name.
     """
-    return os.environ.get(ACTIVATIONS) or "bf16"
+    asked = os.environ.get(ACTIVATIONS) or "bf16"
+    return "bf16" if asked == NVFP4 else asked
 
 
-def cache() -> Path:
-    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "vllm_nvfp4_moe")
+def on_the_fly_activations() -> bool:
+    """Whether activations are quantized too at experts that are quantized while they load
+    (``NVFP4_MOE_ACTIVATIONS``)."""
+    return os.environ.get(ACTIVATIONS) == NVFP4
+
+
+def cache() -> Path | None:
+    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist. None
+    if nothing says where it is: users of containers may have no home directory."""
+    if folder := os.environ.get(CACHE):
+        return Path(folder).absolute()
+    import vllm.envs as envs
+
+    root = Path(envs.VLLM_CACHE_ROOT)
+    return root / "nvfp4_moe" if root.is_absolute() else None
 
 
 def humming_input() -> str | None:

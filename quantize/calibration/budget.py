@@ -37,9 +37,10 @@ class Budget(NamedTuple):
     staged: int
 
     def __str__(self) -> str:
+        staged = f" and {decimal(self.staged)} of experts" if self.staged else ""
         return (
-            f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states and "
-            f"{decimal(self.staged)} of experts on disk until the run is complete"
+            f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states"
+            f"{staged} on disk until the run is complete"
         )
 
 
@@ -47,7 +48,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     """Return what a plan with calibration needs on ``device``."""
     settings = plan.options.calibration
     assert settings is not None
-    method = METHODS[settings.method]
+    method = METHODS[settings.method] if settings.method is not None else None
     length = settings.sequence_length
     total = settings.num_samples * length
     width = precision(device).itemsize
@@ -63,14 +64,16 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     inner = max(group.intermediate for group in plan.found)
     wide = hidden * residual_streams(checkpoint)  # of what layers pass on
     # One expert: its weights, in float32 and quantized too; and what rounding gate and up takes.
-    expert = hidden * inner * (3 * (width + 12) + 2 * method.weight_bytes)
-    expert += max(hidden, inner) ** 2 * method.hessian_bytes
+    expert = hidden * inner * 3 * width
+    if method is not None:
+        expert += hidden * inner * (3 * 12 + 2 * method.weight_bytes)
+        expert += max(hidden, inner) ** 2 * method.hessian_bytes
     # Attention's scores and a few copies of what layers pass on; on the way back, all steps of it.
     tokens = max(TOKENS_PER_RUN, length)
     run = tokens * (wide * 16 + inner * 8) * width
     chunk = CHUNK * 3 * (hidden + 2 * inner) * 4
     memory = (largest + beside) * width + expert + run + chunk
-    if not method.needs_output_hessian:
+    if method is None or not method.needs_output_hessian:
         return Budget(memory, total * wide * (3 * width + 4), staged_bytes(plan))
     memory += max(2 * inner, hidden) ** 2 * method.output_hessian_bytes + 2 * run + chunk
     # One text at the model's end: logits, probabilities and gradients, with the head's weights.

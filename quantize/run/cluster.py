@@ -29,7 +29,6 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.run.plan import Plan, plan
 from quantize.run.record import Record
-from quantize.run.staged import Staged
 from quantize.run.version import package_version
 from quantize.run.workers import Progress, all_devices, make_shards
 
@@ -249,7 +248,7 @@ def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
         )
     record = Record(Path(target), fingerprint)
     record.cleared = cleared
-    return checkpoint, steps.with_staged(Staged(Path(staged))), record, threads
+    return checkpoint, steps.calibrated(Path(staged)), record, threads
 
 
 def _ours(cause: Any) -> QuantizeError:

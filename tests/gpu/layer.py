@@ -157,8 +157,8 @@ def capturing() -> bool:
 def build(
     shape: Shape,
     gate: str,
-    w13: Stored,
-    w2: Stored,
+    w13: Stored | torch.Tensor,
+    w2: Stored | torch.Tensor,
     backend: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     stock: bool = False,
@@ -166,6 +166,7 @@ def build(
     """A layer with these weights, converted for ``backend``.
 
     Args:
+        w13, w2: NVFP4, or plain floats ``[experts, out, in]``, which are quantized as they load.
         backend: vLLM's ``moe_backend``, or ``hopper`` or ``hopper fp8``: this package's kernels.
         gate: a key of ``tests.gpu.reference.GATES``; the router is that of :func:`route`.
         stock: with vLLM's own ``modelopt_fp4`` method in place of this package's.
@@ -173,12 +174,14 @@ def build(
     from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
     from vllm.config.kernel import KernelConfig
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
     from quantize.experts.gates import Gate, Gates
     from quantize.layouts import LAYOUTS
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
-    device = w13.codes.device
+    plain = isinstance(w13, torch.Tensor)
+    device = w13.device if isinstance(w13, torch.Tensor) else w13.codes.device
     numbers = (1.702, 1.0, 7.0) if gate == "swiglu_oai" else ()
     stored = LAYOUTS["modelopt"].quantization_config([])
     quantization: Any
@@ -194,7 +197,7 @@ def build(
                 **dict(zip(names, numbers, strict=True)),
             }
     else:
-        quantization = NvFp4MoEConfig.from_config(stored)
+        quantization = NvFp4MoEConfig() if plain else NvFp4MoEConfig.from_config(stored)
         quantization.gates = Gates.uniform(Gate(gate, *numbers))
     ours = backend.startswith("hopper")
     wanted = KernelConfig(moe_backend="auto" if ours else backend)
@@ -220,6 +223,7 @@ def build(
             **told,
             prefix="model.layers.0.mlp.experts",
         )
+        record_metadata_for_reloading(runner)  # as vLLM does for each model
         layer = Layer(runner, config)
         method = layer.experts.quant_method
         assert not ours or method.kernel.startswith(f"{backend.upper()} ("), method.passed_over
@@ -228,28 +232,29 @@ def build(
     return layer
 
 
-def load(experts: Any, w13: Stored, w2: Stored) -> None:
+def load(experts: Any, w13: Stored | torch.Tensor, w2: Stored | torch.Tensor) -> None:
     """Every tensor of every expert through its parameter's weight loader, as from a checkpoint."""
     parameters = dict(experts.named_parameters())
 
     def put(name: str, shard: str, expert: int, tensor: torch.Tensor) -> None:
-        parameter = parameters[name]
+        parameter = parameters.get(name)
+        if parameter is None and name.endswith("input_scale"):
+            return  # the layer takes weights alone
         parameter.weight_loader(
             parameter, tensor, f"experts.{name}", shard_id=shard, expert_id=expert
         )
 
-    one = torch.ones((), device=w13.codes.device)
-    for expert in range(len(w13.codes)):
-        half = w13.codes.shape[1] // 2
-        for shard, stored, prefix, rows in (
-            ("w1", w13, "w13", slice(half)),
-            ("w3", w13, "w13", slice(half, None)),
-            ("w2", w2, "w2", slice(None)),
-        ):
-            put(f"{prefix}_weight", shard, expert, stored.codes[expert, rows])
+    for shard, stored, prefix in (("w1", w13, "w13"), ("w3", w13, "w13"), ("w2", w2, "w2")):
+        whole = stored if isinstance(stored, torch.Tensor) else stored.codes
+        half = whole.shape[1] // 2
+        rows = {"w1": slice(half), "w3": slice(half, None), "w2": slice(None)}[shard]
+        for expert in range(len(whole)):
+            put(f"{prefix}_weight", shard, expert, whole[expert, rows])
+            if isinstance(stored, torch.Tensor):
+                continue
             put(f"{prefix}_weight_scale", shard, expert, stored.block_scale[expert, rows])
             put(f"{prefix}_weight_scale_2", shard, expert, stored.global_scale[expert])
-            put(f"{prefix}_input_scale", shard, expert, one)
+            put(f"{prefix}_input_scale", shard, expert, torch.ones((), device=whole.device))
 
 
 class Case:

@@ -11,7 +11,6 @@ from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 
 from tests.plugin.blackwell import M3, moe_config
 from tests.plugin.conversions import EXPERTS, Experts, bits, unswizzled
-from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
 
@@ -41,7 +40,6 @@ def checked_layer(experts: Experts, config: Any) -> Any:
 @pytest.mark.parametrize("backend", ["VLLM_CUTLASS", "FLASHINFER_CUTLASS", "FLASHINFER_CUTEDSL"])
 def test_prepared_kernel(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
-    monkeypatch.setattr(quirks, "route_with_float32_bias", lambda layer: None)
     # A view for the CuteDSL kernel alone; tests/gpu/test_conversions.py has it.
     monkeypatch.setattr(nvfp4, "nvfp4_swizzled_scale_to_cutedsl_mma_view", lambda scale: scale)
     experts = Experts.random(256, 128)

@@ -99,6 +99,27 @@ def test_experts_match_the_reference(
         assert torch.equal(method.apply(layer, apart, weights, ids, None, None), out)
 
 
+def test_each_tile_shape_is_checked(
+    load: Load, shallow: dict[str, Path], kernel: Any, monkeypatch: MonkeyPatch
+) -> None:
+    """What is compiled wrong may be one of them, which the first request does not take."""
+    run = kernel.run
+    for wrong in kernel.tile_shapes:
+
+        def broken(*args: Any, wrong: Any = wrong, **options: Any) -> torch.Tensor:
+            out = run(*args, **options)
+            return out.mul_(1.3) if options["tile_shape"] == wrong else out
+
+        monkeypatch.setattr(kernel, "run", broken)
+        with pytest.raises(ValueError, match=rf"means \(tile shape {wrong}\), of 1 token"):
+            load(shallow["modelopt"])
+    monkeypatch.setattr(kernel, "run", run)
+    kernel.calls.clear()
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    assert {options["tile_shape"] for options in kernel.calls} == set(kernel.tile_shapes)
+    assert layer.quant_method.moe_kernel.fused_experts.tile_shape is None
+
+
 def test_the_line_at_load(
     load: Load, shallow: dict[str, Path], kernel: Any, monkeypatch: MonkeyPatch
 ) -> None:

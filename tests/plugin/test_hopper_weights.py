@@ -160,26 +160,6 @@ def test_the_kernels_compile_without_spills(
     assert "serialized" not in done.stderr
 
 
-def test_a_library_is_built_once(
-    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(settings.CACHE, str(tmp_path))
-    said: list[str] = []
-    monkeypatch.setattr(jit.logger, "info", lambda text, *args: said.append(text % args))
-    source = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }'
-    assert jit.load(source, "90a").answer() == 42
-    built = jit.build(source, "90a")
-    stamp = built.stat().st_mtime_ns
-    assert jit.build(source, "90a") == built
-    assert built.stat().st_mtime_ns == stamp
-    (line,) = said
-    assert line.startswith("Compiling a kernel for sm_90a with ") and line.endswith(str(built))
-    assert [path.name for path in tmp_path.iterdir()] == [built.name]
-    with pytest.raises(jit.KernelError, match="no_such_type"):
-        jit.build("no_such_type x;", "90a")
-    assert [path.name for path in tmp_path.iterdir()] == [built.name]
-
-
 def test_a_librarys_symbols_are_hidden_unless_exported(
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,11 +174,3 @@ def test_a_librarys_symbols_are_hidden_unless_exported(
     assert loaded.answer() == 2
     assert not hasattr(loaded, "hidden")
     assert not hasattr(loaded, "kernel")
-
-
-def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(Path, "is_file", lambda path: False)
-    with pytest.raises(jit.KernelError, match="no nvcc"):
-        jit.load("", "90a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import execute
+from quantize.run.options import Options
 from quantize.run.plan import plan
 from tests.plugin.conftest import Damage
 from tests.quantize import checkpoints
@@ -24,15 +26,28 @@ def parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.data.clone().view(torch.uint8) for name, p in layer.named_parameters()}
 
 
+@pytest.mark.parametrize("activations", ["bf16", "nvfp4"])
 def test_the_weights_are_those_of_the_offline_export(
-    load: Load, shallow: dict[str, Path], shallow_bf16: Path
+    load: Load,
+    shallow_bf16: Path,
+    tmp_path: Path,
+    activations: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Experts that come fused, gate over up, through vLLM's Transformers backend."""
-    offline = load(shallow["modelopt"])[LAYER].routed_experts
+    asked = activations == "nvfp4"
+    with Checkpoint(shallow_bf16) as source:
+        execute(source, plan(source, Options(activations=asked)), tmp_path / "offline")
+    offline = load(tmp_path / "offline")[LAYER].routed_experts
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", activations)
+    logging.getLogger("vllm").propagate = True
     runners = load(shallow_bf16)
     layer = runners[LAYER].routed_experts
     want, got = parameters(offline), parameters(layer)
     assert want.keys() == got.keys()
+    assert any("input_scale" in name for name in got) is asked
+    assert ("input scales are 1.0" in caplog.text) is asked
     for name in want:
         assert torch.equal(got[name], want[name]), name
     # Without a contract: from the model's class, where vLLM's Transformers backend assumes SiLU.
@@ -98,14 +113,3 @@ def test_a_model_without_experts(load: Load, tmp_path: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot establish which gate"):
         load(tmp_path)
-
-
-def test_loading_again(load: Load, shallow_bf16: Path) -> None:
-    """vLLM's reloading begins with parameters on the meta device, which nothing can be put into."""
-    from vllm_nvfp4_moe.loading.loaders import QuantizingLoader
-
-    layer = load(shallow_bf16)[LAYER].routed_experts
-    loader = QuantizingLoader(layer.quant_method.loads, {})
-    parameter = torch.nn.Parameter(torch.empty(1, device="meta"))
-    with pytest.raises(ValueError, match=rf"{LAYER}: weights that were quantized .* restart"):
-        loader(parameter, torch.empty(128, 384), "w13_weight", "w1", 0)

@@ -121,3 +121,17 @@ def test_everything_but_experts_is_stock(load, shallow: dict[str, Path]) -> None
         linear = [m for m in model.modules() if isinstance(m, LinearBase)]
         assert len(linear) >= 8
         assert all(isinstance(m.quant_method, UnquantizedLinearMethod) for m in linear)
+
+
+@pytest.mark.parametrize("first", ["", "import vllm.ray.ray_env; "])
+def test_settings_reach_workers_on_ray(first: str) -> None:
+    """By vLLM's own list, in the process that starts them, whichever was imported first."""
+    out = python(
+        f"{first}from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from vllm.ray.ray_env import get_env_vars_to_copy\n"
+        "print(sorted(get_env_vars_to_copy() & {'NVFP4_MOE_ACTIVATIONS', 'VLLM_FOO', 'FOO'}))",
+        NVFP4_MOE_ACTIVATIONS="fp8",
+        VLLM_FOO="1",
+        FOO="1",
+    )
+    assert out.splitlines()[-1] == "['NVFP4_MOE_ACTIVATIONS', 'VLLM_FOO']"

@@ -16,6 +16,7 @@ from quantize.experts.gates import Gate
 from tests.plugin.conftest import Damage
 from vllm_nvfp4_moe import self_check, settings
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
+from vllm_nvfp4_moe.kernels.jit import KernelError
 from vllm_nvfp4_moe.self_check import sample
 
 LAYER = "model.layers.1.mlp.experts"
@@ -274,6 +275,115 @@ def test_a_kernel_that_asks_for_the_forward_context(
     check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
     assert check.skipped is None
     assert asked == [None]
+
+
+class Routes:
+    """Has the CPU's method route by itself, as kernels for Blackwell do.
+
+    Args:
+        floor: what the k-th best is compared with first; 0 for a kernel that overlooks negative
+            scores of a router.
+    """
+
+    def __init__(self, monkeypatch: MonkeyPatch, floor: float, first_of_equals: bool) -> None:
+        self.logits: list[torch.Tensor] = []
+        self.floor, self.first_of_equals = floor, first_of_equals
+        routes = self
+
+        def apply(self: CpuMethod, layer: Any, x: Any, logits: Any, *_: Any) -> torch.Tensor:
+            routes.logits.append(logits)
+            return CpuMethod.apply(self, layer, x, *routes.route(layer, logits), None, None)
+
+        monkeypatch.setattr(CpuMethod, "is_monolithic", True)
+        monkeypatch.setattr(CpuMethod, "apply_monolithic", apply)
+
+    def route(self, layer: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """MiniMax-M3's, from its formula: sigmoid, bias for the choice alone, renormalised."""
+        scores = logits.float().sigmoid()
+        biased = scores + layer.e_score_correction_bias.float()
+        biased = biased.masked_fill(logits < self.floor, -torch.inf)
+        if self.first_of_equals:  # takes the best again and again, for all that have its score
+            best = biased.amax(1, keepdim=True)
+            ids = (biased == best).int().argmax(1, keepdim=True)
+            rest = biased.masked_fill(biased == best, -torch.inf).topk(layer.top_k - 1, 1).indices
+            ids = torch.cat((ids, rest), 1)
+        else:
+            ids = biased.topk(layer.top_k, 1).indices
+        weights = scores.gather(1, ids)
+        return weights / weights.sum(1, keepdim=True), ids.int()
+
+
+def test_a_kernel_that_routes(load: Load, shallow: dict, monkeypatch: MonkeyPatch) -> None:
+    routes = Routes(monkeypatch, -torch.inf, False)
+    check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
+    assert check.skipped is None
+    assert 0 < check.worst < 6e-3
+    logits = torch.cat(routes.logits)
+    assert (logits < 0).all(1).any()
+    ties = [len(row.unique()) == 2 for row in logits]
+    assert any(ties) and not all(ties)
+
+
+@pytest.mark.parametrize(("floor", "first_of_equals"), [(0.0, False), (-torch.inf, True)])
+def test_a_kernel_that_routes_wrong(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch, floor: float, first_of_equals: bool
+) -> None:
+    """With random logits alone both pass: some are positive, and none are equal."""
+    Routes(monkeypatch, floor, first_of_equals)
+    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
+        load(shallow["modelopt"])
+
+
+KERNELS = ("forward", "expand")
+"""The CPU's two: its loops for few tokens an expert, and what expands weights for many."""
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_kernel_that_a_backend_chooses_among(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch, kernel: str
+) -> None:
+    from vllm_nvfp4_moe.backends.cpu import kernels
+
+    right = getattr(kernels, kernel)
+    monkeypatch.setattr(kernels, kernel, lambda *args: right(*args) * 1.05)
+    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
+        load(shallow["modelopt"])
+
+
+def test_a_row_that_is_wrong_among_many_alone(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch
+) -> None:
+    apply = CpuMethod.apply
+
+    def last_row(self: CpuMethod, *args: Any) -> torch.Tensor:
+        output = apply(self, *args)
+        output[sample.TOKENS :] *= 1.1
+        return output
+
+    monkeypatch.setattr(CpuMethod, "apply", last_row)
+    with pytest.raises(ValueError, match=r"of 32 token.*: relative error 0\.09"):
+        load(shallow["modelopt"])
+
+
+def test_a_kernel_that_cannot_run(load: Load, shallow: dict, monkeypatch: MonkeyPatch) -> None:
+    """No traceback, and no server that fails at its first request."""
+
+    def fail(*_: Any) -> None:
+        raise KernelError("CUDA error 700: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(self_check, "run_alone", fail)
+    with pytest.raises(ValueError, match=r"self-check: the CPU kernel cannot run here: .* access"):
+        load(shallow["modelopt"])
+
+
+def test_a_device_that_a_kernel_broke(load: Load, shallow: dict, monkeypatch: MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr(self_check, "_device_works", lambda layer: False)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(self_check, "run_alone", fail)
+    with pytest.raises(ValueError, match=r"self-check: the CPU kernel cannot run here: Runtime"):
+        load(shallow["modelopt"])
 
 
 def test_one_layer_of_a_kind(

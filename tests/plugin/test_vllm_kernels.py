@@ -6,8 +6,10 @@ The conversions and kernels themselves need a GPU; docs/evidence/ has what ran o
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,4 +153,30 @@ def test_nothing_is_copied_for_no_padding() -> None:
     assert torch.equal(reflected, before(x, (1, 0), mode="reflect"))
     with pytest.raises(ZeroDivisionError), quirks.pad_only_what_needs_it():
         raise ZeroDivisionError
+    assert torch.nn.functional.pad is before
+
+
+def test_other_threads_pad_as_ever() -> None:
+    """Two engines convert layers at the same time, one ends first, and a third thread pads."""
+    from vllm_nvfp4_moe import quirks
+
+    before = torch.nn.functional.pad
+    x = torch.arange(6.0)
+    first, second = threading.Event(), threading.Event()
+
+    def load(begins: threading.Event, goes_on: threading.Event) -> bool:
+        with quirks.pad_only_what_needs_it():
+            begins.set()
+            assert goes_on.wait(10)
+            return torch.nn.functional.pad(x, (0, 0)).data_ptr() == x.data_ptr()
+
+    last = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(load, first, second)
+        assert first.wait(10)
+        two = pool.submit(load, second, last)
+        assert one.result(10)  # it has left, and the other has not
+        assert torch.nn.functional.pad(x, (0, 0)).data_ptr() != x.data_ptr()
+        last.set()
+        assert two.result(10)
     assert torch.nn.functional.pad is before

@@ -32,3 +32,6 @@ class GpuMethod(NvFp4MoEMethod, ModelOptNvFp4FusedMoE):
     def __init__(self, context: ModelContext, layer: RoutedExperts, weight_only: bool) -> None:
         super().__init__(context, layer, weight_only)
         quirks.avoid_frozen_attention(get_current_vllm_config())
+
+    def prepare_router(self, layer: RoutedExperts) -> None:
+        quirks.route_with_float32_bias(layer)

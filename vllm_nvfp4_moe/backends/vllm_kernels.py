@@ -84,7 +84,6 @@ class VllmKernelsMethod(GpuMethod):
         return 8 if setting is not None and setting() else super().activation_bits
 
     def prepare(self, layer: RoutedExperts) -> None:
-        quirks.route_with_float32_bias(layer)
         if self.input_scales_by_expert and self.moe.moe_parallel_config.enable_eplb:
             self._refuse_input_scales_that_stay(layer)
         humming = self.nvfp4_backend == NvFp4MoeBackend.HUMMING

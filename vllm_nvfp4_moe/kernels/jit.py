@@ -1,18 +1,27 @@
 """Compiles this package's CUDA sources with nvcc at first use, and keeps what comes out.
 
-What is compiled lies in ``$NVFP4_MOE_CACHE``, by default ``~/.cache/vllm_nvfp4_moe``, under a
-hash of all that it depends on. Nothing is linked to PyTorch: kernels take pointers, through ctypes.
-A library's symbols are hidden but for those that its source marks as visible by default.
+What is compiled lies in ``$NVFP4_MOE_CACHE``, by default ``nvfp4_moe`` in vLLM's cache, under a
+hash of all that it depends on. If that folder cannot be used, one for this user alone below it or
+in the system's folder for temporary files takes its place. What is loaded is code, so it is taken
+only from folders that nobody but this user and root can write. Nothing is linked to PyTorch:
+kernels take pointers, through ctypes. A library's symbols are hidden but for those that its source
+marks as visible by default.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
+import os
+import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_nvfp4_moe import settings
@@ -42,18 +51,53 @@ def nvcc() -> Path:
     raise KernelError("no nvcc: not in $CUDA_HOME, on the path or in /usr/local/cuda")
 
 
-def build(source: str, architecture: str) -> Path:
+def folders() -> Iterator[Path]:
+    """Where compiled kernels may be kept, the preferred place first. All exist and are safe, but
+    one may be a place that this user can only read."""
+    wanted = settings.cache()
+    mine = f"user-{os.getuid()}"
+    places = [] if wanted is None else [wanted, wanted / mine]
+    with suppress(OSError):  # there may be none
+        places.append(Path(tempfile.gettempdir(), f"nvfp4_moe-{mine}"))
+    for place in places:
+        try:
+            # Nobody else may write in what is made here, whatever the umask is.
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                place.mkdir(mode=0o700)
+            problem = _unsafe(place)
+        except OSError as error:
+            problem = str(error)
+        if problem is None:
+            yield place
+        elif place == wanted:
+            logger.warning("Compiled kernels cannot be kept in %s: %s", place, problem)
+
+
+def _unsafe(path: Path) -> str | None:
+    """Why code is not loaded from ``path``; None if only this user and root can write there."""
+    found = path.stat()
+    if found.st_uid not in (0, os.getuid()):
+        return f"it belongs to another user ({found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write there (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def build(source: str, architecture: str, folder: Path) -> Path:
     """Compile CUDA C++, or find what it was compiled to before.
 
     Args:
         source: the whole text, without includes of ours.
         architecture: for example "90a".
+        folder: one of :func:`folders`.
 
     Returns:
         The path of the shared library.
 
     Raises:
         KernelError: with what nvcc says.
+        OSError: if it is not there, and cannot be written there.
     """
     compiler = nvcc()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
@@ -61,29 +105,66 @@ def build(source: str, architecture: str) -> Path:
         "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
     ]  # fmt: skip
-    key = "\0".join([version.stdout, *options, source])
-    folder = settings.cache()
+    # The host's part of the library needs a processor and a C library like this host's.
+    host = [platform.machine(), *platform.libc_ver()]
+    key = "\0".join([version.stdout, *options, *host, source])
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if library.exists():
-        return library
-    logger.info("Compiling a kernel for sm_%s with %s, once: %s", architecture, compiler, library)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Ranks may compile side by side. Each does in a folder of its own, and the last one's library
-    # stays.
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        file, made = Path(temporary, "kernel.cu"), Path(temporary, "kernel.so")
-        file.write_text(source)
-        command = [str(compiler), *options, "-o", str(made), str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise KernelError(f"nvcc failed: {(done.stderr or done.stdout)[-2000:]}")
-        made.replace(library)
+    if not library.exists():
+        with _locked(library.with_suffix(".lock")):
+            if not library.exists():  # nobody compiled it meanwhile
+                logger.info(
+                    "Compiling a kernel for sm_%s with %s, once: %s",
+                    architecture,
+                    compiler,
+                    library,
+                )
+                _compile([str(compiler), *options], source, library)
+    if problem := _unsafe(library):
+        raise OSError(f"{library}: {problem}")
     return library
 
 
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Within, no other process compiles the same: the ranks of a server start together."""
+    with file.open("w") as handle:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(command: list[str], source: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+        file, made = Path(temporary, "kernel.cu"), Path(temporary, "kernel.so")
+        file.write_text(source)
+        command = [*command, "-o", str(made), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise KernelError(f"nvcc failed: {(done.stderr or done.stdout)[-2000:]}")
+        made.chmod(0o755)
+        made.replace(library)
+
+
 def load(source: str, architecture: str) -> ctypes.CDLL:
-    """Load the library of :func:`build`, whose arguments and errors it has."""
-    try:
-        return ctypes.CDLL(str(build(source, architecture)))
-    except OSError as error:
-        raise KernelError(f"cannot be built or loaded: {error}") from error
+    """Load the library of :func:`build`, whose arguments it has but for the folder. A library that
+    does not load, because it is damaged or from another host, is built again.
+
+    Raises:
+        KernelError: if it cannot be built, or cannot be loaded from any folder.
+    """
+    problems: dict[str, None] = {}
+    for folder in folders():
+        for _ in range(2):
+            library = None
+            try:
+                library = build(source, architecture, folder)
+                return ctypes.CDLL(str(library))
+            except OSError as error:
+                problems[str(error)] = None
+                if library is None:
+                    break
+                with suppress(OSError):
+                    library.unlink()
+    raise KernelError(
+        f"cannot be built or loaded: {'; '.join(problems) or 'no folder can be written'}"
+    )

@@ -61,6 +61,8 @@ class ExpertLoads:
         self.kinds = kinds
         self.global_input_scales = global_input_scales
         self.seen: set[tuple[TensorKind, str, int]] = set()
+        self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
+        """By expert, gate or up in plain floats until the other comes, and which of them."""
         self.on_tensor = on_tensor
         config = layer.moe_config
         # Sizes of the whole model, before tensor parallelism slices and before any padding.
@@ -90,13 +92,23 @@ class ExpertLoads:
         suffix = EXPERT_TENSORS[kind].suffix(self.layout)
         return f"expert {expert}, {_SHARDS[shard]} ({shard}), {suffix}"
 
-    def check(self, kind: TensorKind, shard: str, expert: int, tensor: torch.Tensor) -> None:
-        """Count ``tensor``, or refuse it if it cannot be what its name says.
+    def check(
+        self,
+        kind: TensorKind,
+        shard: str,
+        expert: int,
+        tensor: torch.Tensor,
+        announced: bool = False,
+    ) -> None:
+        """Count ``tensor``, or refuse it if it cannot be what its name says. Values are looked at
+        only if this rank needs them.
 
         Args:
             shard: the matrix, "w1", "w2" or "w3".
             expert: global expert number.
             tensor: as stored, of the whole model: not yet sliced for a rank.
+            announced: it will come again, to be loaded. It is not counted, and forgets all that
+                came before: a reload begins.
 
         Raises:
             RefusedError: if its dtype or shape is another, or a scale is not positive and finite.
@@ -112,11 +124,14 @@ class ExpertLoads:
             expected = stored.shape(*self._sizes[shard])
             if tuple(tensor.shape) != expected:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
-        if kind != TensorKind.CODES and (problem := bad_scales(tensor)):
+        loaded = not announced and self._needs(kind, expert)
+        if loaded and kind != TensorKind.CODES and (problem := bad_scales(tensor)):
             self.refuse(f"{name}: {problem}")
-        self._count(kind, shard, expert)
+        self._count(kind, shard, expert, announced)
 
-    def check_plain(self, shard: str, expert: int, tensor: torch.Tensor) -> None:
+    def check_plain(
+        self, shard: str, expert: int, tensor: torch.Tensor, announced: bool = False
+    ) -> None:
         """As :meth:`check`, for a whole weight in plain floats, which is to be quantized."""
         name = self.name(TensorKind.CODES, shard, expert)
         if tensor.dtype not in _PLAIN:
@@ -127,29 +142,40 @@ class ExpertLoads:
         expected = self._sizes[shard]
         if tuple(tensor.shape) != expected:
             self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
-        self._count(TensorKind.CODES, shard, expert)
+        self._count(TensorKind.CODES, shard, expert, announced)
 
-    def _count(self, kind: TensorKind, shard: str, expert: int) -> None:
+    def _count(self, kind: TensorKind, shard: str, expert: int, announced: bool) -> None:
         self.on_tensor()
-        self.seen.add((kind, shard, expert))
+        if announced:
+            self.seen.clear()
+            self.waiting.clear()
+        else:
+            self.seen.add((kind, shard, expert))
 
     def complete(self) -> None:
         """Refuse the layer if a tensor that this rank needs has not come.
 
         Raises:
-            RefusedError: naming the first three that are missing.
+            RefusedError: naming the first three that are missing; or if one came twice, so that a
+                gate may have been quantized with another's up.
         """
+        seen, waiting = self.seen, self.waiting
+        self.seen, self.waiting = set(), {}  # a reload is counted anew
         missing = [
             self.name(kind, shard, expert)
             for expert in range(self.layer.global_num_experts)
             for shard in _SHARDS
             for kind in self.kinds
-            if (kind, shard, expert) not in self.seen and self._needs(kind, expert)
+            if (kind, shard, expert) not in seen and self._needs(kind, expert)
         ]
         if missing:
             more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
             self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
-        self.seen.clear()  # a reload is counted anew
+        for expert, (shard, _) in waiting.items():
+            self.refuse(
+                f"{self.name(TensorKind.CODES, shard, expert)} came twice, and quantized with "
+                "which of the other matrix's is not certain; load the whole checkpoint again"
+            )
 
     def _needs(self, kind: TensorKind, expert: int) -> bool:
         """Whether this rank needs that tensor of the expert with this global number."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -18,12 +19,17 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from quantize.layouts import LAYOUTS, detect
-from quantize.layouts.modelopt import MIXED, WEIGHT_ONLY, algorithm, settings
+from quantize.layouts.modelopt import MIXED, WEIGHT_ONLY, algorithm
+from quantize.layouts.modelopt import settings as fields_of
+from vllm_nvfp4_moe import settings
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from quantize.layouts.layout import Layout
+
+
+logger = init_logger("vllm.nvfp4_moe.formats")
 
 
 class Format(ABC):
@@ -114,7 +120,8 @@ class OnTheFly(Format):
     stays as it is.
 
     What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize`` would have written
-    and this plugin would have loaded.
+    and this plugin would have loaded. So activations stay floats, unless ``NVFP4_MOE_ACTIVATIONS``
+    says otherwise.
     """
 
     layout = LAYOUTS["modelopt"]
@@ -124,6 +131,13 @@ class OnTheFly(Format):
         self.stock = _Unquantized()
 
     def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+        if not settings.on_the_fly_activations():
+            return True
+        logger.warning_once(
+            "NVFP4_MOE_ACTIVATIONS=nvfp4: the experts' input scales are 1.0, since nobody has seen "
+            "their inputs. Kernels with 4-bit activations round inputs below about 0.006 to zero "
+            "then, and small ones badly; nvfp4-moe quantize --input-scales finds the right ones."
+        )
         return False
 
 
@@ -155,7 +169,7 @@ class _Unquantized(QuantizationConfig):
 
 def needs_layers(config: dict[str, Any]) -> bool:
     """Whether a ``quantization_config`` leaves its map of layers to ``hf_quant_config.json``."""
-    fields = settings(config)
+    fields = fields_of(config)
     return algorithm(fields) == MIXED and not fields.get("quantized_layers")
 
 
@@ -169,7 +183,7 @@ def from_checkpoint(config: dict[str, Any]) -> Format | None:
 
 
 def _modelopt(config: dict[str, Any]) -> Format:
-    mixed = algorithm(settings(config)) == MIXED
+    mixed = algorithm(fields_of(config)) == MIXED
     return _ModelOptMixed(config) if mixed else _ModelOpt(config)
 
 

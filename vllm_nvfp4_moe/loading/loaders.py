@@ -93,7 +93,7 @@ class Loader(_WeightLoader):
         shard: str,
         expert: int,
     ) -> bool:
-        self.loads.check(self.kind, shard, expert, tensor)
+        self.loads.check(self.kind, shard, expert, tensor, announced=param.is_meta)
         return self.put(param, tensor, name, shard, expert)
 
     def put(
@@ -120,6 +120,9 @@ class Loader(_WeightLoader):
 class QuantizingLoader(_WeightLoader):
     """The loader of the parameter for codes, where the checkpoint has weights in plain floats.
 
+    vLLM's reloading calls it twice with each weight: first with a parameter on the meta device, to
+    count how much of the layer has come, and once all has, to load it.
+
     Gate and up share a global scale, so the first of them to come waits for the other, in the
     host's memory. Weights are quantized whole, before they are sliced for ranks, on the parameter's
     device.
@@ -131,7 +134,6 @@ class QuantizingLoader(_WeightLoader):
     def __init__(self, loads: ExpertLoads, loaders: dict[TensorKind, Loader]) -> None:
         super().__init__(loads)
         self.loaders = loaders
-        self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
 
     def load(
         self,
@@ -141,14 +143,15 @@ class QuantizingLoader(_WeightLoader):
         shard: str,
         expert: int,
     ) -> bool:
-        if param.is_meta:  # how vLLM's reloading begins
-            self.loads.refuse(
-                "weights that were quantized while they loaded cannot be loaded again; restart, or "
-                "serve a checkpoint that nvfp4-moe quantize made"
-            )
-        self.loads.check_plain(shard, expert, tensor)
+        self.loads.check_plain(shard, expert, tensor, announced=param.is_meta)
         local = self.loads.layer._map_global_expert_id_to_local_expert_id(expert) >= 0
-        if local:
+        if param.is_meta:
+            if local:
+                rows, columns = tensor.shape
+                shape = EXPERT_TENSORS[TensorKind.CODES].shape(rows, columns)
+                codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+                self.loaders[TensorKind.CODES].put(param, codes, name, shard, expert)
+        elif local:
             self._take(param.device, tensor, name, shard, expert)
         return local
 
@@ -157,11 +160,12 @@ class QuantizingLoader(_WeightLoader):
     ) -> None:
         parts = {shard: tensor}
         if shard != "w2":
-            if expert not in self.waiting:
+            waiting = self.loads.waiting
+            if waiting.get(expert, (shard,))[0] == shard:
                 # Some of vLLM's loaders hand out pieces of a GPU buffer that they use again.
-                self.waiting[expert] = shard, tensor.cpu()
+                waiting[expert] = shard, tensor.cpu()
                 return
-            first, other = self.waiting.pop(expert)
+            first, other = waiting.pop(expert)
             parts[first] = other
         # vLLM loads under the model's dtype as the default.
         with torch.device(device), set_default_torch_dtype(torch.float32):

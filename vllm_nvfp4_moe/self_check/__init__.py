@@ -2,7 +2,8 @@
 
 A kernel that applies another gate, or weights that were converted wrongly for it, give text that is
 fluent and wrong. Both show in one small batch (:mod:`.sample`). One layer of each kind is checked,
-which takes a fraction of a second; ``NVFP4_MOE_SELF_CHECK=0`` in the environment turns it off.
+with all kernels that the backend may choose among and with one token, a few and many. That takes
+less than two seconds a model; ``NVFP4_MOE_SELF_CHECK=0`` in the environment turns it off.
 
 Half of the tokens are scaled so that the gate's limit is exceeded often, half so that its curve
 around zero matters. The output must be within ``BOUNDS`` of the reference, and nearer to it than to
@@ -13,6 +14,7 @@ gate that is slightly off: a limit of 8 where 7 is meant, say.
 from __future__ import annotations
 
 import logging
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.errors import RefusedError
+from vllm_nvfp4_moe.kernels.jit import KernelError
 from vllm_nvfp4_moe.self_check.alone import run_alone
 from vllm_nvfp4_moe.self_check.sample import Sample, make_sample
 
@@ -96,8 +99,14 @@ class SelfCheck:
                 ``vllm_nvfp4_moe.method`` gives.
             method: the layer's.
         """
-        kind = (method.kernel, method.gate, layer.w13_weight.shape, layer.w2_weight.shape)
-        if not self.enabled or kind in self._seen:
+        if not self.enabled:
+            return None
+        kind = (
+            method.kernel, method.gate, layer.w13_weight.shape, layer.w2_weight.shape,
+            layer.params_dtype, layer.top_k, layer.apply_router_weight_on_input,
+            method.weight_only, method.is_monolithic,
+        )  # fmt: skip
+        if kind in self._seen:
             return None
         self._seen.add(kind)
         with self._guarded(layer, method):
@@ -111,14 +120,18 @@ class SelfCheck:
             RefusedError: if the kernel does not compute what the checkpoint means.
         """
         with self._guarded(layer, method):
-            output = run_alone(layer, method, sample.x, sample.weights, sample.ids, sample.logits)
-            output = output[:, : sample.x.shape[1]]
-            self._judge(output.float(), sample, layer, method)
+            for name, taking in method.every_kernel():
+                with taking:
+                    for part in sample.batches():
+                        args = part.x, part.weights, part.ids, part.logits
+                        output = run_alone(layer, method, *args)[:, : part.x.shape[1]]
+                        self._judge(output.float(), part, layer, method, name)
 
     @contextmanager
     def _guarded(self, layer: RoutedExperts, method: ExpertsBackend) -> Iterator[None]:
         """Within, an error is logged and serving goes on: a check that cannot be made is no reason
-        not to serve. Only a refusal is passed on."""
+        not to serve. Only a refusal is passed on, and a kernel that cannot run, or that has broken
+        the device for all that follows, is one."""
         begin = time.perf_counter()
         try:
             # vLLM loads under the model's dtype and device as defaults, and runs under PyTorch's.
@@ -127,7 +140,13 @@ class SelfCheck:
         except RefusedError:
             raise
         except Exception as error:
-            self.skipped = f"{type(error).__name__}: {error}"
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, KernelError) or not _device_works(layer):
+                raise RefusedError(
+                    f"{layer.layer_name}: self-check: {method.kernel} cannot run here: {problem}. "
+                    "Use another --moe-backend, and please report this"
+                ) from None
+            self.skipped = textwrap.shorten(problem, 300, placeholder=" ...")
             logger.warning(
                 "%s: the self-check of %s could not be made: %s",
                 layer.layer_name,
@@ -137,7 +156,12 @@ class SelfCheck:
         self.seconds += time.perf_counter() - begin
 
     def _judge(
-        self, output: torch.Tensor, sample: Sample, layer: RoutedExperts, method: ExpertsBackend
+        self,
+        output: torch.Tensor,
+        sample: Sample,
+        layer: RoutedExperts,
+        method: ExpertsBackend,
+        name: str,
     ) -> None:
         bound = ROUNDED_WEIGHTS if method.rounds_weights else BOUNDS[method.activation_bits]
         own = sample.truth[method.gate]
@@ -156,10 +180,19 @@ class SelfCheck:
         hint = "" if nearest == method.gate else f" It is nearer to what {nearest} would give."
         raise RefusedError(
             f"{layer.layer_name}: self-check: {method.kernel} does not compute what the checkpoint "
-            f"means: relative error {error.token:.3g} for a token and {error.value:.3g} for a "
+            f"means{f' ({name})' if name else ''}, of {len(output)} token(s): "
+            f"relative error {error.token:.3g} for a token and {error.value:.3g} for a "
             f"value, at most {bound.token:g} and {bound.value:g} are roundings.{hint} Use another "
             f"--moe-backend, and please report this; {settings.SELF_CHECK}=0 serves it all the same"
         )
+
+
+def _device_works(layer: RoutedExperts) -> bool:
+    """Whether the layer's device still runs anything: after some errors of a kernel, none does."""
+    try:
+        return bool((torch.ones(2, device=layer.w2_weight.device).sum() == 2).item())
+    except RuntimeError:
+        return False
 
 
 def _error(output: torch.Tensor, truth: torch.Tensor) -> Error:

@@ -21,7 +21,9 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Router logits for kernels that route by themselves, and what vLLM's router makes of them.
 
-    Such kernels get the logits alone, and are to choose like vLLM's router.
+    Such kernels get the logits alone, and are to choose like vLLM's router. Of four tokens one has
+    negative logits only, one has equal ones for all that are chosen and for all others, and one
+    both. Where the choice would hang on a rounding, a token gets others instead.
 
     Args:
         x: ``[tokens, hidden]``, on the layer's device.
@@ -33,10 +35,21 @@ def route(
     """
     random = torch.Generator().manual_seed(1)
     chosen = chosen.long().cpu()
-    logits = torch.randn(len(chosen), layer.global_num_experts, generator=random)
-    logits.scatter_(1, chosen, 4 + torch.rand(chosen.shape, generator=random))
-    logits = logits.to(x.device)
-    weights, ids = runner_of(layer).router.select_experts(hidden_states=x, router_logits=logits)
+    plain = torch.randn(len(chosen), layer.global_num_experts, generator=random)
+    plain.scatter_(1, chosen, 4 + torch.rand(chosen.shape, generator=random))
+    tied = torch.zeros_like(plain).scatter_(1, chosen, 4.0)
+    token = torch.arange(len(chosen)).unsqueeze(1)
+    logits = torch.where(token % 4 >= 2, tied, plain) - 12.0 * (token % 2)
+    noise = torch.randn(2, *plain.shape, generator=random) * 0.02
+    router = runner_of(layer).router
+
+    def choose(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return router.select_experts(hidden_states=x, router_logits=logits.to(x.device))
+
+    first, *others = (choose(each)[1].sort(1).values.cpu() for each in (logits, *(logits + noise)))
+    certain = torch.stack([(first == other).all(1) for other in others]).all(0)
+    logits = torch.where(certain.unsqueeze(1), logits, plain).to(x.device)
+    weights, ids = choose(logits)
     return logits, weights.float(), ids
 
 

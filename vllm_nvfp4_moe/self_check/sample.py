@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TOKENS = 16
 """Tokens in the batch."""
+_LARGE, _LARGE_ON_CPUS = 512, 32
+"""Tokens of the largest batch. On CPUs it is one token, whose experts then have many rows each."""
 _ACTIVE = 4
 """Experts whose router weight is not zero. On CPUs half of them: there the reference takes long."""
 _UNLIMITED = 3.0
@@ -48,6 +50,20 @@ class Sample:
     weights: torch.Tensor
     logits: torch.Tensor | None = None
     truth: dict[Gate, torch.Tensor] = field(default_factory=dict)
+
+    def batches(self) -> Iterator[Sample]:
+        """One token alone, all, and a large batch of the same ones: kernels choose by their
+        number, and the truth need not be computed again."""
+        every = torch.arange(TOKENS, device=self.x.device)
+        yield self._of(every[:1])
+        yield self
+        many = every.repeat(_LARGE // TOKENS)
+        yield self._of(every[:1].repeat(_LARGE_ON_CPUS) if self.x.device.type == "cpu" else many)
+
+    def _of(self, tokens: torch.Tensor) -> Sample:
+        logits = None if self.logits is None else self.logits[tokens]
+        truth = {gate: each[tokens] for gate, each in self.truth.items()}
+        return Sample(self.x[tokens], self.ids[tokens], self.weights[tokens], logits, truth)
 
 
 def _others(gate: Gate) -> Iterator[Gate]:

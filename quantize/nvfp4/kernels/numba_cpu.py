@@ -15,6 +15,7 @@ import torch
 from numba import njit
 
 from quantize.nvfp4.format import BLOCK, NvFp4, decode
+from quantize.nvfp4.kernels.compiled import compiled
 from quantize.nvfp4.kernels.kernel import Quantized
 from quantize.nvfp4.kernels.reference import ReferenceKernel
 from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
@@ -42,13 +43,8 @@ _MIN, _MAX, _NORMAL = _F(2.0**-9), _F(448), _F(2.0**-6)
 """E4M3's smallest, largest, and smallest normal values."""
 
 
-def compiled(function: Any) -> Any:
-    """Compile ``function`` at its first call, and cache the result on disk for later processes."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(**options, cache=True)(function)
-    except RuntimeError:  # numba finds no writable folder for its cache
-        return njit(**options)(function)
+exact = compiled(nogil=True, error_model="numpy")
+"""A decorator for loops in which every operation rounds by itself."""
 
 
 @njit(inline="always")
@@ -58,7 +54,7 @@ def round_e2m1(t: Any) -> Any:
     return min((t + magic) - magic, _F(6))
 
 
-@compiled
+@exact
 def _largest(bits, mask):  # type: ignore[no-untyped-def]
     """Bits of the largest magnitude. Infinity and NaN are larger than all finite numbers."""
     best = bits[0] & mask
@@ -67,7 +63,7 @@ def _largest(bits, mask):  # type: ignore[no-untyped-def]
     return best
 
 
-@compiled
+@exact
 def _widen(source, half, x):  # type: ignore[no-untyped-def]
     """Write ``source`` as float32 bits to ``x``: float32, float16 if ``half``, else bfloat16."""
     if source.itemsize == 4:
@@ -84,7 +80,7 @@ def _widen(source, half, x):  # type: ignore[no-untyped-def]
             x[i] = _U(source[i]) << _U(16)
 
 
-@compiled
+@exact
 def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
     """The ``max`` rule: set ``scale`` (E4M3 bits) for each block of float32 bits ``x``."""
     blocks = scale.shape[0]
@@ -104,7 +100,7 @@ def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
         scale[b] = np.uint8(subnormal if ratio[b] < _NORMAL else normal)
 
 
-@compiled
+@exact
 def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, scale):  # type: ignore[no-untyped-def]
     """The search of ``quantize.nvfp4.scales.mse``: replaces ``scale``, which ``max`` has set.
 
@@ -135,7 +131,7 @@ def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, 
             scale[b] = np.uint8(candidate) if better else scale[b]
 
 
-@compiled
+@exact
 def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type: ignore[no-untyped-def]
     """``quantize.nvfp4.format.encode``, with sums of squares.
 
@@ -164,7 +160,7 @@ def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type:
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
-@compiled
+@exact
 def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scale, counts):  # type: ignore[no-untyped-def]
     """Quantize a whole weight; returns noise and signal in units of the squared global scale."""
     bits = np.empty(BLOCK * _CHUNK, np.uint32)
@@ -195,7 +191,7 @@ def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scal
     return noise, signal
 
 
-@compiled
+@exact
 def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: ignore[no-untyped-def]
     """Noise and signal of a stored weight, in units of the squared global scale."""
     bits = np.empty(BLOCK * _CHUNK, np.uint32)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from quantize.nvfp4.format import BLOCK
-from quantize.nvfp4.kernels.numba_cpu import E4M3, compiled, round_e2m1
+from quantize.nvfp4.kernels.numba_cpu import E4M3, exact, round_e2m1
 from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 
 _SPAN = 2
@@ -35,7 +35,7 @@ def improve(*arrays: np.ndarray) -> float:
     return float(_improve(*arrays, E4M3))
 
 
-@compiled
+@exact
 def _improve(  # type: ignore[no-untyped-def]
     base, output_hessian, hessian, blocks, inverse, feedback, values, scales, residual, e4m3
 ):
@@ -91,7 +91,7 @@ def _improve(  # type: ignore[no-untyped-def]
     return gain
 
 
-@compiled
+@exact
 def _improve_block(left, found, now, hessian, inverse, feedback, e4m3, work):  # type: ignore[no-untyped-def]
     """Search for a better scale and better codes for one block of one row.
 
@@ -127,7 +127,7 @@ def _improve_block(left, found, now, hessian, inverse, feedback, e4m3, work):  #
     return (before - least if least < before * _BETTER else _F(0)), scale
 
 
-@compiled
+@exact
 def _round(ideal, feedback, step, limit, trial, rest):  # type: ignore[no-untyped-def]
     """Round a block into ``trial`` as GPTQ does: later columns make up for what a column loses.
 
@@ -149,7 +149,7 @@ def _round(ideal, feedback, step, limit, trial, rest):  # type: ignore[no-untype
     return True
 
 
-@compiled
+@exact
 def _descend(trial, ideal, hessian, step, least, gradient):  # type: ignore[no-untyped-def]
     """Improve ``trial`` one column at a time; return its error."""
     inverse = _F(1) / step
@@ -173,7 +173,7 @@ def _descend(trial, ideal, hessian, step, least, gradient):  # type: ignore[no-u
     return error
 
 
-@compiled
+@exact
 def _quadratic(trial, ideal, hessian, gradient):  # type: ignore[no-untyped-def]
     """Return the error of ``trial``; leave half the error's derivative in ``gradient``."""
     for k in range(BLOCK):
@@ -187,7 +187,7 @@ def _quadratic(trial, ideal, hessian, gradient):  # type: ignore[no-untyped-def]
     return error
 
 
-@compiled
+@exact
 def _times(row, matrix, result):  # type: ignore[no-untyped-def]
     """Write ``row @ matrix``, of one block, into ``result``."""
     for k in range(BLOCK):

@@ -22,6 +22,7 @@ from numba import njit
 
 from quantize.experts.gates import Gate
 from quantize.nvfp4.format import decode
+from quantize.nvfp4.kernels.compiled import compiled
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
@@ -72,7 +73,7 @@ def _activate(gate: Any, up: Any, form: Any, alpha: Any, beta: Any, limit: Any) 
     return up * np.float32(0.5) * gate * (1 + math.tanh(inner))
 
 
-@njit(fastmath=_FAST, nogil=True, cache=True)
+@compiled(fastmath=_FAST, nogil=True)
 def _gate_up(  # type: ignore[no-untyped-def]
     lo, hi, x, w13, s13, g13, experts, starts, token, before,
     form, alpha, beta, limit, pairs, e4m3, middle,
@@ -98,7 +99,7 @@ def _gate_up(  # type: ignore[no-untyped-def]
             middle[p, r] = _activate(gate, up, form, alpha, beta, limit)
 
 
-@njit(fastmath=_FAST, nogil=True, cache=True)
+@compiled(fastmath=_FAST, nogil=True)
 def _down(lo, hi, middle, w2, s2, g2, experts, starts, token, after, pairs, e4m3, output):  # type: ignore[no-untyped-def]
     """Add up columns ``lo`` to ``hi`` of the output. Experts come in ascending order, so sums are
     the same however the columns are split."""
@@ -111,7 +112,7 @@ def _down(lo, hi, middle, w2, s2, g2, experts, starts, token, after, pairs, e4m3
                 output[token[p], r] += _dot(row, middle[p]) * (g2[expert] * after[p])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _expand(lo, hi, packed, scales, pairs, e4m3, output):  # type: ignore[no-untyped-def]
     """Write the bfloat16 bits of codes times block scales, for rows ``lo`` to ``hi``. The products
     are exact in bfloat16, so the low half of the float32 is zero."""

@@ -48,9 +48,11 @@ class CpuMethod(NvFp4MoEMethod):
     def kernel(self) -> str:
         return "the CPU kernel"
 
+    def prepare_router(self, layer: RoutedExperts) -> None:
+        quirks.use_grouped_routing(layer)
+
     def prepare(self, layer: RoutedExperts) -> None:
         _register_op()
-        quirks.use_grouped_routing(layer)
         layer.w13_weight_scale_2 = torch.nn.Parameter(
             layer.w13_weight_scale_2.data[:, 0].contiguous(), requires_grad=False
         )

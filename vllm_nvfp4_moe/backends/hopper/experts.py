@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from quantize.experts.gates import Gate
     from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
+    from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
 CAPABILITY = (9, 0)
 
@@ -60,10 +61,15 @@ class HopperExperts(mk.FusedMoEExpertsModular):
 
     Args:
         layer: after ``HopperMethod.prepare``. Global scales are read from it in each call, since
-            EPLB and reloading change or replace its parameters.
+            vLLM's reloading puts its parameters of the first load back after ``prepare``.
         gate: the contract's. vLLM's name for it, which calls bring, has no numbers.
         kernel: the one that the layer's weights are packed for.
+
+    Attributes:
+        tile_shape: the one to take, for the self-check; None for the fastest.
     """
+
+    tile_shape: TileShape | None = None
 
     def __init__(
         self,
@@ -171,4 +177,5 @@ class HopperExperts(mk.FusedMoEExpertsModular):
             self.gate,
             local=expert_map,
             out=output,
+            tile_shape=self.tile_shape,
         )

@@ -12,6 +12,8 @@ place.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +22,6 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.utils import replace_parameter
 
-from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.gpu import GpuMethod
 from vllm_nvfp4_moe.backends.hopper import support
 from vllm_nvfp4_moe.backends.hopper.experts import HopperExperts
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from vllm_nvfp4_moe.context import ModelContext
+    from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
 
 class HopperMethod(GpuMethod):
@@ -63,8 +65,21 @@ class HopperMethod(GpuMethod):
     def rounds_weights(self) -> bool:
         return self.hopper_kernel.activation_bits < 16
 
+    def every_kernel(self) -> Iterable[tuple[str, AbstractContextManager[None]]]:
+        shapes = self.hopper_kernel.tile_shapes
+        return [(f"tile shape {shape}", self._taking(shape)) for shape in shapes]
+
+    @contextmanager
+    def _taking(self, shape: TileShape) -> Iterator[None]:
+        assert self.moe_kernel is not None
+        experts = self.moe_kernel.fused_experts
+        experts.tile_shape = shape
+        try:
+            yield
+        finally:
+            experts.tile_shape = None
+
     def prepare(self, layer: RoutedExperts) -> None:
-        quirks.route_with_float32_bias(layer)
         for prefix in ("w13", "w2"):
             # One matrix after the other, so that no more than one lies in memory twice.
             global_scales = getattr(layer, f"{prefix}_weight_scale_2").data
@@ -80,9 +95,10 @@ class HopperMethod(GpuMethod):
             replace_parameter(layer, f"{prefix}_weight_scale_2", global_scales)
             if hasattr(layer, f"{prefix}_input_scale"):
                 delattr(layer, f"{prefix}_input_scale")
-            # What was freed is a little smaller than the next layer's packed matrix: PyTorch would
-            # keep it and take as much again from the driver.
-            torch.cuda.empty_cache()
+            if not self.reloading:
+                # What was freed is a little smaller than the next layer's packed matrix: PyTorch
+                # would keep it and take as much again from the driver.
+                torch.cuda.empty_cache()
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         steps = maybe_make_prepare_finalize(
             moe=self.moe,

@@ -107,7 +107,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         )
     # Of rows: tile, warp, half of its 16, g; of columns: chunk, MMA, half of its 16, q.
     byte = codes.view(height // GROUP_ROWS, 4, 2, 8, width // CHUNK, 4, 2, 4).int()
-    lut = _words(codes.device)
+    lut = _words().to(codes.device)
     word = lut[0][byte[:, :, 0, :, :, :, 0]]
     for register, (row_half, column_half) in ((1, (1, 0)), (2, (0, 1)), (3, (1, 1))):
         word |= lut[register][byte[:, :, row_half, :, :, :, column_half]]
@@ -129,8 +129,11 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _words(device: torch.device) -> torch.Tensor:
-    """What a byte (two codes) adds to its thread's word: int32 ``[registers, 256]``."""
+def _words() -> torch.Tensor:
+    """What a byte (two codes) adds to its thread's word: int32 ``[registers, 256]``.
+
+    It stays on the host: on a GPU, level 2 of vLLM's sleep mode would discard it.
+    """
 
     def place(code: int, places: tuple[int, ...]) -> int:
         return sum((code >> 3 - i & 1) << place for i, place in enumerate(places))
@@ -139,7 +142,7 @@ def _words(device: torch.device) -> torch.Tensor:
         [place(byte & 15, places) | place(byte >> 4, places) << 16 for byte in range(256)]
         for places in PLACES
     ]
-    return torch.tensor(words).to(torch.int32).to(device)
+    return torch.tensor(words, device="cpu").to(torch.int32)
 
 
 def _five_bits(scales: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ NUMBERS = (4, 0, 1, 5, 2, 6, 3, 7)
 
 
 @functools.cache
-def _lowered(device: torch.device) -> torch.Tensor:
+def _lowered() -> torch.Tensor:
     """What a byte (two codes) becomes if their magnitudes are halved so many times: uint8
     ``[6, 256]``. Five times make every code zero."""
 
@@ -66,11 +66,11 @@ def _lowered(device: torch.device) -> torch.Tensor:
         [code(byte & 15, times) | code(byte >> 4, times) << 4 for byte in range(256)]
         for times in range(6)
     ]
-    return torch.tensor(bytes_, dtype=torch.uint8).to(device)
+    return torch.tensor(bytes_, dtype=torch.uint8, device="cpu")
 
 
 @functools.cache
-def _words(device: torch.device) -> torch.Tensor:
+def _words() -> torch.Tensor:
     """What each of four bytes (two codes each) adds to its thread's word: int32 ``[4, 256]``."""
 
     def place(code: int, column: int) -> int:
@@ -81,7 +81,7 @@ def _words(device: torch.device) -> torch.Tensor:
         [place(byte & 15, 2 * i) | place(byte >> 4, 2 * i + 1) for byte in range(256)]
         for i in range(4)
     ]
-    return torch.tensor(words).to(torch.int32).to(device)
+    return torch.tensor(words, device="cpu").to(torch.int32)
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,14 +102,14 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch
     codes = codes * lit.repeat_interleave(BLOCK // 2, 1)
     if bool((raised > 0).any()):
         times = raised.clamp(max=5).repeat_interleave(BLOCK // 2, 1)
-        codes = _lowered(codes.device)[times, codes.int()]
+        codes = _lowered().to(codes.device)[times, codes.int()]
     if (height, width) != (rows, columns):
         codes = pad(codes, (0, (width - columns) // 2, 0, height - rows))
         more = (0, (width - columns) // BLOCK, 0, height - rows)
         code = pad(code, more, value=SMALLEST)
     # [tile, warp, half of its 16, g, stage, chunk, q, MMA, of its four]
     byte = codes.view(height // GROUP_ROWS, 4, 2, 8, width // STAGE, 2, 4, 2, 4).int()
-    words = _words(codes.device)
+    words = _words().to(codes.device)
     word = words[0][byte[..., 0]]
     for i in range(1, 4):
         word |= words[i][byte[..., i]]
