@@ -21,7 +21,7 @@ from quantize.errors import QuantizeError
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run.cluster import check_threads, make_shards_on_ray
-from quantize.run.finish import finish, written_names
+from quantize.run.finish import finish, is_finished, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -120,7 +120,7 @@ def execute(
         )
 
     check_folder(target)
-    if resume and record.is_finished(plan, others):
+    if resume and is_finished(record, plan, others):
         if record.folder.exists():  # a kill in the last moments may have left it
             with locked(record.folder):
                 record.end()

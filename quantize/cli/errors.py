@@ -55,7 +55,9 @@ def reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
             sys.exit(1)
         if os.environ.get(TRACEBACK):
             raise
-        if isinstance(error, RuntimeError):  # PyTorch's and other libraries' errors, of all kinds
+        # PyTorch and other libraries raise it for all that goes wrong, but Python for its own.
+        ours = RecursionError | NotImplementedError
+        if isinstance(error, RuntimeError) and not isinstance(error, ours):
             complain(
                 "error",
                 f"a library failed ({type(error).__name__}: {first_line(error)}); "

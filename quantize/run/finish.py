@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from quantize.checkpoint.headers import INDEX
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, to_contract
+from quantize.run import report_files
 from quantize.run.files import replacing, write_json
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
+from quantize.run.shards import is_complete
 from quantize.run.target import CONFIG
 
 
@@ -72,3 +75,28 @@ def written_names(plan: Plan, others: Sequence[str]) -> list[str]:
     extra = plan.layout.extra_files(plan.ignore)
     index = [INDEX] if len(plan.shards) > 1 else []
     return [*plan.file_names, *others, *extra, REPORT, REPORT_DATA, *index, CONFIG]
+
+
+def is_finished(record: Record, plan: Plan, others: Sequence[str]) -> bool:
+    """Whether the target already holds all that this run would make, ``others`` copied too."""
+    target = record.target
+    indexed = len(plan.shards) == 1 or (target / INDEX).exists()
+    try:
+        done = (target / CONFIG).stat().st_mtime_ns
+        same = all(
+            (target / name).read_bytes() == Path(record.source, name).read_bytes()
+            for name in others
+        )
+    except OSError:
+        return False
+    if not (same and indexed) or any(changed > done for changed in record.files.values()):
+        return False
+    return (
+        not record.lasts
+        and all((target / name).exists() for name in plan.layout.extra_files([]))
+        and report_files.are_of(target, record.fingerprint)
+        and all(
+            is_complete(target / name, plan.outputs(shard))
+            for shard, name in enumerate(plan.file_names)
+        )
+    )

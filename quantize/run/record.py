@@ -29,7 +29,6 @@ from quantize.checkpoint.identity import Identity, differences, read_identity
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import DamagedWeightsError, QuantizeError
-from quantize.run import report_files
 from quantize.run.files import sync, write_json
 from quantize.run.lock import LOCK
 from quantize.run.plan import Plan
@@ -106,28 +105,10 @@ class Record:
         """Where the file ``name`` of the output belongs now."""
         return (self.target if self.cleared else self._new) / name
 
-    def is_finished(self, plan: Plan, others: Sequence[str] = ()) -> bool:
-        """Whether the target already holds all that this run would make, ``others`` copied too."""
-        indexed = len(plan.shards) == 1 or (self.target / INDEX).exists()
-        try:
-            done = (self.target / CONFIG).stat().st_mtime_ns
-            same = all(
-                (self.target / name).read_bytes() == Path(self.source, name).read_bytes()
-                for name in others
-            )
-        except OSError:
-            return False
-        if not (same and indexed) or any(changed > done for changed in self.files.values()):
-            return False
-        return (
-            not self._run.exists()
-            and all((self.target / name).exists() for name in plan.layout.extra_files([]))
-            and report_files.are_of(self.target, self.fingerprint)
-            and all(
-                is_complete(self.target / name, plan.outputs(shard))
-                for shard, name in enumerate(plan.file_names)
-            )
-        )
+    @property
+    def lasts(self) -> bool:
+        """Whether a run, this one or another, is begun in the target and not over."""
+        return self._run.exists()
 
     def prepare(self, overwrite: bool, resume: bool) -> None:
         """See what is in the target, and whether this run may begin. Nothing is changed.

@@ -309,16 +309,24 @@ def calibrate(source: Path, out: Path, method: str = "gptq", **more: Any) -> Non
 def test_a_model_that_cannot_be_calibrated_leaves_the_old_checkpoint(
     source: Path, saved: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Though it would have to make room for calibration."""
     out = others_checkpoint(tmp_path / "out", saved)
+    with min(out.glob("model-*.safetensors")).open("ab") as file:
+        file.write(bytes(1_000_000))
     before = tree(out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 10**6 - 50_000, 50_000))
+    said: list[str] = []
 
     def refusing(*_: Any, **__: Any) -> Any:
         raise QuantizeError("calibration does not know this model")
 
-    monkeypatch.setattr("quantize.calibration.layerwise.LayerwiseModel._find_experts", refusing)
-    with pytest.raises(QuantizeError, match="does not know"):
-        calibrate(source, out, overwrite=True)
+    with monkeypatch.context() as patched, pytest.raises(QuantizeError, match="does not know"):
+        patched.setattr("quantize.calibration.layerwise.LayerwiseModel._find_experts", refusing)
+        calibrate(source, out, overwrite=True, say=said.append)
     assert tree(out) == before
+    assert said == []
+    calibrate(source, out, overwrite=True, say=said.append)
+    assert any("is removed first" in line for line in said)
 
 
 def test_damaged_weights_leave_the_old_checkpoint(
