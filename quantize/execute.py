@@ -12,8 +12,7 @@ import torch
 from rich.filesize import decimal
 
 from quantize.calibration.budget import needed
-from quantize.calibration.calibrate import calibrate, runnable_model, unstaged
-from quantize.calibration.layerwise import LayerwiseModel
+from quantize.calibration.calibrate import calibrate, prove_walk, runnable_model, unstaged
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
@@ -83,7 +82,8 @@ def execute(
             says so.
         calibrating: see ``quantize.calibration.progress.Progress``.
         work_dir: where calibration keeps hidden states and its experts; by default in ``target``.
-        say: is told what is not copied, and what becomes of a checkpoint that is replaced.
+        say: is told what is not copied, what becomes of a checkpoint that is replaced, and what the
+            calibration's proof found.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if
@@ -146,7 +146,6 @@ class _Run:
     ray: str | None
     samples: torch.Tensor | None
     say: Say
-    model: LayerwiseModel | None = None
 
     def go(
         self,
@@ -198,7 +197,7 @@ class _Run:
                 if not fresh:  # an earlier run may have left a part of it
                     files = record.calibration.rglob("*")
                     calibration -= sum(f.stat().st_size for f in files if f.is_file())
-                self.model = runnable_model(self.checkpoint, plan, self.devices[0])
+                runnable_model(self.checkpoint, plan, self.devices[0])
         if self.ray is not None:
             check_threads(self.ray, self.threads)
         space = Space(record, shards, max(0, calibration))
@@ -216,14 +215,11 @@ class _Run:
         record, plan, checkpoint = self.record, self.plan, self.checkpoint
         if plan.options.calibration and missing:
             assert self.samples is not None
+            what = checkpoint, plan, self.samples, record.calibration, self.devices[0]
+            prove_walk(*what, self.say)
             if not space.has_room_to_calibrate():
                 self._clear()
-            model, self.model = self.model, None
-            device = self.devices[0]
-            calibrate(
-                checkpoint, plan, self.samples, record.calibration, device, calibrating, model
-            )
-            del model
+            calibrate(*what, calibrating)
         if not space.has_room_for_shards():
             self._clear()
         if self.ray is not None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from quantize.experts.gates import Gates
     from vllm_nvfp4_moe.interface import ExpertsBackend
-    from vllm_nvfp4_moe.loading.formats import Format
+    from vllm_nvfp4_moe.loading.format import Format
     from vllm_nvfp4_moe.self_check import SelfCheck
 
 logger = init_logger("vllm.nvfp4_moe")
@@ -31,12 +31,17 @@ class Summary:
     def __init__(self, storage: Format, gates: Gates, self_check: SelfCheck) -> None:
         self._storage, self._gates, self._self_check = storage, gates, self_check
         self._built = 0
+        self._left: list[str] = []
         self._loaded: list[tuple[RoutedExperts, ExpertsBackend]] = []
         self._begin: float | None = None
 
     def built(self) -> None:
         """Note that a layer has been built."""
         self._built += 1
+
+    def left(self, name: str) -> None:
+        """Note that the layer ``name`` has experts that are not NVFP4, and is left to vLLM."""
+        self._left.append(name)
 
     def begins(self) -> None:
         """Note that a tensor of an expert has come: the time from the first one is told."""
@@ -52,6 +57,7 @@ class Summary:
             # By one rank only. With pipeline parallelism it has some of the layers.
             logger.info_once("%s", self.line(), scope="global")
             self._loaded.clear()  # the layers belong to vLLM
+            self._left.clear()
             self._begin, self._built = None, 0  # a draft model's layers may follow
 
     def line(self) -> str:
@@ -78,6 +84,7 @@ class Summary:
         return "; ".join(
             [
                 f"NVFP4 experts: {len(layers)} layers x {experts}, {source}",
+                *([f"{len(self._left)} more are not NVFP4, and vLLM's"] if self._left else []),
                 f"gate {self._gates}",
                 f"kernel {', '.join(kernels)}",
                 *([f"passed over: {', '.join(passed)}"] if passed else []),

@@ -13,7 +13,8 @@ from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
-from quantize.calibration.progress import CalibrationProgress, Progress
+from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
+from quantize.calibration.proof import Say, prove
 from quantize.calibration.quantizer import Quantizer, staged_outputs
 from quantize.calibration.store import Store, gradients_name, states_name
 from quantize.calibration.visitor import NullVisitor, Visitor
@@ -35,7 +36,6 @@ def calibrate(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda _, __: None,
-    model: LayerwiseModel | None = None,
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
     scales alone, if that is what ``plan`` says.
@@ -44,7 +44,6 @@ def calibrate(
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
-        model: from :func:`runnable_model`, if that was called.
 
     Raises:
         QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
@@ -56,7 +55,9 @@ def calibrate(
     if not undone:
         shutil.rmtree(folder / "states", ignore_errors=True)
         return
-    model = model or runnable_model(checkpoint, plan, device)
+    model = LayerwiseModel(
+        checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
+    )
     store = Store(folder / "states")
     state = CalibrationProgress(plan, model, store, undone, progress)
     visitor: Visitor
@@ -79,6 +80,28 @@ def calibrate(
         )
     shutil.rmtree(store.folder)
     state.finish()
+
+
+def prove_walk(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    samples: torch.Tensor,
+    folder: Path,
+    device: torch.device,
+    say: Say = lambda _: None,
+) -> None:
+    """See that :func:`calibrate` will compute what Transformers' model does, unless that is known.
+
+    Args:
+        samples, folder: see :func:`calibrate`.
+        say: see ``quantize.calibration.proof.Say``.
+
+    Raises:
+        QuantizeError: if it does not; see ``quantize.calibration.proof``.
+    """
+    # An earlier run that came further has proved it.
+    if unstaged(plan, folder) and not (folder / PROGRESS).exists():
+        prove(checkpoint, plan, samples, folder / "proof", device, say)
 
 
 def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LayerwiseModel:

@@ -170,10 +170,7 @@ class Quantizer:
                 return quantize_weights(product.weights, rule, kernel)
             return product.rounded(rule, kernel)
         except NotFiniteError:
-            raise QuantizeError(
-                f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds "
-                "NaN or infinite weights; the source is damaged"
-            ) from None
+            raise QuantizeError(damaged(group, number)) from None
 
     def _write(self, module: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write some of a module's tensors, by suffix."""
@@ -187,3 +184,11 @@ def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[TensorInfo]:
     for expert in range(group.num_experts):
         for module, shape in zip(group.modules(expert), group.shapes, strict=True):
             yield from stored_tensors(module, shape, layout)
+
+
+def damaged(group: ExpertGroup, number: int) -> str:
+    """Return the message that an expert's weights are NaN or infinite."""
+    return (
+        f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds NaN or "
+        "infinite weights; the source is damaged"
+    )

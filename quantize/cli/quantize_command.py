@@ -246,7 +246,7 @@ def quantize(
                     samples=tokens,
                     calibrating=bar.calibrating,
                     work_dir=work_dir,
-                    say=lambda line: err.print(plain(line), soft_wrap=True, highlight=False),
+                    say=bar.say,
                 )
         out.print(
             f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "

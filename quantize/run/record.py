@@ -154,6 +154,7 @@ class Record:
         sync(self.target)
         self.cleared = True
         self._write()
+        sync(self.folder)
         self._move()
 
     def publish(self, write_config: Callable[[Path], None]) -> None:
@@ -209,9 +210,8 @@ class Record:
         """Remove what is void (see :meth:`voided`)."""
         if not self.changed and not self.repaired:
             return
-        shutil.rmtree(self.calibration / "states", ignore_errors=True)
         for file in self.calibration.iterdir() if self.calibration.exists() else ():
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
         for shard in self.voided(checkpoint, plan):
             self._errors(plan.file_names[shard]).unlink(missing_ok=True)
             self.place(plan.file_names[shard]).unlink(missing_ok=True)
@@ -323,7 +323,8 @@ class Record:
 
     def _survey(self) -> None:
         """What is replaced: of a checkpoint, or of an interrupted run."""
-        left: list[str] = []
+        # Each finished shard has a record; older versions of this package listed no names.
+        left = [file.name.removesuffix(".json") for file in self.folder.glob("*.safetensors.json")]
         with suppress(QuantizeError):
             found = read_json(self._run)
             old = Replaced.loads(found.get("replaced"))
@@ -358,6 +359,8 @@ class Record:
 
     def _found(self) -> None:
         self._write()
+        sync(self.folder)
+        sync(self.target)
         self._new.mkdir(exist_ok=True)
         if self.identity:
             write_json(self.folder / "source.json", self.identity._asdict())

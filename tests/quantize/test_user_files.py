@@ -250,6 +250,18 @@ def test_a_link_that_appears_while_a_run_is_at_work(
     assert not (out / "model.safetensors").is_symlink()
 
 
+def test_overwriting_an_older_versions_interrupted_run(source: Path, tmp_path: Path) -> None:
+    """Whose record does not list its files."""
+    out = interrupted(source, tmp_path)
+    record = json.loads((out / FOLDER / "run.json").read_text())
+    old = {key: record[key] for key in ("command", "source", "files")} | {"fingerprint": "old"}
+    (out / FOLDER / "run.json").write_text(json.dumps(old))
+    (out / "my_lora.safetensors").write_bytes(b"mine")
+    assert run("quantize", source, out, "--max-shard-size", "5KB", "--overwrite").exit_code == 0
+    assert run("quantize", source, tmp_path / "fresh", "--max-shard-size", "5KB").exit_code == 0
+    assert contents(out) == contents(tmp_path / "fresh") | {"my_lora.safetensors": b"mine"}
+
+
 # -- before anything is removed --------------------------------------------------------------------
 
 
@@ -745,9 +757,11 @@ def test_what_is_downloaded(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def interrupted(source: Path, tmp_path: Path) -> Path:
     """A run that was killed when some of its shards were done."""
     words = ("quantize", source, "out", "--max-shard-size", "5KB", "--threads", "1", "--resume")
+    moment = 60
     while not list((tmp_path / "out").glob("*.safetensors")):
-        killed = processes.run(tmp_path, *words, at=60)
+        killed = processes.run(tmp_path, *words, at=moment)
         assert killed.code == KILLED, killed.output
+        moment += 15
     return tmp_path / "out"
 
 
