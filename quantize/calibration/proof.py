@@ -78,7 +78,8 @@ def prove(
         last = model.last if small else first
         settings = plan.options.calibration
         assert settings is not None
-        to_the_end = small and METHODS[settings.method].needs_output_hessian
+        method = METHODS[settings.method] if settings.method is not None else None
+        to_the_end = small and method is not None and method.needs_output_hessian
         if to_the_end:
             ModelEnd(model).check()
         reference = Reference(checkpoint, model, store, trust)
@@ -206,6 +207,6 @@ def _disagreement(
         f"{model.folder}: {where} of {type(model.model).__name__} {what} in calibration than in "
         f"Transformers' own run of the model: {float(error.median()):.2g} of their norm at the "
         f"median token, {float(error.max()):.2g} at most, more than {NEAR:g} at "
-        f"{float((error > NEAR).double().mean()):.0%} of tokens.{known} So calibration does not know "
-        "this model yet; leave --calibrate out, and report this"
+        f"{float((error > NEAR).double().mean()):.0%} of tokens.{known} So calibration does not "
+        "know this model yet; leave --calibrate out, and report this"
     )

@@ -1,47 +1,70 @@
-"""``nvfp4-moe verify``: compares a quantized checkpoint with what it was made of."""
+"""``nvfp4-moe verify``: checks a quantized checkpoint, beside what it was made of or alone."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import reporting_errors
 from quantize.cli.large_imports import large_imports
-from quantize.cli.options import GateOption, JsonOption, Source, Target, TrustOption, stated_gate
-from quantize.cli.output import complain, out, plain, print_json, progress_bar, table
+from quantize.cli.options import GateOption, JsonOption, TrustOption, stated_gate
+from quantize.cli.output import complain, err, out, plain, print_json, progress_bar, table
 
 
 def verify(
-    source: Source,
-    target: Target,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder or hub id of the original checkpoint; may be left out."
+        ),
+    ],
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DST", help="Folder of the quantized checkpoint.", show_default=False
+        ),
+    ] = None,
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Reread SRC and DST; print each layer's error; exit 1 if anything is missing or wrong."""
+    """Check DST beside SRC: every tensor, every config, every file; exit 1 if anything is missing
+    or wrong. With DST alone, check that its parts fit together."""
     with reporting_errors():
         stated = stated_gate(gate)
-        folder = resolve(source)
+        folder = resolve(source) if target is not None else None
         with large_imports():
             from quantize.checkpoint.reader import Checkpoint
             from quantize.verify import verify as compare
 
-        with Checkpoint(folder) as original, Checkpoint(target, decode=False) as quantized:
-            with progress_bar("Verifying", original.nbytes) as bar:
-                report = compare(
-                    original, quantized, stated, bar.advance, trust_remote_code=trust_remote_code
-                )
+        with ExitStack() as stack:
+            original = stack.enter_context(Checkpoint(folder)) if folder is not None else None
+            checked = Path(source).expanduser() if target is None else target
+            quantized = stack.enter_context(Checkpoint(checked, decode=False))
+            nbytes = (original or quantized).nbytes
+            with progress_bar("Verifying", nbytes) as bar:
+                report = compare(original, quantized, stated, bar.advance, trust_remote_code)
             if as_json:
                 print_json(report.as_json())
-            else:
+            elif report.layers:
                 layers = table(
-                    f"{target} against {source}", "experts", "relative error", "SQNR (dB)"
+                    f"{checked} against {source}", "experts", "relative error", "SQNR (dB)"
                 )
+                layers.add_column("worst weight, and its worst block", overflow="fold")
                 for layer in report.layers:
                     layers.add_row(
-                        plain(layer.prefix), f"{layer.relative:.4f}", f"{layer.sqnr:.2f}"
+                        plain(layer.prefix),
+                        f"{layer.relative:.4f}",
+                        f"{layer.sqnr:.2f}",
+                        plain(str(layer.worst or "").removeprefix(f"{layer.prefix}.")),
                     )
                 out.print(layers)
+            for note in report.notes:
+                err.print("note:", plain(note), soft_wrap=True, highlight=False)
             for problem in report.problems:
                 complain("problem", problem)
             if report.problems:

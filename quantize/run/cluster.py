@@ -233,11 +233,11 @@ def _make_shard(run: bytes, stop: str, shard: int) -> None:
 def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
     """Once for all the shards that a process makes."""
     source, target, staged, options, gates, fingerprint, cleared, threads = pickle.loads(run)
-    for folder in (source, target, staged):
-        if folder and not Path(folder).is_dir():
+    for folder in (source, target, *([staged] if staged else [])):
+        if not Path(folder).is_dir():
             raise QuantizeError(
-                f"{platform.node()} does not see {folder}; source and target (and --work-dir) must "
-                "be on storage that all machines share"
+                f"{platform.node()} does not see {folder}; source and target must be on storage "
+                "that all machines share, and so must --work-dir"
             )
     checkpoint = Checkpoint(Path(source))
     steps = plan(checkpoint, options, gates)

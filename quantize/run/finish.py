@@ -15,6 +15,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, to_contract
 from quantize.run import report_files
 from quantize.run.files import replacing, write_json
+from quantize.run.made import FIELD, record_of
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
@@ -64,7 +65,7 @@ def finish(
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(record.place(INDEX), index, partial)
     config = checkpoint.config | {
-        KEY: to_contract(plan.gates.concatenated()),
+        KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
         "quantization_config": plan.layout.quantization_config(plan.ignore),
     }
     record.publish(lambda place: write_json(place, config, partial))

@@ -190,6 +190,7 @@ def test_a_stated_gate(text: str, gate: dict[str, Any], unknown: Path, tmp_path:
     assert "--gate" in refusal("quantize", unknown, tmp_path / "out")
     assert run("quantize", unknown, tmp_path / "out", "--gate", text).exit_code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["nvfp4_moe"].pop("made")["scales"] == "max"
     assert config["nvfp4_moe"] == {"version": 1, "gate": gate | {"interleaved": False}}
     assert run("verify", unknown, tmp_path / "out", "--gate", text).exit_code == 0
     assert run("inspect", unknown, "--gate", text).exit_code == 0
@@ -334,13 +335,16 @@ def test_verify_as_json(saved: Folders, tmp_path: Path) -> None:
     shown = parsed(good)
     assert shown.pop("ok") is True
     assert shown.pop("problems") == []
+    assert shown.pop("notes") == []
     (layers,) = shown.values()
     assert list(shown) == ["layers"]
     assert [layer["prefix"] for layer in layers] == [
         f"model.layers.{layer}.mlp.experts" for layer in range(2)
     ]
     for layer in layers:
-        assert set(layer) == {"prefix", "relative_error", "sqnr_db"}
+        assert set(layer) == {"prefix", "relative_error", "sqnr_db", "worst"}
+        assert layer["worst"]["module"].startswith(f"{layer['prefix']}.")
+        assert layer["relative_error"] <= layer["worst"]["relative"] < 0.2
         assert 0.05 < layer["relative_error"] < 0.15
         assert layer["sqnr_db"] == pytest.approx(-20 * math.log10(layer["relative_error"]))
 

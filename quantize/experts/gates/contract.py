@@ -8,7 +8,8 @@ layer for the model would apply another::
                                           "limit": 7.0, "interleaved": false}}}
 
 If layers differ, the contract has version 2: ``gate`` is the gate of most layers, and ``layers``
-maps the number of each other layer to its gate.
+maps the number of each other layer to its gate. ``made`` beside it is no part of the contract (see
+``quantize.run.made``).
 """
 
 from __future__ import annotations

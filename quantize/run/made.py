@@ -1,0 +1,103 @@
+"""How a checkpoint says how it was made, so that ``verify`` can make it again and compare.
+
+``config.json`` has it beside the gate, under ``nvfp4_moe``; other readers ignore it::
+
+    {"nvfp4_moe": {"version": 1, "gate": {...},
+                   "made": {"version": "0.1.0", "arithmetic": 1, "layout": "modelopt",
+                            "scales": "max", "activations": false, "rounding": null,
+                            "text": false, "include": [], "exclude": [], "linears": false}}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from quantize.errors import QuantizeError
+from quantize.experts.gates import KEY
+from quantize.run.options import Options
+from quantize.run.version import package_version
+
+FIELD = "made"
+
+ARITHMETIC = 1
+"""Counts up when the same weights and the same scale rule give other bits
+(``tests/quantize/test_verify_bits.py`` has digests of some)."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a checkpoint was made.
+
+    Attributes:
+        version: of this package.
+        arithmetic: see ``ARITHMETIC``.
+        layout, scales, activations, include, exclude, linears: as in ``Options``.
+        rounding: a key of ``quantize.nvfp4.rounding.METHODS``; None if experts were rounded to
+            nearest, without calibration.
+        text: input scales are those of a text; else all are 1.0, where there are any.
+    """
+
+    version: str
+    arithmetic: int
+    layout: str
+    scales: str
+    activations: bool
+    rounding: str | None
+    text: bool
+    include: list[str]
+    exclude: list[str]
+    linears: bool
+
+    def selection(self) -> Options:
+        """What was chosen to be quantized, as options."""
+        return Options(
+            include=tuple(self.include), exclude=tuple(self.exclude), linears=self.linears
+        )
+
+
+def record_of(options: Options) -> dict[str, Any]:
+    """The value of ``made`` for a run with these options."""
+    calibration = options.calibration
+    return asdict(
+        Made(
+            package_version(),
+            ARITHMETIC,
+            options.layout,
+            options.scales,
+            options.activations,
+            calibration.method if calibration else None,
+            options.activations and calibration is not None,
+            list(options.include),
+            list(options.exclude),
+            options.linears,
+        )
+    )
+
+
+def made(config: dict[str, Any], where: str) -> Made | None:
+    """How the checkpoint with this ``config.json`` says that it was made; None if it does not.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        QuantizeError: if what it says cannot be read.
+    """
+    contract = config.get(KEY)
+    if not isinstance(contract, dict) or FIELD not in contract:
+        return None
+    value = contract[FIELD]
+    kinds = {
+        "str": str, "int": int, "bool": bool, "list[str]": list, "str | None": str | None,
+    }  # fmt: skip
+    problem = f"{where}: {KEY}.{FIELD} cannot be read"
+    if not isinstance(value, dict) or set(value) != {field.name for field in fields(Made)}:
+        raise QuantizeError(f"{problem}: its fields are not those of this version; update it")
+    for field in fields(Made):
+        found = value[field.name]
+        kind = kinds[str(field.type)]
+        strings = not isinstance(found, list) or all(isinstance(item, str) for item in found)
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is int) or not strings:
+            raise QuantizeError(f"{problem}: {field.name} is {found!r}; quantize again")
+    return Made(**value)

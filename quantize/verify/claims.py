@@ -1,0 +1,184 @@
+"""What a checkpoint says of itself: how it was made, and what its report says was lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts.gates import KEY
+from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.scales import RULES
+from quantize.report.data import LayerReport, RunReport, loads
+from quantize.run.made import ARITHMETIC, FIELD, Made, made
+from quantize.run.report_files import REPORT, REPORT_DATA, mark
+from quantize.run.version import package_version
+from quantize.verify.blocks import COLUMNS, ROWS, Bounds
+from quantize.verify.results import Lost, Report
+
+DENSE = "dense linears"
+_TOLERANCE = 1e-5
+"""Of the report's errors: they have six digits, and devices sum in different orders."""
+
+
+@dataclass
+class Claims:
+    """What the target says of itself.
+
+    Attributes:
+        made: how it was made; None if it does not say.
+        run: its report; None if it has none.
+    """
+
+    made: Made | None
+    run: RunReport | None
+    _layers: dict[str, list[LayerReport]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.run:
+            dense = [self.run.dense] if self.run.dense else []
+            for layer in (*self.run.layers, *dense):  # experts of several sizes have one prefix
+                self._layers.setdefault(layer.prefix, []).append(layer)
+
+    @property
+    def known(self) -> bool:
+        """Whether this package knows the arithmetic that made the checkpoint."""
+        return self.made is not None and self.made.arithmetic == ARITHMETIC
+
+    def rule(self, prefix: str, expert: int | None) -> str | None:
+        """The scale rule that alone decides an expert's bits, or without an expert those of the
+        dense linears; None if there is none, or it is not known."""
+        if self.made is None or not self.known:
+            return None
+        rule: str | None = self.made.scales
+        if self.made.rounding is not None and expert is not None:
+            layers = self._layers.get(prefix, [])
+            rules = [r for layer in layers if layer.calibration for r in layer.calibration.rules]
+            rule = rules[expert] if expert < len(rules) else None
+        return rule if rule in RULES else None
+
+    @property
+    def global_rule(self) -> str | None:
+        """The scale rule that decides the global scales of calibrated weights, if it is known."""
+        return "max" if self.known and self.made and self.made.rounding in METHODS else None
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the rounding of experts may lose."""
+        rounding = self.made.rounding if self.made else ""
+        if rounding is None or (rounding in METHODS and not METHODS[rounding].needs_output_hessian):
+            return COLUMNS
+        return ROWS
+
+    def problems(self, prefix: str, weights: list[Lost]) -> Iterable[str]:
+        """What the report says otherwise of a layer's weights, in their order there."""
+        layers = self._layers.get(prefix, [])
+        if not layers:
+            if self.run is not None:
+                yield f"{REPORT_DATA} does not have {prefix}; quantize again"
+            return
+        modules = [weight.module for weight in weights]
+        if (names := [name for layer in layers for name in layer.names]) and names != modules:
+            yield f"{REPORT_DATA} names other linears than are quantized; quantize again"
+            return
+        said = [error for layer in layers for errors in layer.errors for error in errors]
+        if len(said) != len(weights):
+            yield f"{REPORT_DATA}: {prefix} has {len(said)} errors for {len(weights)} weights"
+            return
+        for weight, error in zip(weights, said, strict=True):
+            found = weight.relative if weight.signal else math.nan
+            if not (
+                math.isclose(found, error, rel_tol=_TOLERANCE, abs_tol=1e-12)
+                or (math.isnan(found) and math.isnan(error))
+            ):
+                yield (
+                    f"{weight.module}: relative error {found:.6g}, but {REPORT_DATA} says "
+                    f"{error:.6g}: it was changed since it was written; quantize again"
+                )
+        counts = torch.stack([weight.counts for weight in weights]).sum(0).tolist()
+        if counts != [sum(c) for c in zip(*(ly.scale_counts for ly in layers), strict=True)]:
+            yield (
+                f"{prefix}: {REPORT_DATA} counts other block scales (scale_counts) than are stored:"
+                " some were changed since they were written; quantize again"
+            )
+
+
+def read_claims(target: Checkpoint, report: Report) -> Claims:
+    """Read what the target says of itself; note in ``report`` where it contradicts itself."""
+    where = target.folder / "config.json"
+    said = None
+    try:
+        said = made(target.config, str(where))
+    except QuantizeError as error:
+        report.problems.append(str(error))
+    run = _run(target, report, expected=said is not None)
+    if said is None and isinstance(target.config.get(KEY), dict) and run is not None:
+        report.problems.append(
+            f"{where}: no {KEY}.{FIELD}, which says how the checkpoint was made; quantize again"
+        )
+    if said and run:
+        _agree(said, run, report)
+    claims = Claims(said, run)
+    if said is None or not claims.known:
+        other = "does not say" if said is None else f"was made by version {said.version}"
+        report.notes.append(
+            f"{where}: how it was made is not known here ({other}), so weights are not compared "
+            "bit by bit, but with what rounding can lose"
+        )
+    elif said.scales not in RULES or said.rounding not in (None, *METHODS):
+        report.notes.append(
+            f"{where}: the scale rule {said.scales!r} or the rounding {said.rounding!r} is not "
+            "known here, so weights are compared with what rounding can lose"
+        )
+    elif said.rounding is not None:
+        report.notes.append(
+            f"calibrated ({said.rounding}): weights are compared with what rounding can lose and "
+            "with the report, and bit by bit where experts had too little text"
+        )
+    return claims
+
+
+def _run(target: Checkpoint, report: Report, expected: bool) -> RunReport | None:
+    data, page = target.folder / REPORT_DATA, target.folder / REPORT
+    for file in (data, page):
+        if expected and not file.exists():
+            report.problems.append(f"{file} is missing; every run leaves it: quantize again")
+    try:
+        run = loads(data.read_bytes())
+    except (OSError, QuantizeError) as error:
+        if expected and data.exists():
+            report.problems.append(f"{data}: {error}")
+        return None
+    if expected and page.exists():
+        text = page.read_text(encoding="utf-8", errors="replace")
+        if not text.endswith(mark(run.fingerprint)):
+            report.problems.append(f"{page} and {REPORT_DATA} are not of the same run")
+    return run
+
+
+def _agree(said: Made, run: RunReport, report: Report) -> None:
+    """That ``config.json`` and the report say the same of how the checkpoint was made."""
+    pairs = {
+        "version": (said.version, run.versions.get("vllm-nvfp4-moe")),
+        "layout": (said.layout, run.layout),
+        "scales": (said.scales, run.scales),
+        "activations": (said.activations, run.activations == "nvfp4"),
+        "rounding": (said.rounding, run.calibration.method if run.calibration else None),
+        "text": (said.text, run.input_scales is not None),
+        "linears": (said.linears, said.linears if run.dense is None else True),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            report.problems.append(
+                f"config.json: {KEY}.{FIELD}.{name} is {ours!r}, {REPORT_DATA} says {theirs!r}; "
+                "one of them was changed, or is of another run"
+            )
+    if said.version == package_version() and said.arithmetic != ARITHMETIC:
+        report.problems.append(
+            f"config.json: {KEY}.{FIELD}.arithmetic is {said.arithmetic}, but version "
+            f"{said.version} has {ARITHMETIC}; it was changed"
+        )

@@ -1,0 +1,239 @@
+"""The target's tensors beside the source's: what was quantized, what was copied, what is too many.
+
+What this shares with the quantizer (finding experts, reading and splitting them, their gate) it
+cannot judge; docs/users/verifying.md lists what cannot be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.tensors import TensorInfo
+from quantize.experts import linears
+from quantize.experts.find import find, left_as_is
+from quantize.experts.gates import Gates
+from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.layouts.layout import INPUT_SCALE, Layout
+from quantize.run.jobs import PIECE, Biases, QuantizeExpert
+from quantize.run.plan import expert_jobs
+from quantize.run.worker import Worker
+from quantize.verify.blocks import COLUMNS
+from quantize.verify.claims import DENSE, Claims
+from quantize.verify.weights import Part, Weights
+
+Task = Callable[[Worker], tuple[Part, int]]
+"""Checks something; also says how many bytes of the source it was."""
+
+
+@dataclass
+class Comparison:
+    """What there is to compare.
+
+    Attributes:
+        weights: the quantized weights, in the order of the report.
+        expected: names of all tensors that the target must have, once :meth:`tasks` is through.
+        memory: the most bytes that a task takes.
+        problems: what is wrong with all of it.
+        experts_left: module paths of the experts that are not quantized.
+    """
+
+    source: Checkpoint
+    target: Checkpoint
+    layout: Layout
+    gates: Gates
+    claims: Claims
+    weights: list[Weights] = field(default_factory=list)
+    expected: set[str] = field(default_factory=set)
+    memory: int = 0
+    problems: list[str] = field(default_factory=list)
+    experts_left: set[str] = field(default_factory=set)
+
+    def tasks(self) -> Iterator[Task]:
+        """Everything that is to be done."""
+        groups = find(self.source)
+        quantized = [group for group in groups if self._is_quantized(group)]
+        self.experts_left = {g.prefix for g in groups if g not in quantized}
+        self.experts_left.update(left_as_is(self.source))
+        dense = [
+            names
+            for names in linears.find(self.source, groups)
+            if self._are_quantized([name.removesuffix(".weight") for name in names], names)
+        ]
+        biases: list[Task] = []
+        for group in quantized:
+            interleaved = self.gates.of(group.prefix).interleaved
+            for expert in range(group.num_experts):
+                for job in expert_jobs(self.source, group, expert, interleaved, self.layout, "max"):
+                    if isinstance(job, Biases):
+                        self.expected.update(out.name for out in job.outputs)
+                        self.memory = max(self.memory, job.memory)
+                        biases.append(partial(self._biases, job))
+                    else:
+                        self._add(self._expert(job))
+        for names in dense:
+            self._add(self._linears(names))
+        if not self.weights:
+            self.problems.append(
+                f"{self.target.folder}: none of the source's experts is quantized; its "
+                "config.json and its tensors are not of the same checkpoint"
+            )
+        for weights in self.weights:
+            yield partial(weights.check, self.target, self.layout)
+        yield from biases
+        done = tensor_names_of(quantized) | {name for names in dense for name in names}
+        for name, info in self.source.tensors.items():
+            if name not in done:
+                self.expected.add(name)
+                yield partial(self._copy, info)
+
+    def too_many(self) -> Iterator[str]:
+        """Tensors of the target that it must not have."""
+        every = {*self.layout.store_input_scale(INPUT_SCALE)}
+        for name, info in self.target.tensors.items():
+            if name in self.expected:
+                continue
+            module, _, suffix = name.rpartition(".")
+            if suffix not in every and f"{module}.{self.layout.suffixes[0]}" in self.expected:
+                yield (
+                    f"{info.file.name}: {name} is not in the source, and config.json says nothing "
+                    "of it (input scales belong to NVFP4 activations alone); quantize again"
+                )
+            else:
+                yield f"{info.file.name}: {name} is not in the source; quantize again"
+
+    def _add(self, weights: Weights) -> None:
+        self.weights.append(weights)
+        self.memory = max(self.memory, weights.memory)
+        self.expected.update(out.name for outs in weights.outputs(self.layout) for out in outs)
+
+    def _is_quantized(self, group: ExpertGroup) -> bool:
+        made = self.claims.made
+        if made is not None:
+            return made.selection().takes(group.prefix)
+        return self._has_nvfp4(m for e in range(group.num_experts) for m in group.modules(e))
+
+    def _are_quantized(self, modules: list[str], names: tuple[str, ...]) -> bool:
+        made = self.claims.made
+        if made is not None:
+            return made.linears and all(map(made.selection().takes, modules))
+        return self._has_nvfp4(modules)
+
+    def _has_nvfp4(self, modules: Iterable[str]) -> bool:
+        """Whether the target has any tensor of these modules in NVFP4; else they should be copies.
+
+        ModelOpt's codes are called as the source's weights are.
+        """
+        for name in (f"{module}.{end}" for module in modules for end in self.layout.suffixes):
+            found, original = self.target.tensors.get(name), self.source.tensors.get(name)
+            if found and (original is None or found.dtype != original.dtype):
+                return True
+        return False
+
+    def _expert(self, job: QuantizeExpert) -> Weights:
+        group = job.group
+        shape = group.shapes[0 if job.gate_up else -1]
+        return Weights(
+            group.prefix,
+            job.modules,
+            (shape,) * len(job.modules),
+            self.claims.rule(group.prefix, group.first + job.expert),
+            self.claims.global_rule,
+            self.claims.made is None or self.claims.made.text,
+            self.claims.bounds,
+            job.weights,
+            job.nbytes,
+            # The blocks' errors, and the weight in float32.
+            2 * job.memory + 5 * len(job.modules) * shape[0] * shape[1],
+        )
+
+    def _linears(self, names: tuple[str, ...]) -> Weights:
+        shapes = tuple((info.shape[0], info.shape[1]) for info in map(self._info, names))
+        return Weights(
+            DENSE,
+            tuple(name.removesuffix(".weight") for name in names),
+            shapes,
+            self.claims.rule(DENSE, None),
+            None,
+            # Text is for experts.
+            self.claims.made is None,
+            COLUMNS,
+            lambda worker: [worker.load(name) for name in names],
+            sum(map(self.source.stored_bytes, names)),
+            10 * sum(rows * columns for rows, columns in shapes),
+        )
+
+    def _info(self, name: str) -> TensorInfo:
+        return self.source.tensors[name]
+
+    def _biases(self, job: Biases, worker: Worker) -> tuple[Part, int]:
+        part, group = Part(), job.group
+        biases = group.biases(worker, job.expert, job.interleaved)
+        for out in job.outputs:
+            name, bias = out.name, biases[out.name.removesuffix(".bias")]
+            found = self.target.tensors.get(name)
+            if found is None:
+                part.problems.append(f"{name} is missing; quantize again")
+            elif (found.dtype, found.shape) != (out.dtype, out.shape):
+                part.problems.append(
+                    f"{found.file.name}: {name} is {found.dtype} {list(found.shape)}, the source's "
+                    f"{out.dtype} {list(out.shape)}; quantize again"
+                )
+            elif not _same_bits(self.target.load(name), bias):
+                part.problems.append(
+                    f"{found.file.name}: {name} differs from the source; quantize again"
+                )
+        return part, job.nbytes
+
+    def _copy(self, info: TensorInfo, worker: Worker) -> tuple[Part, int]:
+        part = Part()
+        copy = self.target.tensors.get(info.name)
+        if copy is None:
+            part.problems.append(f"{info.name} is missing; quantize again")
+        elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
+            part.problems.append(
+                f"{copy.file.name}: {info.name} is {copy.dtype} {list(copy.shape)}, "
+                f"the source's {info.dtype} {list(info.shape)}; quantize again"
+            )
+        elif not self._same(info, copy, worker):
+            part.problems.append(
+                f"{copy.file.name}: {info.name} differs from the source; quantize again"
+            )
+        return part, self.source.stored_bytes(info.name)
+
+    def _same(self, info: TensorInfo, copy: TensorInfo, worker: Worker) -> bool:
+        if self.source.parts(info.name) != (info.name,):
+            return all(
+                _same_bits(ours, decoded.bfloat16())
+                for ours, decoded in self._decoded(info, worker)
+            )
+        size = min(PIECE, info.nbytes)
+        left, right = worker.arena.take(size), worker.arena.take(size)
+        for start in range(0, info.nbytes, PIECE):
+            count = min(PIECE, info.nbytes - start)
+            self.source.read_into(left[:count], info, start)
+            self.target.read_into(right[:count], copy, start)
+            if not torch.equal(left[:count], right[:count]):
+                return False
+        return True
+
+    def _decoded(
+        self, info: TensorInfo, worker: Worker
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A copy and the source's weight, dequantized: of stacked experts, one after another."""
+        if len(info.shape) != 3:
+            yield self.target.load(info.name, worker.arena), worker.load(info.name)
+            return
+        for expert in range(info.shape[0]):
+            worker.arena.reset()
+            copy = self.target.load_expert(info.name, expert, arena=worker.arena)
+            yield copy, worker.load_expert(info.name, expert)
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    left, right = (x.contiguous().reshape(-1).view(torch.uint8) for x in (left, right))
+    return torch.equal(left, right)

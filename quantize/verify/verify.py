@@ -1,0 +1,159 @@
+"""Checking a whole checkpoint, with its source or alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from threading import local
+
+import torch
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.gates import Gate, Gates
+from quantize.experts.identify import identify
+from quantize.layouts import detect
+from quantize.layouts.layout import Layout
+from quantize.nvfp4.format import BLOCK
+from quantize.run.worker import Worker
+from quantize.run.workers import cores, threads_of_our_own
+from quantize.verify.claims import Claims, read_claims
+from quantize.verify.compare import Comparison, Task
+from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
+from quantize.verify.files import file_problems
+from quantize.verify.results import LayerError, Lost, Report, Worst
+from quantize.verify.structure import Structure, missing_layers, quantized_modules
+from quantize.verify.weights import Part, Weights
+
+
+def verify(
+    source: Checkpoint | None,
+    target: Checkpoint,
+    gate: Gate | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Check the quantized ``target``, on all cores.
+
+    With its source, every tensor is compared: copies bit for bit, weights that were rounded to
+    nearest bit for bit with what the recorded rule makes again, and calibrated ones with what
+    rounding can lose (``quantize.verify.blocks``) and with the run's report. Without, its parts are
+    compared with each other.
+
+    Args:
+        source: what it was made of; None if that is not at hand.
+        target: opened with ``decode=False``.
+        gate: the experts' gate, if the user states it; else it is identified from the source.
+        progress: told how many bytes of the source have just been compared.
+
+    Raises:
+        QuantizeError: if a file cannot be read, or the source could not be quantized.
+    """
+    report = Report()
+    quantization = target.config.get("quantization_config")
+    layout = detect(quantization) if isinstance(quantization, dict) else None
+    if layout is None:
+        report.problems.append(
+            f"{target.folder / 'config.json'}: no NVFP4 quantization_config in a known layout; "
+            "take the config.json that the quantizer wrote"
+        )
+        return report
+    claims = read_claims(target, report)
+    gates = None
+    if source is not None:
+        gates = Gates.uniform(gate) if gate else identify(source.folder, trust_remote_code)
+        report.problems += config_problems(source, target)
+    report.problems += gate_problems(target, gates, claims.made is not None)
+    report.problems += file_problems(source, target, claims)
+    if source is None or gates is None:
+        modules = _alone(target, layout, claims, report)
+    else:
+        comparison = Comparison(source, target, layout, gates, claims)
+        modules = _against(comparison, progress, report)
+    report.problems += quantization_problems(target, layout, claims, modules)
+    return report
+
+
+def _against(comparison: Comparison, progress: Callable[[int], None], report: Report) -> Modules:
+    """Compare all tensors; returns what is quantized and what is not."""
+    tasks = list(comparison.tasks())
+    report.problems += comparison.problems
+    lost: dict[str, list[Lost]] = {weights.prefix: [] for weights in comparison.weights}
+    before = len(report.problems)
+    for part, nbytes in _in_threads(comparison.source, tasks, cores(comparison.memory)):
+        report.problems += part.problems
+        if part.prefix is not None:
+            lost[part.prefix] += part.lost
+        progress(nbytes)
+    whole = len(report.problems) == before
+    for prefix, weights in lost.items():
+        if whole:  # else the report's figures differ for reasons that were given
+            report.problems += comparison.claims.problems(prefix, weights)
+        worst = _worst(comparison, prefix, weights)
+        noise, signal = sum(w.noise for w in weights), sum(w.signal for w in weights)
+        relative = math.sqrt(noise / signal) if signal else 0.0
+        if any(math.isnan(w.noise) for w in weights) or not weights:
+            relative = math.nan
+        report.layers.append(LayerError(prefix, relative, worst))
+    report.problems += comparison.too_many()
+    return Modules(
+        {module for weights in comparison.weights for module in weights.modules},
+        comparison.experts_left,
+        {name.rpartition(".")[0] for name in comparison.source.tensors},
+    )
+
+
+def _worst(comparison: Comparison, prefix: str, lost: list[Lost]) -> Worst | None:
+    """The weight of a layer that lost most, and its worst block, for which it is read again."""
+    finite = [weight for weight in lost if math.isfinite(weight.noise)]
+    if not finite:
+        return None
+    most = max(finite, key=lambda weight: weight.relative)
+    weights = next(w for w in comparison.weights if w.prefix == prefix and most.module in w.modules)
+    worker = Worker(comparison.source, torch.device("cpu"))
+    found = weights.blocks(comparison.target, comparison.layout, worker, most.module)
+    if found is None:
+        return None
+    row, block, share = found.worst()
+    return Worst(most.module, most.relative, row, BLOCK * block, share)
+
+
+def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -> Modules:
+    """Check the target without a source; returns what is quantized and what is not."""
+    structure = Structure(target, layout)
+    weights = structure.weights(claims)
+    if not weights:
+        report.problems.append(f"{target.folder}: no tensor is NVFP4, though config.json says so")
+    report.problems += structure.problems
+    report.problems += missing_layers(structure, claims)
+    tasks: list[Task] = [partial(w.check, target, layout) for w in weights]
+    memory = max((_memory(w) for w in weights), default=0)
+    for part, _ in _in_threads(target, tasks, cores(memory)):
+        report.problems += part.problems
+    report.notes.append("without the source, only the checkpoint's own parts were compared")
+    known = {name.rpartition(".")[0] for name in target.tensors}
+    return Modules(quantized_modules(target, layout), set(), known)
+
+
+def _memory(weights: Weights) -> int:
+    return sum(rows * columns for rows, columns in weights.shapes)
+
+
+def _in_threads(source: Checkpoint, tasks: list[Task], count: int) -> Iterator[tuple[Part, int]]:
+    """Results in the order of ``tasks``, of which only a few are held at a time."""
+    waiting = iter(tasks)
+    thread = local()
+
+    def run(task: Task) -> tuple[Part, int]:
+        if not hasattr(thread, "worker"):
+            thread.worker = Worker(source, torch.device("cpu"))
+        thread.worker.arena.reset()
+        return task(thread.worker)
+
+    with threads_of_our_own(), ThreadPoolExecutor(count, "verify") as pool:
+        pending = [pool.submit(run, task) for task in islice(waiting, 2 * count)]
+        while pending:
+            yield pending.pop(0).result()
+            pending += [pool.submit(run, task) for task in islice(waiting, 1)]
