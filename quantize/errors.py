@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class QuantizeError(Exception):
     """Something is wrong with the input or the target, and the user can correct it."""
+
+
+class DamagedWeightsError(QuantizeError):
+    """Weights of the source are damaged.
+
+    Attributes:
+        files: the names of the files that hold them. A user may repair these and go on.
+    """
+
+    def __init__(self, message: str, files: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.files = sorted(files)
 
 
 def first_line(error: BaseException) -> str:

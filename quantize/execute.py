@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
+import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from quantize.calibration.budget import needed
-from quantize.calibration.calibrate import calibrate, unstaged
+from quantize.calibration.calibrate import calibrate, prove_walk, runnable_model, unstaged
+from quantize.checkpoint.companions import companions, left_out
+from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.report import dumps, render
 from quantize.report.collect import collect
-from quantize.run.cluster import make_shards_on_ray
-from quantize.run.finish import finish, other_files
+from quantize.run.cluster import check_threads, make_shards_on_ray
+from quantize.run.finish import finish, is_finished, written_names
+from quantize.run.lock import locked
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
+from quantize.run.space import Space
+from quantize.run.target import check_folder
 from quantize.run.workers import Progress, all_devices, make_shards
+
+Say = Callable[[str], None]
+"""Is told, in one line, what a user should know though nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,13 @@ def execute(
     progress: Progress = lambda _: None,
     samples: torch.Tensor | None = None,
     calibrating: Callable[[float, int], None] = lambda _, __: None,
-    say: Callable[[str], None] = lambda _: None,
+    work_dir: Path | None = None,
+    say: Say = lambda _: None,
 ) -> Summary:
     """Carry out ``plan`` into the folder ``target``.
+
+    Whatever can refuse a run does so before it changes anything. A checkpoint that is replaced
+    stays until the new one is there, if its disk has room for both.
 
     Args:
         overwrite: replace a checkpoint, or an interrupted run, in ``target``.
@@ -68,27 +81,34 @@ def execute(
         samples: tokens to calibrate with, int64 ``[num_samples, sequence_length]``, if the plan
             says so.
         calibrating: see ``quantize.calibration.progress.Progress``.
-        say: is told in a line what the calibration's proof found.
+        work_dir: where calibration keeps hidden states and its experts; by default in ``target``.
+        say: is told what is not copied, what becomes of a checkpoint that is replaced, and what the
+            calibration's proof found.
 
     Raises:
-        QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if a
-            weight is NaN or infinite; if there is not enough space, or a file cannot be read or
-            written. Then ``target`` holds no ``config.json``, and a run can be resumed.
+        QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if
+            another run is at work there; if a weight is NaN or infinite; if there is not enough
+            space, or a file cannot be read or written. Then ``target`` holds the old checkpoint, or
+            no ``config.json`` and a run that can be resumed.
     """
     started = time.perf_counter()
     # The files' own folders too: a source may be a folder of links to them.
     source_folders = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
     if target.exists() and any(folder.samefile(target) for folder in source_folders):
         raise QuantizeError(f"{target} is the source; choose another folder")
-    others = list(other_files(checkpoint.folder))
+    others = companions(checkpoint.folder)
+    identity = identity_of(checkpoint)
     record = Record(
         target,
-        plan.fingerprint(checkpoint),
+        plan.fingerprint(checkpoint, identity),
         command,
         str(checkpoint.folder),
         {str(file.resolve()): file.stat().st_mtime_ns for file in checkpoint.files},
+        names=written_names(plan, others),
+        settings=plan.settings(checkpoint),
+        identity=identity,
+        work=work_dir,
     )
-    every = range(len(plan.shards))
 
     def summary(missing: Sequence[int]) -> Summary:
         return Summary(
@@ -99,48 +119,150 @@ def execute(
             len(plan.shards),
         )
 
-    if resume and record.is_finished(plan, others):
-        record.end()  # a kill in the last moments may have left it
-        progress(_source_bytes(plan, every))
+    check_folder(target)
+    if resume and is_finished(record, plan, others):
+        if record.folder.exists():  # a kill in the last moments may have left it
+            with locked(record.folder):
+                record.end()
+        progress(_source_bytes(plan, range(len(plan.shards))))
         return summary([])
-    record.begin(overwrite, resume)
-    try:
-        record.discard_changed(checkpoint, plan)
-        missing = record.missing(plan)
-        progress(_source_bytes(plan, [i for i in every if i not in missing]))
-        device = (devices or all_devices())[0]
-        space = sum(out.nbytes for i in missing for out in plan.outputs(i))
-        if plan.options.calibration and unstaged(plan, record.calibration):
-            budget = needed(checkpoint, plan, device)
-            # An earlier run may have left a part of it.
-            there = sum(f.stat().st_size for f in record.calibration.rglob("*") if f.is_file())
-            space += max(0, budget.states + budget.staged - there)
-        _check_space(target, space)
+    run = _Run(
+        checkpoint, plan, record, others, devices or all_devices(), threads, ray, samples, say
+    )
+    with locked(record.folder):
+        return summary(run.go(overwrite, resume, progress, calibrating))
+
+
+@dataclass
+class _Run:
+    """A run whose target is locked."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    record: Record
+    others: list[str]
+    devices: Sequence[torch.device]
+    threads: int | None
+    ray: str | None
+    samples: torch.Tensor | None
+    say: Say
+
+    def go(
+        self,
+        overwrite: bool,
+        resume: bool,
+        progress: Progress,
+        calibrating: Callable[[float, int], None],
+    ) -> list[int]:
+        """All of it; returns the shards that were made."""
+        record, plan, checkpoint = self.record, self.plan, self.checkpoint
+        record.prepare(overwrite, resume)
+        space = self._check()
+        record.begin(overwrite, resume)
+        try:
+            record.discard_changed(checkpoint, plan)
+            missing = record.missing(plan)
+            progress(_source_bytes(plan, set(range(len(plan.shards))) - set(missing)))
+            self._say_what_stays()
+            try:
+                self._make(missing, space, progress, calibrating)
+            except (QuantizeError, OSError) as error:
+                # Others write to the disk too, and quotas are not known before.
+                if record.cleared or not _out_of_space(error):
+                    raise
+                self._clear()
+                self._make(record.missing(plan), space, progress, calibrating)
+        except BaseException as error:
+            record.abandon(error)
+            raise
+        return missing
+
+    def _check(self) -> Space:
+        """Whatever else can refuse the run."""
+        record, plan = self.record, self.plan
+        every = range(len(plan.shards))
+        missing: Sequence[int] = every
+        voided = []
+        if record.goes_on:
+            voided = record.voided(self.checkpoint, plan)
+            missing = [i for i in every if i in voided or not record.is_done(plan, i)]
+        shards = sum(out.nbytes for i in missing for out in plan.outputs(i))
+        shards += sum((self.checkpoint.folder / name).stat().st_size for name in self.others)
+        calibration = 0
         if plan.options.calibration and missing:
-            assert samples is not None
-            calibrate(checkpoint, plan, samples, record.calibration, device, calibrating, say)
-        if ray is not None:
-            make_shards_on_ray(ray, checkpoint, plan, record, missing, threads, progress)
+            fresh = not record.goes_on or bool(voided)
+            if fresh or unstaged(plan, record.calibration):
+                budget = needed(self.checkpoint, plan, self.devices[0])
+                calibration = budget.states + budget.staged
+                if not fresh:  # an earlier run may have left a part of it
+                    files = record.calibration.rglob("*")
+                    calibration -= sum(f.stat().st_size for f in files if f.is_file())
+                runnable_model(self.checkpoint, plan, self.devices[0])
+        if self.ray is not None:
+            check_threads(self.ray, self.threads)
+        space = Space(record, shards, max(0, calibration))
+        space.check()
+        return space
+
+    def _make(
+        self,
+        missing: Sequence[int],
+        space: Space,
+        progress: Progress,
+        calibrating: Callable[[float, int], None],
+    ) -> None:
+        """Calibrate, make the missing shards, and finish."""
+        record, plan, checkpoint = self.record, self.plan, self.checkpoint
+        if plan.options.calibration and missing:
+            assert self.samples is not None
+            what = checkpoint, plan, self.samples, record.calibration, self.devices[0]
+            prove_walk(*what, self.say)
+            if not space.has_room_to_calibrate():
+                self._clear()
+            calibrate(*what, calibrating)
+        if not space.has_room_for_shards():
+            self._clear()
+        if self.ray is not None:
+            make_shards_on_ray(self.ray, checkpoint, plan, record, missing, self.threads, progress)
         else:
             work = plan.calibrated(record.calibration)
-            devices = devices or all_devices()
-            make_shards(checkpoint, work, record, missing, devices, threads, progress)
+            make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
         report = collect(checkpoint, plan, record)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
-        finish(checkpoint, plan, record, others, files)
-    except BaseException:
-        record.abandon()
-        raise
-    return summary(missing)
+        finish(checkpoint, plan, record, self.others, files)
 
+    def _say_what_stays(self) -> None:
+        weights = [file.name for file in self.checkpoint.files]
+        if names := left_out(self.checkpoint.folder, self.others, weights):
+            self.say(f"not copied from SRC: {_some(names)}")
+        replaced = self.record.replaced
+        if replaced.aside:
+            self.say(
+                f"of what is in DST, {_some(replaced.aside)} will be in {replaced.folder}/: no run "
+                "recorded them, and they must not be read with the new model"
+            )
 
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target).free
-    if free < needed:
-        raise QuantizeError(
-            f"{target}: {needed / 1e9:.1f} GB are still to be written, but its disk has "
-            f"{free / 1e9:.1f} GB free; free some space or choose another folder"
+    def _clear(self) -> None:
+        """Give up the old checkpoint before the new one is there."""
+        freed = decimal(self.record.replaced.nbytes(self.record.target))
+        self.say(
+            f"{self.record.target}: its disk has no room for two checkpoints, so the old one "
+            f"({freed}) is removed first"
         )
+        self.record.clear()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _out_of_space(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _source_bytes(plan: Plan, shards: Iterable[int]) -> int:

@@ -42,7 +42,7 @@ class Budget(NamedTuple):
         staged = f" and {decimal(self.staged)} of experts" if self.staged else ""
         return (
             f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states"
-            f"{staged} on the target's disk until the run is complete"
+            f"{staged} on disk until the run is complete"
         )
 
 

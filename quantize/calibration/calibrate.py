@@ -12,6 +12,7 @@ from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.layerwise import LayerwiseModel
+from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
 from quantize.calibration.proof import Say, prove
 from quantize.calibration.quantizer import Quantizer, staged_outputs
@@ -35,7 +36,6 @@ def calibrate(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda _, __: None,
-    say: Say = lambda _: None,
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
     scales alone, if that is what ``plan`` says.
@@ -44,12 +44,10 @@ def calibrate(
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
-        say: see ``quantize.calibration.proof.Say``.
 
     Raises:
-        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), does not
-            compute here what Transformers' does (``quantize.calibration.proof``), a weight is NaN
-            or infinite, or the disk is full.
+        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
+            is NaN or infinite, or the disk is full.
     """
     settings = plan.options.calibration
     assert settings is not None
@@ -57,8 +55,6 @@ def calibrate(
     if not undone:
         shutil.rmtree(folder / "states", ignore_errors=True)
         return
-    if not (folder / PROGRESS).exists():  # else an earlier run has proved it
-        prove(checkpoint, plan, samples, folder / "proof", device, say)
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
@@ -84,6 +80,43 @@ def calibrate(
         )
     shutil.rmtree(store.folder)
     state.finish()
+
+
+def prove_walk(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    samples: torch.Tensor,
+    folder: Path,
+    device: torch.device,
+    say: Say = lambda _: None,
+) -> None:
+    """See that :func:`calibrate` will compute what Transformers' model does, unless that is known.
+
+    Args:
+        samples, folder: see :func:`calibrate`.
+        say: see ``quantize.calibration.proof.Say``.
+
+    Raises:
+        QuantizeError: if it does not; see ``quantize.calibration.proof``.
+    """
+    # An earlier run that came further has proved it.
+    if unstaged(plan, folder) and not (folder / PROGRESS).exists():
+        prove(checkpoint, plan, samples, folder / "proof", device, say)
+
+
+def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LayerwiseModel:
+    """The model that a calibration runs. A run builds it before it changes anything.
+
+    Raises:
+        QuantizeError: if calibration does not know it.
+    """
+    model = LayerwiseModel(
+        checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
+    )
+    settings = plan.options.calibration
+    if settings and settings.method is not None and METHODS[settings.method].needs_output_hessian:
+        ModelEnd(model).check()
+    return model
 
 
 def forward_pass(run: LayerwiseForward, visitor: Visitor, state: CalibrationProgress) -> None:

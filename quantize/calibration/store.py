@@ -46,7 +46,7 @@ class Store:
         size = max(1, math.prod(shape)) * dtype.itemsize
         # All of it at once: a mapped file that finds no room later kills the process.
         file = self.folder / name
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
+from typing import Any, TypeGuard
 
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.tensors import BYTES, TensorInfo
 from quantize.errors import QuantizeError
 
 INDEX = "model.safetensors.index.json"
+
+_MAX_HEADER = 100_000_000
+"""Most bytes of a header, as the safetensors library has it."""
 
 _NUMBERED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,9})\.safetensors")
 _ABSURD_NUMBER = re.compile(r"\d{19}")
@@ -31,11 +33,11 @@ def find_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     These are the files that its index names. Without an index they are ``model.safetensors``, or
-    else all ``*.safetensors`` files of the folder.
+    else all ``*.safetensors`` files of the folder, if these can be one set.
 
     Raises:
-        QuantizeError: if there are no files, if one is missing, or if the index names something
-            that is not a plain file name.
+        QuantizeError: if there are no files, if one is missing, if there are several sets and no
+            index, or if the index names something that is not a plain file name.
     """
     index = folder / INDEX
     if not os.path.lexists(index):  # a broken link is an error, not a checkpoint without one
@@ -48,7 +50,7 @@ def find_files(folder: Path) -> list[Path]:
                 f"{folder} holds no *.safetensors files; convert the weights to "
                 "safetensors first (pickle files are never opened)"
             )
-        _check_numbers(files)
+        _check_one_set(files)
         return files
     names = set(_weight_map(index).values())
     for name in sorted(names):
@@ -63,33 +65,82 @@ def find_files(folder: Path) -> list[Path]:
 def read_header(file: Path) -> list[TensorInfo]:
     """All tensors of a safetensors file, in the order of their data.
 
+    Only the header is read. The safetensors library is not asked, because it maps the whole file,
+    which fails if the file is larger than memory; the checks here are the library's
+    (https://huggingface.co/docs/safetensors, ``Metadata::validate``).
+
     Raises:
         QuantizeError: if the file is incomplete, or if a tensor has an unsupported dtype or a name
             with an invalid number.
     """
     try:
-        with safe_open(file, framework="pt"):
-            pass  # opening runs the library's checks: sizes, offsets, dtypes, header length
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        tensors = []
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if _ABSURD_NUMBER.search(name) or _has_foreign_digits(name):
-                raise QuantizeError(f"{file}: {name[:100]!r} has a number that means nothing")
-            if entry["dtype"] not in BYTES:
-                raise QuantizeError(
-                    f"{file}: {name} has dtype {entry['dtype']}, which is not supported"
-                )
-            offset = 8 + length + entry["data_offsets"][0]
-            tensors.append(TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, offset))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            size = os.fstat(stream.fileno()).st_size
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"its header would have {length} bytes")
+            raw = stream.read(length)
+        if not raw.startswith(b"{"):
+            raise ValueError("its header is no JSON object")
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repetition)
+        tensors = _tensors(file, header, 8 + length)
+    except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(
             f"{file}: not a complete safetensors file ({error}); download it again"
         ) from error
-    return sorted(tensors, key=lambda tensor: tensor.offset)
+    end = tensors[-1].offset + tensors[-1].nbytes if tensors else 8 + length
+    if end != size:
+        raise QuantizeError(
+            f"{file}: not a complete safetensors file ({size} bytes, and its header speaks of "
+            f"{end}); download it again"
+        )
+    return tensors
+
+
+def _tensors(file: Path, header: Any, start: int) -> list[TensorInfo]:
+    """The entries of a header whose data begin at ``start``, in the order of their data.
+
+    Raises:
+        ValueError: if they contradict each other, or the format.
+    """
+    tensors = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                raise ValueError("__metadata__ is no object of strings")
+            continue
+        if _ABSURD_NUMBER.search(name) or _has_foreign_digits(name):
+            raise QuantizeError(f"{file}: {name[:100]!r} has a number that means nothing")
+        if not isinstance(entry, dict):
+            raise ValueError(f"{name[:100]!r} has no entry")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets)):
+            raise ValueError(f"{name[:100]!r} has no dtype, shape or place")
+        if dtype not in BYTES:
+            raise QuantizeError(f"{file}: {name} has dtype {dtype}, which is not supported")
+        begin, end = offsets if len(offsets) == 2 else (0, -1)
+        info = TensorInfo(name, dtype, tuple(shape), file, start + begin)
+        if end - begin != info.nbytes:
+            raise ValueError(f"{name[:100]!r} has another size than its shape and dtype")
+        tensors.append(info)
+    tensors.sort(key=lambda info: (info.offset, info.nbytes))
+    for info in tensors:
+        if info.offset != start:
+            raise ValueError(f"the data of {info.name[:100]!r} do not follow on others")
+        start += info.nbytes
+    return tensors
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    """Whether ``value`` is a list of sizes: integers that fit into 64 bits, none negative."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**64 for n in value)
 
 
 def check_index(folder: Path, stored: Mapping[str, TensorInfo]) -> None:
@@ -113,20 +164,31 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_numbers(files: list[Path]) -> None:
-    """Raise QuantizeError if shards are missing from a checkpoint without an index.
+def _check_one_set(files: list[Path]) -> None:
+    """Raise QuantizeError if ``files``, which no index names, cannot be one set of shards.
 
-    Only the ``-of-00007`` in their names says how many there should be.
+    Only ``-00001-of-00007`` in their names says which belong together, and how many there are.
     """
-    found = Counter(
-        (match["stem"], int(match["count"]))
-        for file in files
-        if (match := _NUMBERED.fullmatch(file.name))
-    )
-    for (stem, count), there in found.items():
-        if there < count:
+    sets: dict[tuple[str, str], list[str]] = defaultdict(list)
+    others = []
+    for file in files:
+        if match := _NUMBERED.fullmatch(file.name):
+            sets[match["stem"], match["count"]].append(file.name)
+        else:
+            others.append(file.name)
+    folder = files[0].parent
+    if len(sets) + bool(sets and others) > 1:
+        found = ", ".join(
+            [*(f"{stem}-*-of-{count}.safetensors" for stem, count in sets), *others[:3]]
+        )
+        raise QuantizeError(
+            f"{folder}: no {INDEX} says which of these are the model: {found}; download the index "
+            "too, or move what is not the model to another folder"
+        )
+    for (stem, count), names in sets.items():
+        if len(names) < int(count):
             raise QuantizeError(
-                f"{files[0].parent}: of the {count} files {stem}-*-of-*.safetensors only {there} "
+                f"{folder}: of the {int(count)} files {stem}-*-of-*.safetensors only {len(names)} "
                 "are there; download it again"
             )
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from quantize.checkpoint.companions import (
+    IN_FOLDERS,
+    MODULES,
+    NEVER,
+    PATTERNS,
+    configs,
+    folders_named,
+)
 from quantize.errors import QuantizeError
 
-_DOWNLOADED = [
-    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
-    *("LICENSE*", "NOTICE*", "*.md"),
-]
-"""Patterns of the files that are downloaded. Python files are among them, so that they are copied
-to the target; they run only with ``--trust-remote-code``."""
+_WEIGHTS = "*.safetensors"
+_NOT_THE_MODEL = ["consolidated*", "adapter_*"]
+"""Weights in Mistral's own format beside the same in the hub's, and adapters."""
 
 
 def resolve(source: str) -> Path:
@@ -32,13 +38,7 @@ def resolve(source: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
 
     try:
-        return Path(
-            snapshot_download(
-                source,
-                allow_patterns=_DOWNLOADED,
-                ignore_patterns=["*/*"],  # only the top level is read
-            )
-        )
+        return _download(source, snapshot_download)
     except (
         Exception
     ) as error:  # the hub's errors, OSError, and the errors of the HTTP library that it uses
@@ -46,3 +46,22 @@ def resolve(source: str) -> Path:
             f"{source} is not a folder here, and downloading it from the hub failed: "
             + " ".join(str(error).split())
         ) from error
+
+
+def _download(name: str, download: Callable[..., str]) -> Path:
+    """What belongs to the checkpoint: its top level, then the folders that its configs name.
+
+    Python files are among it, so that they are copied to the target; they run only with
+    ``--trust-remote-code``.
+    """
+    top = [_WEIGHTS, "config.json", "*.index.json", *PATTERNS, MODULES]
+    # In the hub's patterns, * goes into folders too.
+    never = [pattern for pattern in NEVER if pattern not in (_WEIGHTS, "*.index.json")]
+    folder = Path(
+        download(name, allow_patterns=top, ignore_patterns=["*/*", *never, *_NOT_THE_MODEL])
+    )
+    inside = [f"{part}/{end}" for part in folders_named(configs(folder)) for end in IN_FOLDERS]
+    # Under the same revision, should another one have been published meanwhile.
+    return Path(
+        download(name, revision=folder.name, allow_patterns=inside, ignore_patterns=list(NEVER))
+    )

@@ -7,9 +7,9 @@ signal. And memory holds only the tensors that were asked for.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -26,10 +26,6 @@ from quantize.checkpoint.sources.find import find_stored_weights
 from quantize.checkpoint.sources.refusals import undecodable
 from quantize.checkpoint.tensors import BYTES, DTYPES, TensorInfo
 from quantize.errors import QuantizeError
-
-_SAMPLES, _SAMPLE = 16, 256
-"""For :meth:`Checkpoint.sample`: how many tensors of each file are sampled (about), and how many
-bytes from the middle of each."""
 
 _MAX_OPEN = 256
 """Most files that stay open. Further files are opened for each read, so that a checkpoint of many
@@ -108,6 +104,10 @@ class Checkpoint:
         """Number of bytes that ``tensors[name]`` takes in the files."""
         return sum(self.stored[part].nbytes for part in self.parts(name))
 
+    def files_of(self, names: Iterable[str]) -> set[str]:
+        """Names of the files that hold some of ``tensors``."""
+        return {self.stored[part].file.name for name in names for part in self.parts(name)}
+
     def text_config(self) -> dict[str, Any]:
         """The language model's config: the whole config, unless it describes other parts too."""
         return language_config(self.config)
@@ -153,21 +153,9 @@ class Checkpoint:
         Raises:
             QuantizeError: if the file cannot be read, or ends early.
         """
-        view = memoryview(buffer.numpy().data)
-        done = 0
         descriptor, keep = self._descriptor(info.file)
         try:
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], info.offset + start + done)
-                if count == 0:
-                    raise QuantizeError(
-                        f"{info.file}: ends within {info.name}; it was cut off while being read"
-                    )
-                done += count
-        except OSError as error:
-            raise QuantizeError(
-                f"{info.file}: cannot read {info.name}: {error.strerror or error}"
-            ) from error
+            read_fully(descriptor, buffer, info, start)
         finally:
             if not keep:
                 os.close(descriptor)
@@ -186,22 +174,6 @@ class Checkpoint:
                     os.posix_fadvise(descriptor, info.offset + start, size, os.POSIX_FADV_WILLNEED)
             if not keep:
                 os.close(descriptor)
-
-    def sample(self) -> str:
-        """A SHA-256 hex digest of a few bytes of every file.
-
-        It tells this checkpoint from another one with the same names and shapes.
-        """
-        digest = hashlib.sha256()
-        tensors: dict[Path, list[TensorInfo]] = {file: [] for file in self.files}
-        for info in self.stored.values():
-            tensors[info.file].append(info)
-        for infos in tensors.values():
-            for info in infos[:: -(-len(infos) // _SAMPLES) or 1]:
-                buffer = torch.empty(min(_SAMPLE, info.nbytes), dtype=torch.uint8)
-                self.read_into(buffer, info, (info.nbytes - len(buffer)) // 2)
-                digest.update(buffer.numpy().data)
-        return digest.hexdigest()
 
     def _load(
         self, name: str, expert: _Expert | None, arena: Arena | None, device: torch.device | None
@@ -253,6 +225,24 @@ class Checkpoint:
                 shape = self._stored_weights[logical].shape
                 view[logical] = TensorInfo(logical, "BF16", shape, info.file)
         return view
+
+
+def read_fully(descriptor: int, buffer: torch.Tensor, info: TensorInfo, start: int = 0) -> None:
+    """Fill ``buffer`` (uint8) from an open file; see ``Checkpoint.read_into``."""
+    view = memoryview(buffer.numpy().data)
+    done = 0
+    try:
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], info.offset + start + done)
+            if count == 0:
+                raise QuantizeError(
+                    f"{info.file}: ends within {info.name}; it was cut off while being read"
+                )
+            done += count
+    except OSError as error:
+        raise QuantizeError(
+            f"{info.file}: cannot read {info.name}: {error.strerror or error}"
+        ) from error
 
 
 _Expert = tuple[int, int | None]

@@ -55,6 +55,15 @@ def reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
             sys.exit(1)
         if os.environ.get(TRACEBACK):
             raise
+        # PyTorch and other libraries raise it for all that goes wrong, but Python for its own.
+        ours = RecursionError | NotImplementedError
+        if isinstance(error, RuntimeError) and not isinstance(error, ours):
+            complain(
+                "error",
+                f"a library failed ({type(error).__name__}: {first_line(error)}); "
+                f"{TRACEBACK}=1 shows where",
+            )
+            sys.exit(1)
         complain(
             "error",
             f"unexpected {type(error).__name__}: {first_line(error)}. This is a bug of nvfp4-moe; "
@@ -66,6 +75,10 @@ def reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: the machine's or, if PyTorch is loaded at all, a GPU's."""
     torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (
+    if isinstance(error, MemoryError) or (
         torch is not None and isinstance(error, torch.OutOfMemoryError)
-    )
+    ):
+        return True
+    # PyTorch says so of the machine's memory, and of files that it cannot map.
+    words = ("can't allocate memory", "Cannot allocate memory", "unable to mmap")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in words)

@@ -74,7 +74,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
-        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._progress.console.print(plain(line), highlight=False, soft_wrap=True)
 
     def calibrating(self, done: float, layers: int) -> None:
         """Say how many of the layers are calibrated."""

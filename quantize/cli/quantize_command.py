@@ -164,6 +164,15 @@ def quantize(
             "it, e.g. --calibrate texts.jsonl --every-expert: for texts too few for some experts.",
         ),
     ] = False,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-dir",
+            metavar="DIR",
+            help="Keep calibration's hidden states and finished experts in a folder of the run's "
+            "own in DIR, not in DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
+        ),
+    ] = None,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
     again = "--resume instead of --overwrite" if overwrite else "--resume"
@@ -196,12 +205,15 @@ def quantize(
             from quantize.checkpoint.reader import Checkpoint
             from quantize.execute import execute
             from quantize.run.cluster import connected
+            from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
-            from quantize.run.record import check_target
+            from quantize.run.target import FOLDER, check_folder, check_target
             from quantize.run.workers import all_devices
 
         devices = [device_of(name) for name in device] if device else None
-        check_target(target, overwrite, resume)  # before hours of downloading
+        check_folder(target)  # all of this before hours of downloading
+        check_unlocked(target / FOLDER)
+        check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
@@ -235,6 +247,7 @@ def quantize(
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
+                    work_dir=work_dir,
                     say=bar.say,
                 )
         out.print(
@@ -278,6 +291,7 @@ def _check_text(
         "calibration_rows": "--calibrate or --input-scales",
         "calibration_length": "--calibrate or --input-scales",
         "every_expert": "--calibrate or --input-scales",
+        "work_dir": "--calibrate or --input-scales",
         "rounding": "--calibrate",
     }
     for name, needed in needs.items():
@@ -307,7 +321,7 @@ def _say_activations(options: Options, found: bool, by_default: bool) -> None:
 
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
-    how = {"overwrite", "resume", "device", "threads", "ray", "source", "target"}
+    how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

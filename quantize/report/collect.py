@@ -42,6 +42,7 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
         activations="nvfp4" if plan.options.activations else "bf16",
         input_scales=_settings(ranges) if ranges else None,
         fingerprint=record.fingerprint,
+        files=sorted(record.names),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from quantize.errors import QuantizeError
@@ -106,6 +106,7 @@ class RunReport:
         layers: one entry for each layer's experts.
         dense: the dense linears, if they were quantized too.
         fingerprint: of the run (``Plan.fingerprint``).
+        files: relative paths of all files that the run wrote; another run may replace them.
         activations: ``nvfp4`` if the checkpoint says that activations are quantized too; ``bf16``
             if only weights are.
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
@@ -123,6 +124,7 @@ class RunReport:
     dense: LayerReport | None = None
     calibration: CalibrationReport | None = None
     fingerprint: str = ""
+    files: list[str] = field(default_factory=list)
     activations: str = "bf16"
     input_scales: CalibrationReport | None = None
 
@@ -146,7 +148,7 @@ def loads(text: str | bytes) -> RunReport:
                 f"the report has version {value['version']!r} and this package reads {VERSION}; "
                 "read it with the package that wrote it"
             )
-        parts = _fields(RunReport, value)
+        parts = _fields(RunReport, {"files": []} | value)  # older ones have no list of files
         parts["layers"] = [_layer(layer) for layer in parts["layers"]]
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):

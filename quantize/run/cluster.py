@@ -99,7 +99,18 @@ def make_shards_on_ray(
             **_resources(threads), max_retries=_RETRIES, scheduling_strategy="SPREAD"
         )
         where = str(checkpoint.folder.resolve()), str(record.target.resolve())
-        run = pickle.dumps((*where, plan.options, plan.gates, record.fingerprint, threads or 1))
+        staged = str(record.calibration.resolve()) if plan.options.calibration else ""
+        run = pickle.dumps(
+            (
+                *where,
+                staged,
+                plan.options,
+                plan.gates,
+                record.fingerprint,
+                record.cleared,
+                threads or 1,
+            )
+        )
         # Of this driver: one that goes on with the run must not stop its tasks by the same.
         stop = record.folder / f"{uuid4().hex}.stop"
         pending = {task.remote(run, stop.name, shard): shard for shard in shards}
@@ -173,6 +184,12 @@ def _check_address(address: str) -> None:
             ) from None
 
 
+def check_threads(address: str, threads: int | None) -> None:
+    """Raise QuantizeError if no machine of the cluster has so many CPUs, or it is not there."""
+    with connected(address):
+        _resources(threads)
+
+
 def _resources(threads: int | None) -> dict[str, int]:
     """What each task takes of the cluster."""
     import ray
@@ -194,7 +211,7 @@ def _wait_for(shard: int, plan: Plan, record: Record) -> None:
     while not record.is_done(plan, shard):
         if time.monotonic() > deadline:
             raise QuantizeError(
-                f"{record.target / plan.file_names[shard]} was written by another machine and is "
+                f"{record.place(plan.file_names[shard])} was written by another machine and is "
                 "not here; the target must be on storage that all machines share"
             )
         time.sleep(0.5)
@@ -215,12 +232,12 @@ def _make_shard(run: bytes, stop: str, shard: int) -> None:
 @lru_cache(maxsize=1)
 def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
     """Once for all the shards that a process makes."""
-    source, target, options, gates, fingerprint, threads = pickle.loads(run)
-    for folder in (source, target):
+    source, target, staged, options, gates, fingerprint, cleared, threads = pickle.loads(run)
+    for folder in (source, target, *([staged] if staged else [])):
         if not Path(folder).is_dir():
             raise QuantizeError(
                 f"{platform.node()} does not see {folder}; source and target must be on storage "
-                "that all machines share"
+                "that all machines share, and so must --work-dir"
             )
     checkpoint = Checkpoint(Path(source))
     steps = plan(checkpoint, options, gates)
@@ -230,7 +247,8 @@ def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
             "package; both must be the same on all machines"
         )
     record = Record(Path(target), fingerprint)
-    return checkpoint, steps.calibrated(record.calibration), record, threads
+    record.cleared = cleared
+    return checkpoint, steps.calibrated(Path(staged)), record, threads
 
 
 def _ours(cause: Any) -> QuantizeError:

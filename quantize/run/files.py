@@ -22,7 +22,8 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:  # a new file, and never where a link leads
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -6,36 +6,35 @@ Until ``config.json`` is there, no engine takes the folder for a checkpoint.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quantize.checkpoint.descriptions import STALE_FILES, without_descriptions
+from quantize.checkpoint.descriptions import without_descriptions
 from quantize.checkpoint.headers import INDEX
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, to_contract
-from quantize.layouts import config_files
-from quantize.run.files import replacing, sync, write_json
+from quantize.run import report_files
+from quantize.run.files import replacing, write_json
 from quantize.run.made import FIELD, record_of
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
-
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-_REWRITTEN = {"config.json", INDEX, REPORT, REPORT_DATA, *STALE_FILES}
+from quantize.run.shards import is_complete
+from quantize.run.target import CONFIG
 
 
 def finish(
     checkpoint: Checkpoint,
     plan: Plan,
     record: Record,
-    others: Sequence[Path],
+    others: Sequence[str],
     reports: Mapping[str, bytes],
 ) -> None:
     """Make the target of ``record`` a checkpoint, and end the record.
 
     Args:
-        others: files that are copied, see :func:`other_files`.
+        others: relative paths of files that are copied, see ``companions``.
         reports: contents of the report's files by name.
 
     Raises:
@@ -43,42 +42,63 @@ def finish(
     """
     record.check_ours()
     target, partial = record.target, record.partial("other")
-    for file in others:
+    for name in others:
+        # Resolved: a link was checked to lead to the checkpoint's own files.
+        file, place = (checkpoint.folder / name).resolve(), record.place(name)
         try:
-            with file.open("rb") as copied, replacing(target / file.name, partial) as copy:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as copied, replacing(place, partial) as copy:
                 shutil.copyfileobj(copied, copy)
         except OSError as error:
             raise QuantizeError(
-                f"{file} cannot be copied to {target}: {error.strerror or error}"
+                f"{checkpoint.folder / name} cannot be copied to {target}: "
+                f"{error.strerror or error}"
             ) from error
     for name, value in plan.layout.extra_files(plan.ignore).items():
-        write_json(target / name, value, partial)
+        write_json(record.place(name), value, partial)
     for name, content in reports.items():
-        with replacing(target / name, partial) as page:
+        with replacing(record.place(name), partial) as page:
             page.write(content)
-    if len(plan.shards) > 1:
+    if INDEX in record.names:
         weight_map = {
             out.name: name for i, name in enumerate(plan.file_names) for out in plan.outputs(i)
         }
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        write_json(target / INDEX, index, partial)
+        write_json(record.place(INDEX), index, partial)
     config = without_descriptions(checkpoint.config) | {
         KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
         "quantization_config": plan.layout.quantization_config(plan.ignore),
     }
-    sync(target)  # all names but the last
-    write_json(target / "config.json", config, partial)
-    sync(target)
-    record.end()
+    record.publish(lambda place: write_json(place, config, partial))
 
 
-def other_files(folder: Path) -> Iterator[Path]:
-    """What is copied beside the weights: tokenizer, generation settings, licence and so on."""
-    rewritten = _REWRITTEN | config_files()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _WEIGHTS or file.name.endswith(".index.json"):
-            continue
-        if file.is_symlink() and not file.exists():
-            raise QuantizeError(f"{file}: the link leads nowhere; download the checkpoint again")
-        if file.is_file() and file.name not in rewritten:
-            yield file
+def written_names(plan: Plan, others: Sequence[str]) -> list[str]:
+    """Relative paths of all files that :func:`finish` leaves in the target."""
+    extra = plan.layout.extra_files(plan.ignore)
+    index = [INDEX] if len(plan.shards) > 1 else []
+    return [*plan.file_names, *others, *extra, REPORT, REPORT_DATA, *index, CONFIG]
+
+
+def is_finished(record: Record, plan: Plan, others: Sequence[str]) -> bool:
+    """Whether the target already holds all that this run would make, ``others`` copied too."""
+    target = record.target
+    indexed = len(plan.shards) == 1 or (target / INDEX).exists()
+    try:
+        done = (target / CONFIG).stat().st_mtime_ns
+        same = all(
+            (target / name).read_bytes() == Path(record.source, name).read_bytes()
+            for name in others
+        )
+    except OSError:
+        return False
+    if not (same and indexed) or any(changed > done for changed in record.files.values()):
+        return False
+    return (
+        not record.lasts
+        and all((target / name).exists() for name in plan.layout.extra_files([]))
+        and report_files.are_of(target, record.fingerprint)
+        and all(
+            is_complete(target / name, plan.outputs(shard))
+            for shard, name in enumerate(plan.file_names)
+        )
+    )

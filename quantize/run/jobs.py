@@ -14,7 +14,7 @@ import torch
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
-from quantize.errors import QuantizeError
+from quantize.errors import DamagedWeightsError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import INPUT_SCALE, Layout, stored_nbytes, stored_tensors
 from quantize.nvfp4.format import NvFp4
@@ -320,7 +320,10 @@ class Biases:
         biases = self.group.biases(worker, self.expert, self.interleaved)
         for module, bias in biases.items():
             if not torch.isfinite(bias).all():
-                raise QuantizeError(f"{module}.bias holds NaN or infinite values")
+                raise DamagedWeightsError(
+                    f"{module}.bias holds NaN or infinite values",
+                    worker.checkpoint.files_of(self.tensor_names),
+                )
             writer.write(f"{module}.bias", worker.to_host(bias))
         return []
 
@@ -341,9 +344,10 @@ def _quantize(
     try:
         results = quantize_weights(weights, rule, worker.kernel)
     except NotFiniteError:
-        raise QuantizeError(
+        raise DamagedWeightsError(
             f"{' and '.join(modules)} ({', '.join(tensor_names)}) hold NaN or infinite weights; "
-            "the source is damaged"
+            "the source is damaged",
+            worker.checkpoint.files_of(tensor_names),
         ) from None
     lost = []
     for module, result in zip(modules, results, strict=True):

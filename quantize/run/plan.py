@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from quantize.checkpoint.identity import Identity, identity_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.sources.refusals import check_config
 from quantize.checkpoint.tensors import TensorInfo
@@ -22,6 +23,7 @@ from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates, to_contract
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.identify import identify
+from quantize.experts.layers import check_layer_count
 from quantize.experts.names import ignored_modules
 from quantize.experts.parts import other_part
 from quantize.layouts import LAYOUTS
@@ -76,9 +78,24 @@ class Plan:
         """The tensors of one shard, in the file's order."""
         return [out for job in self.shards[shard] for out in job.outputs]
 
-    def fingerprint(self, checkpoint: Checkpoint) -> str:
+    def reads(self, checkpoint: Checkpoint, shard: int) -> set[str]:
+        """The stored tensors that one shard is made from."""
+        names = (name for job in self.shards[shard] for name in job.tensor_names)
+        return {part for name in names for part in checkpoint.parts(name)}
+
+    def fingerprint(self, checkpoint: Checkpoint, identity: Identity | None = None) -> str:
         """Equal for two runs only if all their output's files are, but for what the report says of
-        where they ran. Of the weights only a little is looked at."""
+        where they ran.
+
+        Args:
+            identity: ``identity_of(checkpoint)``, if that is known already.
+        """
+        what = [self.settings(checkpoint), *(identity or identity_of(checkpoint))]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def settings(self, checkpoint: Checkpoint) -> str:
+        """Equal for two runs if they differ in nothing but the values of the source's tensors and
+        the files beside them."""
         options = asdict(self.options)
         if self.options.calibration:
             del options["calibration"]["text"]  # where the tokens are from; their digest is there
@@ -87,7 +104,6 @@ class Plan:
             "options": options,
             "gates": to_contract(self.gates),
             "config": checkpoint.config,
-            "sample": checkpoint.sample(),
             "source": [
                 (t.name, t.file.name, t.dtype, t.shape, t.offset)
                 for t in checkpoint.stored.values()
@@ -139,8 +155,8 @@ def plan(
     """
     options = options or Options()
     leftover = left_over(checkpoint)
+    where = str(checkpoint.folder / "config.json")
     if not leftover:
-        where = str(checkpoint.folder / "config.json")
         check_config(checkpoint.config, checkpoint.formats, where)
 
     def asked(prefix: str) -> bool:
@@ -148,6 +164,7 @@ def plan(
         return part is not None and options.asks_for(prefix, part)
 
     found = find(checkpoint, asked)
+    check_layer_count(checkpoint.config, found, where)
     gates = gates or _gates(checkpoint, options, found)
     for group in found:
         group.check_gate(gates.of(group.prefix))

@@ -4,6 +4,9 @@
 each finished shard one with what its weights lost, for the report. A run lasts as long as
 ``run.json`` is there; the folder goes when it is complete.
 
+Where there is an old checkpoint, and room beside it, new files come into ``DST/.nvfp4_moe/new/``
+and the old ones stay until all of them are there. Else new files come into ``DST`` itself.
+
 At any moment the run may be killed, or the machine lose its power. So every file gets its name in
 one step, ``run.json`` comes before anything is changed and goes after everything is done, and what
 a record says is believed only if it is whole.
@@ -12,27 +15,29 @@ a record says is believed only if it is whole.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.identity import Identity, differences, read_identity
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
-from quantize.errors import QuantizeError
-from quantize.layouts import config_files
-from quantize.run import report_files
-from quantize.run.files import write_json
+from quantize.errors import DamagedWeightsError, QuantizeError
+from quantize.run.files import sync, write_json
+from quantize.run.lock import LOCK
 from quantize.run.plan import Plan
+from quantize.run.replaced import Replaced, plain, survey
 from quantize.run.shards import is_complete
-from quantize.run.weight_error import WeightError
-
-FOLDER = ".nvfp4_moe"
+from quantize.run.target import CONFIG, check_links, check_target, is_free
+from quantize.run.target import FOLDER as FOLDER
+from quantize.run.weight_error import WeightError, read_errors
+from quantize.run.work_dir import WorkDir
 
 
 class Record:
@@ -43,6 +48,15 @@ class Record:
         command: how the run was started, for the report; a resumed run keeps the first one's.
         source: what it reads, likewise.
         files: the source's files with their times of modification, in nanoseconds.
+        names: relative paths of all files that the run writes; the index only if there are several
+            shards, see :attr:`names`.
+        settings, identity: ``Plan.settings`` and ``identity_of`` the source.
+        work: the folder of ``--work-dir``.
+
+    Attributes:
+        names: relative paths of all files that the finished target has of this run.
+        cleared: whether the target holds nothing any more of the checkpoint that is replaced.
+        replaced: what that is.
     """
 
     def __init__(
@@ -52,6 +66,11 @@ class Record:
         command: str = "",
         source: str = "",
         files: Mapping[str, int] | None = None,
+        *,
+        names: Sequence[str] = (),
+        settings: str = "",
+        identity: Identity | None = None,
+        work: Path | None = None,
     ) -> None:
         self.target = target
         self.folder = target / FOLDER
@@ -59,53 +78,104 @@ class Record:
         self.command = command
         self.source = source
         self.files = dict(files or {})
+        self.names = list(names)
+        self.settings = settings
+        self.identity = identity
+        self.work = WorkDir(work, target) if work else None
         self.changed: set[str] = set()
+        self.repaired: set[str] = set()
+        self.damaged: set[str] = set()
+        self.cleared = True
+        self.replaced = Replaced()
+        self._adopts: bool | None = None
         self._run = self.folder / "run.json"
+        self._new = self.folder / "new"
 
     @property
     def calibration(self) -> Path:
         """Where calibration keeps what it has made."""
-        return self.folder / "calibration"
+        return self.work.folder if self.work else self.folder / "calibration"
 
-    def is_finished(self, plan: Plan, others: Sequence[Path] = ()) -> bool:
-        """Whether the target already holds all that this run would make, ``others`` copied too."""
-        config = self.target / "config.json"
-        copies = {file: self.target / file.name for file in others}
-        indexed = len(plan.shards) == 1 or (self.target / INDEX).exists()
-        try:
-            done = config.stat().st_mtime_ns
-            same = all(a.stat().st_size == b.stat().st_size for a, b in copies.items())
-        except OSError:
-            return False
-        if not (same and indexed) or any(changed > done for changed in self.files.values()):
-            return False
-        return (
-            not self._run.exists()
-            and all((self.target / name).exists() for name in plan.layout.extra_files([]))
-            and report_files.are_of(self.target, self.fingerprint)
-            and all(
-                is_complete(self.target / name, plan.outputs(shard))
-                for shard, name in enumerate(plan.file_names)
-            )
-        )
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run goes on with another one; known once it is prepared."""
+        return bool(self._adopts)
 
-    def begin(self, overwrite: bool, resume: bool) -> None:
-        """Prepare the target: empty, or with an interrupted run of the same plan.
+    def place(self, name: str) -> Path:
+        """Where the file ``name`` of the output belongs now."""
+        return (self.target if self.cleared else self._new) / name
+
+    @property
+    def lasts(self) -> bool:
+        """Whether a run, this one or another, is begun in the target and not over."""
+        return self._run.exists()
+
+    def prepare(self, overwrite: bool, resume: bool) -> None:
+        """See what is in the target, and whether this run may begin. Nothing is changed.
 
         Raises:
-            QuantizeError: if it holds anything else and ``overwrite`` is not set.
+            QuantizeError: if the target holds anything but an interrupted run of the same plan, or
+                a checkpoint to replace, as the flags say.
         """
         check_target(self.target, overwrite, resume)
         if resume and self._run.exists():
             self._adopt()
-        elif resume and not _is_free(self.target):
+        elif resume and not is_free(self.target):
             raise QuantizeError(
                 f"{self.target} holds a checkpoint, but not a whole one of this source and these "
                 "options, nor an interrupted run; pass --overwrite to replace it"
             )
         else:
+            self._survey()
+        if self.work:
+            self.work.check()
+        strangers = {file.name for file in self.target.glob("*.safetensors")}
+        if (strangers - {*self.names, *self.replaced.delete}) and INDEX not in self.names:
+            self.names.append(INDEX)  # or an engine would read them as part of the model
+
+    def begin(self, overwrite: bool, resume: bool) -> None:
+        """Make the target this run's: the first change there.
+
+        The checkpoint that is replaced stays for now, if there is one; see :meth:`clear`.
+
+        Raises:
+            QuantizeError: see :meth:`prepare`.
+        """
+        if self._adopts is None:
+            self.prepare(overwrite, resume)
+        if self._adopts:
+            self._tidy()
+        else:
             self._start()
-        self._clear()
+
+    def clear(self) -> None:
+        """Remove the checkpoint that is replaced; new files come into the target from now on."""
+        self.replaced.clear(self.target)
+        sync(self.target)
+        self.cleared = True
+        self._write()
+        sync(self.folder)
+        self._move()
+
+    def publish(self, write_config: Callable[[Path], None]) -> None:
+        """Give the new checkpoint its place, all of whose other files are written, and end the run.
+
+        Args:
+            write_config: writes ``config.json`` to a path, whole or not at all.
+        """
+        place = self._new / CONFIG if not self.cleared else self.target / CONFIG
+        if not self.cleared:
+            write_config(place)  # the last that may fail while the old checkpoint is there
+            sync(self._new)
+            self.clear()
+        for folder in {(self.target / name).parent for name in self.names}:
+            sync(folder)  # all names but the last
+        if place.parent == self._new:
+            place.replace(self.target / CONFIG)
+        else:
+            write_config(place)
+        sync(self.target)
+        self.end()
 
     def check_ours(self) -> None:
         """That no other run has taken the target over, while this one was at work.
@@ -120,24 +190,31 @@ class Record:
                 f"{self._run}: another run has taken {self.target} over; let one run write to it"
             )
 
-    def discard_changed(self, checkpoint: Checkpoint, plan: Plan) -> None:
-        """Void the shards made from files of the source that have changed since, a repaired one
-        for example; with calibration all, since each layer rests on those before it."""
-        if not self.changed:
-            return
-        shutil.rmtree(self.calibration, ignore_errors=True)
-        names = {
+    def voided(self, checkpoint: Checkpoint, plan: Plan) -> list[int]:
+        """The shards made from files of the source that have changed since, a repaired one for
+        example; with calibration all, since each layer rests on those before it."""
+        if not self.changed and not self.repaired:
+            return []
+        names = self.repaired | {
             name
             for name, info in checkpoint.stored.items()
             if str(info.file.resolve()) in self.changed
         }
-        for shard, jobs in enumerate(plan.shards):
-            read = {
-                part for job in jobs for name in job.tensor_names for part in checkpoint.parts(name)
-            }
-            if plan.options.calibration or names & read:
-                self._errors(plan.file_names[shard]).unlink(missing_ok=True)
-                (self.target / plan.file_names[shard]).unlink(missing_ok=True)
+        return [
+            shard
+            for shard in range(len(plan.shards))
+            if plan.options.calibration or names & plan.reads(checkpoint, shard)
+        ]
+
+    def discard_changed(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        """Remove what is void (see :meth:`voided`)."""
+        if not self.changed and not self.repaired:
+            return
+        for file in self.calibration.iterdir() if self.calibration.exists() else ():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        for shard in self.voided(checkpoint, plan):
+            self._errors(plan.file_names[shard]).unlink(missing_ok=True)
+            self.place(plan.file_names[shard]).unlink(missing_ok=True)
         self._write()
 
     def missing(self, plan: Plan) -> list[int]:
@@ -147,7 +224,7 @@ class Record:
     def is_done(self, plan: Plan, shard: int) -> bool:
         """Whether a shard is there, with the record of what its weights lost."""
         return (
-            is_complete(self.target / plan.file_names[shard], plan.outputs(shard))
+            is_complete(self.place(plan.file_names[shard]), plan.outputs(shard))
             and self._read_errors(plan, shard) is not None
         )
 
@@ -171,19 +248,35 @@ class Record:
             every.update(found)
         return every
 
-    def abandon(self) -> None:
-        """After a failure: leave nothing behind if there is nothing to resume from."""
+    def abandon(self, error: BaseException | None = None) -> None:
+        """After a failure: leave nothing behind if there is nothing to resume from.
+
+        Files of the source that ``error`` says are damaged may be repaired before it is resumed.
+        """
         with suppress(OSError, QuantizeError):  # what went wrong before is what matters
             self.check_ours()
-            calibrated = (self.calibration / "next.json").exists()
-            if not calibrated and [file.name for file in self.target.iterdir()] == [FOLDER]:
-                shutil.rmtree(self.folder)
+            begun = any(self.folder.glob("*.safetensors.json"))
+            begun = begun or (self.calibration / "next.json").exists()
+            if self.cleared:
+                begun = begun or {file.name for file in self.target.iterdir()} != {FOLDER}
+            if not begun:
+                self.end()
+            elif isinstance(error, DamagedWeightsError):
+                self.damaged.update(error.files)
+                self._write()
 
     def end(self) -> None:
-        """The run is complete."""
+        """The run is over: its record goes."""
         if self.folder.exists():
             self._run.unlink(missing_ok=True)
-            shutil.rmtree(self.folder)
+            self._void()
+            (self.folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # something is there that is not ours
+                self.folder.rmdir()
+        if self.work:
+            self.work.remove()
+
+    # -- how a run begins --------------------------------------------------------------------------
 
     def _adopt(self) -> None:
         try:
@@ -191,102 +284,146 @@ class Record:
         except QuantizeError as error:
             raise QuantizeError(f"{error}; start again with --overwrite") from None
         if found.get("fingerprint") != self.fingerprint:
+            self._check_repaired(found)
+        work, ours = found.get("work"), str(self.work.given) if self.work else None
+        if isinstance(work, str) and ours in (None, work):
+            self.work = WorkDir(Path(work), self.target)
+        elif work != ours:
+            where = f"--work-dir {work}" if work else "without --work-dir"
+            raise QuantizeError(
+                f"{self._run}: the interrupted run was started {where}; go on so, or start again "
+                "with --overwrite"
+            )
+        before = found.get("files")
+        before = before if isinstance(before, dict) else {}
+        self.changed = {file for file, time in self.files.items() if before.get(file) != time}
+        self.damaged = set(found.get("damaged") or ())
+        self.command = str(found.get("command", self.command))
+        self.source = str(found.get("source", self.source))
+        self.cleared = found.get("cleared") is not False
+        self.replaced = Replaced.loads(found.get("replaced"))
+        check_links(self.target)
+        self._adopts = True
+
+    def _check_repaired(self, found: dict[str, Any]) -> None:
+        """Whether the source differs from an interrupted run's only in files that stopped it."""
+        before = read_identity(self.folder / "source.json")
+        if found.get("settings") != self.settings or before is None or self.identity is None:
             raise QuantizeError(
                 f"{self._run}: the interrupted run had another source, options or version of this "
                 "package; use the same ones, or start again with --overwrite"
             )
-        before = found.get("files")
-        if isinstance(before, dict):
-            self.changed = {f for f, time in self.files.items() if before.get(f, time) != time}
-        self.command = str(found.get("command", self.command))
-        self.source = str(found.get("source", self.source))
+        repaired, strange = differences(before, self.identity, set(found.get("damaged") or ()))
+        if strange or not repaired:
+            raise QuantizeError(
+                f"{self._run}: the interrupted run had another source: {', '.join(strange[:3])} "
+                "changed since; use the same one, or start again with --overwrite"
+            )
+        self.repaired = repaired
+
+    def _survey(self) -> None:
+        """What is replaced: of a checkpoint, or of an interrupted run."""
+        # Each finished shard has a record; older versions of this package listed no names.
+        left = [file.name.removesuffix(".json") for file in self.folder.glob("*.safetensors.json")]
+        with suppress(QuantizeError):
+            found = read_json(self._run)
+            old = Replaced.loads(found.get("replaced"))
+            left += old.delete
+            if found.get("cleared") is not False:
+                left += plain(found.get("names"))
+        if self.target.exists():
+            self.replaced = survey(self.target, self.names, left)
+        # Without an old checkpoint there is nothing to keep.
+        self.cleared = not (self.replaced.delete or self.replaced.aside)
+        self._adopts = False
 
     def _start(self) -> None:
-        for file in self.folder.iterdir() if self.folder.exists() else ():
-            if file != self._run:  # of an earlier run: void from here on
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write()
+            self._void_earlier_work()
+            self._void()  # of an earlier run: void from here on
+            self._found()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._clear()  # the disk may be full of what is to be replaced
+            self.replaced.clear(self.target)  # the disk may be full of what is to be replaced
+            self.cleared = True
             try:
-                self.folder.mkdir(exist_ok=True)
-                self._write()
+                self._found()
             except OSError:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self._run.unlink(missing_ok=True)
+                self._void()
                 raise
+        if not self.cleared and not (self.target / CONFIG).exists():
+            self.clear()  # nothing there is whole
+
+    def _found(self) -> None:
+        self._write()
+        sync(self.folder)
+        sync(self.target)
+        self._new.mkdir(exist_ok=True)
+        if self.identity:
+            write_json(self.folder / "source.json", self.identity._asdict())
+
+    def _tidy(self) -> None:
+        """Remove what an interrupted run has left and this one makes again; first what would make
+        its target look whole."""
+        self._new.mkdir(exist_ok=True)
+        if self.work:
+            self.work.make()
+        if self.cleared:
+            self._move()
+        for name in (CONFIG, INDEX, *self.names):
+            if not name.endswith(".safetensors") or not self._errors(name).exists():
+                for place in {self._new, self.place(name).parent} if "/" not in name else ():
+                    (place / name).unlink(missing_ok=True)
+        for file in (*self.folder.glob("*.partial"), *self.folder.glob("*.stop")):
+            file.unlink()
+
+    def _move(self) -> None:
+        """Move new files to their places in the target, which must be cleared; all but the last."""
+        for name in self.names:
+            if name != CONFIG and (self._new / name).exists():
+                (self.target / name).parent.mkdir(parents=True, exist_ok=True)
+                (self._new / name).replace(self.target / name)
 
     def _write(self) -> None:
         run = {
             "fingerprint": self.fingerprint,
+            "settings": self.settings,
             "command": self.command,
             "source": self.source,
             "files": self.files,
+            "names": self.names,
+            "cleared": self.cleared,
+            "replaced": asdict(self.replaced),
+            "damaged": sorted(self.damaged),
+            "work": str(self.work.given) if self.work else None,
         }
         write_json(self._run, run)
 
-    def _clear(self) -> None:
-        """Remove what is not this run's; first what makes an old checkpoint look whole."""
-        for name in ("config.json", INDEX, *sorted(config_files())):
-            (self.target / name).unlink(missing_ok=True)
-        for file in self.target.glob("*.safetensors"):
-            if not self._errors(file.name).exists():
+    def _void(self) -> None:
+        """Remove what runs make in the record's folder, all but ``run.json`` and the lock."""
+        for folder in ("new", "calibration"):
+            if (self.folder / folder).exists():
+                shutil.rmtree(self.folder / folder)
+        for pattern in ("*.safetensors.json", "*.partial", "*.stop", "source.json"):
+            for file in self.folder.glob(pattern):
                 file.unlink()
-        for file in (*self.folder.glob("*.partial"), *self.folder.glob("*.stop")):
-            file.unlink()
+
+    def _void_earlier_work(self) -> None:
+        """Remove what an earlier run has left in its ``--work-dir``."""
+        with suppress(QuantizeError):
+            if isinstance(found := read_json(self._run).get("work"), str):
+                WorkDir(Path(found), self.target).remove()
+        if self.work:
+            self.work.make()
 
     def _errors(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
     def _read_errors(self, plan: Plan, shard: int) -> dict[str, WeightError] | None:
         """What the weights of a shard lost; None if that is not known of each of them."""
-        try:
-            entries = json.loads(self._errors(plan.file_names[shard]).read_text(encoding="utf-8"))
-            found = {entry[0]: _weight_error(*entry) for entry in entries}
-        except (OSError, ValueError, TypeError, LookupError):
-            return None
+        found = read_errors(self._errors(plan.file_names[shard]))
         made = [module for job in plan.shards[shard] for module in job.modules]
-        return found if sorted(found) == sorted(made) else None
-
-
-def check_target(target: Path, overwrite: bool, resume: bool) -> None:
-    """Whether a run may use the folder ``target``, as far as can be said without its plan.
-
-    Raises:
-        QuantizeError: if not.
-    """
-    if target.exists() and not target.is_dir():
-        raise QuantizeError(f"{target} is a file; the target must be a folder")
-    if overwrite or _is_free(target):
-        return
-    interrupted = (target / FOLDER / "run.json").exists()
-    if resume and (interrupted or (target / "config.json").exists()):
-        return
-    if interrupted:
-        raise QuantizeError(
-            f"{target} holds an interrupted run; pass --resume to go on with it, or --overwrite "
-            "to start again"
-        )
-    if resume:
-        raise QuantizeError(
-            f"{target} holds no interrupted run ({FOLDER}/run.json): nothing to resume; pass "
-            "--overwrite to replace what is there"
-        )
-    raise QuantizeError(f"{target} is not empty; pass --overwrite to replace its checkpoint")
-
-
-def _is_free(target: Path) -> bool:
-    """Whether nothing is there but, at most, what a run killed in its first moments leaves."""
-    if not target.exists():
-        return True
-    names = {file.name for file in target.iterdir()}
-    return names <= {FOLDER} and not (target / FOLDER / "run.json").exists()
-
-
-def _weight_error(module: Any, noise: Any, signal: Any, counts: Any) -> WeightError:
-    if isinstance(module, str) and isinstance(counts, list):
-        return WeightError(module, float(noise), float(signal), [int(n) for n in counts])
-    raise TypeError
+        return found if found is not None and sorted(found) == sorted(made) else None

@@ -80,7 +80,9 @@ class ShardWriter:
         self._missing = position
         self._lock = Lock()
         try:
-            self._file = os.open(self._partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+            self._partial.unlink(missing_ok=True)
+            # A new file, and never where a link leads.
+            self._file = os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except OSError as error:
             raise QuantizeError(f"{self._partial}: {error.strerror or error}") from error
         try:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from quantize.checkpoint.headers import read_header
+from quantize.checkpoint.reader import read_fully
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
@@ -51,7 +53,7 @@ class Staged:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, dict[str, TensorInfo]] = {}
         self._lost: dict[Path, dict[str, list[Any]]] = {}
 
     def is_done(self, group: ExpertGroup, outputs: list[TensorInfo]) -> bool:
@@ -98,9 +100,16 @@ class Staged:
     def tensor(self, group: ExpertGroup, name: str) -> torch.Tensor:
         """The bytes of one of the group's tensors, uint8 ``[nbytes]``."""
         file = self._file(group)
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file].get_tensor(name).reshape(-1).view(torch.uint8)
+        if file not in self._headers:
+            self._headers[file] = {info.name: info for info in read_header(file)}
+        info = self._headers[file][name]
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            read_fully(descriptor, buffer, info)
+        finally:
+            os.close(descriptor)
+        return buffer
 
     def _file(self, group: ExpertGroup) -> Path:
         key = f"{group.prefix} {group.first}"  # a prefix may be too long for a file's name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class WeightError(NamedTuple):
@@ -19,3 +21,18 @@ class WeightError(NamedTuple):
     noise: float
     signal: float
     counts: list[int]
+
+
+def read_errors(file: Path) -> dict[str, WeightError] | None:
+    """What ``write_json`` has written of weights, by module path; None if the file is not whole."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        return {entry[0]: _weight_error(*entry) for entry in entries}
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def _weight_error(module: Any, noise: Any, signal: Any, counts: Any) -> WeightError:
+    if isinstance(module, str) and isinstance(counts, list):
+        return WeightError(module, float(noise), float(signal), [int(n) for n in counts])
+    raise TypeError

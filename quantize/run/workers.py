@@ -141,7 +141,7 @@ class _OpenShards:
             if shard not in self._writers:
                 name = self._plan.file_names[shard]
                 self._writers[shard] = ShardWriter(
-                    self._record.target / name,
+                    self._record.place(name),
                     self._plan.outputs(shard),
                     self._record.partial(name),
                 )

@@ -101,7 +101,7 @@ def _send_within_call(at: int, send: signal.Signals) -> count:
     writing = counted(plain, "open")
 
     def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        return (writing if "w" in mode else plain)(file, mode, *args, **kwargs)
+        return (writing if set(mode) & set("wx") else plain)(file, mode, *args, **kwargs)
 
     io.open = opened  # type: ignore[assignment]
     return numbers

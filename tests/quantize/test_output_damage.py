@@ -15,6 +15,7 @@ import pytest
 
 from quantize.run.record import FOLDER
 from tests.quantize.checkpoints import contents, convert
+from tests.quantize.reference import INDEX
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.test_damage import assert_not_a_checkpoint
 
@@ -129,6 +130,9 @@ def test_overwriting_on_a_full_disk(source: Path, plain: dict[str, bytes], disk:
     out = disk.folder / "out"
     assert run("quantize", source, out, *SIZE).exit_code == 0
     (out / "model-00099-of-00099.safetensors").write_bytes(bytes(1_000_000))
+    index = json.loads((out / INDEX).read_text())
+    index["weight_map"]["another"] = "model-00099-of-00099.safetensors"
+    (out / INDEX).write_text(json.dumps(index))
     disk.holds(1_200_000)
     with (disk.folder / "more").open("wb", buffering=0) as more, suppress(OSError):
         while more.tell() < 10**6:
@@ -176,7 +180,8 @@ def test_space_is_needed_only_for_what_is_missing(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", failing)
         assert "Input/output error" in refusal("quantize", source, out, *SIZE, "--threads", "1")
-    free = len(plain[name]) + 1000
+    copied = len(plain["tokenizer.json"]) + len(plain["generation_config.json"])
+    free = len(plain[name]) + copied + 1000
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 10**6 - free, free))
     resumed = run("quantize", source, out, *SIZE, "--resume")
     assert resumed.exit_code == 0, resumed.output

@@ -196,10 +196,11 @@ def test_config_keeps_everything_and_says_what_was_done(m3_nano: Path, quantized
 
 
 def test_other_files_are_copied_and_weights_are_not(saved: Folders, tmp_path: Path) -> None:
-    source = tmp_path / "source"
+    source = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
     shutil.copytree(saved("qwen3_moe"), source)
-    (tmp_path / "blob").write_text('{"from": "the hub cache"}')
-    (source / "tokenizer.json").symlink_to(tmp_path / "blob")
+    (source / "../../blobs").mkdir()
+    (source / "../../blobs/0123").write_text('{"from": "the hub cache"}')
+    (source / "tokenizer.json").symlink_to("../../blobs/0123")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "tokenizer.model").write_bytes(bytes(range(256)))
     (source / "pytorch_model.bin").write_bytes(b"pickle")

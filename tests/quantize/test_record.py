@@ -128,6 +128,9 @@ def test_overwriting_a_folder_of_links_to_the_source(saved: Folders, tmp_path: P
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--device cpu"),
         (MemoryError(), "--threads"),
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "not enough memory"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "a library failed (RuntimeError"),
+        (RecursionError("a mistake of ours"), "RecursionError: a mistake of ours. This is a bug"),
         (ZeroDivisionError("a mistake of ours"), "ZeroDivisionError: a mistake of ours"),
     ],
 )

@@ -230,7 +230,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a record without a weight": lambda out: without_a_weight(record_of_first(out)),
     "a record without numbers": lambda out: with_strings_for_numbers(record_of_first(out)),
     "a record that is gone": lambda out: record_of_first(out).unlink(),
-    "another run's shard": lambda out: shutil.copy(first_shard(out), out / "other.safetensors"),
 }
 
 

@@ -1,0 +1,157 @@
+"""What of a target's old contents a new checkpoint replaces, and what it leaves alone.
+
+A run removes files that a run of this package recorded (``files`` of the report's data), and the
+weights that the old checkpoint's index names; without an index ``model.safetensors``, if there is a
+``config.json`` beside it. What else an engine would read together with the new model (another
+tool's ``config.json``, index, tokenizer and templates) is nobody's record, so it is moved aside
+into a folder in the target. Everything else stays where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from quantize.checkpoint.companions import TEMPLATES, belongs, belongs_by_config
+from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.json_files import read_json
+from quantize.errors import QuantizeError
+from quantize.layouts import config_files
+from quantize.run.report_files import REPORT, REPORT_DATA
+from quantize.run.target import CONFIG, check_links
+
+_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+"""How this package calls its shards."""
+
+_ASIDE = "replaced"
+"""The folder in the target that files are moved to; with a number if there is one already."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What goes before a new checkpoint appears.
+
+    Attributes:
+        delete, aside: relative paths, with ``/``, of files that are removed, and moved.
+        folder: the name of the folder that the latter are moved to.
+    """
+
+    delete: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
+    folder: str = _ASIDE
+
+    def nbytes(self, target: Path) -> int:
+        """Bytes that removing it frees."""
+        return sum(f.stat().st_size for f in map(target.joinpath, self.delete) if f.is_file())
+
+    def clear(self, target: Path) -> None:
+        """Remove and move it; what makes the old checkpoint look whole is the first.
+
+        Whatever is gone already is passed over.
+        """
+        for name in sorted(self.delete + self.aside, key=lambda n: (n != CONFIG, n != INDEX, n)):
+            with suppress(FileNotFoundError):
+                if name in self.delete:
+                    (target / name).unlink()
+                else:
+                    place = target / self.folder / name
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    (target / name).replace(place)
+        for name in {name.rpartition("/")[0] for name in self.delete + self.aside} - {""}:
+            with suppress(OSError):  # not empty
+                (target / name).rmdir()
+
+    @classmethod
+    def loads(cls, value: Any) -> Replaced:
+        """From the record's JSON, which nobody should have changed."""
+        value = value if isinstance(value, dict) else {}
+        folder = value.get("folder")
+        return cls(
+            tuple(plain(value.get("delete"))),
+            tuple(plain(value.get("aside"))),
+            folder if isinstance(folder, str) and list(plain([folder])) else _ASIDE,
+        )
+
+
+def survey(target: Path, new: Sequence[str], left: Iterable[str] = ()) -> Replaced:
+    """What a checkpoint of the files ``new`` replaces in ``target``; nothing is changed.
+
+    Args:
+        left: files that an interrupted run has left there, or would have replaced.
+
+    Raises:
+        QuantizeError: if there are links, or a file has one of the names and is nothing that a run
+            replaces.
+    """
+    check_links(target, {n.partition("/")[0] for n in new if "/" in n} | {TEMPLATES})
+    delete = {name for name in left if (target / name).is_file()}
+    delete |= {name for name in _recorded(target) if (target / name).is_file()}
+    delete |= {name for name in _weights(target) if (target / name).is_file()}
+    aside = set(_read_with_it(target, new)) - delete
+    for name in new:
+        if os.path.lexists(target / name) and name not in delete | aside:
+            raise QuantizeError(
+                f"{target / name} is there already and is not known to be of the checkpoint that "
+                "is replaced; move it away, or choose another folder"
+            )
+    return Replaced(tuple(sorted(delete)), tuple(sorted(aside)), _free_name(target))
+
+
+def _recorded(target: Path) -> Iterator[str]:
+    """Files that a run of this package says it wrote."""
+    with suppress(QuantizeError):
+        for name in plain(read_json(target / REPORT_DATA).get("files")):
+            # Anyone can write such a file: it must not name what no run would write.
+            if _SHARD.fullmatch(name) or _is_read(name) or belongs_by_config(name):
+                yield name
+
+
+def _weights(target: Path) -> Iterator[str]:
+    """Weights that the old checkpoint's index names."""
+    if os.path.lexists(target / INDEX):
+        with suppress(QuantizeError):
+            weight_map = read_json(target / INDEX).get("weight_map")
+            names = plain(weight_map.values() if isinstance(weight_map, dict) else ())
+            yield from {n for n in names if "/" not in n and n.endswith(".safetensors")}
+    elif (target / CONFIG).exists():
+        yield "model.safetensors"
+
+
+def _read_with_it(target: Path, new: Sequence[str]) -> Iterator[str]:
+    """Files that would be read as the new checkpoint's, or stand in its place."""
+    templates = target / TEMPLATES
+    for file in target.iterdir():
+        if file.is_file() and _is_read(file.name):
+            yield file.name
+    for file in templates.iterdir() if templates.is_dir() else ():
+        if file.is_file():
+            yield f"{TEMPLATES}/{file.name}"
+    for name in new:
+        if ("/" in name or name.endswith(".py")) and (target / name).is_file():
+            yield name
+
+
+def _is_read(name: str) -> bool:
+    return name in {CONFIG, INDEX, REPORT, REPORT_DATA, *config_files()} or belongs(name)
+
+
+def plain(names: Any) -> Iterator[str]:
+    """Those of ``names``, which may be anything, that are paths within a folder."""
+    for name in names if isinstance(names, Iterable) and not isinstance(names, str) else ():
+        if isinstance(name, str) and name and "\0" not in name:
+            path = PurePosixPath(name)
+            if not path.is_absolute() and ".." not in path.parts and str(path) == name != ".":
+                yield name
+
+
+def _free_name(target: Path) -> str:
+    number, name = 1, _ASIDE
+    while os.path.lexists(target / name):
+        number += 1
+        name = f"{_ASIDE}-{number}"
+    return name

@@ -1,0 +1,74 @@
+"""Whether a run may use a folder as its target, as far as can be said without its plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from quantize.errors import QuantizeError
+
+FOLDER = ".nvfp4_moe"
+"""The folder in the target that holds a run's record."""
+
+CONFIG = "config.json"
+
+
+def check_folder(target: Path) -> None:
+    """Raise QuantizeError if ``target`` is a file, or holds links."""
+    if target.exists() and not target.is_dir():
+        raise QuantizeError(f"{target} is a file; the target must be a folder")
+    check_links(target, [FOLDER])
+
+
+def check_target(target: Path, overwrite: bool, resume: bool) -> None:
+    """Whether a run may use the folder ``target``, as far as can be said without its plan.
+
+    Raises:
+        QuantizeError: if not.
+    """
+    check_folder(target)
+    if overwrite or is_free(target):
+        return
+    interrupted = (target / FOLDER / "run.json").exists()
+    if resume and (interrupted or (target / CONFIG).exists()):
+        return
+    if interrupted:
+        raise QuantizeError(
+            f"{target} holds an interrupted run; pass --resume to go on with it, or --overwrite "
+            "to start again"
+        )
+    if resume:
+        raise QuantizeError(
+            f"{target} holds no interrupted run ({FOLDER}/run.json): nothing to resume; pass "
+            "--overwrite to replace what is there"
+        )
+    raise QuantizeError(f"{target} is not empty; pass --overwrite to replace its checkpoint")
+
+
+def is_free(target: Path) -> bool:
+    """Whether nothing is there but, at most, what a run killed in its first moments leaves."""
+    if not target.exists():
+        return True
+    names = {file.name for file in target.iterdir()}
+    return names <= {FOLDER} and not (target / FOLDER / "run.json").exists()
+
+
+def check_links(target: Path, folders: Iterable[str] = ()) -> None:
+    """Raise QuantizeError if ``target``, or one of these folders in it, holds a link.
+
+    What a link leads to is somebody's, and a run writes, moves and removes files here.
+    """
+    if not target.is_dir():
+        return
+    entries = list(target.iterdir())
+    for name in folders:
+        if not (target / name).is_symlink():
+            for where, below, files in os.walk(target / name):
+                entries += [Path(where, found) for found in below + files]
+    for entry in entries:
+        if entry.is_symlink():
+            raise QuantizeError(
+                f"{entry} is a link to {entry.readlink()}; a run writes and removes only what "
+                "is in its target itself; remove the link, or choose another folder"
+            )
