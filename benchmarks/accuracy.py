@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +201,9 @@ class Bench:
     def ours(self, recipe: str, target: Path) -> Row:
         """A row for what this package makes of SOURCE, by a key of ``RECIPES``."""
         with Checkpoint(self.source) as source:
-            execute(source, plan(source, RECIPES[recipe](self)), target)
+            # With input scales, so that the table has figures with 4-bit activations.
+            options = replace(RECIPES[recipe](self), activations=True)
+            execute(source, plan(source, options), target)
         return self.folder(f"ours, {recipe}", target)
 
     def modelopt(self, recipe: str, calibration: Rows) -> Row:

@@ -21,7 +21,6 @@ from quantize.run.finish import finish, other_files
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
-from quantize.run.staged import Staged
 from quantize.run.workers import Progress, all_devices, make_shards
 
 
@@ -54,6 +53,7 @@ def execute(
     progress: Progress = lambda _: None,
     samples: torch.Tensor | None = None,
     calibrating: Callable[[float, int], None] = lambda _, __: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Summary:
     """Carry out ``plan`` into the folder ``target``.
 
@@ -68,6 +68,7 @@ def execute(
         samples: tokens to calibrate with, int64 ``[num_samples, sequence_length]``, if the plan
             says so.
         calibrating: see ``quantize.calibration.progress.Progress``.
+        say: is told in a line what the calibration's proof found.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if a
@@ -117,11 +118,11 @@ def execute(
         _check_space(target, space)
         if plan.options.calibration and missing:
             assert samples is not None
-            calibrate(checkpoint, plan, samples, record.calibration, device, calibrating)
+            calibrate(checkpoint, plan, samples, record.calibration, device, calibrating, say)
         if ray is not None:
             make_shards_on_ray(ray, checkpoint, plan, record, missing, threads, progress)
         else:
-            work = plan.with_staged(Staged(record.calibration))
+            work = plan.calibrated(record.calibration)
             devices = devices or all_devices()
             make_shards(checkpoint, work, record, missing, devices, threads, progress)
         report = collect(checkpoint, plan, record)

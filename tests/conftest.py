@@ -63,5 +63,5 @@ def quantized(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for layout in LAYOUTS:
         folders[layout] = tmp_path_factory.mktemp("quantized") / layout
         with Checkpoint(m3_nano) as source:
-            execute(source, plan(source, Options(layout=layout)), folders[layout])
+            execute(source, plan(source, Options(layout=layout, activations=True)), folders[layout])
     return folders

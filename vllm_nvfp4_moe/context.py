@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantize.experts.gates import Gates
-from vllm_nvfp4_moe.loading.formats import Format
+from vllm_nvfp4_moe.loading.format import Format
 from vllm_nvfp4_moe.self_check import SelfCheck
 from vllm_nvfp4_moe.summary import Summary
 

@@ -2,14 +2,16 @@
 
 Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was seen, and how far
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
-when the plugin acts on it. No class of vLLM is patched: what changes is an object of an engine that
-serves one of our checkpoints, or lasts for one call.
+when the plugin acts on it. What changes is an object of an engine that serves one of our
+checkpoints, or lasts for one call. The one method of vLLM's that is exchanged, by ``NAMED_NVFP4``,
+answers for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_nvfp4_moe.settings import NAME
 from vllm_nvfp4_moe.versions import installed_version
 
 if TYPE_CHECKING:
@@ -133,6 +136,17 @@ SHARED_EXPERTS = Quirk(
     gone_when="the Transformers backend adds a replicated shared expert once.",
 )
 
+NAMED_NVFP4 = Quirk(
+    name="a model counts as NVFP4 by the name of its quantization, and ours is another",
+    what="ModelConfig.is_nvfp4_quantized compares --quantization with the names of vLLM's own. "
+    "Passes that fuse activations with their quantization to NVFP4, at dense layers, would stay "
+    "off.",
+    seen_in=("0.32",),
+    undone="The method is exchanged, and answers for models of our name as it would if they had "
+    "the name that vLLM gives to their layout. All other models get vLLM's own answer.",
+    gone_when="vLLM asks the quantization config.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -141,7 +155,33 @@ QUIRKS = (
     KERNEL_CHOICE,
     NEEDLESS_PADDING,
     SHARED_EXPERTS,
+    NAMED_NVFP4,
 )
+
+
+def count_as_nvfp4() -> None:
+    """Have vLLM count our models as NVFP4 where it would without this package (``NAMED_NVFP4``)."""
+    from vllm.config.model import ModelConfig
+
+    stock = ModelConfig.is_nvfp4_quantized
+    if stock.__module__ == __name__:  # vLLM may register plugins more than once
+        return
+
+    def is_nvfp4_quantized(self: ModelConfig) -> bool:
+        if self.quantization != NAME:
+            return stock(self)
+        from vllm.model_executor.layers.quantization import get_quantization_config
+
+        NAMED_NVFP4.log()
+        described = self.model_arch_config.quantization_config
+        as_stock = copy.copy(self)
+        as_stock.quantization = (described or {}).get("quant_method")
+        for name in ("modelopt_fp4", "modelopt_mixed"):
+            if get_quantization_config(name).override_quantization_method(described, None):
+                as_stock.quantization = name
+        return stock(as_stock)
+
+    ModelConfig.is_nvfp4_quantized = is_nvfp4_quantized
 
 
 def runner_of(layer: RoutedExperts) -> Any:

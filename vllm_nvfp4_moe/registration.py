@@ -35,6 +35,7 @@ def register() -> None:
         return
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
+    when_imported("vllm.config.model", _count_as_nvfp4)
     when_imported("vllm.ray.ray_env", _give_settings_to_ray)
 
 
@@ -60,6 +61,12 @@ def _register_gpu_only_models() -> None:
 
         for architecture in ARCHITECTURES:
             ModelRegistry.register_model(architecture, GpuOnlyModel)
+
+
+def _count_as_nvfp4() -> None:
+    from vllm_nvfp4_moe import quirks
+
+    quirks.count_as_nvfp4()
 
 
 def _give_settings_to_ray() -> None:

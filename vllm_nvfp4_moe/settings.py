@@ -6,6 +6,8 @@ variable                     meaning
 ``NVFP4_MOE_SELF_CHECK``     ``0`` turns off the check that each kind of layer gets at load.
 ``NVFP4_MOE_HOPPER``         ``0`` leaves Hopper GPUs to vLLM's own kernels.
 ``NVFP4_MOE_ACTIVATIONS``    ``bf16`` (the default) or ``fp8``: what our Hopper kernel multiplies.
+                             ``nvfp4``: experts that are quantized while they load have input
+                             scales of 1.0, for kernels with 4-bit activations.
 ``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
                              (``VLLM_CACHE_ROOT``).
 ===========================  ======================================================================
@@ -30,6 +32,9 @@ HOPPER = "NVFP4_MOE_HOPPER"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
 CACHE = "NVFP4_MOE_CACHE"
 
+NVFP4 = "nvfp4"
+"""A value of ``NVFP4_MOE_ACTIVATIONS``."""
+
 HUMMING_INPUT = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
 """vLLM's: how Humming quantizes activations."""
 MARLIN_INPUT = "VLLM_MARLIN_INPUT_DTYPE"
@@ -46,12 +51,19 @@ def hopper() -> bool:
     return os.environ.get(HOPPER, "1") != "0"
 
 
-def activations() -> str:
+def hopper_activations() -> str:
     """The type of the activations that our Hopper kernel multiplies (``NVFP4_MOE_ACTIVATIONS``).
 
     Whoever has the kernels checks that there is one of that name.
     """
-    return os.environ.get(ACTIVATIONS) or "bf16"
+    asked = os.environ.get(ACTIVATIONS) or "bf16"
+    return "bf16" if asked == NVFP4 else asked
+
+
+def on_the_fly_activations() -> bool:
+    """Whether activations are quantized too at experts that are quantized while they load
+    (``NVFP4_MOE_ACTIVATIONS``)."""
+    return os.environ.get(ACTIVATIONS) == NVFP4
 
 
 def cache() -> Path | None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from quantize.experts.gates import Gates
     from vllm_nvfp4_moe.interface import ExpertsBackend
-    from vllm_nvfp4_moe.loading.formats import Format
+    from vllm_nvfp4_moe.loading.format import Format
     from vllm_nvfp4_moe.self_check import SelfCheck
 
 logger = init_logger("vllm.nvfp4_moe")
@@ -32,12 +32,17 @@ class Summary:
     def __init__(self, storage: Format, gates: Gates, self_check: SelfCheck) -> None:
         self._storage, self._gates, self._self_check = storage, gates, self_check
         self._built = 0
+        self._left: list[str] = []
         self._loaded: list[tuple[RoutedExperts, ExpertsBackend]] = []
         self._begin: float | None = None
 
     def built(self) -> None:
         """Note that a layer has been built."""
         self._built += 1
+
+    def left(self, name: str) -> None:
+        """Note that the layer ``name`` has experts that are not NVFP4, and is left to vLLM."""
+        self._left.append(name)
 
     def begins(self) -> None:
         """Note that a tensor of an expert has come: the time from the first one is told."""
@@ -54,6 +59,7 @@ class Summary:
             logger.info_once("%s", self.line(), scope="global")
             self._compare_ranks()
             self._loaded.clear()  # the layers belong to vLLM
+            self._left.clear()
             self._begin, self._built = None, 0  # a draft model's layers may follow
 
     def _kernels(self) -> list[str]:
@@ -106,6 +112,7 @@ class Summary:
         return "; ".join(
             [
                 f"NVFP4 experts: {len(layers)} layers x {experts}, {source}",
+                *([f"{len(self._left)} more are not NVFP4, and vLLM's"] if self._left else []),
                 f"gate {self._gates}",
                 *self._kernels(),
                 f"{sum(weights.values()) / 2**30:.2f} GiB on this rank",

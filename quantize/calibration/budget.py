@@ -11,6 +11,8 @@ from rich.filesize import decimal
 
 from quantize.calibration.calibrate import precision, staged_bytes
 from quantize.calibration.forward import TOKENS_PER_RUN
+from quantize.calibration.proof import PRECISION, SMALL_MODEL, number_of_texts
+from quantize.calibration.reference import WHOLE_LAYER
 from quantize.calibration.routing import CHUNK
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup, tensor_names_of
@@ -26,8 +28,8 @@ class Budget(NamedTuple):
 
     Attributes:
         memory: on the device: a layer without its experts, one expert with its second moments, and
-            a run's activations. Beside it, the system keeps as much of its files in memory as
-            there is room for.
+            a run's activations; or what the proof (``quantize.calibration.proof``) takes. Beside
+            it, the system keeps as much of its files in memory as there is room for.
         states: on disk, hidden states: of one layer; with gradients, of all layers.
         staged: on disk, quantized experts.
     """
@@ -37,9 +39,10 @@ class Budget(NamedTuple):
     staged: int
 
     def __str__(self) -> str:
+        staged = f" and {decimal(self.staged)} of experts" if self.staged else ""
         return (
-            f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states and "
-            f"{decimal(self.staged)} of experts on the target's disk until the run is complete"
+            f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states"
+            f"{staged} on the target's disk until the run is complete"
         )
 
 
@@ -47,7 +50,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     """Return what a plan with calibration needs on ``device``."""
     settings = plan.options.calibration
     assert settings is not None
-    method = METHODS[settings.method]
+    method = METHODS[settings.method] if settings.method is not None else None
     length = settings.sequence_length
     total = settings.num_samples * length
     width = precision(device).itemsize
@@ -63,15 +66,27 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     inner = max(group.intermediate for group in plan.found)
     wide = hidden * residual_streams(checkpoint)  # of what layers pass on
     # One expert: its weights, in float32 and quantized too; and what rounding gate and up takes.
-    expert = hidden * inner * (3 * (width + 12) + 2 * method.weight_bytes)
-    expert += max(hidden, inner) ** 2 * method.hessian_bytes
+    expert = hidden * inner * 3 * width
+    if method is not None:
+        expert += hidden * inner * (3 * 12 + 2 * method.weight_bytes)
+        expert += max(hidden, inner) ** 2 * method.hessian_bytes
     # Attention's scores and a few copies of what layers pass on; on the way back, all steps of it.
     tokens = max(TOKENS_PER_RUN, length)
     run = tokens * (wide * 16 + inner * 8) * width
     chunk = CHUNK * 3 * (hidden + 2 * inner) * 4
     memory = (largest + beside) * width + expert + run + chunk
-    if not method.needs_output_hessian:
-        return Budget(memory, total * wide * (3 * width + 4), staged_bytes(plan))
+    last = max(map(_layer_of, plan.found))
+    # The proof: a layer in float32 with its experts, whole or one of them, while they are loaded;
+    # what each layer returns and its experts are given.
+    compared = number_of_texts(length) * length
+    together = max(group.parameters for group in plan.found) * PRECISION.itemsize
+    alone = 3 * hidden * inner * PRECISION.itemsize
+    proof = (largest + beside + compared * (wide * 16 + inner * 8)) * PRECISION.itemsize
+    proof += chunk + 3 * (together if together <= WHOLE_LAYER else alone)
+    proof_states = compared * wide * PRECISION.itemsize * (2 * (last + 1) + 4)
+    if method is None or not method.needs_output_hessian:
+        states = max(total * wide * (3 * width + 4), proof_states)
+        return Budget(max(memory, proof), states, staged_bytes(plan))
     memory += max(2 * inner, hidden) ** 2 * method.output_hessian_bytes + 2 * run + chunk
     # One text at the model's end: logits, probabilities and gradients, with the head's weights.
     vocabulary = max(
@@ -79,13 +94,15 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
          if name.startswith(decoder) and layer_number(name) is None and len(info.shape) == 2),
         default=0,
     )  # fmt: skip
-    last = max(map(_layer_of, plan.found))
     after = [size for number, size in layers.items() if number is not None and number > last]
     end = (beside + vocabulary * hidden + sum(after)) * width + length * vocabulary * 16
     end += len(after) * length * (wide * 16 + inner * 8) * width
     kept = last - min(map(_layer_of, plan.groups)) + 2
     states = total * wide * ((kept + 1) * width + 5 * 4)
-    return Budget(max(memory, end), states, staged_bytes(plan))
+    if checkpoint.nbytes <= SMALL_MODEL:
+        proof += vocabulary * (hidden + 2 * compared) * PRECISION.itemsize
+    states = max(states, proof_states)
+    return Budget(max(memory, end, proof), states, staged_bytes(plan))
 
 
 STREAMS = ("hc_mult", "hc_count")

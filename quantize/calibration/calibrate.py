@@ -10,15 +10,18 @@ import torch
 
 from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.forward import LayerwiseForward
+from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.layerwise import LayerwiseModel
-from quantize.calibration.progress import CalibrationProgress, Progress
+from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
+from quantize.calibration.proof import Say, prove
 from quantize.calibration.quantizer import Quantizer, staged_outputs
 from quantize.calibration.store import Store, gradients_name, states_name
-from quantize.calibration.visitor import NullVisitor
+from quantize.calibration.visitor import NullVisitor, Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.rounding import METHODS
+from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 
 if TYPE_CHECKING:
@@ -32,17 +35,21 @@ def calibrate(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda _, __: None,
+    say: Say = lambda _: None,
 ) -> None:
-    """Quantize all experts of ``plan`` with calibration, into ``folder``.
+    """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
+    scales alone, if that is what ``plan`` says.
 
     If an earlier run was interrupted, this goes on with the layer that it was at.
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+        say: see ``quantize.calibration.proof.Say``.
 
     Raises:
-        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
-            is NaN or infinite, or the disk is full.
+        QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), does not
+            compute here what Transformers' does (``quantize.calibration.proof``), a weight is NaN
+            or infinite, or the disk is full.
     """
     settings = plan.options.calibration
     assert settings is not None
@@ -50,19 +57,25 @@ def calibrate(
     if not undone:
         shutil.rmtree(folder / "states", ignore_errors=True)
         return
+    if not (folder / PROGRESS).exists():  # else an earlier run has proved it
+        prove(checkpoint, plan, samples, folder / "proof", device, say)
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
     store = Store(folder / "states")
-    quantizer = Quantizer(Staged(folder), undone, plan.layout, settings, plan.options.scales)
     state = CalibrationProgress(plan, model, store, undone, progress)
-    if METHODS[settings.method].needs_output_hessian:
+    visitor: Visitor
+    if settings.method is None:
+        visitor = RangeGatherer(Ranges(folder), undone, settings.every_expert)
+    else:
+        visitor = Quantizer(Staged(folder), undone, plan.layout, settings, plan.options.scales)
+    if settings.method is not None and METHODS[settings.method].needs_output_hessian:
         forward_backward(
-            LayerwiseBackward(checkpoint, plan.gates, model, samples, store), quantizer, state
+            LayerwiseBackward(checkpoint, plan.gates, model, samples, store), visitor, state
         )
     else:
         forward_pass(
-            LayerwiseForward(checkpoint, plan.gates, model, samples, store), quantizer, state
+            LayerwiseForward(checkpoint, plan.gates, model, samples, store), visitor, state
         )
     if undone := unstaged(plan, folder):
         raise QuantizeError(
@@ -73,21 +86,19 @@ def calibrate(
     state.finish()
 
 
-def forward_pass(run: LayerwiseForward, quantizer: Quantizer, state: CalibrationProgress) -> None:
-    """Go through the model once, and quantize experts on the way."""
+def forward_pass(run: LayerwiseForward, visitor: Visitor, state: CalibrationProgress) -> None:
+    """Go through the model once, and show ``visitor`` the experts on the way."""
     # Between two steps, the next layer's inputs are all that is needed.
     state.resume(state.last + 1, lambda done: [states_name(done)], min(state.undone))
     for layer in range(state.done, state.last + 1):
         state.report(0)
-        run.layer_forward(layer, quantizer, state.report)
+        run.layer_forward(layer, visitor, state.report)
         state.finish_step(states_name(layer + 1))
         run.remove_states(layer)
 
 
-def forward_backward(
-    run: LayerwiseBackward, quantizer: Quantizer, state: CalibrationProgress
-) -> None:
-    """Go through the model without quantizing, then back from its end, and quantize experts on the
+def forward_backward(run: LayerwiseBackward, visitor: Visitor, state: CalibrationProgress) -> None:
+    """Go through the model without the visitor, then back from its end, and show it experts on the
     way back: only from the end is it known what matters at their outputs."""
     run.check()
     forward_steps = run.last + 1
@@ -117,7 +128,7 @@ def forward_backward(
         state.finish_step(gradients_name(forward_steps))
     for layer in reversed(range(state.first, forward_steps - (state.done - forward_steps - 1))):
         state.report(0)
-        run.layer_backward(layer, quantizer, layer > state.first, state.report)
+        run.layer_backward(layer, visitor, layer > state.first, state.report)
         state.finish_step(gradients_name(layer))
         run.remove_states(layer + 1)
         run.remove_gradients(layer + 1)
@@ -129,7 +140,11 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 def unstaged(plan: Plan, folder: Path) -> list[ExpertGroup]:
-    """Return the groups of experts that are still to be staged."""
+    """Return the groups of experts that are still to be calibrated."""
+    settings = plan.options.calibration
+    if settings is not None and settings.method is None:
+        ranges = Ranges(folder)
+        return [group for group in plan.groups if not ranges.is_done(group)]
     staged = Staged(folder)
     return [
         group
@@ -140,4 +155,7 @@ def unstaged(plan: Plan, folder: Path) -> list[ExpertGroup]:
 
 def staged_bytes(plan: Plan) -> int:
     """Return how many bytes of experts the folder holds in the end."""
+    settings = plan.options.calibration
+    if settings is None or settings.method is None:
+        return 0
     return sum(out.nbytes for group in plan.groups for out in staged_outputs(group, plan.layout))

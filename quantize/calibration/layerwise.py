@@ -1,11 +1,11 @@
 """A model that has the weights of one decoder layer at a time, and runs that layer on text.
 
 Each run calls the model's own ``forward``, so every layer gets just the masks, positions and other
-arguments that its class makes. Stand-ins take the place of the layers before the current one: they
-return the current layer's input. The run ends with what the current layer returns. A stand-in also
-takes the place of the layer's routed experts, which are never loaded here: it records their
-arguments, and later returns what was computed for them one expert at a time
-(``quantize.calibration.forward``).
+arguments that its class makes. The embedding stays, because some layers use it again. Stand-ins
+take the place of the layers before the current one: they return the current layer's input. The run
+ends with what the current layer returns. A stand-in also takes the place of the layer's routed
+experts, which are never loaded here: it records their arguments, and later returns what was
+computed for them one expert at a time (``quantize.calibration.forward``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from quantize.calibration.stand_ins import (
     ReplayExperts,
     ReplayLayer,
     StopForward,
-    ZeroEmbedding,
 )
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError, first_line
@@ -172,10 +172,6 @@ class LayerwiseModel:
         for number in range(layer):
             if not isinstance(self.layers[number], ReplayLayer):
                 self.layers[number] = ReplayLayer(self.layers[number], self._input)
-        if layer:
-            self._drop_embedding()
-        else:
-            self.restore_embedding()
 
     def set_input(self, states: States) -> None:
         """Set the current layer's input, in the form that the layer before it returned it in."""
@@ -192,30 +188,7 @@ class LayerwiseModel:
         Raises:
             QuantizeError: if its code fails.
         """
-        try:
-            return part(self.model(input_ids=tokens.to(self.device), use_cache=False))
-        except (StopForward, QuantizeError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # any code may be in there
-            raise QuantizeError(
-                f"{self.folder}: Transformers' {type(self.model).__name__} fails on "
-                f"text ({type(error).__name__}: {first_line(error)}), and calibration runs it; "
-                "leave --calibrate out"
-            ) from error
-
-    def restore_embedding(self) -> None:
-        """Load the embedding again, if a stand-in has its place."""
-        with suppress(NotImplementedError):
-            embedding = self._decoder.get_input_embeddings()
-            if isinstance(embedding, ZeroEmbedding):
-                self._decoder.set_input_embeddings(embedding.original)
-                self._load_beside()
-
-    def _drop_embedding(self) -> None:
-        with suppress(NotImplementedError):  # then it stays
-            embedding = self._decoder.get_input_embeddings()
-            if not isinstance(embedding, ZeroEmbedding):
-                self._decoder.set_input_embeddings(ZeroEmbedding(drop_weights(embedding)))
+        return part(call(self.model, tokens.to(self.device), self.folder))
 
     def _load_beside(self) -> None:
         """Load embeddings and whatever else the decoder has besides its layers."""
@@ -255,3 +228,21 @@ class LayerwiseModel:
             layers = layers or list_path
             sites.append(ExpertSite(int(number), path, group))
         return layers, sites
+
+
+def call(model: Any, tokens: torch.Tensor, folder: Path) -> Any:
+    """Call Transformers' model of the checkpoint in ``folder`` on texts, and return its output.
+
+    Raises:
+        QuantizeError: if the model's code fails.
+    """
+    try:
+        return model(input_ids=tokens, use_cache=False)
+    except (StopForward, QuantizeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # any code may be in there
+        raise QuantizeError(
+            f"{folder}: Transformers' {type(model).__name__} fails on "
+            f"text ({type(error).__name__}: {first_line(error)}), and calibration runs it; "
+            "leave --calibrate out"
+        ) from error

@@ -81,12 +81,18 @@ class WeightLoader:
 
     def load(self, path: str, but: str = "\0") -> None:
         """Load the parameters whose names begin with ``path``, and do not begin with ``but``."""
-        state = {
-            self._prefix + name: self._checkpoint.load(name)
-            for parameter, names in self._stored.items()
-            if parameter.startswith(path) and not parameter.startswith(but)
-            for name in names
-        }
+        self.assign(
+            {
+                name: self._checkpoint.load(name)
+                for parameter, names in self._stored.items()
+                if parameter.startswith(path) and not parameter.startswith(but)
+                for name in names
+            }
+        )
+
+    def assign(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Make stored tensors, by their names in the checkpoint, parameters of the model."""
+        state = {self._prefix + name: tensor for name, tensor in tensors.items()}
         config = LoadStateDictConfig(
             weight_mapping=copy.deepcopy(self._rules),
             device_map={"": self._device},

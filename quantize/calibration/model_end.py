@@ -61,8 +61,6 @@ class ModelEnd:
             for n in range(after, len(layerwise.layers))
         }
         parts |= {f"{name}.": module for name, module in self._heads()}
-        if self._missing_parameters():
-            layerwise.restore_embedding()  # it is the head, too
         for path in parts:
             layerwise.loader.load(path)
         if any(

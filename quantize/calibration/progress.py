@@ -15,6 +15,9 @@ from quantize.run.files import sync, write_json
 if TYPE_CHECKING:
     from quantize.run.plan import Plan
 
+PROGRESS = "next.json"
+"""The name of the file, beside the folder of states."""
+
 Progress = Callable[[float, int], None]
 """Is told how many steps are done, parts included, and how many there are. A step is a layer that
 is run forward, a layer that is run backward, or the model's end."""
@@ -38,7 +41,7 @@ class CalibrationProgress:
         undone: list[ExpertGroup],
         progress: Progress,
     ) -> None:
-        self._file = store.folder.parent / "next.json"
+        self._file = store.folder.parent / PROGRESS
         self._model, self._store = model, store
         self._progress = progress
         layers = [model.layer_of(group) for group in plan.groups]

@@ -9,9 +9,10 @@ from itertools import chain
 import torch
 
 from quantize.calibration.expert_weights import ExpertWeights
+from quantize.calibration.input_scales import input_scales
 from quantize.calibration.product import Product
 from quantize.calibration.routing import Chunk, Routing
-from quantize.calibration.second_moments import SecondMoments, input_scale
+from quantize.calibration.second_moments import SecondMoments
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
@@ -43,6 +44,8 @@ class Quantizer:
         settings: Calibration,
         rule: str,
     ) -> None:
+        assert settings.method is not None
+        self._method = settings.method
         self._staged = staged
         self._groups = groups
         self._layout = layout
@@ -82,10 +85,8 @@ class Quantizer:
         group = self._group
         if group is None:
             return
-        layer = [max(column) for column in zip(*self._largest, strict=True)]
-        for expert, own in enumerate(self._largest):
-            largest = layer if expert in self._undersampled else own
-            gate_up, down = (input_scale(x) for x in largest)
+        scales = input_scales(self._largest, self._undersampled)
+        for expert, (gate_up, down) in enumerate(scales):
             modules = group.modules(expert)
             for module, scale in zip(modules, [gate_up] * (len(modules) - 1) + [down], strict=True):
                 self._write(module, self._layout.store_input_scale(scale))
@@ -103,7 +104,7 @@ class Quantizer:
 
         inputs, gate_up_gradients, down_gradients = self._second_moments(group, weights, tokens())
         undersampled = inputs.tokens < MIN_TOKENS
-        rule = FALLBACK if undersampled else self._settings.method
+        rule = FALLBACK if undersampled else self._method
         gate_up = Product(list(weights.gate_up), inputs, gate_up_gradients)
         gate_up_results = self._round(group, number, gate_up, rule, kernel)
         # Down's inputs are what the quantized gate and up make.
@@ -147,7 +148,7 @@ class Quantizer:
         """
         device = weights.down.device
         inputs = SecondMoments(group.hidden, device)
-        if not METHODS[self._settings.method].needs_output_hessian:
+        if not METHODS[self._method].needs_output_hessian:
             for chunk in tokens:
                 inputs.add(chunk.x, chunk.weights)
             return inputs, None, None
@@ -169,10 +170,7 @@ class Quantizer:
                 return quantize_weights(product.weights, rule, kernel)
             return product.rounded(rule, kernel)
         except NotFiniteError:
-            raise QuantizeError(
-                f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds "
-                "NaN or infinite weights; the source is damaged"
-            ) from None
+            raise QuantizeError(damaged(group, number)) from None
 
     def _write(self, module: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write some of a module's tensors, by suffix."""
@@ -186,3 +184,11 @@ def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[TensorInfo]:
     for expert in range(group.num_experts):
         for module, shape in zip(group.modules(expert), group.shapes, strict=True):
             yield from stored_tensors(module, shape, layout)
+
+
+def damaged(group: ExpertGroup, number: int) -> str:
+    """Return the message that an expert's weights are NaN or infinite."""
+    return (
+        f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds NaN or "
+        "infinite weights; the source is damaged"
+    )

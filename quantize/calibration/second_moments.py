@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX
-
-HEADROOM = 2.0
-"""Inputs may be so many times as large as in calibration before they are clipped. Block scales are
-E4M3 numbers times the input scale, and E4M3 is equally precise over 15 octaves, so this room costs
-nothing."""
-
 ALIKE = 4
 """So many tokens of running text say as much as one independent sample, because neighbours are
 alike. On m3-nano with 4,000 tokens an expert, the KL divergence is 0.00609 if every token counts,
@@ -76,13 +69,3 @@ class SecondMoments:
         shrunk = (1 - share) * mean
         shrunk.diagonal().add_(share * average)
         return shrunk
-
-
-def input_scale(largest: float) -> float:
-    """Return ModelOpt's ``input_scale`` with room, ``HEADROOM * largest / (6 * 448)``.
-
-    Args:
-        largest: the largest magnitude of an input; 0 if there were no inputs, and then the result
-            is 1.
-    """
-    return HEADROOM * largest / (E2M1_MAX * E4M3_MAX) if largest > 0 else 1.0

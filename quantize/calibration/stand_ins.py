@@ -101,15 +101,6 @@ class ReplayLayer(StandIn):
         return self.layer_input.value
 
 
-class ZeroEmbedding(StandIn):
-    """Takes the place of the embedding after the first layer: only its result's shape and dtype
-    are needed then."""
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        weight = self.original.weight
-        return torch.zeros(*ids.shape, weight.shape[1], device=ids.device, dtype=weight.dtype)
-
-
 class CaptureLayer(StandIn):
     """Takes the place of the current layer: keeps what it returns, and ends the run.
 

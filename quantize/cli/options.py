@@ -30,6 +30,14 @@ LayoutName = StrEnum("LayoutName", dict(zip(LAYOUTS, LAYOUTS, strict=True)))  # 
 RuleName = StrEnum("RuleName", dict(zip(RULES, RULES, strict=True)))  # type: ignore[misc]
 MethodName = StrEnum("MethodName", dict(zip(METHODS, METHODS, strict=True)))  # type: ignore[misc]
 
+
+class Activations(StrEnum):
+    """What a checkpoint says of activations at its quantized weights."""
+
+    BF16 = "bf16"
+    NVFP4 = "nvfp4"
+
+
 MODELOPT, MAX, DESCENT = LayoutName("modelopt"), RuleName("max"), MethodName("descent")
 
 Source = Annotated[

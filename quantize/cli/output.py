@@ -72,6 +72,10 @@ class Bar:
         """Say that so many bytes more are done."""
         self._progress.advance(self._bytes, nbytes)
 
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def calibrating(self, done: float, layers: int) -> None:
         """Say how many of the layers are calibrated."""
         if self._layers is None:

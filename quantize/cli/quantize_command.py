@@ -18,6 +18,7 @@ from quantize.cli.options import (
     DESCENT,
     MAX,
     MODELOPT,
+    Activations,
     ExcludeOption,
     GateOption,
     IncludeOption,
@@ -104,6 +105,24 @@ def quantize(
     ] = None,
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
+    activations: Annotated[
+        Activations | None,
+        typer.Option(
+            "--activations",
+            help="bf16: weights only. nvfp4: kernels that can may quantize activations too, by "
+            "input scales. By default nvfp4 where --calibrate or --input-scales finds the input "
+            "scales of all that is quantized, else bf16; e.g. --activations bf16.",
+        ),
+    ] = None,
+    input_scales: Annotated[
+        Path | None,
+        typer.Option(
+            "--input-scales",
+            metavar="TEXT",
+            help="Run the model over a little of this text, and find nothing but the input scales "
+            "of its experts: minutes instead of hours, e.g. --input-scales texts.jsonl.",
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -115,11 +134,14 @@ def quantize(
         ),
     ] = None,
     calibration_rows: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--calibration-rows", min=1, help="Pieces of text, e.g. --calibration-rows 512."
+            "--calibration-rows",
+            min=1,
+            help="Pieces of text, e.g. --calibration-rows 512; by default 128, and 32 with "
+            "--input-scales.",
         ),
-    ] = 128,
+    ] = None,
     calibration_length: Annotated[
         int,
         typer.Option(
@@ -148,11 +170,15 @@ def quantize(
     with reporting_errors(f"run the same command with {again} to go on"):
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
-        if text is None and (alone := _without_calibrate(context)):
-            raise UsageError(f"{alone} needs --calibrate")
+        _check_text(context, text, input_scales, activations, all_linears)
+        found = text is not None or input_scales is not None
+        # Calibration sees the inputs of experts alone.
+        default = Activations.NVFP4 if found and not all_linears else Activations.BF16
+        chosen = activations or default
         options = Options(
             layout=layout.value,
             scales=scales.value,
+            activations=chosen is Activations.NVFP4,
             max_shard_size=shard_size(max_shard_size),
             gate=stated_gate(gate),
             include=tuple(include or ()),
@@ -179,12 +205,15 @@ def quantize(
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
+            _say_activations(options, found, activations is None)
             tokens = None
-            if text is not None:
-                shape = calibration_rows, calibration_length
-                tokens = load_samples(text, checkpoint.folder, *shape, trust_remote_code)
+            read = text or input_scales
+            if read is not None:
+                shape = calibration_rows or (128 if text else 32), calibration_length
+                tokens = load_samples(read, checkpoint.folder, *shape, trust_remote_code)
+                method = rounding.value if text else None
                 calibration = Calibration(
-                    str(text), *shape, digest_of(tokens), rounding.value, every_expert
+                    str(read), *shape, digest_of(tokens), method, every_expert
                 )
                 steps = replace(steps, options=replace(options, calibration=calibration))
             if tokens is not None:
@@ -204,6 +233,7 @@ def quantize(
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
+                    say=bar.say,
                 )
         out.print(
             f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
@@ -221,13 +251,56 @@ def _summary(steps: Plan) -> str:
     return f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {plain(steps.gates)}"
 
 
-def _without_calibrate(context: typer.Context) -> str | None:
-    """An option that says how to calibrate."""
-    for name in ("calibration_rows", "calibration_length", "rounding", "every_expert"):
+def _check_text(
+    context: typer.Context,
+    text: Path | None,
+    input_scales: Path | None,
+    activations: Activations | None,
+    linears: bool,
+) -> None:
+    """Refuse options that say how to use a text that is not there, or that contradict it.
+
+    Raises:
+        UsageError: if there are any.
+    """
+    if text is not None and input_scales is not None:
+        raise UsageError("--calibrate finds input scales too; leave --input-scales out")
+    if input_scales is not None and activations is Activations.BF16:
+        raise UsageError("--activations bf16 leaves no use for --input-scales; leave one out")
+    if input_scales is not None and linears and activations is None:
+        raise UsageError(
+            "--input-scales finds the input scales of experts, not of --all-linears; with "
+            "--activations nvfp4, those of linears are 1.0"
+        )
+    needs = {
+        "calibration_rows": "--calibrate or --input-scales",
+        "calibration_length": "--calibrate or --input-scales",
+        "every_expert": "--calibrate or --input-scales",
+        "rounding": "--calibrate",
+    }
+    for name, needed in needs.items():
         source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            return f"--{name.replace('_', '-')}"
-    return None
+        there = text is not None or (name != "rounding" and input_scales is not None)
+        if not there and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
+
+
+def _say_activations(options: Options, found: bool, by_default: bool) -> None:
+    """Say what may surprise about activations."""
+    if options.activations and not (found and not options.linears):
+        of = "the dense linears" if found else "all that is quantized"
+        advice = "" if found else "; --input-scales TEXT finds them in minutes"
+        err.print(
+            f"Warning: the input scales of {of} are 1.0. Kernels with 4-bit activations round "
+            f"inputs below about 0.006 to zero then, and small ones badly{advice}.",
+            highlight=False,
+        )
+    elif found and by_default and not options.activations:
+        err.print(
+            "Weights only: text finds the input scales of experts, not of --all-linears. "
+            "With --activations nvfp4, those are 1.0.",
+            highlight=False,
+        )
 
 
 def _command(context: typer.Context) -> str:

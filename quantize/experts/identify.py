@@ -22,7 +22,12 @@ from transformers import PreTrainedConfig
 from quantize.errors import QuantizeError, first_line
 from quantize.experts.gates import FORMS, Gate, Gates
 from quantize.experts.gates.contract import first_number
-from quantize.experts.gates.drive import CannotDriveError, drive
+from quantize.experts.gates.drive import (
+    CannotDriveError,
+    MoreThanProductError,
+    check_product,
+    drive,
+)
 from quantize.experts.gates.probe import FAR, Probe
 from quantize.experts.model import build, config_of, is_foreign, model_classes, offline
 
@@ -190,7 +195,25 @@ def _gate_of(module: torch.nn.Module) -> Gate:
                 f"{where}: its gating code fails on plain numbers ({first_line(error)}). {_HELP}"
             ) from error
         if found is not None:
-            return Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
+            gate = Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
+            _check_product(module, gate, where)
+            return gate
     known = ", ".join(name for name, form in FORMS.items() if form.gated == driven.gated)
     what = "gate" if driven.gated else "activation (it has no gate)"
     raise QuantizeError(f"{where}: its {what} is none of {known}. {_HELP}")
+
+
+def _check_product(module: torch.nn.Module, gate: Gate, where: str) -> None:
+    """See that the experts are GEMM, ``gate``, GEMM; raises QuantizeError if they are not."""
+    try:
+        check_product(module, gate.apply_stacked if gate.gated else gate.apply)
+    except CannotDriveError as error:
+        raise QuantizeError(
+            f"{where}: whether it is GEMM, gate, GEMM cannot be seen: {error}. {_HELP}"
+        ) from error
+    except MoreThanProductError as error:
+        raise QuantizeError(
+            f"{where}: its experts do more than GEMM, gate, GEMM: something happens {error} (a "
+            "norm, a scale or a residual). Engines that compute experts by their gate would leave "
+            "it out, and so would calibration; such experts are not supported"
+        ) from error

@@ -27,10 +27,13 @@ LAYOUTS: Registry[Layout] = Registry(
 def detect(quantization_config: dict[str, Any]) -> Layout | None:
     """The layout of a checkpoint; None if it is not NVFP4 in a known layout.
 
+    Where all activations stay floats, it is the layout's ``weights_only``.
+
     Args:
         quantization_config: ``quantization_config`` of the checkpoint's ``config.json``.
     """
-    return next((ly for ly in LAYOUTS.values() if ly.describes(quantization_config)), None)
+    variants = (variant for ly in LAYOUTS.values() for variant in (ly, ly.weights_only))
+    return next((ly for ly in variants if ly.describes(quantization_config)), None)
 
 
 def config_files() -> set[str]:

@@ -18,12 +18,25 @@ _FORMAT = "nvfp4-pack-quantized"
 
 
 class CompressedTensors:
-    """See ``quantize.layouts.layout.Layout``."""
+    """See ``quantize.layouts.layout.Layout``.
+
+    Args:
+        activations: activations are quantized too, the library's preset ``NVFP4``; else
+            ``NVFP4A16``.
+    """
 
     name = "compressed-tensors"
-    suffixes = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     reciprocal = True
     config_files: tuple[str, ...] = ()
+
+    def __init__(self, activations: bool = True) -> None:
+        self._activations = activations
+        inputs = ("input_global_scale",) if activations else ()
+        self.suffixes = ("weight_packed", "weight_scale", "weight_global_scale", *inputs)
+
+    @property
+    def weights_only(self) -> CompressedTensors:
+        return COMPRESSED_TENSORS_WEIGHTS
 
     def store(self, weight: NvFp4) -> dict[str, torch.Tensor]:
         return {
@@ -33,6 +46,8 @@ class CompressedTensors:
         }
 
     def store_input_scale(self, input_scale: float) -> dict[str, torch.Tensor]:
+        if not self._activations:
+            return {}
         return {"input_global_scale": torch.tensor([1 / input_scale], dtype=torch.float32)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> tuple[NvFp4, torch.Tensor | None]:
@@ -48,7 +63,8 @@ class CompressedTensors:
             preset_name_to_scheme,
         )
 
-        scheme = preset_name_to_scheme("NVFP4", ["Linear"])
+        preset = "NVFP4" if self._activations else "NVFP4A16"
+        scheme = preset_name_to_scheme(preset, ["Linear"])
         scheme.format = _FORMAT
         config = QuantizationConfig(
             config_groups={"group_0": scheme},
@@ -64,11 +80,15 @@ class CompressedTensors:
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         if quantization_config.get("quant_method") != "compressed-tensors":
             return False
+        every = quantization_config.get("format")
         groups = quantization_config.get("config_groups")
-        formats = [quantization_config.get("format")]
-        if isinstance(groups, dict):
-            formats += [g.get("format") for g in groups.values() if isinstance(g, dict)]
-        return _FORMAT in formats
+        found = list(groups.values()) if isinstance(groups, dict) else []
+        ours = [g for g in found if isinstance(g, dict) and _FORMAT in (g.get("format"), every)]
+        if not ours and every != _FORMAT:
+            return False
+        weights_only = bool(ours) and all(g.get("input_activations") is None for g in ours)
+        return weights_only is not self._activations
 
 
 COMPRESSED_TENSORS = CompressedTensors()
+COMPRESSED_TENSORS_WEIGHTS = CompressedTensors(activations=False)

@@ -12,7 +12,9 @@ from quantize.checkpoint.tensors import DTYPE_NAMES, TensorInfo
 from quantize.nvfp4.format import BLOCK, NvFp4
 
 INPUT_SCALE = 1.0
-"""The input scale of a quantized layer without calibration."""
+"""The input scale where nobody knows a layer's inputs. Kernels that quantize activations to NVFP4
+lose a block of 16 inputs whose largest is below ``6 * 2**-10`` then (half the smallest E4M3 scale),
+so this is written only for who asks for it."""
 
 
 class Layout(Protocol):
@@ -24,6 +26,8 @@ class Layout(Protocol):
             hold them: codes, block scale, global scale and, unless the layout is for weights only,
             input scale.
         reciprocal: whether global and input scales are stored as their reciprocals, which divide.
+        weights_only: the same layout as it describes checkpoints whose activations stay floats, and
+            so without input scales; the layout itself if it is one for weights alone.
         config_files: the names of the JSON files that it writes beside ``config.json``.
     """
 
@@ -31,6 +35,9 @@ class Layout(Protocol):
     suffixes: tuple[str, ...]
     reciprocal: bool
     config_files: tuple[str, ...]
+
+    @property
+    def weights_only(self) -> Layout: ...
 
     def __hash__(self) -> int:
         """Layouts are single objects, by which sizes are cached."""
@@ -62,7 +69,11 @@ class Layout(Protocol):
         """The contents of ``config_files``, by name. ``ignore`` is as above."""
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
-        """Whether a checkpoint with this ``quantization_config`` is NVFP4 in this layout."""
+        """Whether a checkpoint with this ``quantization_config`` is NVFP4 in this layout.
+
+        ``weights_only`` describes those whose activations all stay floats, and the layout itself
+        all others.
+        """
 
 
 def stored_tensors(module: str, shape: tuple[int, int], layout: Layout) -> tuple[TensorInfo, ...]:

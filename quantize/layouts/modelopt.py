@@ -34,12 +34,25 @@ def algorithm(entry: dict[str, Any]) -> str:
 
 
 class ModelOpt:
-    """See ``quantize.layouts.layout.Layout``."""
+    """See ``quantize.layouts.layout.Layout``.
+
+    Args:
+        activations: activations are quantized too, ``NVFP4``; else ``W4A16_NVFP4``.
+    """
 
     name = "modelopt"
-    suffixes = ("weight", "weight_scale", "weight_scale_2", "input_scale")
     reciprocal = False
     config_files = ("hf_quant_config.json",)
+
+    def __init__(self, activations: bool = True) -> None:
+        self._activations = activations
+        self._algorithm = "NVFP4" if activations else "W4A16_NVFP4"
+        inputs = ("input_scale",) if activations else ()
+        self.suffixes = ("weight", "weight_scale", "weight_scale_2", *inputs)
+
+    @property
+    def weights_only(self) -> ModelOpt:
+        return MODELOPT_WEIGHTS
 
     def store(self, weight: NvFp4) -> dict[str, torch.Tensor]:
         return {
@@ -49,6 +62,8 @@ class ModelOpt:
         }
 
     def store_input_scale(self, input_scale: float) -> dict[str, torch.Tensor]:
+        if not self._activations:
+            return {}
         return {"input_scale": torch.tensor(input_scale, dtype=torch.float32)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> tuple[NvFp4, torch.Tensor | None]:
@@ -61,11 +76,11 @@ class ModelOpt:
         arguments = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
         return {
             "quant_method": "modelopt",
-            "quant_algo": "NVFP4",
+            "quant_algo": self._algorithm,
             "group_size": BLOCK,
             "config_groups": {
                 "group_0": {
-                    "input_activations": arguments,
+                    "input_activations": arguments if self._activations else None,
                     "weights": arguments,
                     "targets": ["Linear"],
                 }
@@ -76,7 +91,7 @@ class ModelOpt:
 
     def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
         quantization = {
-            "quant_algo": "NVFP4",
+            "quant_algo": self._algorithm,
             "kv_cache_quant_algo": None,
             "group_size": BLOCK,
             "exclude_modules": ignore,
@@ -97,10 +112,11 @@ class ModelOpt:
         if algorithm(fields) != MIXED or not isinstance(layers, dict):
             # A mixed checkpoint without its map of layers may hold NVFP4: the map may be in
             # hf_quant_config.json.
-            return algorithm(fields) in (*WEIGHT_ONLY, MIXED)
-        return any(
+            return algorithm(fields) in (self._algorithm, *[MIXED] * self._activations)
+        return self._activations and any(
             algorithm(entry) in WEIGHT_ONLY for entry in layers.values() if isinstance(entry, dict)
         )
 
 
 MODELOPT = ModelOpt()
+MODELOPT_WEIGHTS = ModelOpt(activations=False)

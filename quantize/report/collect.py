@@ -21,7 +21,9 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
     """The report's contents; the same for a run in one go and one that was resumed."""
     lost = record.errors(plan)
     settings = plan.options.calibration
-    staged = Staged(record.calibration) if settings else None
+    rounded = settings if settings and settings.method is not None else None
+    ranges = settings if plan.options.activations else None
+    staged = Staged(record.calibration) if rounded else None
     return RunReport(
         source=record.source,
         target=record.target.name,
@@ -36,14 +38,17 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
         bytes_after=plan.nbytes,
         layers=[_layer(checkpoint, plan, group, lost, staged) for group in plan.groups],
         dense=_dense(checkpoint, plan, lost) if plan.dense else None,
-        calibration=_settings(settings) if settings else None,
+        calibration=_settings(rounded) if rounded else None,
+        activations="nvfp4" if plan.options.activations else "bf16",
+        input_scales=_settings(ranges) if ranges else None,
         fingerprint=record.fingerprint,
     )
 
 
 def _settings(used: Calibration) -> CalibrationReport:
     samples, length = used.num_samples, used.sequence_length
-    return CalibrationReport(used.text, samples, length, used.method, used.every_expert, MIN_TOKENS)
+    method, every = used.method or "", used.every_expert
+    return CalibrationReport(used.text, samples, length, method, every, MIN_TOKENS)
 
 
 def _layer(

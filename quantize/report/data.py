@@ -27,9 +27,11 @@ class CalibrationReport:
         text: where the text is from, as the user said it.
         num_samples: how many samples of text.
         sequence_length: tokens in each sample.
-        method: the rounding of experts that were given enough tokens.
+        method: the rounding of experts that were given enough tokens; empty if only the ranges of
+            inputs were gathered.
         every_expert: experts were calibrated with all tokens, not only those routed to them.
-        min_tokens: an expert with fewer tokens is rounded to nearest instead.
+        min_tokens: an expert with fewer tokens is rounded to nearest instead, and has its layer's
+            input scales.
     """
 
     text: str
@@ -104,6 +106,9 @@ class RunReport:
         layers: one entry for each layer's experts.
         dense: the dense linears, if they were quantized too.
         fingerprint: of the run (``Plan.fingerprint``).
+        activations: ``nvfp4`` if the checkpoint says that activations are quantized too; ``bf16``
+            if only weights are.
+        input_scales: how the input scales were found; None if there are none, or all are 1.0.
     """
 
     source: str
@@ -118,6 +123,8 @@ class RunReport:
     dense: LayerReport | None = None
     calibration: CalibrationReport | None = None
     fingerprint: str = ""
+    activations: str = "bf16"
+    input_scales: CalibrationReport | None = None
 
 
 def dumps(run: RunReport) -> str:
@@ -142,9 +149,9 @@ def loads(text: str | bytes) -> RunReport:
         parts = _fields(RunReport, value)
         parts["layers"] = [_layer(layer) for layer in parts["layers"]]
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
-        if parts["calibration"]:
-            settings = _fields(CalibrationReport, parts["calibration"])
-            parts["calibration"] = CalibrationReport(**settings)
+        for name in ("calibration", "input_scales"):
+            if parts[name]:
+                parts[name] = CalibrationReport(**_fields(CalibrationReport, parts[name]))
         return RunReport(**parts)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise QuantizeError(f"not a report of nvfp4-moe ({error!r})") from error

@@ -29,7 +29,6 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.run.plan import Plan, plan
 from quantize.run.record import Record
-from quantize.run.staged import Staged
 from quantize.run.version import package_version
 from quantize.run.workers import Progress, all_devices, make_shards
 
@@ -231,7 +230,7 @@ def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
             "package; both must be the same on all machines"
         )
     record = Record(Path(target), fingerprint)
-    return checkpoint, steps.with_staged(Staged(record.calibration)), record, threads
+    return checkpoint, steps.calibrated(record.calibration), record, threads
 
 
 def _ours(cause: Any) -> QuantizeError:

@@ -5,7 +5,9 @@ A job depends on no other job, so jobs run in any order, on any thread, device o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import INPUT_SCALE, Layout, stored_nbytes, stored_tensors
+from quantize.nvfp4.format import NvFp4
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
 from quantize.run.shards import ShardWriter
 from quantize.run.staged import Staged
@@ -125,6 +128,7 @@ class QuantizeExpert:
         rule: a key of ``quantize.nvfp4.scales.RULES``.
         nbytes: how many bytes of the source it reads.
         decoded: the source is stored in a quantized format, and comes as float32.
+        input_scale: where the layout has input scales.
     """
 
     group: ExpertGroup
@@ -135,6 +139,7 @@ class QuantizeExpert:
     rule: str
     nbytes: int
     decoded: bool
+    input_scale: float = INPUT_SCALE
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -182,9 +187,10 @@ class QuantizeExpert:
             checkpoint.will_need(name, self.expert if group.fused else None, experts)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        stores = partial(_stored, self.layout, self.input_scale)
         weights = self.weights(worker)
         return _quantize(
-            weights, self.modules, self.tensor_names, self.rule, self.layout, worker, writer
+            weights, self.modules, self.tensor_names, self.rule, stores, worker, writer
         )
 
 
@@ -276,8 +282,9 @@ class QuantizeLinears:
             checkpoint.will_need(name)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
+        stores = partial(_stored, self.layout, INPUT_SCALE)
         weights = [worker.load(name) for name in self.names]
-        return _quantize(weights, self.modules, self.names, self.rule, self.layout, worker, writer)
+        return _quantize(weights, self.modules, self.names, self.rule, stores, worker, writer)
 
 
 @dataclass(frozen=True)
@@ -318,12 +325,16 @@ class Biases:
         return []
 
 
+def _stored(layout: Layout, input_scale: float, weight: NvFp4) -> dict[str, torch.Tensor]:
+    return layout.store(weight) | layout.store_input_scale(input_scale)
+
+
 def _quantize(
     weights: list[torch.Tensor],
     modules: tuple[str, ...],
     tensor_names: tuple[str, ...],
     rule: str,
-    layout: Layout,
+    stores: Callable[[NvFp4], dict[str, torch.Tensor]],
     worker: Worker,
     writer: ShardWriter,
 ) -> list[WeightError]:
@@ -336,8 +347,7 @@ def _quantize(
         ) from None
     lost = []
     for module, result in zip(modules, results, strict=True):
-        stored = layout.store(result.weight) | layout.store_input_scale(INPUT_SCALE)
-        for suffix, tensor in stored.items():
+        for suffix, tensor in stores(result.weight).items():
             writer.write(f"{module}.{suffix}", worker.to_host(tensor))
         lost.append(WeightError(module, result.noise, result.signal, result.counts.tolist()))
     return lost

@@ -14,14 +14,15 @@ rounded to nearest, and its input scales are those of its layer."""
 
 @dataclass(frozen=True)
 class Calibration:
-    """See ``--calibrate`` and the options beside it.
+    """See ``--calibrate``, ``--input-scales`` and the options beside them.
 
     Attributes:
         text: where the text is from, as the user said it.
         num_samples: how many sequences of tokens there are.
         sequence_length: how many tokens each of them has.
         digest: of the tokens themselves.
-        method: a key of ``quantize.nvfp4.rounding.METHODS``.
+        method: a key of ``quantize.nvfp4.rounding.METHODS``; None: only the ranges of experts'
+            inputs are gathered, and weights are rounded to nearest.
         every_expert: calibrate each expert with all tokens, not only with those routed to it.
     """
 
@@ -29,7 +30,7 @@ class Calibration:
     num_samples: int
     sequence_length: int
     digest: str
-    method: str = "descent"
+    method: str | None = "descent"
     every_expert: bool = False
 
 
@@ -40,6 +41,8 @@ class Options:
     Attributes:
         layout: a key of ``quantize.layouts.LAYOUTS``.
         scales: a key of ``quantize.nvfp4.scales.RULES``.
+        activations: the checkpoint says that activations are quantized to NVFP4 too, and has input
+            scales: those that calibration finds, else 1.0, by which kernels lose small inputs.
         max_shard_size: bytes; a shard exceeds it only if a single tensor does.
         gate: the experts' gate, if the user states it; else it is identified.
         include: patterns of module paths (``fnmatch``); if there are any, only layers' experts and
@@ -52,6 +55,7 @@ class Options:
 
     layout: str = "modelopt"
     scales: str = "max"
+    activations: bool = False
     max_shard_size: int = 5 * 10**9
     gate: Gate | None = None
     include: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint.reader import Checkpoint
@@ -26,6 +27,7 @@ from quantize.layouts import LAYOUTS
 from quantize.layouts.layout import Layout
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
 from quantize.run.options import Options, matches
+from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 from quantize.run.version import package_version
 
@@ -91,18 +93,30 @@ class Plan:
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-    def with_staged(self, staged: Staged) -> Plan:
-        """The plan as it is carried out: what calibration has rounded is copied from ``staged``.
+    def calibrated(self, folder: Path) -> Plan:
+        """The plan as it is carried out, with what calibration has left in ``folder``: what it has
+        rounded is copied, or weights get the input scales that it has found.
 
         Without calibration, the plan itself.
+
+        Raises:
+            QuantizeError: if input scales are not there.
         """
         if not self.options.calibration:
             return self
-        shards: list[list[Job]] = [
-            [CopyStaged(job, staged) if isinstance(job, QuantizeExpert) else job for job in jobs]
-            for jobs in self.shards
-        ]
-        return replace(self, shards=shards)
+        staged = Staged(folder)
+        with_ranges = self.options.calibration.method is None
+        scales = {g.prefix: Ranges(folder).of(g) for g in self.groups} if with_ranges else {}
+
+        def carried_out(job: Job) -> Job:
+            if not isinstance(job, QuantizeExpert):
+                return job
+            if not with_ranges:
+                return CopyStaged(job, staged)
+            gate_up, down = scales[job.group.prefix][job.expert]
+            return replace(job, input_scale=gate_up if job.gate_up else down)
+
+        return replace(self, shards=[list(map(carried_out, jobs)) for jobs in self.shards])
 
 
 def plan(
@@ -150,10 +164,12 @@ def plan(
     unquantized = [group.prefix for group in found if group not in groups]
     for prefix in (*unquantized, *left_as_is(checkpoint)):
         left |= ignored_modules(prefix)
-    jobs = _jobs(checkpoint, groups, dense, gates, LAYOUTS[options.layout], options.scales)
+    layout = LAYOUTS[options.layout]
+    layout = layout if options.activations else layout.weights_only
+    jobs = _jobs(checkpoint, groups, dense, gates, layout, options.scales)
     shards = _into_shards(jobs, options.max_shard_size)
     _check_unique(shards)
-    return Plan(options, found, groups, dense, gates, LAYOUTS[options.layout], sorted(left), shards)
+    return Plan(options, found, groups, dense, gates, layout, sorted(left), shards)
 
 
 def _check_patterns(

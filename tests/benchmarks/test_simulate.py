@@ -140,7 +140,7 @@ def test_without_rounded_inputs_it_is_transformers_own_experts(architecture: str
 def quantized(architecture: str, layout: str, folder: Path) -> Path:
     """A tiny model in NVFP4, with an input scale of its own for every expert and projection."""
     with Checkpoint(tiny.save(architecture, folder / "source")) as source:
-        execute(source, plan(source, Options(layout=layout)), folder / "nvfp4")
+        execute(source, plan(source, Options(layout=layout, activations=True)), folder / "nvfp4")
     file = folder / "nvfp4" / "model.safetensors"
     tensors, generator = load_file(file), torch.Generator().manual_seed(2)
     for name, tensor in tensors.items():

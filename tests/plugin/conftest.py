@@ -19,7 +19,8 @@ Loader = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    """``load(folder, **engine_args)``: the model's MoE runners by layer name, as vLLM built them.
+    """``load(folder, **engine_args)``: the model's MoE runners by layer name, as vLLM built them,
+    and its draft model's, if ``engine_args`` ask for one.
 
     Everything up to the weights is vLLM's own code: argument parsing, config, model, loader.
     """
@@ -42,6 +43,9 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
                 init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
                 initialize_model_parallel(1, 1)
             model = get_model(vllm_config=config)
+            if config.speculative_config is not None:  # as vLLM's proposers do
+                draft = config.speculative_config.draft_model_config
+                model.draft = get_model(vllm_config=config, model_config=draft)
         layers = config.compilation_config.static_forward_context
         runners = {n: layer for n, layer in layers.items() if hasattr(layer, "routed_experts")}
         runners["model"] = model  # keeps it alive

@@ -54,7 +54,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             x, weights, ids = batch(moe.hidden_dim, moe.num_experts, moe.experts_per_token)
             outputs[name] = layer.quant_method.apply(layer, x, weights, ids, None, None)
     del model
-    check = config.quant_config.self_check
+    check = config.quant_config.context.self_check
     return {"outputs": outputs, "worst": check.worst, "skipped": check.skipped}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -81,35 +82,86 @@ def test_versions(monkeypatch, caplog, found: str | None, accepted: bool) -> Non
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_claims_only_when_asked(quantized: dict[str, Path], layout: str) -> None:
-    """Without ``--quantization nvfp4_moe``, vLLM resolves our folders to its own methods."""
-    import json
+def test_what_it_claims(quantized: dict[str, Path], layout: str) -> None:
+    """What it is asked for, and what has a contract and names no other method."""
+    from types import SimpleNamespace
 
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
-    config = json.loads((quantized[layout] / "config.json").read_text())["quantization_config"]
+    config = json.loads((quantized[layout] / "config.json").read_text())
+    stored = config["quantization_config"]
     claim = NvFp4MoEConfig.override_quantization_method
-    assert claim(config, "nvfp4_moe") == "nvfp4_moe"
-    for asked in (None, "modelopt_fp4", "compressed-tensors", "fp8"):
-        assert claim(config, asked) is None
-    assert claim({"quant_method": "fp8"}, "fp8") is None
-    assert claim(None, None) is None
+    without = SimpleNamespace()
+    ours = SimpleNamespace(nvfp4_moe=config["nvfp4_moe"])
+    assert claim(stored, "nvfp4_moe", without) == claim(stored, None, ours) == "nvfp4_moe"
+    assert claim(stored, None, without) is claim(stored, None) is None
+    for asked in ("modelopt_fp4", "compressed-tensors", "fp8"):
+        assert claim(stored, asked, ours) is None
+    for other in ({"quant_method": "fp8"}, None):
+        assert claim(other, "fp8", ours) is claim(other, None, ours) is claim(other, None) is None
 
 
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [("modelopt", "modelopt_fp4"), ("compressed-tensors", "compressed-tensors")],
-)
-def test_vllm_itself_recognises_the_folders(
-    quantized: dict[str, Path], layout: str, expected: str
+STOCK = [("modelopt", "modelopt_fp4"), ("compressed-tensors", "compressed-tensors")]
+
+
+@pytest.mark.parametrize(("layout", "stock"), STOCK)
+def test_without_the_flag(
+    quantized: dict[str, Path], tmp_path: Path, layout: str, stock: str
 ) -> None:
-    """vLLM's own resolution, without and with the flag."""
+    """vLLM's own resolution: a contract is enough, and it is needed."""
     from vllm.engine.arg_utils import EngineArgs
 
-    folder = str(quantized[layout])
-    assert EngineArgs(model=folder).create_model_config().quantization == expected
-    ours = EngineArgs(model=folder, quantization="nvfp4_moe").create_model_config()
-    assert ours.quantization == "nvfp4_moe"
+    from tests.plugin.conftest import Damage
+
+    folder = quantized[layout]
+    for asked in (None, "nvfp4_moe"):
+        config = EngineArgs(model=str(folder), quantization=asked).create_model_config()
+        assert config.quantization == "nvfp4_moe"
+    without = Damage(folder, tmp_path / "copy").config(lambda c: c.pop("nvfp4_moe"))
+    assert EngineArgs(model=str(without)).create_model_config().quantization == stock
+    told = {"nvfp4_moe": json.loads((folder / "config.json").read_text())["nvfp4_moe"]}
+    config = EngineArgs(model=str(without), hf_overrides=told).create_model_config()
+    assert config.quantization == "nvfp4_moe"
+
+
+def test_without_the_flag_as_the_hub_publishes_it(m3_nano_hub: Path, tmp_path: Path) -> None:
+    """vLLM has a config class of its own for MiniMax-M3, and texts nested in it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from quantize.checkpoint.reader import Checkpoint
+    from quantize.execute import execute
+    from quantize.run.plan import plan
+
+    with Checkpoint(m3_nano_hub) as source:
+        execute(source, plan(source), tmp_path / "hub")
+    args = EngineArgs(model=str(tmp_path / "hub"))
+    assert args.create_model_config().quantization == "nvfp4_moe"
+
+
+@pytest.mark.parametrize(("layout", "stock"), STOCK)
+def test_naming_vllms_own_method(
+    quantized: dict[str, Path], tmp_path: Path, monkeypatch, layout: str, stock: str
+) -> None:
+    """It is obeyed, with one warning if vLLM may apply another gate."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tests.plugin.conftest import Damage
+    from vllm_nvfp4_moe import config
+
+    warnings: list[str] = []
+    warn = lambda text, *args: warnings.append(text % args)  # noqa: E731
+    monkeypatch.setattr(config.logger, "warning_once", warn)
+    folder = quantized[layout]
+    chosen = EngineArgs(model=str(folder), quantization=stock).create_model_config()
+    assert chosen.quantization == stock
+    (warning,) = warnings
+    assert warning.startswith("THE GATE MAY BE WRONG, AND THE TEXT WITH IT: this checkpoint's")
+    assert "swiglu_oai(alpha=1.702, beta=1, limit=7), and --quantization " + stock in warning
+    silu = Damage(folder, tmp_path / "silu").config(
+        lambda c: c["nvfp4_moe"].update(gate={"form": "silu"})
+    )
+    chosen = EngineArgs(model=str(silu), quantization=stock).create_model_config()
+    assert (chosen.quantization, len(warnings)) == (stock, 1)
 
 
 def test_everything_but_experts_is_stock(load, shallow: dict[str, Path]) -> None:

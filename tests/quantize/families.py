@@ -4,6 +4,7 @@
 """
 
 import ast
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -117,7 +118,9 @@ OF_LAYERS = (
 config class derives them again."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "axk1": {"head_dim": 8},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "deepseek_v3": {"head_dim": 8},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["sparse"] * 2}},
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "moe_intermediate_size": 48, "top_k_experts": 2},
@@ -130,6 +133,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "gemma4": {"text_config": {"enable_moe_block": True}},
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    },
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "mlp_layer_types": ["sparse"] * 2}},
     "granitemoehybrid": {
         "mamba_n_heads": 4,
@@ -137,7 +143,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * 2,
     },
     "lfm2_moe": {"layer_types": ["full_attention"] * 2},
-    "longcat_flash": {"zero_expert_num": 2},
+    "longcat_flash": {"zero_expert_num": 2, "qk_head_dim": 16, "head_dim": 8},
+    "mimo_v2_flash": {"num_key_value_heads": 1},
     "minimax_m3_vl": {"projector_hidden_size": 32},
     "qwen3_omni_moe": {
         "thinker_config": {"audio_config": {"encoder_attention_heads": 2, "output_dim": 32}},
@@ -147,7 +154,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "step3p7": {
-        "text_config": {"mlp_layer_types": ["sparse"] * 2, "swiglu_limits": [0.0, 7.0]},
+        "text_config": {
+            "mlp_layer_types": ["sparse"] * 2,
+            "swiglu_limits": [0.0, 7.0],
+            "sliding_window": 8,
+        },
     },
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -176,13 +187,13 @@ def classes() -> dict[str, str]:
     return found
 
 
-def config(family: str) -> PreTrainedConfig:
-    """A tiny config of the family, of its top-level config class."""
+def config(family: str, **more: Any) -> PreTrainedConfig:
+    """A tiny config of the family, of its top-level config class, with ``more`` fields."""
     cls = transformers.CONFIG_MAPPING[
         {"nllb_moe": "nllb-moe", "inkling": "inkling_text"}.get(family, family)
     ]
     values = shrunk(cls().to_dict())
-    return cls(**merged(values, SPECIAL.get(family, {})))
+    return cls(**merged(merged(values, copy.deepcopy(SPECIAL.get(family, {}))), more))
 
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:
@@ -208,10 +219,10 @@ def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def build(family: str) -> torch.nn.Module:
-    """The tiny model in bfloat16. No two parameters have the same values."""
+def build(family: str, **more: Any) -> torch.nn.Module:
+    """The tiny model in bfloat16, of :func:`config`. No two parameters have the same values."""
     torch.manual_seed(0)
-    small = config(family)
+    small = config(family, **more)
     model: Any = next(mapping[type(small)] for mapping in MAPPINGS if type(small) in mapping)
     model = (model[0] if isinstance(model, tuple) else model)(small)
     with torch.no_grad():

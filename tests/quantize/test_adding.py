@@ -124,9 +124,9 @@ def test_a_rounding(layout: str, register: Register, saved: Folders, tmp_path: P
     tokens = torch.randint(1, 16, (4, 64), generator=torch.Generator().manual_seed(0))
     calibration = Calibration("text", 4, 64, digest_of(tokens), "nearest", every_expert=True)
     with Checkpoint(source) as checkpoint:
-        steps = plan(checkpoint, Options(layout=layout, calibration=calibration))
+        steps = plan(checkpoint, Options(layout=layout, activations=True, calibration=calibration))
         execute(checkpoint, steps, tmp_path / "calibrated", samples=tokens)
-    convert(source, tmp_path / "plain", layout=layout)
+    convert(source, tmp_path / "plain", layout=layout, activations=True)
     ours, theirs = weights_of(tmp_path / "calibrated"), weights_of(tmp_path / "plain")
     assert list(ours) == list(theirs)
     inputs = [name for name in ours if name.endswith("input_scale")]

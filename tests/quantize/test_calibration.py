@@ -74,7 +74,7 @@ def calibrated(
 ) -> Path:
     settings = Calibration("text", *rows.shape, digest_of(rows), **more.pop("settings", GPTQ))
     with Checkpoint(source) as checkpoint:
-        steps = plan(checkpoint, replace(options, calibration=settings))
+        steps = plan(checkpoint, replace(options, calibration=settings, activations=True))
         execute(checkpoint, steps, target, samples=rows, **more)
     return target
 
@@ -173,9 +173,13 @@ def test_nothing_else_changes(m3_nano: Path, whole: Path) -> None:
         assert verify(original, quantized).problems == []
 
 
+@pytest.mark.parametrize("method", ["gptq", None])
 def test_input_scales_are_those_of_what_experts_are_given(
-    m3_nano: Path, whole: Path, rows: torch.Tensor
+    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, method: str | None
 ) -> None:
+    """Calibrated, and gathered alone: then down's are those of the original gate and up."""
+    if method is None:
+        whole = calibrated(m3_nano, tmp_path / "out", rows, settings={"method": None})
     model: Any = AutoModelForCausalLM.from_pretrained(m3_nano, dtype=torch.float32).eval()
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, layer in enumerate(model.model.layers[1:], 1):
@@ -195,6 +199,14 @@ def test_input_scales_are_those_of_what_experts_are_given(
                 base = f"model.layers.{number}.mlp.experts.{expert}"
                 for name in ("gate_proj", "up_proj"):
                     got = float(file.get_tensor(f"{base}.{name}.input_scale"))
+                    assert got == pytest.approx(want, rel=1e-4)
+                if method is None:
+                    experts = model.model.layers[number].mlp.experts
+                    gate, up = (x[chosen] @ experts.gate_up_proj[expert].T).chunk(2, -1)
+                    gate, up = gate.clamp(max=7), up.clamp(-7, 7)  # SwiGLU-OAI, as published
+                    given = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+                    want = 2 * float(given.abs().max()) / (6 * 448)
+                    got = float(file.get_tensor(f"{base}.down_proj.input_scale"))
                     assert got == pytest.approx(want, rel=1e-4)
 
 
@@ -463,6 +475,11 @@ def verified(source: Path, target: Path) -> list[str]:
     [
         (("--calibrate", "nowhere.txt"), "nowhere.txt: cannot be read as text"),
         (("--rounding", "gptq"), "--rounding needs --calibrate"),
+        (("--input-scales", "few.txt", "--rounding", "gptq"), "--rounding needs --calibrate"),
+        (("--input-scales", "few.txt"), "tokens, 32 rows of 2048 need 65536; give more text"),
+        (("--input-scales", "few.txt", "--calibrate", "few.txt"), "leave --input-scales out"),
+        (("--input-scales", "few.txt", "--activations", "bf16"), "leave one out"),
+        (("--input-scales", "few.txt", "--all-linears"), "of experts, not of --all-linears"),
         (("--calibration-rows", "8"), "--calibration-rows needs --calibrate"),
         (("--calibrate", "few.txt"), "tokens, 128 rows of 2048 need 262144; give more text"),
     ],
@@ -472,7 +489,7 @@ def test_what_the_command_refuses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few.txt").write_text("x = 1\n")
-    code = 2 if "needs --calibrate" in message else 1
+    code = 1 if "tokens, " in message or "cannot be read" in message else 2
     assert message in refusal("quantize", qwen, tmp_path / "out", *what, code=code)
     assert not (tmp_path / "out").exists()
 

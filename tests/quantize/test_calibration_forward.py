@@ -28,33 +28,29 @@ FAMILIES = {family for name, family in families.classes().items()
             if name not in families.UNSUPPORTED}  # fmt: skip
 
 NOT_RUN = {
-    "axk1": "fails on text",  # as Transformers' own does, with sizes as small as these
     "dbrx": "not found",  # blocks, not layers
-    "deepseek_v3": "fails on text",  # likewise; with another head_dim below
     "diffusion_gemma": "fails on text",
     "ernie4_5_vl_moe": "is not there",  # images' experts, which text does not go to
-    "gemma4": "fails on text",
-    "glm4v_moe": "fails on text",  # likewise
     "jetmoe": "takes inputs, expert_size",
     "llama4": "takes hidden_states",
-    "longcat_flash": "fails on text",  # likewise
-    "mimo_v2_flash": "fails on text",  # likewise
+    "longcat_flash": "sends tokens to expert [45]",  # zero experts
     "openai_privacy_filter": "fails on text",
     "qwen3_omni_moe": "fails on text",  # three models in one
-    "step3p7": "fails on text",  # likewise
 }
 """Part of the error for each family whose tiny model cannot be calibrated."""
 
 
 class Counting:
-    """A visitor that counts."""
+    """A visitor that counts, and keeps what experts are given."""
 
     def __init__(self) -> None:
         self.groups: list[str] = []
         self.tokens = 0
+        self.inputs: list[torch.Tensor] = []
 
     def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
         self.groups.append(group.prefix)
+        self.inputs.append(routing.x.clone())
         self.tokens += int(routing.counts.sum())
 
     def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
@@ -83,16 +79,39 @@ def run_forward(
 
 def whole(folder: Path, ours: LayerwiseModel, rows: torch.Tensor) -> torch.Tensor:
     """The same from Transformers' model, loaded and run as its users do."""
+    return layers_and_inputs(folder, ours, rows)[0][-1]
+
+
+def layers_and_inputs(
+    folder: Path, ours: LayerwiseModel, rows: torch.Tensor, **more: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What each layer returns, and what each layer's experts are given, in Transformers' model.
+
+    ``more`` are fields of its text config.
+    """
     model: Any = type(ours.model).from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager",
         attn_implementation=ours.model.config._attn_implementation,
     ).eval()  # fmt: skip
-    seen: list[Any] = []
-    layer = model.get_submodule(ours.layers_path)[ours.last]
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for name, value in more.items():
+        setattr(model.config.get_text_config(), name, value)
+    states: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
+
+    def keep_output(module: Any, given: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    def keep_input(module: Any, given: Any, named: dict[str, Any]) -> None:
+        x = next(iter((*given, *named.values())))
+        inputs.append(x.reshape(-1, x.shape[-1]).clone())
+
+    for layer in model.get_submodule(ours.layers_path)[: ours.last + 1]:
+        layer.register_forward_hook(keep_output)
+    for site in ours.sites:
+        model.get_submodule(site.path).register_forward_pre_hook(keep_input, with_kwargs=True)
     with torch.no_grad():
         model(input_ids=rows, use_cache=False)
-    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return states, inputs
 
 
 def rows_of(count: int, length: int, high: int = 60) -> torch.Tensor:
@@ -116,6 +135,67 @@ def test_as_transformers(family: str, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "store").iterdir()} == {
         "index.json", *Store(tmp_path / "store").names(states_name(ours.last + 1))
     }  # fmt: skip
+
+
+FOUR = {"num_hidden_layers": 4}
+MIXED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "window": ("mixtral", {"sliding_window": 4}, ""),
+    "GPT-OSS": ("gpt_oss", {"sliding_window": 4} | FOUR, "layer_types"),
+    "MiMo-V2": ("mimo_v2_flash", {"sliding_window": 4} | FOUR, "layer_types"),
+    "Step-3.7": (
+        "step3p7",
+        {"text_config": {"sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"]}},
+        "layer_types",
+    ),
+    "Gemma4, embeddings of each layer": (
+        "gemma4",
+        {"text_config": FOUR | {"sliding_window": 4, "hidden_size_per_layer_input": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2}},
+        "layer_types",
+    ),
+    "Qwen3-Next": (
+        "qwen3_next", FOUR | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        "layer_types",
+    ),
+    "Jamba": (
+        "jamba",
+        FOUR | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+            "expert_layer_offset": 1},
+        "layers_block_type",
+    ),
+    "Granite hybrid": (
+        "granitemoehybrid", FOUR | {"layer_types": ["mamba", "full_attention"] * 2}, "layer_types"
+    ),
+    "LFM2": ("lfm2_moe", FOUR | {"layer_types": ["conv", "full_attention"] * 2}, "layer_types"),
+    "DeepSeek-V3, groups and dense layers": (
+        "deepseek_v3",
+        FOUR | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2},
+        "",
+    ),
+}  # fmt: skip
+"""Models whose layers differ, and whose windows are shorter than the texts: family, fields of the
+config, and the field that says the layers' kinds."""
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_layers_that_differ_and_windows(case: str, tmp_path: Path) -> None:
+    family, more, kinds = MIXED[case]
+    model = families.build(family, **more)
+    config: Any = model.config.get_text_config()
+    assert not kinds or len(set(getattr(config, kinds))) == 2
+    folder = families.save(model, family, families.LAYOUTS[0], tmp_path / "m")
+    rows, visitor = rows_of(3, 24), Counting()
+    found, ours = run_forward(folder, Store(tmp_path / "store"), rows, visitor)
+    states, inputs = layers_and_inputs(folder, ours, rows)
+    assert len(states) == config.num_hidden_layers
+    assert (found - states[-1]).norm() / states[-1].norm() < 1e-6
+    assert len(visitor.inputs) == len(inputs) > 0
+    for got, want in zip(visitor.inputs, inputs, strict=True):
+        assert ((got - want).norm(dim=1) <= 1e-5 * want.norm(dim=1)).all()  # float32 in places
+    if getattr(config, "sliding_window", None) == 4:  # it is in force
+        wide, _ = layers_and_inputs(folder, ours, rows, sliding_window=64)
+        assert (found - wide[-1]).norm() / found.norm() > 1e-3
 
 
 @pytest.mark.parametrize("family", sorted(NOT_RUN))

@@ -228,7 +228,7 @@ def test_inspect_m3_nano(m3_nano: Path) -> None:
     cells = [cell.strip() for cell in row.strip("│┃| ").replace("┃", "│").split("│")]
     # 5 layers x 32 experts x 3 matrices of 128 x 384: bf16, or 4.5 bits and two scalars each.
     now = 5 * 32 * 3 * 128 * 384 * 2
-    after = 5 * 32 * 3 * (128 * 384 // 2 + 128 * 384 // 16 + 8)
+    after = 5 * 32 * 3 * (128 * 384 // 2 + 128 * 384 // 16 + 4)
     assert cells == [
         "model.layers.N.mlp.experts",
         "5",
@@ -287,7 +287,7 @@ def test_inspect_as_json(m3_nano: Path) -> None:
     stays = {row["pattern"]: row for row in shown.pop("unchanged")}
     before = sum(len(raw.data) for raw in reference.read_folder(m3_nano).values())
     now = 5 * 32 * 3 * 128 * 384 * 2
-    after = 5 * 32 * 3 * (128 * 384 // 2 + 128 * 384 // 16 + 8)
+    after = 5 * 32 * 3 * (128 * 384 // 2 + 128 * 384 // 16 + 4)
     assert shown == {
         "source": str(m3_nano),
         "gate": {"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7, "interleaved": False},

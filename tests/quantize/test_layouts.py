@@ -43,6 +43,18 @@ def written(
     folders = {name: tmp_path_factory.mktemp("layouts") / name for name in LAYOUTS}
     for name, folder in folders.items():
         with Checkpoint(saved("minimax_m3")) as source:
+            execute(source, plan(source, Options(layout=name, activations=True)), folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def weights_only(
+    saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The same, as it is by default: nobody has seen the experts' inputs."""
+    folders = {name: tmp_path_factory.mktemp("weights") / name for name in LAYOUTS}
+    for name, folder in folders.items():
+        with Checkpoint(saved("minimax_m3")) as source:
             execute(source, plan(source, Options(layout=name)), folder)
     return folders
 
@@ -123,6 +135,76 @@ def test_store_and_restore_are_inverse(layout: str) -> None:
     assert restored.global_scale.item() == pytest.approx(0.00371, rel=2.0**-22)
     assert restored.global_scale.shape == ()
     assert input_scale.item() == 0.25
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_input_scales_all_else_is_the_same(
+    written: dict[str, Path], weights_only: dict[str, Path], layout: str
+) -> None:
+    scaled, plain = (reference.read_folder(at[layout]) for at in (written, weights_only))
+    inputs = {name for name in scaled if name.endswith(("input_scale", "input_global_scale"))}
+    assert len(inputs) == len(MODULES)
+    assert plain.keys() == scaled.keys() - inputs
+    assert all(plain[name].data == scaled[name].data for name in plain)
+    found = layouts.detect(config_of(weights_only[layout]))
+    assert found is LAYOUTS[layout].weights_only
+    assert layouts.detect(config_of(written[layout])) is LAYOUTS[layout]
+
+
+def test_vllm_reads_the_modelopt_layout_as_weights_only(weights_only: dict[str, Path]) -> None:
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+    folder = weights_only["modelopt"]
+    for file in ("config.json", "hf_quant_config.json"):
+        stored = json.loads((folder / file).read_text())
+        if file == "config.json":
+            stored = stored["quantization_config"]
+            claimed = ModelOptNvFp4Config.override_quantization_method(stored, None)
+            assert claimed == "modelopt_fp4"
+        config = ModelOptNvFp4Config.from_config(stored)
+        # By which vLLM's expert layers leave activations alone, and need no input scales.
+        assert config.quant_method == "W4A16_NVFP4"
+
+
+def test_vllm_reads_the_compressed_tensors_layout_as_weights_only(
+    written: dict[str, Path], weights_only: dict[str, Path]
+) -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    for folder, activations in (
+        (written["compressed-tensors"], True),
+        (weights_only["compressed-tensors"], False),
+    ):
+        config = CompressedTensorsConfig.from_config(config_of(folder))
+        scheme = config.get_scheme_dict(torch.nn.Linear(16, 16), MODULES[0])
+        assert scheme is not None
+        assert scheme["format"] == "nvfp4-pack-quantized"
+        assert (scheme["input_activations"] is not None) is activations
+        assert scheme["weights"].num_bits == 4
+        assert scheme["weights"].group_size == 16
+
+
+def test_ranges_matter_to_kernels_with_four_bit_activations() -> None:
+    """What an input scale of 1.0 does to inputs that are small: see ``INPUT_SCALE``."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def lost(size: float, input_scale: float) -> float:
+        """By exact arithmetic on the values that E4M3 and E2M1 have."""
+        blocks = (x * size).unflatten(-1, (-1, 16))
+        e4m3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+        wanted = blocks.abs().amax(-1, keepdim=True) / 6 / input_scale
+        scale = e4m3[(wanted.unsqueeze(-1) - e4m3).abs().argmin(-1)] * input_scale
+        ratio = torch.where(scale > 0, blocks.abs() / scale, 0)
+        rounded = e2m1[(ratio.unsqueeze(-1) - e2m1).abs().argmin(-1)] * scale * blocks.sign()
+        return float((rounded - blocks).norm() / blocks.norm())
+
+    for size in (1e-3, 3e-3, 1e-2):
+        assert lost(size, 2 * float(x.abs().max()) * size / (6 * 448)) < 0.11
+    assert lost(1e-3, 1.0) > 0.99
+    assert lost(3e-3, 1.0) > 0.5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -31,10 +31,8 @@ SILU = Gate("silu")
 Patterns = tuple[str, ...]
 
 SUFFIXES = {
-    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
-    "compressed-tensors": (
-        *("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
-    ),
+    "modelopt": ("weight", "weight_scale", "weight_scale_2"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale"),
 }
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -174,7 +172,7 @@ def test_linears_follow_the_max_rule_with_one_global_scale_for_fused_siblings(
         (f"{mlp}.down_proj",),
         tuple(f"model.layers.0.mlp.{kind}_proj" for kind in ("gate", "up")),
     )
-    codes_at, blocks_at, scale_at, _ = SUFFIXES[layout]
+    codes_at, blocks_at, scale_at = SUFFIXES[layout]
     for modules in sets:
         scale, wanted = reference.max_rule(*(source[f"{m}.weight"].array() for m in modules))
         for module, (codes, blocks) in zip(modules, wanted, strict=True):

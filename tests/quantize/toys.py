@@ -51,6 +51,10 @@ class WeightOnly:
     reciprocal = False
     config_files = ("toy.json",)
 
+    @property
+    def weights_only(self) -> WeightOnly:
+        return self
+
     def store(self, weight: NvFp4) -> dict[str, torch.Tensor]:
         return {"q": weight.codes, "s": weight.block_scale, "g": weight.global_scale.reshape(())}
 

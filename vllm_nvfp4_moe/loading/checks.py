@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from vllm.distributed.eplb.eplb_state import EplbState
 
 from quantize.nvfp4.format import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
 from vllm_nvfp4_moe.errors import RefusedError
@@ -73,6 +74,10 @@ class ExpertLoads:
                 f"intermediate size {inner} cannot be split over {config.tp_size} ranks in blocks "
                 f"of {BLOCK}; use a smaller --tensor-parallel-size or --enable-expert-parallel"
             )
+        redundant = config.num_experts - config.num_logical_experts
+        self._logical = EplbState.build_initial_global_physical_to_logical_map(
+            layer.global_num_experts - redundant, redundant
+        )
         up = (inner, hidden)
         self._sizes = {"w1": up, "w3": up, "w2": (hidden, inner)}
 
@@ -82,6 +87,27 @@ class ExpertLoads:
         layer = self._layer()
         assert layer is not None
         return layer
+
+    def copies(self, expert: int) -> list[int]:
+        """The experts that begin as the checkpoint's ``expert``: itself, and with EPLB its
+        redundant copies. Empty for such a copy, which has come with the expert itself: of stacked
+        experts, vLLM loads no copies.
+        """
+        if expert >= len(self._logical):
+            self.refuse(f"the checkpoint has an expert {expert}, the model {len(self._logical)}")
+        if self._logical[expert] != expert:
+            return []
+        return [copy for copy, logical in enumerate(self._logical) if logical == expert]
+
+    def stacked(self, count: int) -> list[int]:
+        """The experts that a stack of ``count`` holds: the whole checkpoint's, or those of this
+        rank, which some of vLLM's models pick out."""
+        all_experts = [each for each, logical in enumerate(self._logical) if each == logical]
+        to_local = self.layer._map_global_expert_id_to_local_expert_id
+        ours = [each for each in all_experts if to_local(each) >= 0]
+        if count not in (len(all_experts), len(ours)):
+            self.refuse(f"the checkpoint has {count} experts in one tensor, not {len(all_experts)}")
+        return all_experts if count == len(all_experts) else ours
 
     def refuse(self, problem: str) -> NoReturn:
         """Stop loading, with ``problem`` and the layer's name as the message."""

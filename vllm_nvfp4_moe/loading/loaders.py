@@ -44,7 +44,15 @@ class _WeightLoader(ABC):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        found = self.load(param, loaded_weight, weight_name, shard_id, expert_id)
+        if loaded_weight.dim() == 3:  # a whole stack, as vLLM's Llama-4 hands it over
+            experts = self.loads.stacked(len(loaded_weight))
+            tensors = dict(zip(experts, loaded_weight, strict=True))
+        else:
+            tensors = {expert_id: loaded_weight}
+        found = False
+        for expert, tensor in tensors.items():
+            for copy in self.loads.copies(expert):
+                found |= self.load(param, tensor, weight_name, shard_id, copy)
         return found if return_success else None
 
     @abstractmethod

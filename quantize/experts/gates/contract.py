@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantize.errors import QuantizeError
+from quantize.experts.drafting import is_drafting
 from quantize.experts.gates.gate import Gate
 
 KEY = "nvfp4_moe"
@@ -78,9 +79,12 @@ class Gates:
 
 
 def first_number(path: str) -> int | None:
-    """The layer's number in the contract: the first number in a module path, None if none."""
+    """The layer's number in the contract: the first number in a module path.
+
+    None if there is none, or if it counts multi-token-prediction layers alone, as in ``mtp.0``.
+    """
     found = _NUMBER.search(path)
-    return int(found[1]) if found else None
+    return int(found[1]) if found and not is_drafting(path[: found.start()], {}) else None
 
 
 def to_contract(gates: Gates) -> dict[str, Any]:

@@ -4,6 +4,9 @@ If the class has a method ``_apply_gate``, as those of Transformers do, it is ca
 ``forward`` runs with its GEMMs replaced: the first GEMMs return the chosen numbers, and the input
 of the last GEMM is the result. The module may be on the meta device, since its weights are never
 read.
+
+In the same way, :func:`check_product` sees that ``forward`` does nothing else: a norm, a scale or a
+residual beside the GEMMs and the gate would be lost wherever experts are computed by their gate.
 """
 
 from __future__ import annotations
@@ -30,12 +33,19 @@ _GEMMS = {
     torch.Tensor.bmm,
     torch.Tensor.__matmul__,
 }
-_MARK = 0.125
-"""The value that fills the module's input. By it, GEMMs on the input are told from later ones."""
+_ROUTER_WEIGHTS = (0.75, 0.375)
+"""None is 1 and no sum of them is: a weight that is applied elsewhere is noticed."""
+
+Row = Callable[[torch.Tensor], torch.Tensor]
+"""A function of one row of the first GEMM's outputs; see :class:`Driven`."""
 
 
 class CannotDriveError(Exception):
     """The module's code is not two GEMMs with an elementwise function between them."""
+
+
+class MoreThanProductError(Exception):
+    """The module's code computes something beside two GEMMs and a gate between them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Driven:
 
     gated: bool
     joined: bool
-    run: Callable[[torch.Tensor], torch.Tensor]
+    run: Row
 
 
 def drive(module: torch.nn.Module) -> Driven:
@@ -66,38 +76,69 @@ def drive(module: torch.nn.Module) -> Driven:
     apply_gate: Any = getattr(module, "_apply_gate", None)
     if apply_gate is not None and getattr(module, "has_gate", True):
         return Driven(True, True, lambda row: apply_gate(row.unsqueeze(0)).flatten())
-    module = _on_meta(module)
-    arguments, seen = _first_run(module)
-    assert seen.result is not None
-    first, inner = seen.widths[0], seen.result.shape[-1]
-    joined = first == 2 * inner
-    if set(seen.widths) != {first} or first not in (inner, 2 * inner):
-        raise CannotDriveError(f"its GEMMs give {seen.widths} numbers, its last one takes {inner}")
-    if not joined and len(seen.widths) > 2:
-        raise CannotDriveError(f"it has {len(seen.widths)} GEMMs before the last")
-    gated = joined or len(seen.widths) == 2
+    forward = _Forward(module)
 
     def run(row: torch.Tensor) -> torch.Tensor:
-        gemms = _Gemms(row.view(2, -1) if gated and not joined else row)
-        with gemms, torch.no_grad():
-            module(*arguments)
+        gemms, _ = forward.run(row)
         assert gemms.result is not None  # the first run had one
         return gemms.result.reshape(-1, gemms.result.shape[-1])[0]
 
-    return Driven(gated, joined, run)
+    return Driven(forward.gated, forward.joined, run)
+
+
+def check_product(module: torch.nn.Module, gate: Row) -> None:
+    """See that ``forward`` is GEMM, gate, GEMM, times the router's weight, and nothing else.
+
+    Args:
+        module: a layer's experts, or one expert.
+        gate: its gate, as ``Driven.run`` takes and gives it.
+
+    Raises:
+        CannotDriveError: if the structure of its ``forward`` is unknown.
+        MoreThanProductError: if something else happens at the experts' inputs, between the GEMMs,
+            or to their output.
+    """
+    forward = _Forward(module)
+    row = 3 * _numbers(forward.width if forward.joined or not forward.gated else 2 * forward.width)
+    try:
+        gemms, output = forward.run(row)
+        before_down = gate(row)
+    except Exception as error:  # the module's code may raise anything
+        raise CannotDriveError(f"its forward fails on plain numbers: {error}") from error
+    assert gemms.result is not None  # the first run had one
+    if not _same(gemms.result, before_down):
+        raise MoreThanProductError("between the first GEMM and the last")
+    if gemms.others:
+        raise MoreThanProductError("in another GEMM")
+    if not _same(output, forward.weight * _numbers(output.shape[-1])):
+        raise MoreThanProductError("after the last GEMM, or to the router's weight")
+
+
+def _same(rows: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether all of ``rows`` ``[..., n]`` are ``want`` ``[n]``; some code computes in float32."""
+    return torch.allclose(rows.double(), want.expand(rows.shape), rtol=1e-4, atol=1e-6)
+
+
+def _numbers(n: int) -> torch.Tensor:
+    """Numbers that differ from each other, float64 ``[n]``; always the same ones."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 class _Gemms(TorchFunctionMode):
     """Replaces every GEMM whose weight is on the meta device.
 
+    The module's input is ``_numbers``. By it, GEMMs on the input are told from later ones.
+
     Args:
         rows: the output of the GEMMs on the module's input, for every row of it. With ``[m]``, each
-            GEMM returns ``rows``. With ``[2, n]``, the first GEMM returns ``rows[0]`` and the
-            second ``rows[1]``. With None, they return zeros. Every other GEMM returns zeros.
+            GEMM returns ``rows``. With ``[2, n]``, an expert's first GEMM returns ``rows[0]`` and
+            its second ``rows[1]``. With None, they return zeros. Every other GEMM returns
+            ``_numbers``.
 
     Attributes:
         widths: the number of outputs of each GEMM on the module's input.
         result: the input of the first GEMM after those; None if there was none yet.
+        others: how many GEMMs had another input than the module's and ``result``.
     """
 
     def __init__(self, rows: torch.Tensor | None) -> None:
@@ -105,6 +146,7 @@ class _Gemms(TorchFunctionMode):
         self.rows = rows
         self.widths: list[int] = []
         self.result: torch.Tensor | None = None
+        self.others = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -113,24 +155,72 @@ class _Gemms(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         x, weight = args[0], args[1]
         takes, gives = weight.shape[-2:] if func is not F.linear else weight.shape[:-3:-1]
-        if x.numel() == 0:  # an expert without tokens
-            first = self.result is None and x.shape[-1] == takes
-        else:
-            first = self.result is None and bool((x == _MARK).all())
-        if first and x.shape[-1] != takes:
-            raise CannotDriveError(f"its first GEMM takes {takes} numbers, not {x.shape[-1]}")
-        row = torch.zeros(gives, dtype=torch.float64)
-        if first and self.rows is not None:
-            row = self.rows if self.rows.ndim == 1 else self.rows[len(self.widths)]
-        if first and x.numel():
-            self.widths.append(gives)
+        row = _numbers(gives)
+        # An expert without tokens takes part in whichever GEMM it is.
+        on_input = self.result is None if x.numel() == 0 else _is_input(x)
+        if on_input:
+            if x.shape[-1] != takes:
+                raise CannotDriveError(f"its first GEMM takes {takes} numbers, not {x.shape[-1]}")
+            if self.rows is None:
+                row = torch.zeros(gives, dtype=torch.float64)
+            else:
+                row = self.rows if self.rows.ndim == 1 else self.rows[len(self.widths) % 2]
+            if x.numel():
+                self.widths.append(gives)
         elif x.numel() and self.result is None:
             self.result = x
-        return row.expand(*x.shape[:-1], -1)
+        elif x.numel() and self.result is not None:
+            same = x.shape[-1] == self.result.shape[-1]
+            same = same and _same(x, self.result.reshape(-1, x.shape[-1])[0])
+            self.others += not same
+        return row.to(x.dtype).expand(*x.shape[:-1], -1)
+
+
+def _is_input(x: torch.Tensor) -> bool:
+    """Whether all of ``x`` is the module's input, which some code casts."""
+    return bool((x == _numbers(x.shape[-1]).to(x.dtype)).all())
+
+
+class _Forward:
+    """A module's ``forward``, with its GEMMs replaced.
+
+    Attributes:
+        gated, joined: see :class:`Driven`.
+        width: the number of outputs of its first GEMM.
+        weight: the sum of the router's weights that it is given for each token.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        """Raises CannotDriveError if the structure is unknown."""
+        self._module = _on_meta(module)
+        self._arguments, seen = _first_run(self._module)
+        assert seen.result is not None
+        first, inner = seen.widths[0], seen.result.shape[-1]
+        self.joined = first == 2 * inner
+        self.width = first
+        if set(seen.widths) != {first} or first not in (inner, 2 * inner):
+            raise CannotDriveError(
+                f"its GEMMs give {seen.widths} numbers, its last one takes {inner}"
+            )
+        given = self._arguments[2:]
+        self.weight = float(given[0].sum()) if given else 1.0
+        experts = given[0].numel() if given else 1
+        if not self.joined and len(seen.widths) > 2 * experts:
+            raise CannotDriveError(f"it has {len(seen.widths)} GEMMs before the last")
+        self.gated = self.joined or len(seen.widths) == 2 * experts
+
+    def run(self, row: torch.Tensor) -> tuple[_Gemms, torch.Tensor]:
+        """Run it with ``row`` (see :class:`Driven`) for the first GEMM; return what was seen and
+        the output."""
+        gemms = _Gemms(row.view(2, -1) if self.gated and not self.joined else row)
+        with gemms, torch.no_grad():
+            output = self._module(*self._arguments)
+        return gemms, output[0] if isinstance(output, tuple) else output
 
 
 def _on_meta(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy with GEMM weights on the meta device and zeros for all else (routers, biases)."""
+    """A copy with GEMM weights on the meta device, zeros for biases, and numbers for all else
+    (routers, norms, scales)."""
     module = copy.deepcopy(module).to("meta").double().eval()
     if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
         config._experts_implementation = "eager"  # so that the class's own forward runs
@@ -138,10 +228,15 @@ def _on_meta(module: torch.nn.Module) -> torch.nn.Module:
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if parameter.ndim < 2 or (stacked and parameter.ndim < 3):
-                zeros = torch.zeros(parameter.shape, dtype=torch.float64)
-                setattr(owner, name, torch.nn.Parameter(zeros, requires_grad=False))
+                values = torch.zeros(parameter.shape, dtype=torch.float64)
+                if "bias" not in name:
+                    values = 2 + _numbers(values.numel()).view(values.shape)
+                setattr(owner, name, torch.nn.Parameter(values, requires_grad=False))
         for name, buffer in list(owner.named_buffers(recurse=False)):
-            setattr(owner, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+            values = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            if buffer.is_floating_point() and "bias" not in name:
+                values += 2 + _numbers(values.numel()).view(values.shape)
+            setattr(owner, name, values)
     return module
 
 
@@ -158,8 +253,11 @@ def _first_run(module: torch.nn.Module) -> tuple[tuple[torch.Tensor, ...], _Gemm
     shapes = [shape for n in sizes for shape in ((1, n), (1, 1, n), (len(weights[0]), n))]
     # One expert per token, then two: LongCat's code fails with one.
     for shape, top_k in itertools.product(shapes, (1, 2) if count > 1 else (1,)):
-        x = torch.full(shape, _MARK, dtype=torch.float64)
-        routing = (torch.arange(top_k).view(1, -1), torch.ones(1, top_k, dtype=torch.float64))
+        x = _numbers(shape[-1]).repeat(*shape[:-1], 1)
+        routing = (
+            torch.arange(top_k).view(1, -1),
+            torch.tensor([_ROUTER_WEIGHTS[:top_k]], dtype=torch.float64),
+        )
         arguments = (x, *routing)[:count]
         gemms = _Gemms(None)
         try:

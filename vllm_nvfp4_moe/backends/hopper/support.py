@@ -37,7 +37,7 @@ def asked() -> str:
     Raises:
         ValueError: if it is none of them.
     """
-    name = settings.activations()
+    name = settings.hopper_activations()
     if name not in KERNELS:
         raise ValueError(f"{settings.ACTIVATIONS}={name}: must be one of {', '.join(KERNELS)}")
     return name

@@ -1,0 +1,207 @@
+"""What vLLM's own config of a layout becomes if its routed experts are ours.
+
+To all of vLLM it is that config: for dense layers, KV caches, lists of what is excluded, and code
+that asks for its class or its name. Only the methods below differ.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm_nvfp4_moe.errors import RefusedError
+from vllm_nvfp4_moe.loading.format import Format
+from vllm_nvfp4_moe.loading.stored import Stored
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from quantize.experts.gates import Gates
+    from vllm_nvfp4_moe.context import ModelContext
+
+logger = logging.getLogger("vllm.nvfp4_moe.config")
+
+
+class ExpertsConfig(Format, QuantizationConfig):
+    """Comes before a config of vLLM's among the bases of each class in
+    :mod:`vllm_nvfp4_moe.formats`.
+
+    Attributes:
+        gates: which gates the experts apply. None until :meth:`maybe_update_config` is called.
+        stored: what is NVFP4 by the checkpoint's headers. Known from then on, too.
+        num_layers: the language model's ``num_hidden_layers``, if it says so.
+        drafts: the model drafts tokens for another, by multi-token-prediction layers.
+    """
+
+    gates: Gates | None = None
+    stored: Stored
+    num_layers: int | None = None
+    drafts = False
+    _watched = False
+
+    @cached_property
+    def context(self) -> ModelContext:
+        """What the layers of the model share, once :meth:`maybe_update_config` was called."""
+        from vllm_nvfp4_moe.context import ModelContext
+        from vllm_nvfp4_moe.self_check import SelfCheck
+        from vllm_nvfp4_moe.summary import Summary
+
+        assert self.gates is not None, "vLLM calls maybe_update_config before it builds layers"
+        check = SelfCheck()
+        return ModelContext(self, self.gates, check, Summary(self, self.gates, check))
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        from vllm.platforms import current_platform
+
+        dtypes = super().get_supported_act_dtypes()
+        # The CPU backend computes in float32 too.
+        return [*dtypes, torch.float32] if current_platform.is_cpu() else dtypes
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Establish which gates the experts apply, by the checkpoint's contract, or by the model's
+        Transformers class if it has none. vLLM calls this once, before it builds layers.
+
+        Args:
+            model_name: the checkpoint's folder or its name on the hub.
+            hf_config: the model's config, as Transformers or vLLM made it.
+            revision: of the model on the hub.
+
+        Raises:
+            ValueError: if the gates cannot be established, or the model cannot run on this
+                platform.
+        """
+        from vllm.platforms import current_platform
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+        from quantize.errors import QuantizeError
+        from quantize.experts.gates import KEY, from_contract
+        from quantize.experts.identify import identify, identify_config
+        from vllm_nvfp4_moe import gpu_only
+
+        super().maybe_update_config(model_name, hf_config, revision)
+        online = self.online_quantization_config  # from the user's --quantization-config
+        if online is not None and online.args.moe is not None:
+            raise ValueError(
+                "--quantization nvfp4_moe takes the experts as the checkpoint has them; "
+                "remove 'moe' from --quantization-config"
+            )
+        if current_platform.is_cpu() and (problem := gpu_only.refusal(hf_config)):
+            raise ValueError(problem)
+        self.stored = Stored(model_name, revision, self.layout.suffixes[2])
+        text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+        self.num_layers = getattr(text, "num_hidden_layers", None)
+        # vLLM gives such models a type of their own.
+        self.drafts = str(getattr(hf_config, "model_type", "")).endswith("_mtp")
+        contract = getattr(hf_config, KEY, None)
+        if contract is None:  # vLLM makes configs of its own for some draft models
+            contract = (get_hf_file_to_dict("config.json", model_name, revision) or {}).get(KEY)
+        try:
+            if contract is not None:
+                self.gates = from_contract(contract, f"{model_name}/config.json")
+            else:
+                try:
+                    gates = identify_config(hf_config)
+                except QuantizeError:
+                    # vLLM has config classes of its own, MiniMax-M3's among them.
+                    gates = identify(model_name)
+                # NVFP4 layouts store gate and up apart; plain floats may be as the class has them.
+                self.gates = gates if self.on_the_fly else gates.concatenated()
+                logger.info("%s has no gate contract; its class applies %s", model_name, self.gates)
+        except QuantizeError as error:
+            raise ValueError(
+                f"{model_name}: cannot establish which gate its experts apply, and a wrong one "
+                f"gives wrong text without any error: {error}"
+            ) from error
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        self.stored.rename(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        if isinstance(layer, RoutedExperts):
+            weight_only = self.weight_only(layer, prefix)
+            if weight_only is not None:
+                from vllm_nvfp4_moe.backends import choose
+
+                return choose(self.context, layer, weight_only)
+            if module := self.stored.below(prefix):
+                raise RefusedError(
+                    f"{prefix}: by the checkpoint's quantization_config its experts are not NVFP4, "
+                    f"but {module} is: vLLM would take its codes for weights. Correct the "
+                    "quantization_config, or quantize the model again"
+                )
+            self.context.summary.left(prefix)
+        method = super().get_quant_method(layer, prefix)
+        if method is not None and not self._watched:
+            self._watched = True
+            self._watch(method)
+        return method
+
+    def _watch(self, method: QuantizeMethodBase) -> None:
+        """Have ``method``, of a model's first layer that is not ours, also look whether all its
+        experts came by their methods through :meth:`get_quant_method`.
+
+        Some of vLLM's models choose their experts' methods themselves. They would read NVFP4 codes
+        as other numbers, and nothing of this package would be called.
+        """
+        config = get_current_vllm_config_or_none()
+        if config is None:
+            return
+        modules = config.compilation_config.static_forward_context
+        others = set(modules)  # of the model that this one drafts for
+        finish = method.process_weights_after_loading
+
+        def process_weights_after_loading(layer: torch.nn.Module) -> None:
+            del method.process_weights_after_loading  # once: later, vLLM may exchange methods
+            self._watched = False  # a draft model may follow
+            names = [n for n, m in modules.items() if hasattr(m, "routed_experts")]
+            experts = [modules[name].routed_experts for name in names if name not in others]
+            self._check_methods(experts)
+            if not others and experts and not any(map(is_ours, experts)):
+                logger.warning(
+                    "--quantization nvfp4_moe does nothing here: no routed experts of this model "
+                    "are NVFP4 by its quantization_config"
+                )
+            finish(layer)
+
+        method.process_weights_after_loading = process_weights_after_loading
+
+    def _check_methods(self, layers: list[RoutedExperts]) -> None:
+        """Refuse the model if one of ``layers``, all that it has, is NVFP4 and not ours."""
+        left_out = {
+            each.layer_name: type(each.quant_method).__name__
+            for each in layers
+            if not is_ours(each)
+            and (
+                self.weight_only(each, each.layer_name) is not None
+                or self.stored.below(each.layer_name)
+            )
+        }
+        if left_out:
+            name, method = next(iter(left_out.items()))
+            raise RefusedError(
+                f"NVFP4 experts: {len(left_out)} of {len(layers)} layers are not served by "
+                f"--quantization nvfp4_moe: vLLM's class for the model gave {name} the method "
+                f"{method} without asking, which takes their weights for something else, or "
+                "applies another gate. Try --model-impl transformers, or serve without this plugin"
+            )
+
+
+def is_ours(layer: RoutedExperts) -> bool:
+    """Whether a backend of this package runs the experts of ``layer``."""
+    from vllm_nvfp4_moe.interface import ExpertsBackend
+
+    return isinstance(layer.quant_method, ExpertsBackend)

@@ -1,0 +1,32 @@
+"""How a checkpoint's routed experts are stored, layer by layer: what loading must know of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from quantize.layouts.layout import Layout
+
+
+class Format:
+    """How experts are stored. :mod:`vllm_nvfp4_moe.formats` has those that there are.
+
+    Attributes:
+        layout: names of the NVFP4 tensors, and whether their scales multiply or divide.
+        on_the_fly: the experts are plain floats in the files, and are quantized as they load.
+    """
+
+    layout: Layout
+    on_the_fly = False
+
+    @abstractmethod
+    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+        """Whether the experts of ``layer`` come without input scales; None if they are not stored
+        as NVFP4, so that vLLM's own config takes them.
+
+        Args:
+            prefix: the layer's module path.
+        """

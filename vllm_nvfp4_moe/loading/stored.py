@@ -1,0 +1,54 @@
+"""What a checkpoint's headers say of it, where its config does not, or may be wrong."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+_HEAD = re.compile(r"(?:^|\.)(?:\w*head|output|output_layer|proj_out|embed_out)$")
+"""Module paths of output heads, in all checkpoints that vLLM serves."""
+
+
+class Stored:
+    """The modules of a checkpoint that are stored as NVFP4. Headers are read when it is asked.
+
+    Args:
+        model: the checkpoint's folder or its name on the hub.
+        revision: of the model on the hub.
+        suffix: the layout's name for global scales.
+    """
+
+    def __init__(self, model: str, revision: str | None, suffix: str) -> None:
+        self._model, self._revision, self._suffix = model, revision, f".{suffix}"
+        self._mapper: WeightsMapper | None = None
+
+    def rename(self, mapper: WeightsMapper) -> None:
+        """Take ``mapper`` for the checkpoint's names from now on: it gives vLLM's."""
+        self._mapper = mapper
+        self.__dict__.pop("_modules", None)
+
+    @cached_property
+    def _modules(self) -> frozenset[str] | None:
+        """Module paths as vLLM has them; None if the headers cannot be read."""
+        from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+        found = get_safetensors_params_metadata(self._model, revision=self._revision)
+        if not found:
+            return None
+        names = [name for name in found if name.endswith(self._suffix)]
+        if self._mapper is not None:
+            names = self._mapper.apply_list(names)
+        return frozenset(name.removesuffix(self._suffix) for name in names)
+
+    def has_head(self) -> bool:
+        """Whether an output head is NVFP4, or may be."""
+        return self._modules is None or any(_HEAD.search(module) for module in self._modules)
+
+    def below(self, prefix: str) -> str | None:
+        """A module below ``prefix`` that is NVFP4; None if there is none, or nobody knows."""
+        start = f"{prefix}."
+        return next((m for m in sorted(self._modules or ()) if m.startswith(start)), None)
