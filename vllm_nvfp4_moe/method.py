@@ -39,6 +39,10 @@ from vllm_nvfp4_moe.reload import Kept
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+_CONVERTED = ("sharded_state", "runai_streamer_sharded", "tensorizer")
+"""Values of ``--load-format`` with which vLLM loads what another start has made of a checkpoint,
+around the weight loaders or without a call of ``process_weights_after_loading``."""
+
 
 class NvFp4MoEMethod(ExpertsBackend):
     """Base of the backends' methods.
@@ -89,6 +93,11 @@ class NvFp4MoEMethod(ExpertsBackend):
         self._vllm_config = get_current_vllm_config()
         load_format = self._vllm_config.load_config.load_format
         self._dummy = load_format == "dummy"
+        if load_format in _CONVERTED:
+            raise RefusedError(
+                f"--load-format {load_format} loads weights as they were converted for a kernel, "
+                "by another start and unchecked; leave it out, and serve the checkpoint itself"
+            )
         on_the_fly = self.context.format.on_the_fly
         summary = self.context.summary
         summary.built()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
@@ -56,9 +57,42 @@ class Summary:
         if len(self._loaded) == self._built:
             # By one rank only. With pipeline parallelism it has some of the layers.
             logger.info_once("%s", self.line(), scope="global")
+            self._compare_ranks()
             self._loaded.clear()  # the layers belong to vLLM
             self._left.clear()
             self._begin, self._built = None, 0  # a draft model's layers may follow
+
+    def _kernels(self) -> list[str]:
+        """The part of the line that ranks may differ in without a fault of the checkpoint."""
+        kernels = dict.fromkeys(method.kernel for _, method in self._loaded)
+        passed = dict.fromkeys(
+            f"{name} ({reason})"
+            for _, method in self._loaded
+            for name, reason in method.passed_over
+        )
+        told = [f"kernel {', '.join(kernels)}"]
+        return [*told, f"passed over: {', '.join(passed)}"] if passed else told
+
+    def _compare_ranks(self) -> None:
+        """Warn if the first rank to come here runs other kernels: only one rank logs the line.
+
+        No rank waits for another, since with pipeline parallelism some may have no experts.
+        """
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return
+        rank, mine = torch.distributed.get_rank(), "; ".join(self._kernels())
+        store = torch.distributed.distributed_c10d._get_default_store()
+        model = f"{self._storage.layout.name}/{self._gates}/{self._loaded[0][0].global_num_experts}"
+        try:
+            first = store.compare_set(f"nvfp4_moe/{model}", "", f"{rank} {mine}").decode()
+        except RuntimeError:  # not all kinds of stores can
+            return
+        other, theirs = first.split(" ", 1)
+        if theirs != mine and other != str(rank):
+            logger.warning(
+                "Ranks run different kernels for NVFP4 experts. Rank %d: %s. Rank %s: %s",
+                rank, mine, other, theirs,
+            )  # fmt: skip
 
     def line(self) -> str:
         """The line, for what has been loaded so far."""
@@ -69,12 +103,6 @@ class Summary:
             experts += f" ({first.local_num_experts} on this rank)"
         storage = self._storage
         source = "quantized on the fly" if storage.on_the_fly else f"{storage.layout.name} layout"
-        kernels = dict.fromkeys(method.kernel for _, method in self._loaded)
-        passed = dict.fromkeys(
-            f"{name} ({reason})"
-            for _, method in self._loaded
-            for name, reason in method.passed_over
-        )
         weights = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for layer in layers
@@ -86,8 +114,7 @@ class Summary:
                 f"NVFP4 experts: {len(layers)} layers x {experts}, {source}",
                 *([f"{len(self._left)} more are not NVFP4, and vLLM's"] if self._left else []),
                 f"gate {self._gates}",
-                f"kernel {', '.join(kernels)}",
-                *([f"passed over: {', '.join(passed)}"] if passed else []),
+                *self._kernels(),
                 f"{sum(weights.values()) / 2**30:.2f} GiB on this rank",
                 f"{seconds:.1f} s",
                 self._self_check.told(),

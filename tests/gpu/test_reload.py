@@ -153,7 +153,8 @@ def test_engine(m3_nano: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"checks"')]
+    found = json.loads(line)
     assert found["tokens differ between the checkpoints"]
     assert found["checks"] >= 7
 

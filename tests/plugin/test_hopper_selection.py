@@ -275,7 +275,7 @@ def test_load_balancing_wants_one_layout_in_all_layers(hopper: VllmConfig) -> No
 
 
 def no_nvcc(path: Path) -> Path:
-    raise KernelError("no nvcc: not in $CUDA_HOME, on the path or in /usr/local/cuda")
+    raise KernelError("no nvcc: not in $CUDA_HOME, on the path, in /usr/local/cuda or anywhere")
 
 
 def nvcc_that_fails(path: Path) -> Path:

@@ -16,6 +16,7 @@ from tests.gpu.reference import Stored
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights
+from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 
@@ -129,6 +130,18 @@ def test_experts_stay_apart() -> None:
         assert torch.equal(
             read(packed[expert]), weight.unflatten(0, (-1, 16))[:, order].flatten(0, 1)
         )
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_rank_without_experts(kernel: HopperKernel, gated: bool) -> None:
+    """As with more ranks than experts: shapes are those of a rank that has some."""
+    codes = torch.zeros(2, 96, 40, dtype=torch.uint8)
+    scales = torch.ones(2, 96, 5).to(torch.float8_e4m3fn)
+    some, some_scales = kernel.pack_matrix(codes, scales, torch.ones(2), gated)
+    none, no_scales = kernel.pack_matrix(codes[:0], scales[:0], torch.ones(0), gated)
+    assert none.shape == (0, *some.shape[1:])
+    assert no_scales.shape == (0,) and some_scales.shape == (2,)
 
 
 @pytest.fixture(scope="module")

@@ -219,3 +219,22 @@ def test_equal_inputs_give_equal_bits(load, shallow: dict[str, Path], tokens: in
          for i in range(tokens)]
     )  # fmt: skip
     assert torch.equal(alone, first)
+
+
+def test_batch_invariance(load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``VLLM_BATCH_INVARIANT``: a token's bits do not depend on who comes with it."""
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    torch.manual_seed(3)
+    x, (weights, ids) = torch.randn(300, 384).bfloat16(), routing(300)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        apply = layer.quant_method.apply
+        alone = [
+            apply(layer, x[i : i + 1], weights[i : i + 1], ids[i : i + 1], None, None)
+            for i in range(20)
+        ]
+        return torch.cat(alone), apply(layer, x, weights, ids, None, None)[:20]
+
+    assert not torch.equal(*both())  # the reason for the variable
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert torch.equal(*both())

@@ -187,3 +187,15 @@ def test_settings_reach_workers_on_ray(first: str) -> None:
         FOO="1",
     )
     assert out.splitlines()[-1] == "['NVFP4_MOE_ACTIVATIONS', 'VLLM_FOO']"
+
+
+def test_the_cpu_backend_where_nothing_can_be_written() -> None:
+    """numba finds no folder for its cache, as with a read-only file system and a user without a
+    home directory: the loops are compiled for this process alone."""
+    out = python(
+        "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []\n"
+        "import torch; from vllm_nvfp4_moe.backends.cpu import kernels\n"
+        "codes = torch.full((2, 8), 0x32, dtype=torch.uint8)\n"
+        "print(kernels.expand(codes, torch.ones(2, 1).to(torch.float8_e4m3fn)).unique().tolist())"
+    )
+    assert out.splitlines()[-1] == "[1.0, 1.5]"

@@ -50,7 +50,7 @@ def other(other_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for layout in ("modelopt", "compressed-tensors"):
         folders[layout] = tmp_path_factory.mktemp("other") / layout
         with Checkpoint(other_bf16) as source:
-            execute(source, plan(source, Options(layout=layout)), folders[layout])
+            execute(source, plan(source, Options(layout=layout, activations=True)), folders[layout])
     return folders
 
 
@@ -179,6 +179,7 @@ def convert_for(name: str, monkeypatch: MonkeyPatch) -> None:
         monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", name.split()[1])
         method = HopperMethod
     else:
+        monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "nvfp4")  # which on the fly must be asked for
         backend = nvfp4.NvFp4MoeBackend(name)
         (experts_cls,) = nvfp4.backend_to_kernel_cls(backend)
         monkeypatch.setattr(vllm_kernels, "select", lambda *_: Selection(backend, experts_cls, []))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 Load = Callable[..., dict[str, Any]]
 LAYER = "model.layers.1.mlp.experts"
@@ -65,6 +66,37 @@ def test_why_nothing_faster(
     load(shallow["modelopt"])
     (line,) = lines
     assert "; passed over: TRTLLM (no such device), HUMMING (not installed); " in line
+
+
+def test_ranks_that_run_other_kernels(
+    load: Load, shallow: dict, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 has logged the line, and here comes rank 1."""
+    from vllm_nvfp4_moe import summary
+
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    mine = layer.quant_method.context.summary
+    store = torch.distributed.HashStore()
+    warnings: list[str] = []
+    monkeypatch.setattr(summary.logger, "warning", lambda text, *a: warnings.append(text % a))
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(distributed.distributed_c10d, "_get_default_store", lambda: store)
+
+    def rank(number: int) -> None:
+        monkeypatch.setattr(distributed, "get_rank", lambda: number)
+        mine.built()
+        mine.loaded(layer, layer.quant_method)
+
+    rank(0)
+    rank(2)
+    assert warnings == []
+    monkeypatch.setattr(layer.quant_method, "passed_over", [("HOPPER", "no nvcc")])
+    rank(1)
+    assert warnings == [
+        "Ranks run different kernels for NVFP4 experts. Rank 1: kernel the CPU kernel; passed "
+        "over: HOPPER (no nvcc). Rank 0: kernel the CPU kernel"
+    ]
 
 
 def test_a_draft_model_of_the_same_config(load: Load, shallow: dict, lines: list[str]) -> None:

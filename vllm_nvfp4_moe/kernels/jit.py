@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -35,7 +36,8 @@ class KernelError(RuntimeError):
 
 
 def nvcc() -> Path:
-    """The path of the compiler: of ``$CUDA_HOME``, on the path, or in ``/usr/local/cuda``.
+    """The path of the compiler: of ``$CUDA_HOME``, on the path, in ``/usr/local/cuda``, or of the
+    packages that pip installs beside PyTorch.
 
     Raises:
         KernelError: if there is none.
@@ -45,10 +47,15 @@ def nvcc() -> Path:
     if on_path := shutil.which("nvcc"):
         found.append(Path(on_path))
     found.append(Path("/usr/local/cuda/bin/nvcc"))
+    packages = importlib.util.find_spec("nvidia")
+    for folder in (packages and packages.submodule_search_locations) or ():
+        found += sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
     for path in found:
         if path.is_file():
             return path
-    raise KernelError("no nvcc: not in $CUDA_HOME, on the path or in /usr/local/cuda")
+    raise KernelError(
+        "no nvcc: not in $CUDA_HOME, on the path, in /usr/local/cuda or in pip's packages"
+    )
 
 
 def folders() -> Iterator[Path]:

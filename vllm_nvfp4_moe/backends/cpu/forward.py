@@ -10,6 +10,7 @@ multiplies the product, in float32.
 from __future__ import annotations
 
 import torch
+import vllm.envs as envs
 
 from quantize.experts.gates import Gate
 from quantize.nvfp4.format import BLOCK, decode
@@ -79,7 +80,9 @@ def experts_forward(
         # Without the global scale a weight may be 2688, and sums of those leave float16's range.
         x = x.float()
     routed = [expert for expert in ids.unique().tolist() if expert >= 0]
-    if gate.form in kernels.FORMS and ids.numel() <= MANY * len(routed):
+    # The loops compute a token alike in every batch.
+    loops = ids.numel() <= MANY * len(routed) or envs.VLLM_BATCH_INVARIANT
+    if gate.form in kernels.FORMS and loops:
         few = kernels.forward(
             x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, weights, ids, gate,
             weight_on_input,

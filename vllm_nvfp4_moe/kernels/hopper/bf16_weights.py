@@ -165,11 +165,9 @@ def pack_experts(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> torc
     Returns:
         uint8 ``[experts, row tiles, chunks, CHUNK_BYTES]``.
     """
-    packed = None
+    rows = 2 * padded_columns(codes.shape[1] // 2) if gated else padded_rows(codes.shape[1])
+    chunks = padded_columns(2 * codes.shape[2]) // CHUNK
+    packed = codes.new_empty(codes.shape[0], rows // GROUP_ROWS, chunks, CHUNK_BYTES)
     for expert in range(codes.shape[0]):
-        matrix = pack(*rows_in_order(codes[expert], scales[expert], gated))
-        if packed is None:
-            packed = matrix.new_empty(codes.shape[0], *matrix.shape)
-        packed[expert] = matrix
-    assert packed is not None
+        packed[expert] = pack(*rows_in_order(codes[expert], scales[expert], gated))
     return packed

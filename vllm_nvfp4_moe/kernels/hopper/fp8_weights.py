@@ -159,12 +159,10 @@ def pack_experts(
         uint8 ``[experts, row tiles, stages, STAGE_BYTES]``, and float32 ``[experts]``: what each
         expert's weights in it are to be multiplied by.
     """
-    packed, factors = None, []
+    rows = 2 * padded_columns(codes.shape[1] // 2) if gated else padded_rows(codes.shape[1])
+    stages = padded_columns(2 * codes.shape[2]) // STAGE
+    packed = codes.new_empty(codes.shape[0], rows // GROUP_ROWS, stages, STAGE_BYTES)
+    factors = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
     for expert in range(codes.shape[0]):
-        matrix, factor = pack(*rows_in_order(codes[expert], scales[expert], gated))
-        if packed is None:
-            packed = matrix.new_empty(codes.shape[0], *matrix.shape)
-        packed[expert] = matrix
-        factors.append(factor)
-    assert packed is not None
-    return packed, torch.stack(factors)
+        packed[expert], factors[expert] = pack(*rows_in_order(codes[expert], scales[expert], gated))
+    return packed, factors
