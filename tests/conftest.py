@@ -1,12 +1,14 @@
-"""Fixtures for all tests: the small trained model, in both of its layouts."""
+"""Fixtures for all tests: a small trained model, in both of its layouts."""
 
-import os
+import functools
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.hub_layout import publish
+from tests.trained import NANO, available, nano, own_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,37 +33,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def m3_nano() -> Path:
-    """m3-nano as Transformers writes it (experts fused). ``M3_NANO`` says where else it is."""
-    folder = Path(os.environ.get("M3_NANO") or ROOT.parent / "shared" / "models" / "m3-nano")
-    if not (folder / "config.json").exists():
-        pytest.skip(f"{folder} holds no m3-nano; set M3_NANO to the folder of that checkpoint")
+def trained() -> Path:
+    """A small trained MiniMax-M3, as Transformers writes it (experts fused); treat as read-only."""
+    return own_model()
+
+
+@pytest.fixture(scope="session")
+def trained_hub(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as the hub publishes MiniMax-M3: one tensor per expert."""
+    return publish(trained, tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture(scope="session", params=available())
+def each_trained(request: pytest.FixtureRequest) -> Path:
+    """The same, and m3-nano where it is: for what another model might well show."""
+    folder: Path = nano() if request.param == NANO else request.getfixturevalue("trained")
     return folder
 
 
 @pytest.fixture(scope="session")
-def m3_nano_hub(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """m3-nano as the hub publishes MiniMax-M3: one tensor per expert."""
-    script = ROOT.parent / "shared" / "models" / "to_hub_layout.py"
-    if not script.exists():
-        pytest.skip(f"{script}, which converts m3-nano, is not there")
-    target = tmp_path_factory.mktemp("m3-nano-hub")
-    subprocess.run([sys.executable, str(script), str(m3_nano), str(target)], check=True)
-    return target
+def quantized_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str, Path]]:
+    """``quantized_of(folder)``: quantized by this package, in each layout, with input scales; treat
+    as read-only."""
+    from quantize.layouts import LAYOUTS
+    from tests.quantize.checkpoints import convert
+
+    @functools.cache
+    def quantized_of(folder: Path) -> dict[str, Path]:
+        parent = tmp_path_factory.mktemp("quantized")
+        for layout in LAYOUTS:
+            convert(folder, parent / layout, layout, activations=True)
+        return {layout: parent / layout for layout in LAYOUTS}
+
+    return quantized_of
 
 
 @pytest.fixture(scope="session")
-def quantized(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """m3-nano quantized by this package, in each layout; treat as read-only."""
-    from quantize.checkpoint.reader import Checkpoint
-    from quantize.execute import execute
-    from quantize.layouts import LAYOUTS
-    from quantize.run.options import Options
-    from quantize.run.plan import plan
-
-    folders = {}
-    for layout in LAYOUTS:
-        folders[layout] = tmp_path_factory.mktemp("quantized") / layout
-        with Checkpoint(m3_nano) as source:
-            execute(source, plan(source, Options(layout=layout, activations=True)), folders[layout])
-    return folders
+def quantized(trained: Path, quantized_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
+    """The small trained model quantized by this package, in each layout; treat as read-only."""
+    return quantized_of(trained)

@@ -107,10 +107,10 @@ for model in sys.argv[1:]:
 
 
 def test_what_vllm_makes_of_the_flag_without_the_plugin(
-    quantized: dict[str, Path], m3_nano: Path
+    quantized: dict[str, Path], trained: Path
 ) -> None:
     """The page warns of the first; only the others have a message."""
-    folders = [quantized["modelopt"], quantized["compressed-tensors"], m3_nano]
+    folders = [quantized["modelopt"], quantized["compressed-tensors"], trained]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_PLUGIN, *map(str, folders)],
         env=os.environ | {"VLLM_PLUGINS": ""}, capture_output=True, text=True, check=True,

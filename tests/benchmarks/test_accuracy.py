@@ -1,8 +1,9 @@
-"""The accuracy bench on tiny models, and on m3-nano where a figure is known."""
+"""The accuracy bench on tiny models, and on trained ones, whose figures are known."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantize.layouts import LAYOUTS
 from tests.benchmarks import tiny
 from tests.gpu.reference import Stored
 from tests.quantize.plain import plainly
+from tests.trained import NANO, OWN
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
@@ -128,13 +130,26 @@ def test_the_table() -> None:
     assert "| 12.3 | 50.0% |" in both and "same text, of 32" in both
 
 
-def test_m3_nanos_known_figures(m3_nano: Path, quantized: dict[str, Path]) -> None:
-    bench = Bench(m3_nano, rows=3)
-    rows = [bench.folder(layout, folder) for layout, folder in quantized.items()]
+KNOWN = {
+    # 1.7e-4 and 4.2e-4, over 12 rows 2.1e-4 and 4.5e-4, and something else where another Python or
+    # processor trains it. After so little training its experts do less than m3-nano's.
+    OWN: (0.5e-4, 6e-4),
+    # 0.00895 and 0.0178 over 48 rows; ModelOpt's, on other rows: 0.00938 and 0.01819.
+    NANO: (0.006, 0.015),
+}
+"""Of each trained model: bounds of the mean KL divergence, in nats, of weights alone."""
+
+
+def test_trained_models_known_figures(
+    each_trained: Path, quantized_of: Callable[[Path], dict[str, Path]], request: Any
+) -> None:
+    low, high = KNOWN[request.node.callspec.params["each_trained"]]
+    bench = Bench(each_trained, rows=3)
+    folders = quantized_of(each_trained)
+    rows = [bench.folder(layout, folder) for layout, folder in folders.items()]
     weights, activations = rows[0].weights, rows[0].activations
     assert weights is not None and activations is not None
-    # 0.00895 and 0.0178 over 48 rows; ModelOpt's, on other rows: 0.00938 and 0.01819.
-    assert 0.006 < weights.kl < 0.015
-    assert 1.5 * weights.kl < activations.kl < 2.5 * weights.kl
+    assert low < weights.kl < high
+    assert 1.5 * weights.kl < activations.kl < 3.5 * weights.kl
     for one, other in ((rows[1].weights, weights), (rows[1].activations, activations)):
         assert one is not None and one.kl == pytest.approx(other.kl, rel=1e-3)  # another layout

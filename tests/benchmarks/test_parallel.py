@@ -62,7 +62,7 @@ def test_without_one_gpu_there_is_nothing_to_compare_with() -> None:
 
 
 def test_all_at_once(
-    m3_nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Three servers are up beside each other; one that fails hides nothing of the others."""
     together = threading.Barrier(3, timeout=60)
@@ -74,7 +74,7 @@ def test_all_at_once(
         return ONE | {"folder": folder.name, "way": way}
 
     monkeypatch.setattr(parallel, "measure", measure)
-    command = ["parallel", str(m3_nano), "--ways", "one", "tp2", "ep2", "--at-once"]
+    command = ["parallel", str(trained), "--ways", "one", "tp2", "ep2", "--at-once"]
     monkeypatch.setattr(sys, "argv", [*command, "--rows", "1", "--logs", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         parallel.main()

@@ -55,10 +55,10 @@ def test_a_short_answer_is_wrong() -> None:
     assert compare([LONE], [LONE[:2]], 3).problems == ["request 0: 2 tokens, alone 3"]
 
 
-def test_prompts_differ_and_some_share_a_beginning(m3_nano: Path) -> None:
+def test_prompts_differ_and_some_share_a_beginning(trained: Path) -> None:
     from transformers import AutoTokenizer
 
-    asked = prompts(AutoTokenizer.from_pretrained(m3_nano), 256)
+    asked = prompts(AutoTokenizer.from_pretrained(trained), 256)
     assert len({tuple(prompt) for prompt in asked}) == 256
     assert len({tuple(prompt[:SHARED]) for prompt in asked[::4]}) == 1
     assert 8 <= min(map(len, asked)) < 20 and 600 < max(map(len, asked)) < 700

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from tests.hub_layout import publish
+from tests.quantize import checkpoints
 
 Loader = Callable[..., dict[str, Any]]
 
@@ -78,36 +83,36 @@ class Damage:
         return self.folder
 
 
-def _first_two_layers(folder: Path, copy: Path) -> Path:
-    """One dense and one sparse layer of an m3-nano: loads in a second."""
+@pytest.fixture(scope="session")
+def random_m3(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Random models of m3-nano's sizes, by their layers: one dense, and one or two sparse.
 
-    def cut_tensors(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if n.startswith("model.layers.") and n[13] > "1"]:
-            del tensors[name]
-
-    def cut_config(config: dict[str, Any]) -> None:
-        config["num_hidden_layers"] = 2
-        for key in ("layer_types", "mlp_layer_types"):
-            config[key] = config[key][:2]
-
-    damage = Damage(folder, copy)
-    damage.tensors(cut_tensors)
-    return damage.config(cut_config)
+    What is compared here are tensors and a layer's sums, which random numbers are good enough for.
+    The tests of whole engines have a trained model.
+    """
+    folders = {layers: tmp_path_factory.mktemp("random") / f"{layers}-layers" for layers in (2, 3)}
+    # In another process: where vLLM has loaded a model, Transformers' classes cannot be built.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(checkpoints.save_m3_nano, folders.values(), folders))
+    return folders
 
 
 @pytest.fixture(scope="session")
-def shallow(
-    quantized: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """The quantized m3-nano's first two layers, in each layout."""
-    parent = tmp_path_factory.mktemp("shallow")
-    return {name: _first_two_layers(folder, parent / name) for name, folder in quantized.items()}
+def shallow_bf16(random_m3: dict[int, Path]) -> Path:
+    """One dense and one sparse layer: loads in a second."""
+    return random_m3[2]
 
 
 @pytest.fixture(scope="session")
-def shallow_bf16(m3_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two layers of m3-nano itself."""
-    return _first_two_layers(m3_nano, tmp_path_factory.mktemp("shallow") / "bf16")
+def shallow(shallow_bf16: Path, quantized_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
+    """The same quantized, in each layout."""
+    return quantized_of(shallow_bf16)
+
+
+@pytest.fixture(scope="session")
+def shallow_hub(shallow_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, not quantized, as the hub publishes MiniMax-M3."""
+    return publish(shallow_bf16, tmp_path_factory.mktemp("shallow") / "hub")
 
 
 @pytest.fixture

@@ -98,14 +98,15 @@ def test_weights_stay_four_bit(load, shallow: dict[str, Path]) -> None:
     assert held <= weights * 4.5 / 8 + 32 * 8 * 4
 
 
-def test_router_matches_transformers(load, shallow: dict[str, Path], m3_nano: Path) -> None:
+def test_router_matches_transformers(load, shallow: dict[str, Path], shallow_bf16: Path) -> None:
     """Sigmoid scores, bias for the choice only, renormalised, scaled: as the model's own router."""
     from safetensors.torch import load_file
     from transformers import AutoConfig
     from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLTopKRouter
 
-    tensors = load_file(m3_nano / "model.safetensors")
-    theirs = MiniMaxM3VLTopKRouter(AutoConfig.from_pretrained(m3_nano))
+    tensors = load_file(shallow_bf16 / "model.safetensors")
+    config = AutoConfig.from_pretrained(shallow_bf16)
+    theirs = MiniMaxM3VLTopKRouter(config)
     prefix = "model.layers.1.mlp.gate."
     theirs.load_state_dict({n: tensors[prefix + n].float() for n in theirs.state_dict()})
     # A correction bias that changes choices, so that a router without it cannot pass.
@@ -123,7 +124,7 @@ def test_router_matches_transformers(load, shallow: dict[str, Path], m3_nano: Pa
         weights.gather(1, order).float(), ours.gather(1, our_order), rtol=1e-5, atol=1e-6
     )
     # Both sides scale the experts' sum afterwards, vLLM's by the runner's factor.
-    assert runner.routed_scaling_factor == AutoConfig.from_pretrained(m3_nano).routed_scaling_factor
+    assert runner.routed_scaling_factor == config.routed_scaling_factor == 2
 
 
 def test_expert_map_and_weight_on_input() -> None:

@@ -34,7 +34,7 @@ def test_the_list_is_whole() -> None:
 def test_what_is_acted_on_is_logged(
     load: Callable[..., dict[str, Any]], shallow: dict[str, Path], lines: list[str]
 ) -> None:
-    """m3-nano on a CPU: the router, and nothing else."""
+    """A MiniMax-M3 on a CPU: the router, and nothing else."""
     load(shallow["modelopt"])
     version = versions.installed_version()
     said = f"Acting on a quirk of vLLM {version} (seen in 0.32): {quirks.GROUPED_ROUTING.name}"

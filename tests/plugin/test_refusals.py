@@ -142,7 +142,7 @@ def test_no_contract_and_unknown_class(load, damage, monkeypatch: pytest.MonkeyP
         load(folder)
 
 
-def test_no_contract_and_a_config_class_of_vllms_own(shallow, m3_nano_hub: Path) -> None:
+def test_no_contract_and_a_config_class_of_vllms_own(shallow, shallow_hub: Path) -> None:
     """Others' NVFP4 files of a published MiniMax-M3: vLLM's config class says nothing of the gate,
     Transformers' class for the same config.json does."""
     import json
@@ -154,7 +154,7 @@ def test_no_contract_and_a_config_class_of_vllms_own(shallow, m3_nano_hub: Path)
     stored = json.loads((shallow["modelopt"] / "config.json").read_text())
     config = NvFp4MoEConfig.from_config(stored["quantization_config"])
     theirs = MiniMaxM3Config(text_config={"hidden_size": 384})
-    config.maybe_update_config(str(m3_nano_hub), theirs)
+    config.maybe_update_config(str(shallow_hub), theirs)
     assert str(config.gates) == "swiglu_oai(alpha=1.702, beta=1, limit=7)"
 
 
@@ -248,13 +248,13 @@ def test_a_request_to_quantize_the_experts_otherwise(load, shallow: dict[str, Pa
         load(shallow["modelopt"], quantization_config={"moe": {"activation": "nvfp4_per_token"}})
 
 
-def test_published_layout_on_a_cpu(load, m3_nano_hub: Path, tmp_path: Path) -> None:
+def test_published_layout_on_a_cpu(load, shallow_hub: Path, tmp_path: Path) -> None:
     """vLLM's native MiniMax-M3 is GPU-only; on a CPU that is one clear error."""
     from quantize.checkpoint.reader import Checkpoint
     from quantize.execute import execute
     from quantize.run.plan import plan
 
-    with Checkpoint(m3_nano_hub) as source:
+    with Checkpoint(shallow_hub) as source:
         execute(source, plan(source), tmp_path / "hub")
     with pytest.raises(ValueError, match=r"GPU-only model.*serve the Transformers layout"):
         load(tmp_path / "hub")

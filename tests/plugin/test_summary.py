@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.trained import Sizes
 
 Load = Callable[..., dict[str, Any]]
 LAYER = "model.layers.1.mlp.experts"
@@ -31,13 +32,11 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_of_a_model(load: Load, quantized: dict[str, Path], layout: str, lines: list[str]) -> None:
     load(quantized[layout])
     (line,) = lines
-    config = json.loads((quantized[layout] / "config.json").read_text())
-    sparse = config["mlp_layer_types"].count("sparse")
-    assert sparse > 1
-    assert f"{sparse} layers x 32 experts, {layout} layout; " in line
+    sizes = Sizes.of(quantized[layout])
+    assert f"{len(sizes.sparse)} layers x {sizes.experts} experts, {layout} layout; " in line
     assert "gate swiglu_oai(alpha=1.702, beta=1, limit=7); kernel the CPU kernel; " in line
     gib = float(re.search(r"; (\d+\.\d+) GiB on this rank; \d+\.\d s; ", line)[1])
-    assert gib == pytest.approx(sparse * 32 * 3 * 384 * 128 * 4.5 / 8 / 2**30, abs=0.01)
+    assert gib == pytest.approx(sizes.expert_weights * 4.5 / 8 / 2**30, abs=0.01)
     assert re.search(r"self-check passed, relative error 0\.00\d+, \d+\.\d s$", line)
 
 

@@ -66,21 +66,38 @@ def deepseek_v3(**more: Any) -> transformers.PreTrainedConfig:
 def minimax_m3(**more: Any) -> transformers.PreTrainedConfig:
     from transformers.models.minimax_m3_vl import MiniMaxM3VLTextConfig
 
-    return MiniMaxM3VLTextConfig(
-        **SIZES | {"intermediate_size": 48, "num_local_experts": 4} | more,
-        head_dim=16,
-        rotary_dim=8,
-        dense_intermediate_size=64,
-        shared_intermediate_size=48,
-        num_experts_per_tok=2,
-        index_n_heads=2,
-        index_head_dim=16,
-        layer_types=["full_attention"] * 2,
-        mlp_layer_types=["dense", "sparse"],
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    sizes = SIZES | {
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "dense_intermediate_size": 64,
+        "shared_intermediate_size": 48,
+        "num_experts_per_tok": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "layer_types": ["full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return MiniMaxM3VLTextConfig(**sizes | more)
+
+
+def trained(layers: int) -> transformers.PreTrainedConfig:
+    """Of m3-nano's sizes: those of a real model's, in tiles and blocks that kernels have."""
+    return minimax_m3(
+        vocab_size=4096, hidden_size=384, num_hidden_layers=layers, intermediate_size=128,
+        dense_intermediate_size=768, shared_intermediate_size=128, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=128, rotary_dim=64, num_local_experts=32,
+        num_experts_per_tok=4, routed_scaling_factor=2.0, max_position_embeddings=2048,
+        layer_types=["full_attention"] * layers,
+        mlp_layer_types=["dense"] + ["sparse"] * (layers - 1),
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        },
+    )  # fmt: skip
 
 
 def gpt_oss(**more: Any) -> transformers.PreTrainedConfig:
@@ -108,11 +125,22 @@ CONFIGS: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
 
 
 def build(name: str, **more: Any) -> transformers.PreTrainedModel:
-    """A random model in bfloat16. No two parameters have the same values."""
+    """A random model of a name in ``CONFIGS``, as :func:`random_model` makes it."""
+    return random_model(CONFIGS[name](**more))
+
+
+def save_m3_nano(folder: Path, layers: int) -> Path:
+    """A random model of m3-nano's sizes, saved by Transformers as ``folder``, which is returned.
+    With stacked experts, as m3-nano itself."""
+    model = random_model(trained(layers))
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    return save(folder, dict(model.state_dict()), config)
+
+
+def random_model(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """In bfloat16. No two parameters have the same values."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        CONFIGS[name](**more), dtype=torch.bfloat16
-    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():

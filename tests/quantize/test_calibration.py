@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,19 @@ from quantize.run.shards import header
 from quantize.verify import verify
 from tests.quantize import reference
 from tests.quantize.test_cli import refusal, run
+from tests.trained import Sizes
 
 ROWS, LENGTH = 24, 256
 
 SOME = Options(include=("*.layers.[13].*",))
-"""Two layers of the five, and the faster method: it takes a while."""
+"""Two layers of all, and the faster method: it takes a while."""
 GPTQ = {"method": "gptq"}
 TWO_SIDED = {"method": "two-sided"}
-BACK = Options(include=("*.layers.[35].*",))
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python that m3-nano was trained on the likes of: NumPy's, as JSON lines."""
+    """Python that the models were trained on the likes of: NumPy's, as JSON lines."""
     file = tmp_path_factory.mktemp("text") / "numpy.jsonl"
     sources = sorted(Path(np.__file__).parent.rglob("*.py"))[::4]
     lines = [json.dumps({"text": source.read_text(errors="replace")}) for source in sources]
@@ -56,8 +58,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(m3_nano: Path, text: Path) -> torch.Tensor:
-    return load_samples(text, m3_nano, ROWS, LENGTH)
+def rows(trained: Path, text: Path) -> torch.Tensor:
+    return load_samples(text, trained, ROWS, LENGTH)
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +82,21 @@ def calibrated(
 
 
 @pytest.fixture(scope="module")
-def whole(m3_nano: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two of m3-nano's layers, calibrated; treat as read-only."""
-    torch.set_num_threads(1)
-    return calibrated(m3_nano, tmp_path_factory.mktemp("calibrated") / "out", rows)
+def whole_of(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """``whole_of(folder)``: two of a model's layers, calibrated; treat as read-only."""
+
+    @functools.cache
+    def whole_of(folder: Path) -> Path:
+        torch.set_num_threads(1)
+        rows = load_samples(text, folder, ROWS, LENGTH)
+        return calibrated(folder, tmp_path_factory.mktemp("calibrated") / "out", rows)
+
+    return whole_of
+
+
+@pytest.fixture(scope="module")
+def whole(trained: Path, whole_of: Callable[[Path], Path]) -> Path:
+    return whole_of(trained)
 
 
 def fill(experts: Any, written: dict[str, Any], prefix: str) -> None:
@@ -137,50 +150,49 @@ def experts_output(
 
 
 def test_experts_are_closer_than_without(
-    m3_nano: Path, text: Path, whole: Path, tmp_path: Path
+    each_trained: Path, text: Path, whole_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """On text that it was not calibrated with, beside the best rule without calibration."""
-    with Checkpoint(m3_nano) as checkpoint:
+    with Checkpoint(each_trained) as checkpoint:
         execute(checkpoint, plan(checkpoint, replace(SOME, scales="mse")), tmp_path / "mse")
-    others = load_samples(text, m3_nano, 2 * ROWS + 1, LENGTH)[1::8]
-    truth, plain, ours = (
-        experts_output(m3_nano, folder, others) for folder in (None, tmp_path / "mse", whole)
-    )
+    others = load_samples(text, each_trained, 2 * ROWS + 1, LENGTH)[1::8]
+    folders = None, tmp_path / "mse", whole_of(each_trained)
+    truth, plain, ours = (experts_output(each_trained, folder, others) for folder in folders)
     for exact, without, with_ in zip(truth, plain, ours, strict=True):
         assert (with_ - exact).norm() < 0.95 * (without - exact).norm()
 
 
 def test_the_default_method_is_closer_still(
-    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path
+    trained: Path, whole: Path, rows: torch.Tensor, tmp_path: Path
 ) -> None:
     """On the text of the calibration; on other text, with so little of it, the two are alike."""
     target = calibrated(
-        m3_nano, tmp_path / "out", rows, Options(include=("*.layers.1.*",)), settings={}
+        trained, tmp_path / "out", rows, Options(include=("*.layers.1.*",)), settings={}
     )
     truth, first, second = (
-        experts_output(m3_nano, folder, rows, (1,))[0] for folder in (None, whole, target)
+        experts_output(trained, folder, rows, (1,))[0] for folder in (None, whole, target)
     )
     assert (second - truth).norm() < 0.99 * (first - truth).norm()
 
 
-def test_nothing_else_changes(m3_nano: Path, whole: Path) -> None:
-    before, after = load_file(m3_nano / "model.safetensors"), load_file(whole / "model.safetensors")
+def test_nothing_else_changes(trained: Path, whole: Path) -> None:
+    before, after = load_file(trained / "model.safetensors"), load_file(whole / "model.safetensors")
     for name, tensor in before.items():
         if ".experts." not in name:
             assert torch.equal(tensor, after[name]), name
     assert not (whole / ".nvfp4_moe").exists()
-    with Checkpoint(m3_nano) as original, Checkpoint(whole, decode=False) as quantized:
+    with Checkpoint(trained) as original, Checkpoint(whole, decode=False) as quantized:
         assert verify(original, quantized).problems == []
 
 
 @pytest.mark.parametrize("method", ["gptq", None])
 def test_input_scales_are_those_of_what_experts_are_given(
-    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, method: str | None
+    trained: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, method: str | None
 ) -> None:
     """Calibrated, and gathered alone: then down's are those of the original gate and up."""
     if method is None:
-        whole = calibrated(m3_nano, tmp_path / "out", rows, settings={"method": None})
-    model: Any = AutoModelForCausalLM.from_pretrained(m3_nano, dtype=torch.float32).eval()
+        whole = calibrated(trained, tmp_path / "out", rows, settings={"method": None})
+    model: Any = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, layer in enumerate(model.model.layers[1:], 1):
         layer.mlp.experts.register_forward_pre_hook(
@@ -190,7 +202,7 @@ def test_input_scales_are_those_of_what_experts_are_given(
         model(input_ids=rows, use_cache=False)
     with safe_open(whole / "model.safetensors", "pt") as file:
         for number, (x, ids) in seen.items():
-            for expert in range(32):
+            for expert in range(Sizes.of(trained).experts):
                 chosen = (ids == expert).any(1)
                 if number not in (1, 3) or int(chosen.sum()) < MIN_TOKENS:
                     continue
@@ -211,17 +223,18 @@ def test_input_scales_are_those_of_what_experts_are_given(
 
 
 def test_experts_with_few_tokens_get_the_layers_ranges(
-    m3_nano: Path, rows: torch.Tensor, tmp_path: Path
+    trained: Path, rows: torch.Tensor, tmp_path: Path
 ) -> None:
-    """Twelve tokens for 32 experts: most get none."""
-    target = calibrated(m3_nano, tmp_path / "out", rows[:1, :12])
-    with Checkpoint(m3_nano) as checkpoint:
+    """Of twelve tokens no expert gets many."""
+    target = calibrated(trained, tmp_path / "out", rows[:1, :12])
+    with Checkpoint(trained) as checkpoint:
         execute(checkpoint, plan(checkpoint, replace(SOME, scales="mse")), tmp_path / "mse")
     got, plain = (load_file(folder / "model.safetensors") for folder in (target, tmp_path / "mse"))
+    experts = range(Sizes.of(trained).experts)
     for layer in (1, 3):
         base = f"model.layers.{layer}.mlp.experts"
         for name in ("gate_proj", "up_proj", "down_proj"):
-            scales = {float(got[f"{base}.{e}.{name}.input_scale"]) for e in range(32)}
+            scales = {float(got[f"{base}.{e}.{name}.input_scale"]) for e in experts}
             assert len(scales) == 1
             assert 0 < scales.pop() < 1
             for end in ("weight", "weight_scale"):
@@ -231,13 +244,14 @@ def test_experts_with_few_tokens_get_the_layers_ranges(
                 )
 
 
-def test_every_expert_gets_every_token(m3_nano: Path, rows: torch.Tensor, tmp_path: Path) -> None:
+def test_every_expert_gets_every_token(trained: Path, rows: torch.Tensor, tmp_path: Path) -> None:
     target = calibrated(
-        m3_nano, tmp_path / "out", rows[:1, :64], settings=GPTQ | {"every_expert": True}
+        trained, tmp_path / "out", rows[:1, :64], settings=GPTQ | {"every_expert": True}
     )  # fmt: skip
     with safe_open(target / "model.safetensors", "pt") as file:
         base = "model.layers.1.mlp.experts"
-        scales = {float(file.get_tensor(f"{base}.{e}.up_proj.input_scale")) for e in range(32)}
+        experts = range(Sizes.of(trained).experts)
+        scales = {float(file.get_tensor(f"{base}.{e}.up_proj.input_scale")) for e in experts}
         assert len(scales) == 1
 
 
@@ -254,15 +268,16 @@ def divergence(source: Path, folder: Path, rows: torch.Tensor, layer: int) -> fl
 
 
 def test_two_sided_is_closer_in_what_the_model_says(
-    m3_nano: Path, rows: torch.Tensor, tmp_path: Path
+    each_trained: Path, text: Path, tmp_path: Path
 ) -> None:
     """On the text of the calibration; on other text, with so little of it, the two are alike."""
+    rows, last = load_samples(text, each_trained, ROWS, LENGTH), Sizes.of(each_trained).sparse[-1]
     found = []
     for method in ("descent", "two-sided"):
         target = tmp_path / method
-        only = Options(include=("*.layers.5.*",))
-        calibrated(m3_nano, target, rows, only, settings={"method": method})
-        found.append(divergence(m3_nano, target, rows[::3], 5))
+        only = Options(include=(f"*.layers.{last}.*",))
+        calibrated(each_trained, target, rows, only, settings={"method": method})
+        found.append(divergence(each_trained, target, rows[::3], last))
     assert found[1] < 0.9 * found[0]
 
 
@@ -293,13 +308,13 @@ def resumed(*args: Any, **more: Any) -> list[float]:
 
 @pytest.mark.parametrize("moment", [1.0, 1.6, 3.9])
 def test_an_interrupted_run_goes_on(
-    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, moment: float
+    trained: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, moment: float
 ) -> None:
     target = tmp_path / "out"
 
-    interrupted(moment, m3_nano, target, rows)
+    interrupted(moment, trained, target, rows)
     assert not (target / "config.json").exists()
-    again = resumed(m3_nano, target, rows)
+    again = resumed(trained, target, rows)
     assert min(again) == int(moment)  # nothing is done twice but the layer that was being done
     for name in ("model.safetensors", "config.json"):
         assert (target / name).read_bytes() == (whole / name).read_bytes()
@@ -307,37 +322,37 @@ def test_an_interrupted_run_goes_on(
 
 @pytest.fixture(scope="module")
 def forward_backward(
-    m3_nano: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+    trained: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Other two layers, two-sided, with less text; treat as read-only."""
+    """The same two layers, two-sided, with less text; treat as read-only."""
     torch.set_num_threads(1)
     target = tmp_path_factory.mktemp("forward_backward") / "out"
-    return calibrated(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
+    return calibrated(trained, target, rows[:1], SOME, settings=TWO_SIDED)
 
 
-@pytest.mark.parametrize("moment", [2.2, 6.5, 8.4])
+@pytest.mark.parametrize("moment", [1.2, 4.5, 6.4])
 def test_an_interrupted_run_goes_on_forward_and_backward(
-    m3_nano: Path, forward_backward: Path, rows: torch.Tensor, tmp_path: Path, moment: float
+    trained: Path, forward_backward: Path, rows: torch.Tensor, tmp_path: Path, moment: float
 ) -> None:
-    """Six layers forward, the model's end, and three layers backward."""
+    """Four layers forward, the model's end, and three layers backward."""
     target = tmp_path / "out"
 
-    assert set(interrupted(moment, m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)) == {10}
-    again = resumed(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
+    assert set(interrupted(moment, trained, target, rows[:1], SOME, settings=TWO_SIDED)) == {8}
+    again = resumed(trained, target, rows[:1], SOME, settings=TWO_SIDED)
     assert min(again) == int(moment)
     name = "model.safetensors"
     assert (target / name).read_bytes() == (forward_backward / name).read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["states-00003.000", "gradients-00005.000"])
+@pytest.mark.parametrize("damage", ["states-00001.000", "gradients-00003.000"])
 def test_what_is_needed_for_the_backward_pass_is_looked_at(
-    m3_nano: Path, forward_backward: Path, rows: torch.Tensor, tmp_path: Path, damage: str
+    trained: Path, forward_backward: Path, rows: torch.Tensor, tmp_path: Path, damage: str
 ) -> None:
     target = tmp_path / "out"
 
-    interrupted(8.1, m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
+    interrupted(6.1, trained, target, rows[:1], SOME, settings=TWO_SIDED)
     (target / ".nvfp4_moe" / "calibration" / "states" / damage).unlink()
-    again = resumed(m3_nano, target, rows[:1], BACK, settings=TWO_SIDED)
+    again = resumed(trained, target, rows[:1], SOME, settings=TWO_SIDED)
     assert min(again) == 0
     name = "model.safetensors"
     assert (target / name).read_bytes() == (forward_backward / name).read_bytes()
@@ -345,12 +360,12 @@ def test_what_is_needed_for_the_backward_pass_is_looked_at(
 
 @pytest.mark.parametrize("damage", ["states", "staged", "both staged", "findings", "half"])
 def test_what_an_interrupted_run_left_is_looked_at(
-    m3_nano: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, damage: str
+    trained: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, damage: str
 ) -> None:
     """States that are missing would be zeros, and experts calibrated for them."""
     target = tmp_path / "out"
 
-    interrupted(3, m3_nano, target, rows)
+    interrupted(3, trained, target, rows)
     folder = target / ".nvfp4_moe" / "calibration"
     (staged,) = folder.glob("*.safetensors")
     if damage == "states":
@@ -363,7 +378,7 @@ def test_what_an_interrupted_run_left_is_looked_at(
         staged.unlink()
         if damage == "both staged":
             staged.with_suffix(".json").unlink()
-    calibrated(m3_nano, target, rows, resume=True)
+    calibrated(trained, target, rows, resume=True)
     assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -377,10 +392,10 @@ def test_a_full_disk_is_an_error_not_a_signal(tmp_path: Path, monkeypatch: Any) 
     assert [file.name for file in tmp_path.iterdir()] in ([], ["index.json"])
 
 
-def test_other_text_is_another_run(m3_nano: Path, rows: torch.Tensor, tmp_path: Path) -> None:
-    interrupted(1, m3_nano, tmp_path / "out", rows)
+def test_other_text_is_another_run(trained: Path, rows: torch.Tensor, tmp_path: Path) -> None:
+    interrupted(1, trained, tmp_path / "out", rows)
     with pytest.raises(QuantizeError, match="another source, options or version"):
-        calibrated(m3_nano, tmp_path / "out", rows[1:], resume=True)
+        calibrated(trained, tmp_path / "out", rows[1:], resume=True)
 
 
 def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
@@ -410,8 +425,8 @@ def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def qwen(tmp_path: Path, m3_nano: Path) -> Path:
-    """A random Qwen3-MoE of one layer, with SiLU experts and m3-nano's tokenizer."""
+def qwen(tmp_path: Path, trained: Path) -> Path:
+    """A random Qwen3-MoE of one layer, with SiLU experts and the trained model's tokenizer."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
@@ -420,7 +435,7 @@ def qwen(tmp_path: Path, m3_nano: Path) -> Path:
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "qwen")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(m3_nano / name, tmp_path / "qwen" / name)
+        shutil.copyfile(trained / name, tmp_path / "qwen" / name)
     return tmp_path / "qwen"
 
 
@@ -454,10 +469,10 @@ def test_the_command(qwen: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_that_changed_is_calibrated_again(
-    m3_nano: Path, rows: torch.Tensor, tmp_path: Path
+    trained: Path, rows: torch.Tensor, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
-    shutil.copytree(m3_nano, source)
+    shutil.copytree(trained, source)
 
     interrupted(2, source, tmp_path / "out", rows)
     os.utime(source / "model.safetensors", (1, 1))
@@ -497,18 +512,18 @@ def test_what_the_command_refuses(
 # -- text ------------------------------------------------------------------------------------------
 
 
-def test_text_in_every_form(m3_nano: Path, tmp_path: Path) -> None:
+def test_text_in_every_form(trained: Path, tmp_path: Path) -> None:
     documents = [f"def f{n}(x):\n    return x + {n}\n" * 20 for n in range(40)]
     (tmp_path / "folder").mkdir()
     for number, document in enumerate(documents):
         (tmp_path / "folder" / f"{number:02}.txt").write_text(document)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    from_lines = load_samples(tmp_path / "a.jsonl", m3_nano, 4, 64)
+    from_lines = load_samples(tmp_path / "a.jsonl", trained, 4, 64)
     assert from_lines.shape == (4, 64)
-    assert torch.equal(from_lines, load_samples(tmp_path / "b.jsonl", m3_nano, 4, 64))
-    assert torch.equal(from_lines, load_samples(tmp_path / "folder", m3_nano, 4, 64))
-    tokenizer = AutoTokenizer.from_pretrained(m3_nano)
+    assert torch.equal(from_lines, load_samples(tmp_path / "b.jsonl", trained, 4, 64))
+    assert torch.equal(from_lines, load_samples(tmp_path / "folder", trained, 4, 64))
+    tokenizer = AutoTokenizer.from_pretrained(trained)
     assert from_lines[0, 0] == tokenizer.bos_token_id
     assert tokenizer.decode(from_lines[0, 1:20]) in documents[0]
 
@@ -525,16 +540,18 @@ def test_text_in_every_form(m3_nano: Path, tmp_path: Path) -> None:
     ],
 )
 def test_text_that_is_none(
-    m3_nano: Path, tmp_path: Path, name: str, content: str, message: str
+    trained: Path, tmp_path: Path, name: str, content: str, message: str
 ) -> None:
     file = tmp_path / name
     file.write_text(content, errors="surrogateescape")
+    for part in ("tokenizer.json", "tokenizer_config.json"):  # and no chat template
+        shutil.copyfile(trained / part, tmp_path / part)
     with pytest.raises(QuantizeError, match=message):
-        load_samples(file, m3_nano, 4, 64)
+        load_samples(file, tmp_path, 4, 64)
 
 
-def test_a_missing_text_and_an_empty_folder(m3_nano: Path, tmp_path: Path) -> None:
+def test_a_missing_text_and_an_empty_folder(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"nowhere.txt: cannot be read"):
-        load_samples(tmp_path / "nowhere.txt", m3_nano, 1, 16)
+        load_samples(tmp_path / "nowhere.txt", trained, 1, 16)
     with pytest.raises(QuantizeError, match=r"holds no \.jsonl"):
-        load_samples(tmp_path, m3_nano, 1, 16)
+        load_samples(tmp_path, trained, 1, 16)

@@ -207,50 +207,50 @@ def test_what_cannot_be_run_says_so(family: str, tmp_path: Path) -> None:
 
 
 def truth_of(folder: Path, rows: torch.Tensor, without_experts: bool = False) -> torch.Tensor:
-    """What m3-nano's last layer returns in Transformers, float64."""
+    """What the trained model's last layer returns in Transformers, float64."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager"
     ).eval()
     for layer in model.model.layers[1:] if without_experts else ():
         layer.mlp.experts.down_proj.data.zero_()
     seen: list[torch.Tensor] = []
-    model.model.layers[5].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    model.model.layers[-1].register_forward_hook(lambda module, inputs, out: seen.append(out))
     with torch.no_grad():
         model(input_ids=rows, use_cache=False)
     return seen[0]
 
 
 def test_the_published_layout_in_several_runs(
-    m3_nano: Path, m3_nano_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, trained_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """m3-nano as published: one tensor an expert, other names; two rows at a time."""
+    """As published: one tensor an expert, other names; two rows at a time."""
     monkeypatch.setattr("quantize.calibration.forward.TOKENS_PER_RUN", 64)
-    rows = rows_of(5, 32, 4000)
-    found, _ = run_forward(m3_nano_hub, Store(tmp_path / "store"), rows, Counting())
-    truth = truth_of(m3_nano, rows)
+    rows = rows_of(5, 32, 2000)
+    found, _ = run_forward(trained_hub, Store(tmp_path / "store"), rows, Counting())
+    truth = truth_of(trained, rows)
     assert (found - truth).norm() / truth.norm() < 1e-6
 
 
 def test_what_a_visitor_returns_is_what_the_model_goes_on_with(
-    m3_nano: Path, tmp_path: Path
+    trained: Path, tmp_path: Path
 ) -> None:
     class Zeros(Counting):
         def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
             weights.down = torch.zeros_like(weights.down)
             return weights
 
-    rows = rows_of(2, 16, 4000)
-    found, _ = run_forward(m3_nano, Store(tmp_path / "store"), rows, Zeros())
-    truth = truth_of(m3_nano, rows, without_experts=True)
+    rows = rows_of(2, 16, 2000)
+    found, _ = run_forward(trained, Store(tmp_path / "store"), rows, Zeros())
+    truth = truth_of(trained, rows, without_experts=True)
     assert (found - truth).norm() / truth.norm() < 1e-6
 
 
-def test_in_bfloat16_as_on_a_gpu(m3_nano: Path, tmp_path: Path) -> None:
+def test_in_bfloat16_as_on_a_gpu(trained: Path, tmp_path: Path) -> None:
     """Dtypes agree everywhere, and the router's bias keeps its own."""
-    rows = rows_of(3, 16, 4000)
-    found, ours = run_forward(m3_nano, Store(tmp_path / "store"), rows, Counting(), torch.bfloat16)
+    rows = rows_of(3, 16, 2000)
+    found, ours = run_forward(trained, Store(tmp_path / "store"), rows, Counting(), torch.bfloat16)
     assert found.dtype == torch.bfloat16
-    truth = truth_of(m3_nano, rows)
+    truth = truth_of(trained, rows)
     assert (found - truth).norm() / truth.norm() < 0.05
     assert ours.loader.dtype_plan["e_score_correction_bias"] == torch.float32
 

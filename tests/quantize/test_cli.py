@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from quantize.cli.app import app
 from tests.quantize import reference
 from tests.quantize.checkpoints import contents
+from tests.trained import Sizes
 
 Folders = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
@@ -222,27 +223,31 @@ def test_a_bad_gate(text: str, saved: Folders, tmp_path: Path) -> None:
 # -- inspect ---------------------------------------------------------------------------------------
 
 
-def test_inspect_m3_nano(m3_nano: Path) -> None:
-    result = run("inspect", m3_nano)
+def bytes_of_experts(sizes: Sizes) -> tuple[int, int]:
+    """In bf16, and in 4.5 bits with a global scale for each of an expert's matrices."""
+    scalars = len(sizes.sparse) * sizes.experts * 3 * 4
+    return 2 * sizes.expert_weights, sizes.expert_weights * 9 // 16 + scalars
+
+
+def test_inspect_a_trained_model(each_trained: Path) -> None:
+    result, sizes = run("inspect", each_trained), Sizes.of(each_trained)
     assert result.exit_code == 0
     row = next(line for line in result.stdout.splitlines() if "N.mlp.experts" in line)
     cells = [cell.strip() for cell in row.strip("│┃| ").replace("┃", "│").split("│")]
-    # 5 layers x 32 experts x 3 matrices of 128 x 384: bf16, or 4.5 bits and two scalars each.
-    now = 5 * 32 * 3 * 128 * 384 * 2
-    after = 5 * 32 * 3 * (128 * 384 // 2 + 128 * 384 // 16 + 4)
+    now, after = bytes_of_experts(sizes)
     assert cells == [
         "model.layers.N.mlp.experts",
-        "5",
-        "32",
-        "384",
-        "128",
+        str(len(sizes.sparse)),
+        str(sizes.experts),
+        str(sizes.hidden),
+        str(sizes.intermediate),
         f"{now / 1e6:.1f} MB",
         f"{after / 1e6:.1f} MB",
     ]
     assert "gate: swiglu_oai(alpha=1.702, beta=1, limit=7)" in result.stdout
     for stays in ("lm_head.weight", "model.embed_tokens.weight", "mlp.shared_experts.down_proj"):
         assert stays in result.stdout
-    before = sum(len(raw.data) for raw in reference.read_folder(m3_nano).values())
+    before = sum(len(raw.data) for raw in reference.read_folder(each_trained).values())
     assert f"{before / 1e6:.1f} MB -> {(before - now + after) / 1e6:.1f} MB" in result.stdout
 
 
@@ -255,8 +260,8 @@ def test_inspect_says_what_quantize_then_writes(saved: Folders, tmp_path: Path) 
     assert "mlp.shared_experts.gate_proj.weight" in shown
 
 
-def test_inspect_cuts_nothing_off_on_a_narrow_terminal(m3_nano: Path) -> None:
-    shown = run("inspect", m3_nano, columns=80).stdout
+def test_inspect_cuts_nothing_off_on_a_narrow_terminal(trained: Path) -> None:
+    shown = run("inspect", trained, columns=80).stdout
     assert "Stays as it is" in shown
     assert "…" not in shown
 
@@ -280,28 +285,28 @@ def parsed(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout, parse_constant=refuse)
 
 
-def test_inspect_as_json(m3_nano: Path) -> None:
-    result = run("inspect", m3_nano, "--json", columns=20)
+def test_inspect_as_json(trained: Path) -> None:
+    result = run("inspect", trained, "--json", columns=20)
     assert result.exit_code == 0
     assert result.stderr == ""
     shown = parsed(result)
     stays = {row["pattern"]: row for row in shown.pop("unchanged")}
-    before = sum(len(raw.data) for raw in reference.read_folder(m3_nano).values())
-    now = 5 * 32 * 3 * 128 * 384 * 2
-    after = 5 * 32 * 3 * (128 * 384 // 2 + 128 * 384 // 16 + 4)
+    before = sum(len(raw.data) for raw in reference.read_folder(trained).values())
+    sizes = Sizes.of(trained)
+    now, after = bytes_of_experts(sizes)
     assert shown == {
-        "source": str(m3_nano),
+        "source": str(trained),
         "gate": {"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7, "interleaved": False},
         "layer_gates": {},
         "source_formats": [],
-        "layers": [f"model.layers.{layer}.mlp.experts" for layer in range(1, 6)],
+        "layers": [f"model.layers.{layer}.mlp.experts" for layer in sizes.sparse],
         "experts": [
             {
                 "pattern": "model.layers.N.mlp.experts",
-                "layers": 5,
-                "experts": 32,
-                "hidden": 384,
-                "intermediate": 128,
+                "layers": len(sizes.sparse),
+                "experts": sizes.experts,
+                "hidden": sizes.hidden,
+                "intermediate": sizes.intermediate,
                 "bytes_now": now,
                 "bytes_after": after,
             }
@@ -312,9 +317,9 @@ def test_inspect_as_json(m3_nano: Path) -> None:
     }
     assert stays["model.layers.N.self_attn.o_proj.weight"] == {
         "pattern": "model.layers.N.self_attn.o_proj.weight",
-        "count": 6,
+        "count": sizes.layers,
         "dtype": "BF16",
-        "nbytes": 6 * 384 * 512 * 2,
+        "nbytes": sizes.layers * sizes.hidden * sizes.hidden * 2,
     }
     assert sum(row["nbytes"] for row in stays.values()) == before - now
 

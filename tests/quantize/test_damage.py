@@ -101,9 +101,9 @@ def test_a_full_disk(nbytes: int, saved: Folders, tmp_path: Path) -> None:
     assert_not_a_checkpoint(tmp_path / "out")
 
 
-def test_a_killed_run_can_be_repeated(m3_nano: Path, quantized: Any, tmp_path: Path) -> None:
+def test_a_killed_run_can_be_repeated(trained: Path, quantized: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "quantize", str(m3_nano), str(out), "--max-shard-size=1MB"]
+    command = [sys.executable, "-m", "quantize", str(trained), str(out), "--max-shard-size=1MB"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ONE_THREAD) as process:
         deadline = time.monotonic() + 60
         while len(list(out.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
@@ -114,7 +114,7 @@ def test_a_killed_run_can_be_repeated(m3_nano: Path, quantized: Any, tmp_path: P
     assert not (out / INDEX).exists()
     for file in out.glob("*.safetensors"):
         reference.read_file(file)
-    convert(m3_nano, out, overwrite=True)
+    convert(trained, out, overwrite=True)
     assert contents(out) == contents(quantized["modelopt"])
 
 

@@ -17,6 +17,7 @@ from quantize.experts.gates import Gate
 from quantize.experts.group import ExpertGroup
 from tests.quantize import checkpoints
 from tests.quantize.checkpoints import EXPERTS, HIDDEN, INTERMEDIATE
+from tests.trained import Sizes
 
 Folders = Callable[[str], Path]
 
@@ -70,35 +71,37 @@ def routed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # -- what is found ---------------------------------------------------------------------------------
 
 
-def test_m3_nano_as_transformers_writes_it(m3_nano: Path) -> None:
-    found = groups(m3_nano)
-    assert [g.prefix for g in found] == [f"model.layers.{i}.mlp.experts" for i in range(1, 6)]
+def test_a_trained_model_as_transformers_writes_it(trained: Path) -> None:
+    found, sizes = groups(trained), Sizes.of(trained)
+    assert [g.prefix for g in found] == [f"model.layers.{i}.mlp.experts" for i in sizes.sparse]
+    measures = sizes.experts, sizes.hidden, sizes.intermediate
     for group in found:
-        assert (group.num_experts, group.hidden, group.intermediate) == (32, 384, 128)
+        assert (group.num_experts, group.hidden, group.intermediate) == measures
         assert (group.fused, group.transposed) == (True, False)
         assert group.tensor_names == (f"{group.prefix}.gate_up_proj", f"{group.prefix}.down_proj")
-        assert group.parameters == 32 * 3 * 384 * 128
+        assert group.parameters == sizes.expert_weights // len(sizes.sparse)
 
 
-def test_m3_nano_as_the_hub_publishes_it(m3_nano: Path, m3_nano_hub: Path) -> None:
-    found = groups(m3_nano_hub)
+def test_a_trained_model_as_the_hub_publishes_it(trained: Path, trained_hub: Path) -> None:
+    found, sizes = groups(trained_hub), Sizes.of(trained)
     prefix = "model.layers.{}.block_sparse_moe.experts"
-    assert [g.prefix for g in found] == [prefix.format(i) for i in range(1, 6)]
+    assert [g.prefix for g in found] == [prefix.format(i) for i in sizes.sparse]
     for group in found:
-        assert (group.num_experts, group.hidden, group.intermediate) == (32, 384, 128)
+        measures = sizes.experts, sizes.hidden, sizes.intermediate
+        assert (group.num_experts, group.hidden, group.intermediate) == measures
         assert not group.fused
         assert group.projections == ("w1", "w3", "w2")
-        assert len(group.tensor_names) == 96
+        assert len(group.tensor_names) == 3 * sizes.experts
     # The same weights, whichever layout they are read from.
     with (
-        safe_open(m3_nano / "model.safetensors", "pt") as fused,
-        Checkpoint(m3_nano_hub) as hub,
+        safe_open(trained / "model.safetensors", "pt") as fused,
+        Checkpoint(trained_hub) as hub,
     ):
-        both = fused.get_slice("model.layers.4.mlp.experts.gate_up_proj")[17]
-        gate, up = found[3].gate_up(hub, 17)
+        both = fused.get_slice("model.layers.3.mlp.experts.gate_up_proj")[11]
+        gate, up = found[2].gate_up(hub, 11)
         assert torch.equal(torch.cat((gate, up)), both)
-        down = fused.get_slice("model.layers.4.mlp.experts.down_proj")[17]
-        assert torch.equal(found[3].down(hub, 17), down)
+        down = fused.get_slice("model.layers.3.mlp.experts.down_proj")[11]
+        assert torch.equal(found[2].down(hub, 11), down)
 
 
 @pytest.mark.parametrize("name", PREFIXES)

@@ -139,13 +139,13 @@ def test_identify_from_a_saved_folder(name: str, saved: Callable[[str], Path]) -
     assert identify(saved(name)) == Gates.uniform(CASES[name][1])
 
 
-def test_identify_m3_nano(m3_nano: Path) -> None:
-    assert identify(m3_nano) == Gates.uniform(Gate(**OAI))
+def test_identify_a_trained_model(trained: Path) -> None:
+    assert identify(trained) == Gates.uniform(Gate(**OAI))
 
 
-def test_identify_the_hub_layout_of_minimax_m3(m3_nano_hub: Path) -> None:
+def test_identify_the_hub_layout_of_minimax_m3(trained_hub: Path) -> None:
     """Its config is the multimodal one, with the text model's nested."""
-    assert identify(m3_nano_hub) == Gates.uniform(Gate(**OAI))
+    assert identify(trained_hub) == Gates.uniform(Gate(**OAI))
 
 
 def test_limits_that_differ_by_layer() -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from benchmarks.m3_checkpoint import STD, Model, write
 from quantize.run.report_files import REPORT_DATA
+from tests.hub_layout import publish
 from tests.plugin.reference import dequantize
 from tests.quantize import checkpoints
 
@@ -29,16 +30,18 @@ def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def test_names_are_those_of_a_published_model(m3_nano_hub: Path, tmp_path: Path) -> None:
-    """m3-nano's, which vLLM's native model was seen to read; its dense first layer is left out."""
-    write(tmp_path, 5, quantized=False, **NANO)
+def test_names_are_those_of_a_published_model(tmp_path: Path) -> None:
+    """Of m3-nano's sizes, in names that vLLM's native model was seen to read; the dense first layer
+    is left out."""
+    hub = publish(checkpoints.save_m3_nano(tmp_path / "nano", 6), tmp_path / "hub")
+    write(tmp_path / "mine", 5, quantized=False, **NANO)
     theirs = {
         re.sub(r"layers\.(\d)", lambda m: f"layers.{int(m[1]) - 1}", name): what
-        for name, what in stored(m3_nano_hub).items()
+        for name, what in stored(hub).items()
         if "layers.0." not in name
     }
-    assert stored(tmp_path) == theirs
-    mine, nano = (json.loads((f / "config.json").read_text()) for f in (tmp_path, m3_nano_hub))
+    assert stored(tmp_path / "mine") == theirs
+    mine, nano = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "mine", hub))
     assert mine.keys() == nano.keys()
     # swiglu_beta and others are left to the class's defaults in both.
     assert mine["text_config"].keys() == nano["text_config"].keys()

@@ -20,6 +20,7 @@ from quantize.run.record import FOLDER
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import contents, convert
 from tests.quantize.reference import INDEX, Raw
+from tests.trained import Sizes
 
 Folders = Callable[[str], Path]
 
@@ -92,20 +93,23 @@ def test_tiny_models(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_m3_nano_in_both_layouts(m3_nano: Path, quantized: dict[str, Path], layout: str) -> None:
-    out = reference.read_folder(quantized[layout])
-    assert_the_rest_is_untouched(m3_nano, out)
-    assert_experts_follow_the_max_rule(m3_nano, out, layout, every=9)
-    assert len(out) == 5 * 32 * 3 * 4 + len(
-        [name for name in reference.read_folder(m3_nano) if not is_routed(name)]
+def test_trained_models_in_both_layouts(
+    each_trained: Path, quantized_of: Callable[[Path], dict[str, Path]], layout: str
+) -> None:
+    out = reference.read_folder(quantized_of(each_trained)[layout])
+    assert_the_rest_is_untouched(each_trained, out)
+    assert_experts_follow_the_max_rule(each_trained, out, layout, every=9)
+    sizes = Sizes.of(each_trained)
+    assert len(out) == len(sizes.sparse) * sizes.experts * 3 * 4 + len(
+        [name for name in reference.read_folder(each_trained) if not is_routed(name)]
     )
 
 
-def test_m3_nano_from_the_hub_layout(m3_nano_hub: Path, tmp_path: Path) -> None:
-    convert(m3_nano_hub, tmp_path / "out")
+def test_a_trained_model_from_the_hub_layout(trained_hub: Path, tmp_path: Path) -> None:
+    convert(trained_hub, tmp_path / "out")
     out = reference.read_folder(tmp_path / "out")
-    assert_the_rest_is_untouched(m3_nano_hub, out)
-    assert_experts_follow_the_max_rule(m3_nano_hub, out, "modelopt", every=20)
+    assert_the_rest_is_untouched(trained_hub, out)
+    assert_experts_follow_the_max_rule(trained_hub, out, "modelopt", every=20)
     assert "model.layers.3.block_sparse_moe.experts.7.w3.weight_scale_2" in out
 
 
@@ -177,8 +181,8 @@ def test_tensors_of_every_dtype_and_shape_pass_through(saved: Folders, tmp_path:
             )
 
 
-def test_config_keeps_everything_and_says_what_was_done(m3_nano: Path, quantized: Any) -> None:
-    before = json.loads((m3_nano / "config.json").read_text())
+def test_config_keeps_everything_and_says_what_was_done(trained: Path, quantized: Any) -> None:
+    before = json.loads((trained / "config.json").read_text())
     for folder in quantized.values():
         after = json.loads((folder / "config.json").read_text())
         assert after.pop("nvfp4_moe") == {

@@ -198,9 +198,9 @@ class Stopped(BaseException):
 
 
 def test_a_run_says_what_was_staged_and_the_same_when_resumed(
-    m3_nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = torch.randint(0, 4000, (2, 64), generator=torch.Generator().manual_seed(3))
+    rows = torch.randint(0, 2000, (2, 64), generator=torch.Generator().manual_seed(3))
     settings = Calibration("a <text>", 2, 64, digest_of(rows), "gptq")
     options = Options(include=("*.layers.[12].*",), calibration=settings)
     found: list[Findings] = []
@@ -217,7 +217,7 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with Checkpoint(m3_nano) as checkpoint:
+        with Checkpoint(trained) as checkpoint:
             steps = plan(checkpoint, options)
             whole, again = tmp_path / "a" / "out", tmp_path / "b" / "out"
             execute.execute(checkpoint, steps, whole, samples=rows)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.quantize import checkpoints, reference
 from tests.quantize.test_cli import refusal, run
+from tests.trained import Sizes
 
 Folders = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
@@ -63,10 +64,12 @@ def test_verify_a_good_checkpoint(layout: str, saved: Folders, good: dict[str, P
         assert f"{-20 * torch.tensor(relative).log10().item():.2f}" in row
 
 
-def test_verify_m3_nano(m3_nano: Path, quantized: dict[str, Path]) -> None:
-    result = run("verify", m3_nano, quantized["modelopt"])
+def test_verify_a_trained_model(
+    each_trained: Path, quantized_of: Callable[[Path], dict[str, Path]]
+) -> None:
+    result = run("verify", each_trained, quantized_of(each_trained)["modelopt"])
     assert result.exit_code == 0, result.output
-    assert result.stdout.count(".mlp.experts") == 5
+    assert result.stdout.count(".mlp.experts") == len(Sizes.of(each_trained).sparse)
 
 
 def test_verify_a_stacked_source(stacked: Folders, tmp_path: Path) -> None:

@@ -1,0 +1,228 @@
+"""Faults put into the Hopper kernels' sources on purpose: the emulation finds each, so that what
+passes elsewhere means something.
+
+All of a kernel's faults are in one library, each behind a switch. One is found if any of ``SEEDS``
+ends with an error of the emulation or with a wrong output.
+
+Two things are no faults by PTX's rules, though the sources have them right: the wait in FP8's
+epilogue (its consumers have seen X, which was copied after the producer's wait), and that
+``requantize`` waits before it triggers (the GEMM before it has waited, so ``route`` has ended).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu import reference_fp8
+from tests.gpu.layer import Shape, error
+from tests.gpu.packed import BOUND, GATES, Packed
+from tests.plugin.emulation import CPU, Emulated, body, build
+from vllm_nvfp4_moe.kernels.hopper import bf16, fp8
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
+
+SEEDS = range(1, 7)
+TINY = Shape("tiny", 4, 256, 128, 2)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A part of a source, and what is in its place.
+
+    Attributes:
+        part: an expression, or statements that end with a semicolon.
+        of: how often the source has it.
+        number: which of those it is.
+        tokens: of the batch that shows it.
+        said: a regular expression for what must be said with one of the seeds; by default that the
+            output is wrong.
+        map: whether there is a map of experts.
+    """
+
+    part: str
+    instead: str
+    of: int = 1
+    number: int = 0
+    tokens: int = 4
+    said: str = "wrong output"
+    map: bool = False
+
+
+WAIT, TRIGGER, SYNC = "wait_for_previous_kernel();", "trigger_next_kernel();", "__syncthreads();"
+OUTSIDE = "reads or writes|from outside of any tensor|wrote beside"
+
+BOTH = {
+    # Barriers of a CTA: mbarriers made, experts' counts cleared, all counted, tiles' rows known.
+    "barriers-made": Mutant(SYNC, "", of=4, said="no mbarrier"),
+    "counts-cleared": Mutant(SYNC, "", of=4, number=1, tokens=40),
+    "counted": Mutant(SYNC, "", of=4, number=2, tokens=40, said="divides by zero"),
+    "rows-known": Mutant(SYNC, "", of=4, number=3, tokens=40, said="wrong output|from outside"),
+    # One element too far.
+    "tiles-read": Mutant("(index + gridDim.x) / row_blocks", "1 << 10", said=OUTSIDE),
+    "tiles-written": Mutant("tiles[first + i]", "tiles[first + i + 8]", said=OUTSIDE),
+    "sizes": Mutant("size_ends[thread] = end;", "size_ends[thread + 1] = end;", said=OUTSIDE),
+    "places": Mutant("places[pair] = place;", "places[pair + 1] = place;", said=OUTSIDE),
+    "ids": Mutant("ids[pair] >= 0", "ids[pair + 1] >= 0", map=True, said=OUTSIDE),
+    "local": Mutant("local[ids[pair]]", "local[ids[pair] + 1]", map=True, said=OUTSIDE),
+    "router-weights": Mutant("router_weights[pair]", "router_weights[pair + 1]", said=OUTSIDE),
+}  # fmt: skip
+
+COMMIT = "mma_commit();\n" + 16 * " " + "mma_wait<1>();\n" + 16 * " "
+RELEASE = "if (half == 0 && first == 0 && before >= 0 && lane == 0)\n" + 20 * " "
+RELEASE += "barrier_arrive(empty + 8 * before);"
+RELEASE_FP8 = "if (k == 2 && before && lane == 0) barrier_arrive(before);"
+MEET = "named_barrier_sync<K_GROUPS * 128>();"
+
+MUTANTS = {
+    "bf16": BOTH | {
+        "producer-waits": Mutant(WAIT, "", of=3),
+        "combine-waits": Mutant(WAIT, "", of=3, number=1),
+        "gather-waits": Mutant(WAIT, "", of=3, number=2),
+        "gather-triggers-first": Mutant(WAIT, TRIGGER + WAIT, of=3, number=2),
+        "partial-read": Mutant(MEET, "", of=2),
+        "partial-written": Mutant(MEET, "", of=2, number=1),
+        "arrivals": Mutant(
+            "barrier_init(empty + 8 * i, 4 * Shape::ROW_GROUPS);",
+            "barrier_init(empty + 8 * i, 4 * Shape::ROW_GROUPS + 1);",
+            tokens=150,
+            said="deadlock: .* waits for mbarrier",
+        ),
+        "registers": Mutant(
+            COMMIT + RELEASE, f"mma_commit(); mma_wait<2>(); {RELEASE}", tokens=150,
+            said="A overwritten under an MMA",
+        ),
+        "stage-given-back": Mutant(
+            COMMIT + RELEASE, f"mma_commit(); {RELEASE} mma_wait<1>();", tokens=150
+        ),
+    },
+    "fp8": {name: Mutant(**{**vars(m), "of": 5 if m.part == SYNC else m.of})
+            for name, m in BOTH.items()} | {
+        "row-maximum": Mutant(SYNC, "", of=5, number=4),
+        "producer-waits": Mutant(WAIT, "", of=5),
+        "combine-waits": Mutant(WAIT, "", of=5, number=1),
+        "gather-waits": Mutant(WAIT, "", of=5, number=3),
+        "gather-triggers-first": Mutant(WAIT, TRIGGER + WAIT, of=5, number=3),
+        "requantize-waits": Mutant(WAIT, "", of=5, number=4),
+        "registers": Mutant(
+            "mma_wait<3>();", "mma_wait<4>();", tokens=150, said="A overwritten under an MMA"
+        ),
+        "stage-given-back": Mutant(
+            RELEASE_FP8, RELEASE_FP8.replace("k == 2", "k == 0"), tokens=150
+        ),
+        # Of two chunks' scales, or of two halves of an MMA's columns, the other.
+        "scales": Mutant("magnitude_table(ones, threes, 2 * half)",
+                         "magnitude_table(ones, threes, 2 - 2 * half)"),
+        "columns": Mutant("(unit % 8 ^ place.index % 8)", "(unit % 8 ^ 1 ^ place.index % 8)"),
+    },
+}  # fmt: skip
+CASES = [(kernel, name) for kernel, mutants in MUTANTS.items() for name in mutants]
+
+
+def with_switches(source: str, mutants: Iterable[Mutant]) -> str:
+    """``source`` with all of the mutants in it, each behind the switch of its number."""
+    places: dict[tuple[int, str], list[tuple[int, str]]] = {}
+    for switch, mutant in enumerate(mutants):
+        assert source.count(mutant.part) == mutant.of, mutant
+        start = [found.start() for found in re.finditer(re.escape(mutant.part), source)]
+        places.setdefault((start[mutant.number], mutant.part), []).append((switch, mutant.instead))
+    end = len(source)
+    for (start, part), choices in sorted(places.items(), reverse=True):
+        assert start + len(part) <= end, f"{part} is part of another"
+        end = start
+        text = part if part.endswith(";") else f"({part})"
+        for switch, instead in choices:
+            if part.endswith(";"):
+                text = f"if (mutated({switch})) {{ {instead} }} else {{ {text} }}"
+            else:
+                text = f"(mutated({switch}) ? ({instead}) : {text})"
+        source = source[:start] + text + source[start + len(part) :]
+    return source
+
+
+class Bench:
+    """A kernel with all of its mutants, and weights to run it on."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.kernel, self.mutants = KERNELS[name], MUTANTS[name]
+        self.shape = {"bf16": bf16.TOKENS_8, "fp8": fp8.TOKENS_64}[name]
+        self.large = {"bf16": bf16.TOKENS_64, "fp8": fp8.TOKENS_64}[name]
+        self.bound = {"bf16": BOUND, "fp8": 4e-3}[name]
+        rule = {} if name == "bf16" else {"kernel": self.kernel, "rule": reference_fp8.routed}
+        self.packed = Packed.random(TINY, CPU, **rule)
+        source = with_switches(body(self.kernel), self.mutants.values())
+        self.library: ctypes.CDLL = build(folder, source, self.kernel)
+
+    def said(self, names: Iterable[str], mutant: Mutant, patch: pytest.MonkeyPatch) -> list[str]:
+        """What was wrong with each seed, with the mutants of these names on; or nothing."""
+        numbers = [list(self.mutants).index(name) for name in names]
+        self.library.emulation_mutants(sum(1 << number for number in numbers))
+        emulated = Emulated(self.library, self.kernel, patch)
+        shape = self.large if mutant.tokens == 150 else self.shape
+        x, ids, weights = self.packed.batch(mutant.tokens)
+        ids[-1, -1] = TINY.experts - 1  # the last of the map
+        local = torch.arange(TINY.experts, dtype=torch.int32) if mutant.map else None
+        truth = self.packed.truth(x, ids, weights)
+        found = []
+        for seed in SEEDS:
+            try:
+                out = emulated.run(
+                    x, self.packed.experts, ids, weights, GATES["silu"], local=local,
+                    tile_shape=shape, processors=1 if mutant.tokens == 150 else 2, seed=seed,
+                )  # fmt: skip
+            except AssertionError as wrong:
+                found.append(str(wrong))
+            else:
+                right = error(out, truth).whole < 2 * self.bound
+                found.append("" if right else "wrong output")
+        return found
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bench]:
+    return {name: Bench(name, tmp_path_factory.mktemp(name)) for name in MUTANTS}
+
+
+@pytest.mark.parametrize(("kernel", "name"), CASES)
+def test_it_is_found(
+    kernel: str, name: str, benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant = MUTANTS[kernel][name]
+    said = benches[kernel].said([name], mutant, monkeypatch)
+    assert any(re.search(mutant.said, text) for text in said), said
+
+
+@pytest.mark.parametrize("kernel", MUTANTS)
+def test_no_wait_at_all_is_found_each_time_that_kernels_overlap(
+    kernel: str, benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = [name for name in MUTANTS[kernel] if name.endswith("-waits")]
+    said = benches[kernel].said(waits, Mutant("", ""), monkeypatch)
+    assert [bool(text) for text in said] == [True, True, False] * 2
+
+
+@pytest.mark.parametrize("kernel", MUTANTS)
+@pytest.mark.parametrize("mutant", [Mutant("", "", tokens=n, map=n == 40) for n in (4, 40, 150)])
+def test_without_a_fault_nothing_is_found(
+    kernel: str, mutant: Mutant, benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(benches[kernel].said([], mutant, monkeypatch)) == {""}
+
+
+def test_what_a_caller_gives_is_bounded_too(
+    benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids past the end of the map, which vLLM does not give."""
+    bench = benches["bf16"]
+    bench.library.emulation_mutants(0)
+    emulated = Emulated(bench.library, bench.kernel, monkeypatch)
+    x, ids, weights = bench.packed.batch(4)
+    ids[2, 1] = TINY.experts + 2048
+    local = torch.arange(TINY.experts, dtype=torch.int32)
+    with pytest.raises(AssertionError, match=r"route, CTA 0, thread 5: .* past the end of local"):
+        emulated.run(x, bench.packed.experts, ids, weights, GATES["silu"], local=local)
