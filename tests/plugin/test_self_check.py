@@ -386,6 +386,29 @@ def test_a_device_that_a_kernel_broke(load: Load, shallow: dict, monkeypatch: Mo
         load(shallow["modelopt"])
 
 
+def test_what_kernels_keep_is_not_allocated_during_the_check(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch
+) -> None:
+    """It would lie in the memory of weights, which sleep mode discards."""
+    from vllm.v1.worker import workspace
+
+    apply = CpuMethod.apply
+    taken = []
+
+    def with_locks(self: CpuMethod, *args: Any) -> torch.Tensor:
+        manager = workspace.current_workspace_manager()
+        taken.append(manager.get_persistent("locks", (4,), torch.int, zero_init=True))
+        return apply(self, *args)
+
+    monkeypatch.setattr(CpuMethod, "apply", with_locks)
+    engines = workspace.WorkspaceManager(torch.device("cpu"))
+    monkeypatch.setattr(workspace, "_manager", engines)
+    load(shallow["modelopt"])
+    assert taken
+    assert workspace.current_workspace_manager() is engines
+    assert engines._persistent_resources == [{}]
+
+
 def test_one_layer_of_a_kind(
     load: Load, quantized: dict[str, Path], monkeypatch: MonkeyPatch
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.v1.worker import workspace
 
 from vllm_nvfp4_moe.quirks import runner_of
 
@@ -83,12 +86,30 @@ def run_alone(
     try:
         if kernel is not None:
             method.moe_kernel = _for_one_rank(kernel)
-        with override_forward_context(context):
+        with override_forward_context(context), _workspace_of_its_own():
             if method.is_monolithic:
                 return method.apply_monolithic(layer, x, logits)
             return method.apply(layer, x, weights, ids, None, None)
     finally:
         method.moe_kernel = kernel
+
+
+@contextmanager
+def _workspace_of_its_own() -> Iterator[None]:
+    """Within, vLLM's workspace is another one, which is dropped afterwards.
+
+    What kernels keep there for good, Marlin's locks for example, is allocated when it is first
+    needed. While a model is being loaded that is memory of its weights, which level 2 of vLLM's
+    sleep mode discards; locks that are not zero after that would hold a kernel up for ever.
+    """
+    engines = workspace._manager
+    if engines is not None:
+        device, ubatches, lanes = engines._device, engines._num_ubatches, engines._num_lanes
+        workspace._manager = workspace.WorkspaceManager(device, ubatches, lanes)
+    try:
+        yield
+    finally:
+        workspace._manager = engines
 
 
 def _for_one_rank(kernel: Any) -> Any:
