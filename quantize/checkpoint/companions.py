@@ -18,7 +18,7 @@ from quantize.errors import QuantizeError
 
 PATTERNS = (
     # Tokenizers of all kinds: fast ones, byte-level BPE, sentencepiece, tiktoken, Mistral's.
-    *("tokenizer*.json", "tokenizer*.model*", "*_tokenizer*.json", "tokenization_*.json"),
+    *("tokenizer*", "*_tokenizer*.json", "tokenization_*.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt", "vocab*.bpe"),
     "merges*.txt",
     *("*.model", "*.tiktoken", "tekken.json", "normalizer.json", "bpe.codes"),
