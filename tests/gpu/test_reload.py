@@ -2,7 +2,7 @@
 computes: by vLLM's own reloading, from NVFP4 and from bf16, twice, and after each level of sleep.
 
 Layers here take seconds each. ``test_engine`` starts one engine and takes minutes; leave it out by
-``-k "not engine"``. It needs m3-nano (``M3_NANO``).
+``-k "not engine"``. It serves m3-nano where that is (``M3_NANO``), else the tests' own model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from tests.conftest import ROOT
 from tests.gpu.layer import Layer, Shape, batch, build, error, load, random_weights, skip_elsewhere
 from tests.gpu.reference import Stored
 from tests.gpu.test_layer import RERUN
+from tests.hub_layout import publish
+from tests.trained import nano, own_model
 
 SHAPE = Shape("m3-nano", 32, 384, 128, 4)
 GATE = "swiglu_oai"
@@ -144,12 +146,12 @@ def poison(memory: Any) -> None:
     torch.cuda.synchronize()
 
 
-def test_engine(m3_nano: Path, tmp_path: Path) -> None:
-    """One engine that quantizes m3-nano on the fly, through all of it."""
-    other = tmp_path / "other"
-    changed(m3_nano, other)
+def test_engine(tmp_path: Path) -> None:
+    """One engine that quantizes a trained model on the fly, through all of it."""
+    first, other = publish(nano() or own_model(), tmp_path / "first"), tmp_path / "other"
+    changed(first, other)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.reload_engine", m3_nano, other],
+        [sys.executable, "-m", "tests.gpu.reload_engine", first, other],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
