@@ -153,10 +153,12 @@ class NvFp4MoEMethod(ExpertsBackend):
                 f"{layer.layer_name}: its weights are converted already. To load others, use "
                 "vLLM's reload_weights or update_weights"
             )
+        device = codes.device
+        del codes  # or it would stay in memory while it is converted
         with (
             set_current_vllm_config(self._vllm_config),
             set_default_torch_dtype(layer.params_dtype),
-            codes.device,
+            device,
         ):
             self._process(layer)
         self.reloading = True

@@ -61,7 +61,6 @@ def main(first: str, second: str) -> None:
         return found[0]
 
     model = worker().model_runner.model
-    assert worker().model_runner.cudagraph_dispatcher is not None
 
     def text() -> Any:
         outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)

@@ -124,7 +124,7 @@ def test_without_the_flag(
     assert config.quantization == "nvfp4_moe"
 
 
-def test_without_the_flag_as_the_hub_publishes_it(m3_nano_hub: Path, tmp_path: Path) -> None:
+def test_without_the_flag_as_the_hub_publishes_it(trained_hub: Path, tmp_path: Path) -> None:
     """vLLM has a config class of its own for MiniMax-M3, and texts nested in it."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -132,7 +132,7 @@ def test_without_the_flag_as_the_hub_publishes_it(m3_nano_hub: Path, tmp_path: P
     from quantize.execute import execute
     from quantize.run.plan import plan
 
-    with Checkpoint(m3_nano_hub) as source:
+    with Checkpoint(trained_hub) as source:
         execute(source, plan(source), tmp_path / "hub")
     args = EngineArgs(model=str(tmp_path / "hub"))
     assert args.create_model_config().quantization == "nvfp4_moe"

@@ -160,8 +160,8 @@ def test_on_a_cpu(
 def test_on_the_fly(load: Load, shallow_bf16: Path, other_bf16: Path, other: Any) -> None:
     layer = check(load, shallow_bf16, other_bf16)
     offline = load(other["modelopt"])[LAYER].routed_experts
-    for name, parameter in offline.named_parameters():
-        assert torch.equal(bits(getattr(layer, name)), bits(parameter)), name
+    for name, parameter in layer.named_parameters():  # without input scales
+        assert torch.equal(bits(parameter), bits(getattr(offline, name))), name
 
 
 def convert_for(name: str, monkeypatch: MonkeyPatch) -> None:

@@ -326,12 +326,22 @@ def test_a_kernel_that_routes(load: Load, shallow: dict, monkeypatch: MonkeyPatc
 
 @pytest.mark.parametrize(("floor", "first_of_equals"), [(0.0, False), (-torch.inf, True)])
 def test_a_kernel_that_routes_wrong(
-    load: Load, shallow: dict, monkeypatch: MonkeyPatch, floor: float, first_of_equals: bool
+    load: Load,
+    damage: Callable[[str], Damage],
+    monkeypatch: MonkeyPatch,
+    floor: float,
+    first_of_equals: bool,
 ) -> None:
-    """With random logits alone both pass: some are positive, and none are equal."""
+    """With random logits alone both pass: some are positive, and none are equal. Nor are they with
+    correction biases that differ."""
+
+    def without_biases(tensors: dict[str, torch.Tensor]) -> None:
+        (name,) = (name for name in tensors if name.endswith("e_score_correction_bias"))
+        tensors[name].zero_()
+
     Routes(monkeypatch, floor, first_of_equals)
     with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
-        load(shallow["modelopt"])
+        load(damage("modelopt").tensors(without_biases))
 
 
 KERNELS = ("forward", "expand")

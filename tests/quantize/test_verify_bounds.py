@@ -31,6 +31,7 @@ from quantize.verify.blocks import COLUMNS, ROWS, compare_blocks
 from tests.quantize import reference
 from tests.quantize.checkpoints import convert
 from tests.quantize.test_cli import run
+from tests.trained import Sizes
 
 Folders = Callable[[str], Path]
 
@@ -246,18 +247,22 @@ def test_the_worst_weight_and_block_are_named(saved: Folders, tmp_path: Path) ->
         assert layer.relative <= layer.worst.relative < layer.worst.block
 
 
-def test_calibrated_m3_nano_stays_within_the_bounds(m3_nano: Path, tmp_path: Path) -> None:
+def test_a_calibrated_trained_model_stays_within_the_bounds(
+    each_trained: Path, tmp_path: Path
+) -> None:
     """Without the report and without knowing the method, so that only bounds are left."""
-    rows = torch.randint(0, 4096, (4, 128), generator=torch.Generator().manual_seed(0))
+    sizes = Sizes.of(each_trained)
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, sizes.vocabulary, (4, 128), generator=random)
     for method in ("gptq", "two-sided"):
         target = tmp_path / method
         settings = Calibration("text", *rows.shape, digest_of(rows), method=method)
-        with Checkpoint(m3_nano) as checkpoint:
-            options = Options(include=("*.layers.5.*",), calibration=settings)
+        with Checkpoint(each_trained) as checkpoint:
+            options = Options(include=(f"*.layers.{sizes.sparse[-1]}.*",), calibration=settings)
             execute(checkpoint, plan(checkpoint, options), target, samples=rows)
-        assert report(m3_nano, target).problems == []
+        assert report(each_trained, target).problems == []
         forget(target)
-        assert report(m3_nano, target).problems == []
+        assert report(each_trained, target).problems == []
 
 
 # -- DST alone -------------------------------------------------------------------------------------
