@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.m3_slice import Slice
-from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.json_files import INDEX
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError

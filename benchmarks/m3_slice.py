@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.json_files import INDEX
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.cli.options import parse_size
 from quantize.errors import QuantizeError

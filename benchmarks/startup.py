@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.m3_checkpoint import Model
-from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.json_files import INDEX
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.run.files import write_json
 from quantize.run.shards import header

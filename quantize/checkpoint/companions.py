@@ -12,8 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quantize.checkpoint.headers import INDEX
-from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.errors import QuantizeError
 
 PATTERNS = (

@@ -14,11 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.checkpoint.tensors import BYTES, TensorInfo
 from quantize.errors import QuantizeError
-
-INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER = 100_000_000
 """Most bytes of a header, as the safetensors library has it."""

@@ -8,6 +8,9 @@ from typing import Any
 
 from quantize.errors import QuantizeError
 
+INDEX = "model.safetensors.index.json"
+"""The file that says which tensor is in which file."""
+
 _MAX_DEPTH = 100
 """Most levels of nesting in a JSON file. Python's own functions fail at some hundreds."""
 

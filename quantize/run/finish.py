@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantize.checkpoint.descriptions import without_descriptions
-from quantize.checkpoint.headers import INDEX
+from quantize.checkpoint.json_files import INDEX
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, to_contract

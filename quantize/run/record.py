@@ -24,9 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint.headers import INDEX
 from quantize.checkpoint.identity import Identity, differences, read_identity
-from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import DamagedWeightsError, QuantizeError
 from quantize.run.files import sync, write_json

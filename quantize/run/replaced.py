@@ -18,8 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantize.checkpoint.companions import TEMPLATES, belongs, belongs_by_config
-from quantize.checkpoint.headers import INDEX
-from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.errors import QuantizeError
 from quantize.layouts import config_files
 from quantize.run.report_files import REPORT, REPORT_DATA

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from quantize.checkpoint.descriptions import without_descriptions
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, Gates, from_contract, to_contract
 from quantize.experts.names import ignored_modules
 from quantize.layouts import LAYOUTS
+from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.made import FIELD
 from quantize.verify.claims import Claims
@@ -41,18 +43,12 @@ class Modules(NamedTuple):
 OURS = {KEY, "quantization_config"}
 """What the quantizer adds to a config."""
 
-OF_THE_SOURCE = {"quantization_config", "compression_config", "expert_dtype", "quantization"}
-"""What describes how the source was stored, at any depth. It is no longer true of the target."""
-
-_HEADS = re.compile(r"(?:^|[._])(?:lm_)?head$|(?:^|\.)output$")
-"""Output heads. One that is tied to the embeddings has no tensor, and must be ignored all the
-same."""
-
 
 def config_problems(source: Checkpoint, target: Checkpoint) -> Iterator[str]:
-    """Where the target's config is not the source's."""
+    """Where the target's config is not the source's, but for how weights are stored."""
     ours = {key: value for key, value in target.config.items() if key not in OURS}
-    theirs = {key: value for key, value in source.config.items() if key not in OURS}
+    original = without_descriptions(source.config)
+    theirs = {key: value for key, value in original.items() if key not in OURS}
     where = target.folder / CONFIG
     for path, found, wanted in _differences(ours, theirs, ""):
         yield f"{where}: {path} is {found}, the source's {wanted}; quantize again"
@@ -157,6 +153,8 @@ def _ignore_problems(
         if name.endswith(".weight") and len(info.shape) >= 2
     } - modules.quantized
     needed = stays.union(*map(ignored_modules, modules.experts_left))
+    if ours:
+        needed |= heads(target.tensors, modules.quantized)
     for module in sorted(needed):
         if module not in names and (ours or covering(module) is None):
             yield f"the ignore list lacks {module}, which is not quantized"
@@ -166,7 +164,7 @@ def _ignore_problems(
     known = {part for name in needed | modules.known for part in _paths(name)}
     experts = tuple(f"{path}." for path in known if path.endswith("experts"))
     for entry in sorted(parents - known):
-        if not (_HEADS.search(entry) or entry.startswith(experts)):
+        if not entry.startswith(experts):
             yield f"the ignore list has {entry!r}, which no module here is called"
             return
 
@@ -200,8 +198,6 @@ def _differences(ours: Any, theirs: Any, path: str) -> Iterator[tuple[str, str, 
     """Where two JSON values differ: the path there, and what is there in each."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
-            if key not in ours and key in OF_THE_SOURCE:
-                continue
             mine, other = ours.get(key, _MISSING), theirs.get(key, _MISSING)
             yield from _differences(mine, other, f"{path}{key}.")
     elif _shown(ours) != _shown(theirs):

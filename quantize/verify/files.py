@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from quantize.checkpoint.headers import INDEX
-from quantize.checkpoint.json_files import read_json
+from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.layouts import config_files

@@ -64,7 +64,9 @@ BOTH = {
     "counted": Mutant(SYNC, "", of=4, number=2, tokens=40, said="divides by zero"),
     "rows-known": Mutant(SYNC, "", of=4, number=3, tokens=40, said="wrong output|from outside"),
     # One element too far.
-    "tiles-read": Mutant("(index + gridDim.x) / row_blocks", "1 << 10", said=f"wrong output|{OUTSIDE}"),
+    "tiles-read": Mutant(
+        "(index + gridDim.x) / row_blocks", "1 << 10", said=f"wrong output|{OUTSIDE}"
+    ),
     "tiles-written": Mutant("tiles[first + i]", "tiles[first + i + 8]", said=OUTSIDE),
     "sizes": Mutant("size_ends[thread] = end;", "size_ends[thread + 1] = end;", said=OUTSIDE),
     "places": Mutant("places[pair] = place;", "places[pair + 1] = place;", said=OUTSIDE),
