@@ -79,7 +79,7 @@ def load(folder: Path, quantization: str, backend: str) -> dict[str, Any]:
         model=str(folder),
         quantization=quantization,
         moe_backend=backend,
-        max_model_len=2048,
+        max_model_len=1024,
         enforce_eager=True,
         skip_tokenizer_init=True,
     ).create_engine_config()

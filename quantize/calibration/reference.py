@@ -186,9 +186,6 @@ class Reference:
         else:
             experts = group.num_experts if group.flat else None
             tensor = self._checkpoint.load_expert(name, expert, experts).unsqueeze(0)
-        # GPT-OSS's are [experts, out, in / 2]; unquantized, [experts, in, out].
-        if any(part.endswith("_blocks") for part in self._checkpoint.parts(name)):
-            tensor = tensor.mT.contiguous()
         return tensor
 
 

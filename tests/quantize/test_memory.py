@@ -67,6 +67,14 @@ def write_large(folder: Path, config: dict[str, Any], stack: bool) -> int:
             shapes[f"{prefix}.{expert}.gate_proj.weight"] = (inner, hidden)
             shapes[f"{prefix}.{expert}.up_proj.weight"] = (inner, hidden)
             shapes[f"{prefix}.{expert}.down_proj.weight"] = (hidden, inner)
+    config = config | {
+        "hidden_size": hidden,
+        "moe_intermediate_size": inner,
+        "num_experts": experts,
+        "num_local_experts": experts,
+        "num_hidden_layers": layers,
+        "vocab_size": 50_000,
+    }
     header, start = {}, 0
     for name, shape in shapes.items():
         end = start + 2 * int(np.prod(shape))
