@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import measure, row, verdict
+from tests.trained import Sizes
 
 GIB = 2**30
 
@@ -32,7 +33,8 @@ def test_the_worst_peak_and_the_best_seconds_count() -> None:
 def test_a_load_is_measured(quantized: dict[str, Path]) -> None:
     """In a process of its own, on this machine's CPU if it has no GPU."""
     found = measure(quantized["modelopt"], "ours", "auto", 200)
-    weights = 32 * 3 * 384 * 128
+    sizes = Sizes.of(quantized["modelopt"])
+    weights = sizes.experts * 3 * sizes.hidden * sizes.intermediate
     # 4.5 bits a weight; what kernels pad is at most as much again.
     assert weights * 9 / 16 <= found["layer"] < 2 * weights * 9 / 16
     assert found["parameters"] > 5 * found["layer"]
