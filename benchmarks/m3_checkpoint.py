@@ -38,6 +38,7 @@ from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, to_contract
 from quantize.run.files import write_json
+from quantize.run.made import FIELD, record_of
 from quantize.run.options import Options
 from quantize.run.plan import plan
 from quantize.run.shards import header
@@ -209,7 +210,7 @@ def _planned(model: Model, layout: str) -> tuple[Files, dict[str, Any], dict[str
             steps = plan(source, Options(layout=layout, max_shard_size=FILE_SIZE))
     files = [steps.outputs(i) for i in range(len(steps.shards))]
     config = model.config() | {
-        KEY: to_contract(steps.gates.concatenated()),
+        KEY: to_contract(steps.gates.concatenated()) | {FIELD: record_of(steps.options)},
         "quantization_config": steps.layout.quantization_config(steps.ignore),
     }
     return files, config, steps.layout.extra_files(steps.ignore)

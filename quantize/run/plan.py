@@ -164,7 +164,8 @@ def plan(
         return part is not None and options.asks_for(prefix, part)
 
     found = find(checkpoint, asked)
-    check_layer_count(checkpoint.config, found, where)
+    of_language = [group for group in found if not other_part(group.prefix, checkpoint.config)]
+    check_layer_count(checkpoint.config, of_language, where)
     gates = gates or _gates(checkpoint, options, found)
     for group in found:
         group.check_gate(gates.of(group.prefix))

@@ -153,15 +153,16 @@ def _ignore_problems(
         if name.endswith(".weight") and len(info.shape) >= 2
     } - modules.quantized
     needed = stays.union(*map(ignored_modules, modules.experts_left))
+    outputs = heads(target.tensors, modules.quantized)
     if ours:
-        needed |= heads(target.tensors, modules.quantized)
+        needed |= outputs
     for module in sorted(needed):
         if module not in names and (ours or covering(module) is None):
             yield f"the ignore list lacks {module}, which is not quantized"
             return
     if len(ignore) != len(names):
         yield "the ignore list names a module twice"
-    known = {part for name in needed | modules.known for part in _paths(name)}
+    known = {part for name in needed | outputs | modules.known for part in _paths(name)}
     experts = tuple(f"{path}." for path in known if path.endswith("experts"))
     for entry in sorted(parents - known):
         if not entry.startswith(experts):

@@ -332,7 +332,7 @@ def test_the_command_with_one_folder(saved: Folders, tmp_path: Path) -> None:
     )
     result = run("verify", tmp_path / "out")
     assert result.exit_code == 1
-    assert "the ignore list lacks lm_head" in result.stderr
+    assert "the ignore list lacks embed_out" in result.stderr
 
 
 def test_config_and_tensors_must_agree_on_activations(saved: Folders, tmp_path: Path) -> None:
