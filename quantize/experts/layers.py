@@ -9,6 +9,7 @@ from typing import Any
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.experts.names import layer_number
+from quantize.experts.stated import number_of_layers
 
 _LAYERS = re.compile(r"num_(hidden_|decoder_)?layers|n_layers?")
 _DRAFTING = re.compile(r"num_nextn_predict_layers|(num_mtp|mtp_num_hidden|num_mtp_hidden)_layers")
@@ -44,6 +45,7 @@ def _stated(config: dict[str, Any]) -> int:
     """The decoder layers of all decoders in a config, with those for drafting; 0 if not stated."""
     counts = {key: value for key, value in config.items() if type(value) is int and value > 0}
     layers = max((n for key, n in counts.items() if _LAYERS.fullmatch(key)), default=0)
+    layers = max(layers, number_of_layers(config) or 0)
     drafting = max((n for key, n in counts.items() if _DRAFTING.fullmatch(key)), default=0)
     return (
         layers

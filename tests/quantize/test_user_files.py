@@ -23,6 +23,8 @@ from quantize.checkpoint import hub
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.execute import execute
+from quantize.experts.find import find
+from quantize.experts.layers import check_layer_count
 from quantize.run.options import Calibration, Options
 from quantize.run.plan import plan
 from quantize.run.record import FOLDER
@@ -971,3 +973,13 @@ def test_more_layers_of_experts_than_the_config_has(source: Path, tmp_path: Path
     message = refusal("quantize", source, tmp_path / "out")
     assert "has 2 layers, but there are 4 layers of experts" in message
     assert "layers, model.layers" in message
+
+
+def test_layers_that_a_list_counts(source: Path) -> None:
+    """Nemotron-H Puzzle has a list of layers in place of their number, and a number of others."""
+    with Checkpoint(source) as checkpoint:
+        groups = find(checkpoint)
+    config = {"num_hidden_layers": None, "num_nextn_predict_layers": 0}
+    check_layer_count(config | {"layers_block_type": ["moe", "moe"]}, groups, "config.json")
+    with pytest.raises(QuantizeError, match="has 1 layers, but there are 2 layers of experts"):
+        check_layer_count(config | {"layers_block_type": ["moe"]}, groups, "config.json")
