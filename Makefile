@@ -57,7 +57,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m examples.demo $(if $(MODEL),--model '$(MODEL)')
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m tests
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
