@@ -20,7 +20,7 @@ from quantize.errors import QuantizeError
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run.cluster import check_threads, make_shards_on_ray
-from quantize.run.finish import finish, is_finished, written_names
+from quantize.run.finish import digests, finish, is_finished, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -227,7 +227,7 @@ class _Run:
         else:
             work = plan.calibrated(record.calibration)
             make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
-        report = collect(checkpoint, plan, record)
+        report = collect(checkpoint, plan, record, digests(checkpoint, plan, self.others))
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
         finish(checkpoint, plan, record, self.others, files)
 

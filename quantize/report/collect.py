@@ -17,8 +17,14 @@ from quantize.run.version import package_version
 from quantize.run.weight_error import WeightError
 
 
-def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
-    """The report's contents; the same for a run in one go and one that was resumed."""
+def collect(
+    checkpoint: Checkpoint, plan: Plan, record: Record, digests: dict[str, str]
+) -> RunReport:
+    """The report's contents; the same for a run in one go and one that was resumed.
+
+    Args:
+        digests: SHA-256 of the files that people edit, by name.
+    """
     lost = record.errors(plan)
     settings = plan.options.calibration
     rounded = settings if settings and settings.method is not None else None
@@ -43,6 +49,7 @@ def collect(checkpoint: Checkpoint, plan: Plan, record: Record) -> RunReport:
         input_scales=_settings(ranges) if ranges else None,
         fingerprint=record.fingerprint,
         files=sorted(record.names),
+        digests=digests,
     )
 
 

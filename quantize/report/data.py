@@ -107,6 +107,8 @@ class RunReport:
         dense: the dense linears, if they were quantized too.
         fingerprint: of the run (``Plan.fingerprint``).
         files: relative paths of all files that the run wrote; another run may replace them.
+        digests: SHA-256, in hexadecimal, of those that people edit: what was copied, and
+            ``config.json``. What was edited since is never deleted.
         activations: ``nvfp4`` if the checkpoint says that activations are quantized too; ``bf16``
             if only weights are.
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
@@ -125,6 +127,7 @@ class RunReport:
     calibration: CalibrationReport | None = None
     fingerprint: str = ""
     files: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
     activations: str = "bf16"
     input_scales: CalibrationReport | None = None
 
@@ -148,7 +151,7 @@ def loads(text: str | bytes) -> RunReport:
                 f"the report has version {value['version']!r} and this package reads {VERSION}; "
                 "read it with the package that wrote it"
             )
-        parts = _fields(RunReport, {"files": []} | value)  # older ones have no list of files
+        parts = _fields(RunReport, {"files": [], "digests": {}} | value)  # older ones have neither
         parts["layers"] = [_layer(layer) for layer in parts["layers"]]
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):

@@ -45,8 +45,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_bytes(value: object) -> bytes:
+    """``value`` as :func:`write_json` writes it."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, value: object, partial: Path | None = None) -> None:
     """Write ``value`` to ``path`` as JSON, whole or not at all; see :func:`replacing`."""
-    encoded = (json.dumps(value, indent=2) + "\n").encode()
     with replacing(path, partial) as file:
-        file.write(encoded)
+        file.write(json_bytes(value))

@@ -5,9 +5,11 @@ Until ``config.json`` is there, no engine takes the folder for a checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantize.checkpoint.descriptions import without_descriptions
 from quantize.checkpoint.json_files import INDEX
@@ -15,7 +17,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, to_contract
 from quantize.run import report_files
-from quantize.run.files import replacing, write_json
+from quantize.run.files import json_bytes, replacing, write_json
 from quantize.run.made import FIELD, record_of
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -65,11 +67,26 @@ def finish(
         }
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(record.place(INDEX), index, partial)
-    config = without_descriptions(checkpoint.config) | {
+    config = config_of(checkpoint, plan)
+    record.publish(lambda place: write_json(place, config, partial))
+
+
+def config_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The target's ``config.json``."""
+    return without_descriptions(checkpoint.config) | {
         KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
         "quantization_config": plan.layout.quantization_config(plan.ignore),
     }
-    record.publish(lambda place: write_json(place, config, partial))
+
+
+def digests(checkpoint: Checkpoint, plan: Plan, others: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the files that people edit, by name: what is copied, and ``config.json``."""
+    found = {}
+    for name in others:
+        with (checkpoint.folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    config = json_bytes(config_of(checkpoint, plan))
+    return found | {CONFIG: hashlib.sha256(config).hexdigest()}
 
 
 def written_names(plan: Plan, others: Sequence[str]) -> list[str]:

@@ -1,14 +1,16 @@
 """What of a target's old contents a new checkpoint replaces, and what it leaves alone.
 
-A run removes files that a run of this package recorded (``files`` of the report's data), and the
-weights that the old checkpoint's index names; without an index ``model.safetensors``, if there is a
-``config.json`` beside it. What else an engine would read together with the new model (another
-tool's ``config.json``, index, tokenizer and templates) is nobody's record, so it is moved aside
-into a folder in the target. Everything else stays where it is.
+A run removes files that a run of this package recorded (``files`` of the report's data), unless
+somebody has edited them since. It removes the weights that the old checkpoint's index names;
+without an index ``model.safetensors``, if there is a ``config.json`` beside it. What else an engine
+would read together with the new model (another tool's ``config.json``, index, tokenizer and
+templates; what was edited) is moved aside into a folder in the target. Everything else stays where
+it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,10 +90,15 @@ def survey(target: Path, new: Sequence[str], left: Iterable[str] = ()) -> Replac
             replaces.
     """
     check_links(target, {n.partition("/")[0] for n in new if "/" in n} | {TEMPLATES})
-    delete = {name for name in left if (target / name).is_file()}
-    delete |= {name for name in _recorded(target) if (target / name).is_file()}
+    delete = {
+        name
+        for name in left
+        if (target / name).is_file() and (_may_be_written(name) or name.endswith(".safetensors"))
+    }
+    recorded = {name: same for name, same in _recorded(target) if (target / name).is_file()}
+    delete |= {name for name, same in recorded.items() if same}
     delete |= {name for name in _weights(target) if (target / name).is_file()}
-    aside = set(_read_with_it(target, new)) - delete
+    aside = (recorded.keys() | set(_read_with_it(target, new))) - delete
     for name in new:
         if os.path.lexists(target / name) and name not in delete | aside:
             raise QuantizeError(
@@ -101,13 +108,34 @@ def survey(target: Path, new: Sequence[str], left: Iterable[str] = ()) -> Replac
     return Replaced(tuple(sorted(delete)), tuple(sorted(aside)), _free_name(target))
 
 
-def _recorded(target: Path) -> Iterator[str]:
-    """Files that a run of this package says it wrote."""
+def _recorded(target: Path) -> Iterator[tuple[str, bool]]:
+    """Files that a run of this package says it wrote, and whether they are still what it wrote.
+
+    Weights, index and report are taken to be. People edit the others.
+    """
     with suppress(QuantizeError):
-        for name in plain(read_json(target / REPORT_DATA).get("files")):
+        report = read_json(target / REPORT_DATA)
+        digests = report.get("digests")
+        digests = digests if isinstance(digests, dict) else {}
+        for name in plain(report.get("files")):
             # Anyone can write such a file: it must not name what no run would write.
-            if _SHARD.fullmatch(name) or _is_read(name) or belongs_by_config(name):
-                yield name
+            if _may_be_written(name):
+                ours = name in {INDEX, REPORT, REPORT_DATA, *config_files()}
+                same = ours or _SHARD.fullmatch(name) is not None
+                yield name, same or _digest(target / name) == digests.get(name)
+
+
+def _may_be_written(name: str) -> bool:
+    return bool(_SHARD.fullmatch(name)) or _is_read(name) or belongs_by_config(name)
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file; empty if it cannot be read."""
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def _weights(target: Path) -> Iterator[str]:

@@ -5,10 +5,12 @@ The names are those that engines and Transformers read, and do not come from the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from quantize.checkpoint.companions import configs, folders_named
 from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -30,6 +32,8 @@ _PIECE = 2**20
 def file_problems(source: Checkpoint | None, target: Checkpoint, claims: Claims) -> Iterator[str]:
     """What is wrong with the files of ``target``."""
     yield from _index_problems(target)
+    if claims.made is not None:
+        yield from _metadata_problems(target)
     written = getattr(claims.run, "files", None) or []
     for name in written:
         if not (target.folder / name).is_file():
@@ -76,12 +80,23 @@ def _index_problems(target: Checkpoint) -> Iterator[str]:
         yield f"{index}: total_size is {total}, but the tensors have {target.nbytes} bytes"
 
 
+def _metadata_problems(target: Checkpoint) -> Iterator[str]:
+    """That each file says, as this package writes it, that its tensors are PyTorch's."""
+    for file in target.files:
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            metadata = json.loads(content.read(length)).get("__metadata__")
+        if metadata != {"format": "pt"}:
+            yield f"{file}: its __metadata__ is {metadata}, not a format of pt; quantize again"
+
+
 def _names(folder: Path) -> set[str]:
-    """Relative paths of the files in ``folder`` and in the folder of further templates."""
+    """Relative paths of the files in ``folder`` and in those that its configs name."""
     found = {file.name for file in folder.iterdir() if file.is_file()}
-    templates = folder / "additional_chat_templates"
-    if templates.is_dir():
-        found |= {f"{templates.name}/{f.name}" for f in templates.iterdir() if f.is_file()}
+    for named in map(folder.joinpath, folders_named(configs(folder))):
+        if named.is_dir():
+            inside = (f for f in named.rglob("*") if f.is_file())
+            found |= {file.relative_to(folder).as_posix() for file in inside}
     return {
         name
         for name in found

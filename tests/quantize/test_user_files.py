@@ -147,6 +147,36 @@ def test_a_list_of_files_that_anyone_may_have_written(source: Path, tmp_path: Pa
     assert (tmp_path / "outside.json").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["README.md", "chat_template.jinja", "config.json"])
+def test_what_was_edited_since_is_moved_aside(name: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for made in ("README.md", "chat_template.jinja"):
+        (source / made).write_text("the source's")
+    convert(source, out)
+    before = contents(out)
+    edited = before[name] + b" "
+    (out / name).write_bytes(edited)
+    convert(source, out, overwrite=True)
+    after = contents(out)
+    assert after.pop(f"replaced/{name}") == edited
+    assert after == before
+
+
+def test_a_report_that_names_what_a_run_might_copy(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+    mine = {"train.py": b"1", "my.model": b"2", "notes/diary.txt": b"3"}
+    for name, data in mine.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(data)
+    report = json.loads((out / REPORT_DATA).read_text())
+    report["files"] += list(mine)
+    (out / REPORT_DATA).write_text(json.dumps(report))
+    convert(source, out, overwrite=True)
+    found = contents(out)
+    assert {name: found[f"replaced/{name}"] for name in mine} == mine
+
+
 @pytest.mark.parametrize("names", [["notes.txt", "../x.safetensors", "a/b.safetensors"], 3])
 def test_an_index_that_names_what_are_no_weights(
     names: Any, source: Path, saved: Folders, tmp_path: Path

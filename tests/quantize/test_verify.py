@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.quantize import checkpoints, reference
+from tests.quantize.checkpoints import convert
 from tests.quantize.test_cli import refusal, run
 from tests.trained import Sizes
 
@@ -246,3 +247,29 @@ def test_verify_an_unfinished_target(good: dict[str, Path], saved: Folders, tmp_
     shutil.copytree(good["modelopt"], tmp_path / "half")
     (tmp_path / "half" / "config.json").unlink()
     assert "config.json does not exist" in refusal("verify", saved("qwen3_moe"), tmp_path / "half")
+
+
+def test_verify_looks_into_folders_that_configs_name(saved: Folders, tmp_path: Path) -> None:
+    source = shutil.copytree(saved("qwen3_moe"), tmp_path / "source")
+    (source / "tokenizer").mkdir()
+    (source / "tokenizer" / "spm.model").write_text("pieces")
+    (source / "tokenizer_config.json").write_text('{"vocab_file": "tokenizer/spm.model"}')
+    convert(source, tmp_path / "out")
+    assert run("verify", source, tmp_path / "out").exit_code == 0
+    (tmp_path / "out" / "tokenizer" / "spm.model").write_text("others")
+    result = run("verify", source, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "spm.model differs from the source's" in result.stderr
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "tf"}])
+def test_verify_looks_at_the_files_format(
+    saved: Folders, tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    """Transformers asks a file which library its tensors are from."""
+    convert(saved("qwen3_moe"), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(file), file, metadata)
+    result = run("verify", saved("qwen3_moe"), tmp_path / "out")
+    assert result.exit_code == 1
+    assert "__metadata__" in result.stderr
