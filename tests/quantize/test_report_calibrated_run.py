@@ -205,9 +205,9 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
     options = Options(include=("*.layers.[12].*",), calibration=settings)
     found: list[Findings] = []
 
-    def seen(checkpoint: Any, steps: Any, record: Any) -> RunReport:
+    def seen(checkpoint: Any, steps: Any, record: Any, digests: Any) -> RunReport:
         found[:] = [Staged(record.calibration).findings(group) for group in steps.groups]
-        return results.collect(checkpoint, steps, record)
+        return results.collect(checkpoint, steps, record, digests)
 
     def stop(done: float, layers: int) -> None:
         if done >= 2.5:
