@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from quantize.errors import QuantizeError, first_line
@@ -72,6 +73,11 @@ def identify(
         raw, _ = PreTrainedConfig.get_config_dict(source)
         remote = _REMOTE if is_foreign(raw) and not trust_remote_code else ""
         config = config_of(source, trust_remote_code)
+    except StrictDataclassError as error:  # a field of a class that Transformers knows
+        said = " ".join(str(error).split())
+        raise QuantizeError(
+            f"{source}/config.json: Transformers cannot read it ({said}); correct that value"
+        ) from error
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "

@@ -413,3 +413,13 @@ def test_an_all_zero_expert(source: Path, tmp_path: Path) -> None:
     assert "all zero" in (tmp_path / "out" / REPORT).read_text()
     verified = run("verify", source, tmp_path / "out")
     assert verified.exit_code == 0, verified.output
+
+
+def test_a_value_of_another_type(source: Path, out: Path) -> None:
+    """Transformers knows the model, so that another gate is no advice."""
+    config = json.loads((source / "config.json").read_text())
+    config["rms_norm_eps"] = "small"
+    (source / "config.json").write_text(json.dumps(config))
+    message = refusal("quantize", source, out)
+    assert "config.json: Transformers cannot read it" in message
+    assert "rms_norm_eps" in message and "--gate" not in message
