@@ -227,7 +227,8 @@ class _Run:
         else:
             work = plan.calibrated(record.calibration)
             make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
-        report = collect(checkpoint, plan, record, digests(checkpoint, plan, self.others))
+        assert record.identity is not None
+        report = collect(checkpoint, plan, record, digests(checkpoint, plan, record.identity))
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
         finish(checkpoint, plan, record, self.others, files)
 

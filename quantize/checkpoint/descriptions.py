@@ -24,12 +24,6 @@ something else of that name."""
 
 _QUANTIZED_DTYPE = re.compile(r"(?:torch\.)?(?:float8|float4|fp8|fp4|u?int[1248]\b).*")
 
-STALE_FILES = {
-    *("hf_quant_config.json", "quant_config.json", "quantize_config.json"),
-    *("quantization_config.json", "recipe.yaml"),
-}
-"""Names of files that describe only how the source was quantized."""
-
 _COMPANIONS = re.compile(
     r".*\.(?:weight_scale\w*|weight_packed|qweight|qzeros|scales|absmax|quant_map|quant_state\.\w+"
     r"|SCB|weight_shape)"

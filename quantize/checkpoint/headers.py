@@ -60,6 +60,13 @@ def find_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def read_metadata(file: Path) -> dict[str, str] | None:
+    """The ``__metadata__`` of a safetensors file; None if it has none. Raises what
+    :func:`read_header` does."""
+    found: dict[str, str] | None = _read(file)[0].get("__metadata__")
+    return found
+
+
 def read_header(file: Path) -> list[TensorInfo]:
     """All tensors of a safetensors file, in the order of their data.
 
@@ -71,6 +78,18 @@ def read_header(file: Path) -> list[TensorInfo]:
         QuantizeError: if the file is incomplete, or if a tensor has an unsupported dtype or a name
             with an invalid number.
     """
+    _, tensors, begin, size = _read(file)
+    end = tensors[-1].offset + tensors[-1].nbytes if tensors else begin
+    if end != size:
+        raise QuantizeError(
+            f"{file}: not a complete safetensors file ({size} bytes, and its header speaks of "
+            f"{end}); download it again"
+        )
+    return tensors
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[TensorInfo], int, int]:
+    """A file's header, its tensors, where its data begin, and its size."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -81,18 +100,11 @@ def read_header(file: Path) -> list[TensorInfo]:
         if not raw.startswith(b"{"):
             raise ValueError("its header is no JSON object")
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repetition)
-        tensors = _tensors(file, header, 8 + length)
+        return header, _tensors(file, header, 8 + length), 8 + length, size
     except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(
             f"{file}: not a complete safetensors file ({error}); download it again"
         ) from error
-    end = tensors[-1].offset + tensors[-1].nbytes if tensors else 8 + length
-    if end != size:
-        raise QuantizeError(
-            f"{file}: not a complete safetensors file ({size} bytes, and its header speaks of "
-            f"{end}); download it again"
-        )
-    return tensors
 
 
 def _tensors(file: Path, header: Any, start: int) -> list[TensorInfo]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint.descriptions import without_descriptions
+from quantize.checkpoint.identity import Identity
 from quantize.checkpoint.json_files import INDEX
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -79,14 +80,10 @@ def config_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     }
 
 
-def digests(checkpoint: Checkpoint, plan: Plan, others: Sequence[str]) -> dict[str, str]:
+def digests(checkpoint: Checkpoint, plan: Plan, identity: Identity) -> dict[str, str]:
     """SHA-256 of the files that people edit, by name: what is copied, and ``config.json``."""
-    found = {}
-    for name in others:
-        with (checkpoint.folder / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     config = json_bytes(config_of(checkpoint, plan))
-    return found | {CONFIG: hashlib.sha256(config).hexdigest()}
+    return identity.companions | {CONFIG: hashlib.sha256(config).hexdigest()}
 
 
 def written_names(plan: Plan, others: Sequence[str]) -> list[str]:

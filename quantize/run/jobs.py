@@ -5,9 +5,7 @@ A job depends on no other job, so jobs run in any order, on any thread, device o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,7 +15,6 @@ from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import DamagedWeightsError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import INPUT_SCALE, Layout, stored_nbytes, stored_tensors
-from quantize.nvfp4.format import NvFp4
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
 from quantize.run.shards import ShardWriter
 from quantize.run.staged import Staged
@@ -187,11 +184,7 @@ class QuantizeExpert:
             checkpoint.will_need(name, self.expert if group.fused else None, experts)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
-        stores = partial(_stored, self.layout, self.input_scale)
-        weights = self.weights(worker)
-        return _quantize(
-            weights, self.modules, self.tensor_names, self.rule, stores, worker, writer
-        )
+        return _quantize(self, self.weights(worker), self.input_scale, worker, writer)
 
 
 @dataclass(frozen=True)
@@ -282,9 +275,8 @@ class QuantizeLinears:
             checkpoint.will_need(name)
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
-        stores = partial(_stored, self.layout, INPUT_SCALE)
         weights = [worker.load(name) for name in self.names]
-        return _quantize(weights, self.modules, self.names, self.rule, stores, worker, writer)
+        return _quantize(self, weights, INPUT_SCALE, worker, writer)
 
 
 @dataclass(frozen=True)
@@ -328,21 +320,16 @@ class Biases:
         return []
 
 
-def _stored(layout: Layout, input_scale: float, weight: NvFp4) -> dict[str, torch.Tensor]:
-    return layout.store(weight) | layout.store_input_scale(input_scale)
-
-
 def _quantize(
+    job: QuantizeExpert | QuantizeLinears,
     weights: list[torch.Tensor],
-    modules: tuple[str, ...],
-    tensor_names: tuple[str, ...],
-    rule: str,
-    stores: Callable[[NvFp4], dict[str, torch.Tensor]],
+    input_scale: float,
     worker: Worker,
     writer: ShardWriter,
 ) -> list[WeightError]:
+    modules, tensor_names, layout = job.modules, job.tensor_names, job.layout
     try:
-        results = quantize_weights(weights, rule, worker.kernel)
+        results = quantize_weights(weights, job.rule, worker.kernel)
     except NotFiniteError:
         raise DamagedWeightsError(
             f"{' and '.join(modules)} ({', '.join(tensor_names)}) hold NaN or infinite weights; "
@@ -351,7 +338,8 @@ def _quantize(
         ) from None
     lost = []
     for module, result in zip(modules, results, strict=True):
-        for suffix, tensor in stores(result.weight).items():
+        stored = layout.store(result.weight) | layout.store_input_scale(input_scale)
+        for suffix, tensor in stored.items():
             writer.write(f"{module}.{suffix}", worker.to_host(tensor))
         lost.append(WeightError(module, result.noise, result.signal, result.counts.tolist()))
     return lost

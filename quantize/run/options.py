@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from typing import Any
 
 from quantize.experts.gates import Gate
-from quantize.experts.parts import names_part
+from quantize.experts.parts import names_part, other_part
 
 MIN_TOKENS = 32
 """An expert with fewer tokens is not calibrated, because they say too little: its weights are
@@ -66,12 +67,19 @@ class Options:
     trust_remote_code: bool = False
     calibration: Calibration | None = None
 
-    def asks_for(self, module: str, part: str) -> bool:
-        """Whether ``include`` asks for ``module`` of another part than the language model.
+    def asks_for(self, module: str, config: dict[str, Any]) -> bool:
+        """Whether ``module`` is in another part than the language model and ``include`` asks for
+        it.
 
         A pattern does if it matches the module and names the part.
+
+        Args:
+            config: the contents of ``config.json``.
         """
-        return any(names_part(p, part) and matches(module, (p,)) for p in self.include)
+        part = other_part(module, config)
+        return part is not None and any(
+            names_part(pattern, part) and matches(module, (pattern,)) for pattern in self.include
+        )
 
     def takes(self, module: str) -> bool:
         """Whether ``include`` and ``exclude`` leave ``module`` to be quantized."""

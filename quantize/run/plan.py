@@ -160,8 +160,7 @@ def plan(
         check_config(checkpoint.config, checkpoint.formats, where)
 
     def asked(prefix: str) -> bool:
-        part = other_part(prefix, checkpoint.config)
-        return part is not None and options.asks_for(prefix, part)
+        return options.asks_for(prefix, checkpoint.config)
 
     found = find(checkpoint, asked)
     of_language = [group for group in found if not other_part(group.prefix, checkpoint.config)]

@@ -18,7 +18,6 @@ from quantize.experts import linears
 from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
-from quantize.experts.parts import other_part
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.plan import expert_jobs
@@ -119,8 +118,7 @@ class Comparison:
         if made is None:
             end = f".{self.layout.suffixes[1]}"
             return any(n.startswith(f"{prefix}.") and n.endswith(end) for n in self.target.tensors)
-        part = other_part(prefix, self.source.config)
-        return part is not None and made.selection().asks_for(prefix, part)
+        return made.selection().asks_for(prefix, self.source.config)
 
     def _is_quantized(self, group: ExpertGroup) -> bool:
         made = self.claims.made
@@ -185,36 +183,32 @@ class Comparison:
         part, group = Part(), job.group
         biases = group.biases(worker, job.expert, job.interleaved)
         for out in job.outputs:
-            name, bias = out.name, biases[out.name.removesuffix(".bias")]
-            found = self.target.tensors.get(name)
-            if found is None:
-                part.problems.append(f"{name} is missing; quantize again")
-            elif (found.dtype, found.shape) != (out.dtype, out.shape):
-                part.problems.append(
-                    f"{found.file.name}: {name} is {found.dtype} {list(found.shape)}, the source's "
-                    f"{out.dtype} {list(out.shape)}; quantize again"
-                )
-            elif not _same_bits(self.target.load(name), bias):
-                part.problems.append(
-                    f"{found.file.name}: {name} differs from the source; quantize again"
-                )
+            bias = biases[out.name.removesuffix(".bias")]
+            same = partial(self._same_bias, bias)
+            part.problems += self._copy_problems(out, same)
         return part, job.nbytes
 
+    def _same_bias(self, bias: torch.Tensor, copy: TensorInfo) -> bool:
+        return _same_bits(self.target.load(copy.name), bias)
+
     def _copy(self, info: TensorInfo, worker: Worker) -> tuple[Part, int]:
-        part = Part()
-        copy = self.target.tensors.get(info.name)
+        problems = self._copy_problems(info, lambda copy: self._same(info, copy, worker))
+        return Part(problems=list(problems)), self.source.stored_bytes(info.name)
+
+    def _copy_problems(
+        self, wanted: TensorInfo, same: Callable[[TensorInfo], bool]
+    ) -> Iterator[str]:
+        """What is wrong with the target's copy of a tensor; ``same`` compares what it holds."""
+        name, copy = wanted.name, self.target.tensors.get(wanted.name)
         if copy is None:
-            part.problems.append(f"{info.name} is missing; quantize again")
-        elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
-            part.problems.append(
-                f"{copy.file.name}: {info.name} is {copy.dtype} {list(copy.shape)}, "
-                f"the source's {info.dtype} {list(info.shape)}; quantize again"
+            yield f"{name} is missing; quantize again"
+        elif (copy.dtype, copy.shape) != (wanted.dtype, wanted.shape):
+            yield (
+                f"{copy.file.name}: {name} is {copy.dtype} {list(copy.shape)}, the source's "
+                f"{wanted.dtype} {list(wanted.shape)}; quantize again"
             )
-        elif not self._same(info, copy, worker):
-            part.problems.append(
-                f"{copy.file.name}: {info.name} differs from the source; quantize again"
-            )
-        return part, self.source.stored_bytes(info.name)
+        elif not same(copy):
+            yield f"{copy.file.name}: {name} differs from the source; quantize again"
 
     def _same(self, info: TensorInfo, copy: TensorInfo, worker: Worker) -> bool:
         if self.source.parts(info.name) != (info.name,):

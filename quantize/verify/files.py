@@ -5,12 +5,12 @@ The names are those that engines and Transformers read, and do not come from the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from quantize.checkpoint.companions import configs, folders_named
+from quantize.checkpoint.headers import read_metadata
 from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -34,7 +34,7 @@ def file_problems(source: Checkpoint | None, target: Checkpoint, claims: Claims)
     yield from _index_problems(target)
     if claims.made is not None:
         yield from _metadata_problems(target)
-    written = getattr(claims.run, "files", None) or []
+    written = claims.run.files if claims.run else []
     for name in written:
         if not (target.folder / name).is_file():
             yield f"{target.folder / name} is missing, which the run wrote; quantize again"
@@ -83,9 +83,7 @@ def _index_problems(target: Checkpoint) -> Iterator[str]:
 def _metadata_problems(target: Checkpoint) -> Iterator[str]:
     """That each file says, as this package writes it, that its tensors are PyTorch's."""
     for file in target.files:
-        with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            metadata = json.loads(content.read(length)).get("__metadata__")
+        metadata = read_metadata(file)
         if metadata != {"format": "pt"}:
             yield f"{file}: its __metadata__ is {metadata}, not a format of pt; quantize again"
 

@@ -119,3 +119,16 @@ def shallow_hub(shallow_bf16: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def damage(shallow: dict[str, Path], tmp_path: Path) -> Callable[[str], Damage]:
     """``damage(layout)``: a fresh copy of ``shallow`` to be damaged."""
     return lambda layout="modelopt": Damage(shallow[layout], tmp_path / f"damaged-{layout}")
+
+
+@pytest.fixture
+def summary_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the summary says once of each model."""
+    from vllm_nvfp4_moe import summary
+
+    found: list[str] = []
+    # Not by a handler: importing vLLM's modules configures logging again.
+    monkeypatch.setattr(
+        summary.logger, "info_once", lambda text, *args, scope: found.append(text % args)
+    )
+    return found

@@ -23,18 +23,6 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return others.plain(tmp_path_factory.mktemp("left") / "bf16")
 
 
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is said once of each model."""
-    from vllm_nvfp4_moe import summary
-
-    found: list[str] = []
-    monkeypatch.setattr(
-        summary.logger, "info_once", lambda text, *args, scope: found.append(text % args)
-    )
-    return found
-
-
 @pytest.mark.parametrize("every", [True, False])
 @pytest.mark.parametrize("layout", [*LAYOUTS, "on the fly"])
 def test_a_model_that_chooses_by_itself(
@@ -84,18 +72,18 @@ def test_a_list_that_names_nvfp4_experts(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layer_that_was_left_out(
-    load: Load, bf16: Path, tmp_path: Path, lines: list[str], layout: str
+    load: Load, bf16: Path, tmp_path: Path, summary_lines: list[str], layout: str
 ) -> None:
     """By ``--exclude``: it holds no NVFP4, and stays in bf16. The line counts it."""
     folder = others.quantized(bf16, tmp_path / "nvfp4", layout=layout, exclude=(f"{LAYERS[1]}*",))
     runners = load(folder)
     assert isinstance(runners[LAYERS[0]].routed_experts.quant_method, NvFp4MoEMethod)
     assert not isinstance(runners[LAYERS[1]].routed_experts.quant_method, NvFp4MoEMethod)
-    (line,) = lines
+    (line,) = summary_lines
     assert f"1 layers x 4 experts, {layout} layout; 1 more are not NVFP4, and vLLM's; " in line
 
 
-def test_nothing_to_do(load: Load, tmp_path: Path, monkeypatch, lines: list[str]) -> None:
+def test_nothing_to_do(load: Load, tmp_path: Path, monkeypatch, summary_lines: list[str]) -> None:
     """All experts are excluded, and in bf16."""
     from vllm_nvfp4_moe import experts_config
 
@@ -108,6 +96,6 @@ def test_nothing_to_do(load: Load, tmp_path: Path, monkeypatch, lines: list[str]
     }
     others.rewrite(others.plain(tmp_path / "plain"), config)
     load(tmp_path / "plain")
-    assert not lines
+    assert not summary_lines
     (warning,) = said
     assert "--quantization nvfp4_moe does nothing here" in warning

@@ -16,22 +16,12 @@ Load = Callable[..., dict[str, Any]]
 LAYER = "model.layers.1.mlp.experts"
 
 
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from vllm_nvfp4_moe import summary
-
-    found: list[str] = []
-    # Not by a handler: importing vLLM's modules configures logging again.
-    monkeypatch.setattr(
-        summary.logger, "info_once", lambda text, *args, scope: found.append(text % args)
-    )
-    return found
-
-
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_of_a_model(load: Load, quantized: dict[str, Path], layout: str, lines: list[str]) -> None:
+def test_of_a_model(
+    load: Load, quantized: dict[str, Path], layout: str, summary_lines: list[str]
+) -> None:
     load(quantized[layout])
-    (line,) = lines
+    (line,) = summary_lines
     sizes = Sizes.of(quantized[layout])
     assert f"{len(sizes.sparse)} layers x {sizes.experts} experts, {layout} layout; " in line
     assert "gate swiglu_oai(alpha=1.702, beta=1, limit=7); kernel the CPU kernel; " in line
@@ -40,35 +30,35 @@ def test_of_a_model(load: Load, quantized: dict[str, Path], layout: str, lines: 
     assert re.search(r"self-check passed, relative error 0\.00\d+, \d+\.\d s$", line)
 
 
-def test_on_the_fly(load: Load, shallow_bf16: Path, lines: list[str]) -> None:
+def test_on_the_fly(load: Load, shallow_bf16: Path, summary_lines: list[str]) -> None:
     load(shallow_bf16)
-    (line,) = lines
+    (line,) = summary_lines
     assert "1 layers x 32 experts, quantized on the fly; gate swiglu_oai(" in line
 
 
 def test_without_a_check(
-    load: Load, shallow: dict, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, shallow: dict, summary_lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVFP4_MOE_SELF_CHECK", "0")
     load(shallow["modelopt"])
-    (line,) = lines
+    (line,) = summary_lines
     assert line.endswith("; no self-check")
 
 
 def test_why_nothing_faster(
-    load: Load, shallow: dict, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, shallow: dict, summary_lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 
     reasons = [("TRTLLM", "no such device"), ("HUMMING", "not installed")]
     monkeypatch.setattr(CpuMethod, "passed_over", reasons)
     load(shallow["modelopt"])
-    (line,) = lines
+    (line,) = summary_lines
     assert "; passed over: TRTLLM (no such device), HUMMING (not installed); " in line
 
 
 def test_ranks_that_run_other_kernels(
-    load: Load, shallow: dict, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, shallow: dict, summary_lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 has logged the line, and here comes rank 1."""
     from vllm_nvfp4_moe import summary
@@ -98,13 +88,15 @@ def test_ranks_that_run_other_kernels(
     ]
 
 
-def test_a_draft_model_of_the_same_config(load: Load, shallow: dict, lines: list[str]) -> None:
+def test_a_draft_model_of_the_same_config(
+    load: Load, shallow: dict, summary_lines: list[str]
+) -> None:
     """Its layers are built after the model's own are loaded; and reloading says nothing."""
     layer = load(shallow["modelopt"])[LAYER].routed_experts
     summary = layer.quant_method.context.summary
     summary.built()
     summary.loaded(layer, layer.quant_method)
-    assert len(lines) == 2
-    assert all("1 layers x 32 experts" in line for line in lines)
+    assert len(summary_lines) == 2
+    assert all("1 layers x 32 experts" in line for line in summary_lines)
     summary.loaded(layer, layer.quant_method)
-    assert len(lines) == 2
+    assert len(summary_lines) == 2

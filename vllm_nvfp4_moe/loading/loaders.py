@@ -7,12 +7,11 @@ before it: one checks the tensor and passes it on, the other quantizes a weight 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from quantize.layouts.layout import INPUT_SCALE as NO_RANGE
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
 from vllm_nvfp4_moe.loading.checks import ExpertLoads
@@ -190,16 +189,16 @@ class QuantizingLoader(_WeightLoader):
                 self._store(result, name, each, expert)
 
     def _store(self, result: Quantized, name: str, shard: str, expert: int) -> None:
-        tensors: dict[TensorKind, Any] = {
+        # Input scales, if there are any, are filled in once all weights are there.
+        tensors = {
             TensorKind.CODES: result.weight.codes,
             TensorKind.BLOCK_SCALE: result.weight.block_scale,
             TensorKind.GLOBAL_SCALE: result.weight.global_scale,
-            TensorKind.INPUT_SCALE: torch.tensor(NO_RANGE, dtype=torch.float32),
         }
         layer, layout = self.loads.layer, self.loads.layout
         prefix = "w2" if shard == "w2" else "w13"
         stem = name.removesuffix(EXPERT_TENSORS[TensorKind.CODES].suffix(layout))
-        for kind, loader in self.loaders.items():
+        for kind, tensor in tensors.items():
             suffix = EXPERT_TENSORS[kind].suffix(layout)
             param = getattr(layer, f"{prefix}_{suffix}")
-            loader.put(param, tensors[kind], f"{stem}{suffix}", shard, expert)
+            self.loaders[kind].put(param, tensor, f"{stem}{suffix}", shard, expert)
