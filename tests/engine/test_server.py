@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -130,18 +131,30 @@ def test_streaming_gives_the_same_text_in_pieces(server: Server) -> None:
 
 
 def test_sixteen_requests_at_once(server: Server) -> None:
-    """Each answered, each with its own prompt's continuation and not a neighbour's."""
-    prompts = [f"def function_{i}(value):\n    return value + {i}\n\n\ndef" for i in range(16)]
+    """Each answered, each with its own prompt's probabilities and not a neighbour's.
+
+    Batching changes roundings of bf16, and where two experts are nearly as good the router then
+    takes the other: single tokens are up to 0.3 off on some processors, the mean is not."""
+    names = "red green blue black white north south east west left right up down first last all"
+    prompts = [f"def {name}(value):\n    return value + {name}\n\n\ndef" for name in names.split()]
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda p: complete(server, p, echo=True, logprobs=0), prompts))
+    alone = [complete(server, prompt, echo=True, logprobs=0) for prompt in prompts]
     for prompt, answer in zip(prompts, together, strict=True):
         assert answer.choices[0].text.startswith(prompt)
         assert answer.usage.completion_tokens == 24
-        alone = complete(server, prompt, echo=True, logprobs=0)
-        n = answer.usage.prompt_tokens
-        mine, theirs = (a.choices[0].logprobs.token_logprobs[1:n] for a in (answer, alone))
-        # Batching may change roundings of bf16, not more.
-        assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < 0.2
+
+    def apart(one: Any, other: Any) -> float:
+        n = min(answer.usage.prompt_tokens for answer in (one, other))
+        return float(
+            np.abs(
+                np.subtract(*(a.choices[0].logprobs.token_logprobs[1:n] for a in (one, other)))
+            ).mean()
+        )
+
+    for i, answer in enumerate(together):
+        far = min(apart(answer, other) for j, other in enumerate(alone) if j != i)
+        assert apart(answer, alone[i]) < 0.05 < 4 * 0.05 < far
 
 
 def test_greedy_answers_depend_on_the_prompt_alone(server: Server, trained: Path) -> None:

@@ -251,7 +251,9 @@ def test_what_is_done_is_not_made_again(
     ended = processes.run(half.parent, "quantize", source, "out", *SIZE, "--resume")
     assert ended.code == 0
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    assert ended.calls < 0.9 * whole[1]
+    # Of the whole run's calls at least those of the shards that were done: a file is opened, synced
+    # and renamed, and so is its record.
+    assert ended.calls <= whole[1] - 6 * len(done)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": 3}'])
