@@ -7,8 +7,9 @@ from importlib.metadata import version
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
+from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
-from quantize.report.data import CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -47,6 +48,8 @@ def collect(
         calibration=_settings(rounded) if rounded else None,
         activations="nvfp4" if plan.options.activations else "bf16",
         input_scales=_settings(ranges) if ranges else None,
+        base=_base(checkpoint, plan, lost) if plan.base else None,
+        kv_cache=plan.options.kv_cache,
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,
@@ -111,6 +114,25 @@ def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> 
         bytes_before=sum(checkpoint.stored_bytes(name) for name in names),
         bytes_after=written,
         names=tuple(modules),
+    )
+
+
+def _base(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> BaseReport:
+    beside = plan.beside
+    assert beside.base is not None
+    written = 0
+    for name, module in zip(plan.base, beside.linears, strict=True):
+        rows, columns = checkpoint.tensors[name].shape
+        written += sum(
+            out.nbytes
+            for out in stored_base(module, (rows, columns), beside.base, plan.layout.name)
+        )
+    return BaseReport(
+        beside.base.name,
+        list(beside.linears),
+        [_relative(lost[module]) for module in beside.linears],
+        sum(checkpoint.stored_bytes(name) for name in plan.base),
+        written,
     )
 
 
