@@ -78,6 +78,8 @@ def find(
 
 def _can_be_quantized(info: TensorInfo, fits: Callable[[int, int], bool]) -> bool:
     rows, columns = info.shape
+    if info.name.endswith("gate_up_proj.weight"):  # engines cut it into gate and up
+        rows //= 2
     return (
         info.name.split(".")[-2] not in _NOT_FUSED_IN_NVFP4
         and info.dtype in PLAIN

@@ -29,25 +29,21 @@ def kernels_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels for CPUs need AMX, so a plain product takes their place: what is tested is what vLLM
     gives a kernel."""
     from vllm.model_executor.kernels import linear
-    from vllm.model_executor.kernels.linear.scaled_mm import BlockScaledMMLinearKernel as blocks
+    from vllm.model_executor.kernels.linear.scaled_mm import BlockScaledMMLinearKernel
     from vllm.platforms import PlatformEnum
 
-    class Plain(blocks.Fp8BlockScaledMMLinearKernel):
+    class Plain(BlockScaledMMLinearKernel.Fp8BlockScaledMMLinearKernel):
         apply_input_quant = False
 
         @classmethod
         def is_supported(cls, compute_capability: Any = None) -> tuple[bool, str | None]:
             return True, None
 
-        def apply_block_scaled_mm(
-            self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
-        ) -> torch.Tensor:
-            return A.float() @ in_blocks(B, Bs).float().T
+        def apply_block_scaled_mm(self, **given: torch.Tensor) -> torch.Tensor:
+            return given["A"].float() @ in_blocks(given["B"], given["Bs"]).float().T
 
     cpu = PlatformEnum.CPU
-    monkeypatch.setitem(
-        linear._POSSIBLE_MXFP8_KERNELS, cpu, [linear.EmulationMxfp8LinearKernel]
-    )
+    monkeypatch.setitem(linear._POSSIBLE_MXFP8_KERNELS, cpu, [linear.EmulationMxfp8LinearKernel])
     monkeypatch.setitem(linear._POSSIBLE_FP8_BLOCK_KERNELS, cpu, [Plain])
 
 
@@ -97,7 +93,8 @@ def test_each_as_it_is_stored(
         if plain:
             continue
         path, _, last = name.rpartition(".")
-        path = f"model.layers.{path.split('layers.')[1].replace('experts._shared_experts._layer.', '')}"
+        path = path.split("layers.")[1].replace("experts._shared_experts._layer.", "")
+        path = f"model.layers.{path}"
         parts = ["q_proj", "k_proj", "v_proj"] if last == "qkv_proj" else [last]
         weight = torch.cat([decoded(folder, f"{path}.{part}", base) for part in parts])
         y = torch.randn(5, weight.shape[1]).bfloat16()
