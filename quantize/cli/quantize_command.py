@@ -202,6 +202,7 @@ def quantize(
             linears=all_linears,
             base=stated_base(base, all_linears),
             kv_cache=None if kv_cache is KvCache.AUTO else kv_cache.value,
+            kv_scales=kv_cache is KvCache.FP8 and found,
             trust_remote_code=trust_remote_code,
         )
         for name in device or ():

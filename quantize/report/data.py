@@ -139,6 +139,7 @@ class RunReport:
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
         base: the linears in 8 bits, if there are any.
         kv_cache: ``fp8`` if the config asks for keys and values in FP8.
+        kv_scales: by attention, the scales of its keys and values, if calibration has found any.
     """
 
     source: str
@@ -159,9 +160,16 @@ class RunReport:
     input_scales: CalibrationReport | None = None
     base: BaseReport | None = None
     kv_cache: str | None = None
+    kv_scales: dict[str, list[float]] = field(default_factory=dict)
 
 
-_LATER: dict[str, Any] = {"files": [], "digests": {}, "base": None, "kv_cache": None}
+_LATER: dict[str, Any] = {
+    "files": [],
+    "digests": {},
+    "base": None,
+    "kv_cache": None,
+    "kv_scales": {},
+}
 """What older reports do not have."""
 
 

@@ -33,6 +33,7 @@ from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.base_job import RoundBase
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.kv_scales import KvRanges, KvScales, attentions
 from quantize.run.notes import left_over, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.ranges import Ranges
@@ -147,7 +148,11 @@ class Plan:
         with_ranges = self.options.calibration.method is None
         scales = {g.prefix: Ranges(folder).of(g) for g in self.groups} if with_ranges else {}
 
+        kept = KvRanges(folder)
+
         def carried_out(job: Job) -> Job:
+            if isinstance(job, KvScales):
+                return replace(job, scales=kept.scales(job.attention))
             if not isinstance(job, QuantizeExpert):
                 return job
             if not with_ranges:
@@ -303,6 +308,11 @@ def _jobs(
     """Yield all jobs in the order of the source's files and tensors: reading stays sequential."""
     rule = options.scales
     rounded = set(base)
+    caches = {}
+    if options.kv_cache and options.kv_scales:
+        caches = {
+            f"{a}.v_proj.weight": a for a in attentions(checkpoint.tensors, checkpoint.config)
+        }
     first = {group.tensor_names[0]: group for group in groups}
     sets = {names[0]: names for names in dense}
     done = tensor_names_of(groups) | {name for names in dense for name in names}
@@ -331,6 +341,8 @@ def _jobs(
             decoded = checkpoint.parts(name) != (name,)
             output = TensorInfo(name, info.dtype, info.shape)
             yield Copy(output, checkpoint.stored_bytes(name), decoded)
+        if name in caches:
+            yield KvScales(caches[name], layout.name)
 
 
 def expert_jobs(

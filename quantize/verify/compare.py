@@ -23,11 +23,13 @@ from quantize.layouts.base import BASES
 from quantize.layouts.base.base_format import BaseFormat, stored_base
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
+from quantize.run.kv_scales import KvScales, attentions
 from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
 from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.blocks import COLUMNS
 from quantize.verify.claims import DENSE, Claims
+from quantize.verify.kv_scales import kv_scales_of
 from quantize.verify.weights import Part, Weights, same_bits
 
 Task = Callable[[Worker], tuple[Part, int]]
@@ -44,6 +46,7 @@ class Comparison:
         memory: the most bytes that a task takes.
         problems: what is wrong with all of it.
         base: the linears in 8 bits.
+        kv_scales: the scales of a key-value cache.
         experts_left: module paths of the experts that are not quantized.
     """
 
@@ -57,6 +60,7 @@ class Comparison:
     memory: int = 0
     problems: list[str] = field(default_factory=list)
     base: list[BaseLinear] = field(default_factory=list)
+    kv_scales: list[KvScales] = field(default_factory=list)
     experts_left: set[str] = field(default_factory=set)
 
     def tasks(self) -> Iterator[Task]:
@@ -91,6 +95,10 @@ class Comparison:
         for weights in self.weights:
             yield partial(weights.check, self.target, self.layout)
         yield from biases
+        self.kv_scales = kv_scales_of(
+            attentions(self.source.tensors, self.source.config), self.layout, self.claims
+        )
+        self.expected.update(out.name for job in self.kv_scales for out in job.outputs)
         self.base = list(self._base(groups))
         for linear in self.base:
             assert linear.source is not None
