@@ -16,12 +16,16 @@ from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     DESCENT,
+    KEPT,
     MAX,
     MODELOPT,
     Activations,
+    BaseOption,
     ExcludeOption,
     GateOption,
     IncludeOption,
+    KvCache,
+    KvCacheOption,
     LayoutOption,
     LinearsOption,
     MethodName,
@@ -32,6 +36,7 @@ from quantize.cli.options import (
     check_device,
     device_of,
     shard_size,
+    stated_base,
     stated_gate,
 )
 from quantize.cli.output import err, out, plain, progress_bar
@@ -61,6 +66,8 @@ def quantize(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
+    base: BaseOption = KEPT,
+    kv_cache: KvCacheOption = KvCache.AUTO,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -193,6 +200,9 @@ def quantize(
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             linears=all_linears,
+            base=stated_base(base, all_linears),
+            kv_cache=None if kv_cache is KvCache.AUTO else kv_cache.value,
+            kv_scales=kv_cache is KvCache.FP8 and found,
             trust_remote_code=trust_remote_code,
         )
         for name in device or ():
@@ -263,6 +273,8 @@ def _summary(steps: Plan) -> str:
     experts = sum(g.num_experts for g in steps.groups)
     linears = sum(map(len, steps.dense))
     also = f", {linears} dense linears" if linears else ""
+    if steps.base:
+        also = f", {len(steps.base)} linears in {steps.options.base}"
     return f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {plain(steps.gates)}"
 
 

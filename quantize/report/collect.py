@@ -7,8 +7,10 @@ from importlib.metadata import version
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
+from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
-from quantize.report.data import CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -30,6 +32,7 @@ def collect(
     rounded = settings if settings and settings.method is not None else None
     ranges = settings if plan.options.activations else None
     staged = Staged(record.calibration) if rounded else None
+    caches = [job.attention for jobs in plan.shards for job in jobs if isinstance(job, KvScales)]
     return RunReport(
         source=record.source,
         target=record.target.name,
@@ -47,6 +50,9 @@ def collect(
         calibration=_settings(rounded) if rounded else None,
         activations="nvfp4" if plan.options.activations else "bf16",
         input_scales=_settings(ranges) if ranges else None,
+        base=_base(checkpoint, plan, lost) if plan.base else None,
+        kv_cache=plan.options.kv_cache,
+        kv_scales={a: list(KvRanges(record.calibration).scales(a)) for a in caches},
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,
@@ -111,6 +117,25 @@ def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> 
         bytes_before=sum(checkpoint.stored_bytes(name) for name in names),
         bytes_after=written,
         names=tuple(modules),
+    )
+
+
+def _base(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> BaseReport:
+    beside = plan.beside
+    assert beside.base is not None
+    written = 0
+    for name, module in zip(plan.base, beside.linears, strict=True):
+        rows, columns = checkpoint.tensors[name].shape
+        written += sum(
+            out.nbytes
+            for out in stored_base(module, (rows, columns), beside.base, plan.layout.name)
+        )
+    return BaseReport(
+        beside.base.name,
+        list(beside.linears),
+        [_relative(lost[module]) for module in beside.linears],
+        sum(checkpoint.stored_bytes(name) for name in plan.base),
+        written,
     )
 
 

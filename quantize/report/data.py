@@ -94,6 +94,31 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BaseReport:
+    """The linears beside the experts that were rounded to 8 bits.
+
+    Attributes:
+        format: a key of ``quantize.layouts.base.BASES``.
+        names: their module paths.
+        errors: of each, ``norm(dequantized - weight) / norm(weight)``; NaN if it is all zero.
+        bytes_before, bytes_after: of all of them.
+    """
+
+    format: str
+    names: list[str]
+    errors: list[float]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def worst(self) -> int:
+        """The number of the one with the largest error."""
+        return max(
+            range(len(self.errors)), key=lambda i: -1 if math.isnan(e := self.errors[i]) else e
+        )
+
+
+@dataclass(frozen=True)
 class RunReport:
     """A whole run.
 
@@ -112,6 +137,9 @@ class RunReport:
         activations: ``nvfp4`` if the checkpoint says that activations are quantized too; ``bf16``
             if only weights are.
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
+        base: the linears in 8 bits, if there are any.
+        kv_cache: ``fp8`` if the config asks for keys and values in FP8.
+        kv_scales: by attention, the scales of its keys and values, if calibration has found any.
     """
 
     source: str
@@ -130,6 +158,19 @@ class RunReport:
     digests: dict[str, str] = field(default_factory=dict)
     activations: str = "bf16"
     input_scales: CalibrationReport | None = None
+    base: BaseReport | None = None
+    kv_cache: str | None = None
+    kv_scales: dict[str, list[float]] = field(default_factory=dict)
+
+
+_LATER: dict[str, Any] = {
+    "files": [],
+    "digests": {},
+    "base": None,
+    "kv_cache": None,
+    "kv_scales": {},
+}
+"""What older reports do not have."""
 
 
 def dumps(run: RunReport) -> str:
@@ -151,12 +192,15 @@ def loads(text: str | bytes) -> RunReport:
                 f"the report has version {value['version']!r} and this package reads {VERSION}; "
                 "read it with the package that wrote it"
             )
-        parts = _fields(RunReport, {"files": [], "digests": {}} | value)  # older ones have neither
+        parts = _fields(RunReport, _LATER | value)
         parts["layers"] = [_layer(layer) for layer in parts["layers"]]
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):
             if parts[name]:
                 parts[name] = CalibrationReport(**_fields(CalibrationReport, parts[name]))
+        if parts["base"]:
+            base = _fields(BaseReport, parts["base"])
+            parts["base"] = BaseReport(**base | {"errors": _floats(base["errors"])})
         return RunReport(**parts)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise QuantizeError(f"not a report of nvfp4-moe ({error!r})") from error

@@ -86,6 +86,9 @@ def _sizes(run: RunReport) -> list[tuple[str, int, int]]:
         (name, sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers))
         for name, layers in parts.items()
     ]
+    if run.base:
+        name = f"linears in {run.base.format.upper()}"
+        sizes.append((name, run.base.bytes_before, run.base.bytes_after))
     before = run.bytes_before - sum(size for _, size, _ in sizes)
     after = run.bytes_after - sum(size for *_, size in sizes)
     return [*sizes, ("all else", max(before, 0), max(after, 0))]

@@ -57,7 +57,7 @@ def finish(
                 f"{checkpoint.folder / name} cannot be copied to {target}: "
                 f"{error.strerror or error}"
             ) from error
-    for name, value in plan.layout.extra_files(plan.ignore).items():
+    for name, value in plan.layout.extra_files(plan.ignore, plan.beside).items():
         write_json(record.place(name), value, partial)
     for name, content in reports.items():
         with replacing(record.place(name), partial) as page:
@@ -76,7 +76,7 @@ def config_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The target's ``config.json``."""
     return without_descriptions(checkpoint.config) | {
         KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
-        "quantization_config": plan.layout.quantization_config(plan.ignore),
+        "quantization_config": plan.layout.quantization_config(plan.ignore, plan.beside),
     }
 
 

@@ -5,7 +5,8 @@
     {"nvfp4_moe": {"version": 1, "gate": {...},
                    "made": {"version": "0.1.0", "arithmetic": 1, "layout": "modelopt",
                             "scales": "max", "activations": false, "rounding": null,
-                            "text": false, "include": [], "exclude": [], "linears": false}}}
+                            "text": false, "include": [], "exclude": [], "linears": false,
+                   "base": null, "kv_cache": null, "kv_scales": false}}}
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Made:
     Attributes:
         version: of this package.
         arithmetic: see ``ARITHMETIC``.
-        layout, scales, activations, include, exclude, linears: as in ``Options``.
+        layout, scales, activations, include, exclude, linears, base, kv_cache, kv_scales: as in
+            ``Options``.
         rounding: a key of ``quantize.nvfp4.rounding.METHODS``; None if experts were rounded to
             nearest, without calibration.
         text: input scales are those of a text; else all are 1.0, where there are any.
@@ -48,11 +50,17 @@ class Made:
     include: list[str]
     exclude: list[str]
     linears: bool
+    base: str | None = None
+    kv_cache: str | None = None
+    kv_scales: bool = False
 
     def selection(self) -> Options:
         """What was chosen to be quantized, as options."""
         return Options(
-            include=tuple(self.include), exclude=tuple(self.exclude), linears=self.linears
+            include=tuple(self.include),
+            exclude=tuple(self.exclude),
+            linears=self.linears,
+            base=self.base,
         )
 
 
@@ -71,6 +79,9 @@ def record_of(options: Options) -> dict[str, Any]:
             list(options.include),
             list(options.exclude),
             options.linears,
+            options.base,
+            options.kv_cache,
+            options.kv_scales,
         )
     )
 

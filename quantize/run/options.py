@@ -52,6 +52,10 @@ class Options:
             quantized only if one names the part of the model that they are in.
         exclude: patterns of module paths that are not quantized, though included.
         linears: quantize dense linears too (``quantize.experts.linears``).
+        base: a key of ``quantize.layouts.base.BASES``: the format of dense linears beside the
+            experts; None: they stay.
+        kv_cache: ``fp8`` if the config asks engines to keep keys and values in FP8.
+        kv_scales: the scales of that cache are found by calibration, and written.
         trust_remote_code: run a checkpoint's own Python code to identify its gate.
         calibration: how experts are calibrated; None: not at all.
     """
@@ -64,6 +68,9 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     linears: bool = False
+    base: str | None = None
+    kv_cache: str | None = None
+    kv_scales: bool = False
     trust_remote_code: bool = False
     calibration: Calibration | None = None
 

@@ -27,9 +27,13 @@ from quantize.experts.layers import check_layer_count
 from quantize.experts.names import ignored_modules
 from quantize.experts.parts import other_part
 from quantize.layouts import LAYOUTS
+from quantize.layouts.base import BASES
+from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
+from quantize.run.base_job import RoundBase
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.kv_scales import KvRanges, KvScales, attentions
 from quantize.run.notes import left_over, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.ranges import Ranges
@@ -45,6 +49,7 @@ class Plan:
         found: all routed experts.
         groups: those that are quantized.
         dense: the linears that are, in sets that share a global scale.
+        base: the linears that are rounded to ``options.base``, by their weights' names.
         ignore: modules with a weight of two or more dimensions that stay, and the head, which may
             have none.
         notes: what the user should know about the source, a sentence each.
@@ -55,6 +60,7 @@ class Plan:
     found: list[ExpertGroup]
     groups: list[ExpertGroup]
     dense: list[tuple[str, ...]]
+    base: list[str]
     gates: Gates
     layout: Layout
     ignore: list[str]
@@ -65,6 +71,18 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of tensors in the output."""
         return sum(job.written for jobs in self.shards for job in jobs)
+
+    @property
+    def beside(self) -> Beside:
+        """What the config must say of what is not in NVFP4."""
+        nvfp4 = [m for g in self.groups for e in range(g.num_experts) for m in g.modules(e)]
+        nvfp4 += [name.removesuffix(".weight") for names in self.dense for name in names]
+        return Beside(
+            BASES[self.options.base] if self.base and self.options.base else None,
+            tuple(name.removesuffix(".weight") for name in self.base),
+            tuple(nvfp4),
+            self.options.kv_cache,
+        )
 
     @property
     def file_names(self) -> list[str]:
@@ -130,7 +148,11 @@ class Plan:
         with_ranges = self.options.calibration.method is None
         scales = {g.prefix: Ranges(folder).of(g) for g in self.groups} if with_ranges else {}
 
+        kept = KvRanges(folder)
+
         def carried_out(job: Job) -> Job:
+            if isinstance(job, KvScales):
+                return replace(job, scales=kept.scales(job.attention))
             if not isinstance(job, QuantizeExpert):
                 return job
             if not with_ranges:
@@ -169,26 +191,31 @@ def plan(
     for group in found:
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
-    candidates = linears.find(checkpoint, found)
-    if options.linears and not candidates:
+    base = BASES[options.base] if options.base else None
+    candidates = linears.find(checkpoint, found, *([base.fits] if base else []))
+    if (options.linears or base) and not candidates:
         raise QuantizeError(
-            "--all-linears: no linears besides the experts that can be quantized; known are "
+            f"{f'--base {options.base}' if base else '--all-linears'}: no linears besides the "
+            "experts that can be quantized; known are "
             f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers"
         )
     _check_patterns(checkpoint, options, found, candidates)
     # Siblings stay together: an engine that fuses them needs all of them in one format.
-    dense = [
+    taken = [
         names
         for names in candidates
-        if options.linears and all(options.takes(name.removesuffix(".weight")) for name in names)
+        if all(options.takes(name.removesuffix(".weight")) for name in names)
     ]
+    dense = taken if options.linears else []
+    rounded = [name for names in taken for name in names] if base else []
     if not groups and not dense:
         raise QuantizeError(
             "--include and --exclude leave nothing to quantize; linears that engines fuse (query, "
             "key and value; gate and up) are quantized only if all of them are included"
         )
     quantized = tensor_names_of(groups) | {name for names in dense for name in names}
-    left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
+    changed = quantized.union(rounded)
+    left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - changed}
     unquantized = [group.prefix for group in found if group not in groups]
     stays = left_as_is(checkpoint, asked)
     for prefix in (*unquantized, *stays):
@@ -197,11 +224,11 @@ def plan(
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
     layout = LAYOUTS[options.layout]
     layout = layout if options.activations else layout.weights_only
-    jobs = _jobs(checkpoint, groups, dense, gates, layout, options.scales)
+    jobs = _jobs(checkpoint, groups, dense, rounded, gates, layout, options)
     shards = _into_shards(jobs, options.max_shard_size)
     _check_unique(shards)
     notes = (*leftover, *other_parts(checkpoint, stays))
-    return Plan(options, found, groups, dense, gates, layout, sorted(left), shards, notes)
+    return Plan(options, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes)
 
 
 def _gates(checkpoint: Checkpoint, options: Options, found: list[ExpertGroup]) -> Gates:
@@ -241,8 +268,9 @@ def _check_patterns(
     prefixes = {group.prefix for group in groups}
     dense = {name.removesuffix(".weight") for names in candidates for name in names}
     others = checkpoint.tensors.keys() - tensor_names_of(groups)
+    linears_too = options.linears or options.base
     what = {
-        "--include": (options.include, prefixes | dense if options.linears else prefixes),
+        "--include": (options.include, prefixes | dense if linears_too else prefixes),
         "--exclude": (options.exclude, prefixes | {name.rpartition(".")[0] for name in others}),
     }
     for option, (patterns, modules) in what.items():
@@ -252,7 +280,7 @@ def _check_patterns(
             if any(matches(module, (pattern,)) for module in dense):
                 raise QuantizeError(
                     f"{option} {pattern!r} matches only linears, and these are quantized only with "
-                    "--all-linears"
+                    "--all-linears or --base"
                 )
             raise QuantizeError(
                 f"{option} {pattern!r} matches nothing; patterns are compared with module paths "
@@ -272,11 +300,19 @@ def _jobs(
     checkpoint: Checkpoint,
     groups: list[ExpertGroup],
     dense: list[tuple[str, ...]],
+    base: list[str],
     gates: Gates,
     layout: Layout,
-    rule: str,
+    options: Options,
 ) -> Iterator[Job]:
     """Yield all jobs in the order of the source's files and tensors: reading stays sequential."""
+    rule = options.scales
+    rounded = set(base)
+    caches = {}
+    if options.kv_cache and options.kv_scales:
+        caches = {
+            f"{a}.v_proj.weight": a for a in attentions(checkpoint.tensors, checkpoint.config)
+        }
     first = {group.tensor_names[0]: group for group in groups}
     sets = {names[0]: names for names in dense}
     done = tensor_names_of(groups) | {name for names in dense for name in names}
@@ -296,10 +332,17 @@ def _jobs(
                 sum(checkpoint.stored_bytes(n) for n in sets[name]),
                 any(len(checkpoint.parts(n)) > 1 for n in sets[name]),
             )
+        elif name in rounded:
+            assert options.base is not None
+            rows, columns = info.shape
+            size = checkpoint.stored_bytes(name)
+            yield RoundBase(name, (rows, columns), options.base, layout.name, size)
         elif name not in done:
             decoded = checkpoint.parts(name) != (name,)
             output = TensorInfo(name, info.dtype, info.shape)
             yield Copy(output, checkpoint.stored_bytes(name), decoded)
+        if name in caches:
+            yield KvScales(caches[name], layout.name)
 
 
 def expert_jobs(

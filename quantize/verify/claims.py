@@ -20,7 +20,7 @@ from quantize.run.version import package_version
 from quantize.verify.blocks import COLUMNS, ROWS, Bounds
 from quantize.verify.results import Lost, Report
 
-DENSE = "dense linears"
+DENSE, BASE = "dense linears", "linears in 8 bits"
 _TOLERANCE = 1e-5
 """Of the report's errors: they have six digits, and devices sum in different orders."""
 
@@ -41,6 +41,10 @@ class Claims:
     def __post_init__(self) -> None:
         if self.run:
             dense = [self.run.dense] if self.run.dense else []
+            if self.run.base:
+                errors: list[tuple[float, ...]] = [(error,) for error in self.run.base.errors]
+                names = tuple(self.run.base.names)
+                dense.append(LayerReport(BASE, "", ("weight",), errors, [], 0, 0, names))
             for layer in (*self.run.layers, *dense):  # experts of several sizes have one prefix
                 self._layers.setdefault(layer.prefix, []).append(layer)
 
@@ -169,6 +173,9 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "activations": (said.activations, run.activations == "nvfp4"),
         "rounding": (said.rounding, run.calibration.method if run.calibration else None),
         "text": (said.text, run.input_scales is not None),
+        "base": (said.base, run.base.format if run.base else None),
+        "kv_cache": (said.kv_cache, run.kv_cache),
+        "kv_scales": (said.kv_scales, bool(run.kv_scales)),
         "linears": (said.linears, said.linears if run.dense is None else True),
     }
     for name, (ours, theirs) in pairs.items():

@@ -6,6 +6,7 @@ cannot judge; docs/users/verifying.md lists what cannot be seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,18 +14,23 @@ from functools import partial
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
-from quantize.checkpoint.tensors import TensorInfo
+from quantize.checkpoint.tensors import PLAIN, TensorInfo
 from quantize.experts import linears
 from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.layouts.base import BASES
+from quantize.layouts.base.base_format import BaseFormat, stored_base
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
+from quantize.run.kv_scales import KvScales, attentions
 from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
+from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.blocks import COLUMNS
 from quantize.verify.claims import DENSE, Claims
-from quantize.verify.weights import Part, Weights
+from quantize.verify.kv_scales import kv_scales_of
+from quantize.verify.weights import Part, Weights, same_bits
 
 Task = Callable[[Worker], tuple[Part, int]]
 """Checks something; also says how many bytes of the source it was."""
@@ -39,6 +45,8 @@ class Comparison:
         expected: names of all tensors that the target must have, once :meth:`tasks` is through.
         memory: the most bytes that a task takes.
         problems: what is wrong with all of it.
+        base: the linears in 8 bits.
+        kv_scales: the scales of a key-value cache.
         experts_left: module paths of the experts that are not quantized.
     """
 
@@ -51,6 +59,8 @@ class Comparison:
     expected: set[str] = field(default_factory=set)
     memory: int = 0
     problems: list[str] = field(default_factory=list)
+    base: list[BaseLinear] = field(default_factory=list)
+    kv_scales: list[KvScales] = field(default_factory=list)
     experts_left: set[str] = field(default_factory=set)
 
     def tasks(self) -> Iterator[Task]:
@@ -85,7 +95,19 @@ class Comparison:
         for weights in self.weights:
             yield partial(weights.check, self.target, self.layout)
         yield from biases
+        self.kv_scales = kv_scales_of(
+            attentions(self.source.tensors, self.source.config), self.layout, self.claims
+        )
+        self.expected.update(out.name for job in self.kv_scales for out in job.outputs)
+        self.base = list(self._base(groups))
+        for linear in self.base:
+            assert linear.source is not None
+            outputs = stored_base(linear.module, linear.source[1], linear.base, self.layout.name)
+            self.expected.update(out.name for out in outputs)
+            self.memory = max(self.memory, 32 * math.prod(linear.source[1]))
+            yield partial(linear.check, self.target, self.layout)
         done = tensor_names_of(quantized) | {name for names in dense for name in names}
+        done.update(linear.source[0] for linear in self.base if linear.source)
         for name, info in self.source.tensors.items():
             if name not in done:
                 self.expected.add(name)
@@ -143,6 +165,35 @@ class Comparison:
                 return True
         return False
 
+    def _base(self, groups: list[ExpertGroup]) -> Iterator[BaseLinear]:
+        """The linears that the target has, or should have, in 8 bits."""
+        made, stored = self.claims.made, base_modules(self.target)
+        if made is not None and made.base not in BASES:
+            return
+        chosen: dict[str, BaseFormat] = {}
+        if made is not None and made.base is not None:
+            base, options = BASES[made.base], made.selection()
+            for names in linears.find(self.source, groups, base.fits):
+                modules = [name.removesuffix(".weight") for name in names]
+                if all(map(options.takes, modules)):
+                    chosen |= dict.fromkeys(modules, base)
+        else:
+            names_of = {name.removesuffix(".weight") for name in self.source.tensors}
+            chosen = {
+                module: base
+                for module, base in stored.items()
+                if module in names_of and self.source.tensors[f"{module}.weight"].dtype in PLAIN
+            }
+        for module, base in chosen.items():
+            info = self._info(f"{module}.weight")
+            yield BaseLinear(
+                module,
+                base,
+                (info.name, (info.shape[0], info.shape[1])),
+                self.claims.known,
+                self.source.stored_bytes(info.name),
+            )
+
     def _expert(self, job: QuantizeExpert) -> Weights:
         group = job.group
         shape = group.shapes[0 if job.gate_up else -1]
@@ -189,7 +240,7 @@ class Comparison:
         return part, job.nbytes
 
     def _same_bias(self, bias: torch.Tensor, copy: TensorInfo) -> bool:
-        return _same_bits(self.target.load(copy.name), bias)
+        return same_bits(self.target.load(copy.name), bias)
 
     def _copy(self, info: TensorInfo, worker: Worker) -> tuple[Part, int]:
         problems = self._copy_problems(info, lambda copy: self._same(info, copy, worker))
@@ -213,8 +264,7 @@ class Comparison:
     def _same(self, info: TensorInfo, copy: TensorInfo, worker: Worker) -> bool:
         if self.source.parts(info.name) != (info.name,):
             return all(
-                _same_bits(ours, decoded.bfloat16())
-                for ours, decoded in self._decoded(info, worker)
+                same_bits(ours, decoded.bfloat16()) for ours, decoded in self._decoded(info, worker)
             )
         size = min(PIECE, info.nbytes)
         left, right = worker.arena.take(size), worker.arena.take(size)
@@ -237,8 +287,3 @@ class Comparison:
             worker.arena.reset()
             copy = self.target.load_expert(info.name, expert, arena=worker.arena)
             yield copy, worker.load_expert(info.name, expert).contiguous()
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    left, right = (x.contiguous().reshape(-1).view(torch.uint8) for x in (left, right))
-    return torch.equal(left, right)

@@ -12,6 +12,7 @@ from quantize.experts.names import PROJECTIONS
 from quantize.layouts import LAYOUTS
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.nvfp4.format import BLOCK
+from quantize.verify.base import base_modules
 from quantize.verify.claims import DENSE, Claims
 from quantize.verify.weights import Weights
 
@@ -119,7 +120,7 @@ def quantized_modules(target: Checkpoint, layout: Layout) -> set[str]:
         module, _, suffix = name.rpartition(".")
         if suffix in scales or (suffix == codes and info.dtype in ("U8", "I8")):
             found.add(module)
-    return found
+    return found - base_modules(target).keys()
 
 
 def _numbers(value: Any) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -227,15 +227,7 @@ def _load(
 ) -> dict[str, torch.Tensor] | None:
     """A weight's tensors by suffix; None, with the problems noted, if they are not sane."""
     before = len(part.problems)
-    for name, dtype, dims, *_ in wanted:
-        info = target.tensors.get(name)
-        if info is None:
-            part.problems.append(f"{name} is missing; complete the download, or quantize again")
-        elif (info.dtype, info.shape) != (dtype, dims):
-            part.problems.append(
-                f"{info.file.name}: {name} is {info.dtype} {list(info.shape)}, "
-                f"expected {dtype} {list(dims)}; quantize again"
-            )
+    part.problems += misfits(target, wanted)
     if len(part.problems) > before:
         return None
     loaded = {out.name.rpartition(".")[2]: target.load(out.name, worker.arena) for out in wanted}
@@ -244,6 +236,25 @@ def _load(
             file = target.tensors[out.name].file.name
             part.problems.append(f"{file}: {out.name}: {problem}; quantize again")
     return None if len(part.problems) > before else loaded
+
+
+def misfits(target: Checkpoint, wanted: tuple[TensorInfo, ...]) -> Iterator[str]:
+    """Which tensors are missing, or of another dtype or shape."""
+    for name, dtype, dims, *_ in wanted:
+        info = target.tensors.get(name)
+        if info is None:
+            yield f"{name} is missing; complete the download, or quantize again"
+        elif (info.dtype, info.shape) != (dtype, dims):
+            yield (
+                f"{info.file.name}: {name} is {info.dtype} {list(info.shape)}, "
+                f"expected {dtype} {list(dims)}; quantize again"
+            )
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes, whatever their shapes."""
+    left, right = (x.contiguous().reshape(-1).view(torch.uint8) for x in (left, right))
+    return torch.equal(left, right)
 
 
 def _compare(

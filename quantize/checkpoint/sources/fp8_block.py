@@ -1,11 +1,11 @@
 """FP8 (E4M3) with one scale for each block of weights, as DeepSeek-V3 publishes it.
 
 ``weight`` is F8_E4M3 ``[..., out, in]``, and ``weight_scale_inv`` is ``[..., ceil(out / 128),
-ceil(in / 128)]``. The weight's value is ``e4m3(code) * scale``: despite its name, the scale
-multiplies. Sources: DeepSeek-V3's ``inference/kernel.py`` (``weight_dequant``) and Transformers 5's
-``Fp8Dequantize``. The block's size is ``weight_block_size`` of the config, or 128 by 128 if the
-config does not say. Scales are F32, BF16, F16 or, in DeepSeek-V4 (``scale_fmt: ue8m0``), powers of
-two.
+ceil(in / 128)]`` (ModelOpt's ``FP8_PB_WO``: ``weight_scale``, with a 1 after each of the two). The
+weight's value is ``e4m3(code) * scale``: despite its name, the scale multiplies. Sources:
+DeepSeek-V3's ``inference/kernel.py`` (``weight_dequant``) and Transformers 5's ``Fp8Dequantize``.
+The block's size is ``weight_block_size`` of the config, or 128 by 128 if the config does not say.
+Scales are F32, BF16, F16 or, in DeepSeek-V4 (``scale_fmt: ue8m0``), powers of two.
 
 One scale per tensor or one per row (ModelOpt, compressed-tensors, Quark) is the same format with a
 larger block. A stacked ``gate_up_proj`` holds two weights, gate and up, and each is cut into blocks
@@ -135,7 +135,8 @@ def _cut(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> dict[
     *lead, rows, columns = weight.shape
     groups = 2 if weight.name.endswith("gate_up_proj") and rows % 2 == 0 else 1
     grid = (groups * -(-rows // groups // block[0]), -(-columns // block[1]))
-    if scale.shape == (*lead, *grid):
+    modelopt = (*lead, grid[0], 1, grid[1], 1)  # its FP8_PB_WO
+    if scale.shape in ((*lead, *grid), modelopt):
         return {"block": block, "groups": groups}
     if scale.shape in ((*lead, rows), (*lead, rows, 1)):
         return {"block": (1, columns)}
