@@ -24,7 +24,7 @@ from quantize.verify.compare import Comparison, Task
 from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
 from quantize.verify.files import file_problems
 from quantize.verify.results import LayerError, Lost, Report, Worst
-from quantize.verify.structure import Structure, missing_layers, quantized_modules
+from quantize.verify.structure import Structure, count_problems, missing_layers, quantized_modules
 from quantize.verify.weights import Part, Weights
 
 
@@ -72,6 +72,7 @@ def verify(
     else:
         comparison = Comparison(source, target, layout, gates, claims)
         modules = _against(comparison, progress, report)
+    report.problems += count_problems(target, modules.quantized)
     report.problems += quantization_problems(target, layout, claims, modules)
     return report
 
