@@ -210,11 +210,15 @@ def quantize(
             from quantize.run.cluster import connected
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
-            from quantize.run.target import FOLDER, check_folder, check_target
+            from quantize.run.target import FOLDER, check_folder, check_target, check_writable
+            from quantize.run.work_dir import WorkDir
             from quantize.run.workers import all_devices
 
         devices = [device_of(name) for name in device] if device else None
         check_folder(target)  # all of this before hours of downloading
+        check_writable(target, "DST")
+        if work_dir is not None:
+            WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
         check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:

@@ -1,4 +1,4 @@
-"""Counts and layers in a config that the tensors contradict: one error, before anything is built."""
+"""Counts and layers in a config that the tensors contradict: one error, before anything else."""
 
 from __future__ import annotations
 
