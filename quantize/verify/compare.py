@@ -40,6 +40,7 @@ class Comparison:
         memory: the most bytes that a task takes.
         problems: what is wrong with all of it.
         experts_left: module paths of the experts that are not quantized.
+        before: bytes in the source of what is quantized, by the prefix of a layer.
     """
 
     source: Checkpoint
@@ -52,6 +53,7 @@ class Comparison:
     memory: int = 0
     problems: list[str] = field(default_factory=list)
     experts_left: set[str] = field(default_factory=set)
+    before: dict[str, int] = field(default_factory=dict)
 
     def tasks(self) -> Iterator[Task]:
         """Everything that is to be done."""
@@ -65,6 +67,12 @@ class Comparison:
             if self._are_quantized([name.removesuffix(".weight") for name in names], names)
         ]
         biases: list[Task] = []
+        for prefix, names in (
+            *((group.prefix, group.tensor_names) for group in quantized),
+            *((DENSE, names) for names in dense),
+        ):
+            stored = sum(map(self.source.stored_bytes, names))
+            self.before[prefix] = self.before.get(prefix, 0) + stored
         for group in quantized:
             interleaved = self.gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
