@@ -65,9 +65,11 @@ def calibrate(
     state = CalibrationProgress(plan, model, store, undone, progress)
     visitor: Visitor
     if settings.method is None:
-        visitor = RangeGatherer(Ranges(folder), undone, settings.every_expert)
+        visitor = RangeGatherer(checkpoint, Ranges(folder), undone, settings.every_expert)
     else:
-        visitor = Quantizer(Staged(folder), undone, plan.layout, settings, plan.options.scales)
+        visitor = Quantizer(
+            checkpoint, Staged(folder), undone, plan.layout, settings, plan.options.scales
+        )
     caches = [job.attention for jobs in plan.shards for job in jobs if isinstance(job, KvScales)]
     with watching(model, caches, KvRanges(folder)) if caches else nullcontext():
         if settings.method is not None and METHODS[settings.method].needs_output_hessian:

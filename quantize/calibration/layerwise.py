@@ -53,7 +53,7 @@ class LayerwiseModel:
         dtype: to compute in.
 
     Attributes:
-        folder: of the checkpoint.
+        checkpoint, folder: where its weights are.
         device, dtype: as given.
         model: Transformers' model.
         layers: its decoder layers; layers_path: where they are.
@@ -77,6 +77,7 @@ class LayerwiseModel:
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> None:
+        self.checkpoint = checkpoint
         self.folder = checkpoint.folder
         self.device = device
         self.dtype = dtype

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantize.calibration.damaged import damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.forward import TOKENS_PER_RUN, LayerwiseForward
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
-from quantize.calibration.quantizer import damaged
 from quantize.calibration.reference import Reference, inputs_name, outputs_name
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store, states_name
@@ -157,7 +157,7 @@ class _Inputs(NullVisitor):
         assert self._group is not None
         for weight in (*weights.gate_up, weights.down):
             if not torch.isfinite(weight).all():
-                raise QuantizeError(damaged(self._group, number))
+                raise damaged(self._model.checkpoint, self._group, number)
         return weights
 
 

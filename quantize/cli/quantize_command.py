@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
+from quantize.calibration.documents import check_there
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
@@ -187,6 +188,8 @@ def quantize(
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         _check_text(context, text, input_scales, activations, all_linears)
+        if (read := text or input_scales) is not None:
+            check_there(read)
         found = text is not None or input_scales is not None
         # Calibration sees the inputs of experts alone.
         default = Activations.NVFP4 if found and not all_linears else Activations.BF16
@@ -217,11 +220,15 @@ def quantize(
             from quantize.run.cluster import connected
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
-            from quantize.run.target import FOLDER, check_folder, check_target
+            from quantize.run.target import FOLDER, check_folder, check_target, check_writable
+            from quantize.run.work_dir import WorkDir
             from quantize.run.workers import all_devices
 
         devices = [device_of(name) for name in device] if device else None
         check_folder(target)  # all of this before hours of downloading
+        check_writable(target, "DST")
+        if work_dir is not None:
+            WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
         check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
@@ -231,7 +238,6 @@ def quantize(
                 err.print(plain(note), highlight=False, soft_wrap=True)
             _say_activations(options, found, activations is None)
             tokens = None
-            read = text or input_scales
             if read is not None:
                 shape = calibration_rows or (128 if text else 32), calibration_length
                 tokens = load_samples(read, checkpoint.folder, *shape, trust_remote_code)

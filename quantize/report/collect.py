@@ -15,7 +15,7 @@ from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.staged import Staged
-from quantize.run.version import package_version
+from quantize.run.version import PACKAGE, VERSIONS, package_version
 from quantize.run.weight_error import WeightError
 
 
@@ -40,8 +40,8 @@ def collect(
         layout=plan.layout.name,
         scales=plan.options.scales,
         versions={
-            "vllm-nvfp4-moe": package_version(),
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+            PACKAGE: package_version(),
+            **{name: version(name) for name in VERSIONS},
         },
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,

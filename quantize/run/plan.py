@@ -23,7 +23,11 @@ from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates, to_contract
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.identify import identify
-from quantize.experts.layers import check_layer_count
+from quantize.experts.layers import (
+    check_layer_count,
+    check_layers_are_there,
+    check_layers_of_class,
+)
 from quantize.experts.names import ignored_modules
 from quantize.experts.parts import other_part
 from quantize.layouts import LAYOUTS
@@ -187,7 +191,11 @@ def plan(
     found = find(checkpoint, asked)
     of_language = [group for group in found if not other_part(group.prefix, checkpoint.config)]
     check_layer_count(checkpoint.config, of_language, where)
+    language, prefixes = checkpoint.text_config(), [group.prefix for group in of_language]
+    check_layers_are_there(language, prefixes, checkpoint.tensors, where)
     gates = gates or _gates(checkpoint, options, found)
+    if gates.of_class is not None and of_language == found:
+        check_layers_of_class(language, gates.of_class, prefixes, where)
     for group in found:
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -13,13 +14,15 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
-from quantize.report.data import LayerReport, RunReport, loads
+from quantize.report import RunReport, dumps, loads, render
+from quantize.report.data import LayerReport
 from quantize.run.made import ARITHMETIC, FIELD, Made, made
 from quantize.run.report_files import REPORT, REPORT_DATA, mark
-from quantize.run.version import package_version
+from quantize.run.version import PACKAGE, VERSIONS, package_version
 from quantize.verify.blocks import COLUMNS, ROWS, Bounds
 from quantize.verify.results import Lost, Report
 
+CONFIG = "config.json"
 DENSE, BASE = "dense linears", "linears in 8 bits"
 _TOLERANCE = 1e-5
 """Of the report's errors: they have six digits, and devices sum in different orders."""
@@ -113,7 +116,7 @@ class Claims:
 
 def read_claims(target: Checkpoint, report: Report) -> Claims:
     """Read what the target says of itself; note in ``report`` where it contradicts itself."""
-    where = target.folder / "config.json"
+    where = target.folder / CONFIG
     said = None
     try:
         said = made(target.config, str(where))
@@ -157,20 +160,41 @@ def _run(target: Checkpoint, report: Report, expected: bool) -> RunReport | None
         if expected and data.exists():
             report.problems.append(f"{data}: {error}")
         return None
-    if expected and page.exists():
-        text = page.read_text(encoding="utf-8", errors="replace")
-        if not text.endswith(mark(run.fingerprint)):
-            report.problems.append(f"{page} and {REPORT_DATA} are not of the same run")
+    if expected:
+        report.problems += _page_problems(run, data, page)
     return run
+
+
+def _page_problems(run: RunReport, data: Path, page: Path) -> Iterator[str]:
+    """That data and page are as they were written, of one run.
+
+    The page says at its end of which data it is. What stands above follows from the data too, if
+    this version made it.
+    """
+    content = data.read_bytes()
+    if content != dumps(run).encode():
+        yield f"{data}: it was changed since it was written; quantize again"
+    if not page.exists():
+        return
+    text = page.read_bytes()
+    if not text.endswith(mark(run.fingerprint, content).encode()):
+        yield f"{page} and {REPORT_DATA} are not of the same run, or one was changed"
+    elif run.versions.get(PACKAGE) == package_version():
+        try:
+            same = text == render(run).encode()
+        except Exception:  # of a report that was changed anything may come
+            same = False
+        if not same:
+            yield f"{page} was changed since it was made of {REPORT_DATA}; quantize again"
 
 
 def _agree(said: Made, run: RunReport, report: Report) -> None:
     """That ``config.json`` and the report say the same of how the checkpoint was made."""
     pairs = {
-        "version": (said.version, run.versions.get("vllm-nvfp4-moe")),
+        "version": (said.version, run.versions.get(PACKAGE)),
         "layout": (said.layout, run.layout),
         "scales": (said.scales, run.scales),
-        "activations": (said.activations, run.activations == "nvfp4"),
+        "activations": ("nvfp4" if said.activations else "bf16", run.activations),
         "rounding": (said.rounding, run.calibration.method if run.calibration else None),
         "text": (said.text, run.input_scales is not None),
         "base": (said.base, run.base.format if run.base else None),
@@ -184,6 +208,15 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
                 f"config.json: {KEY}.{FIELD}.{name} is {ours!r}, {REPORT_DATA} says {theirs!r}; "
                 "one of them was changed, or is of another run"
             )
+    if set(run.versions) != {PACKAGE, *VERSIONS}:
+        report.problems.append(
+            f"{REPORT_DATA}: versions names {', '.join(run.versions)}; quantize again"
+        )
+    if run.calibration and run.input_scales and run.calibration != run.input_scales:
+        report.problems.append(
+            f"{REPORT_DATA}: calibration and input_scales are of one text, but say different "
+            "things; quantize again"
+        )
     if said.version == package_version() and said.arithmetic != ARITHMETIC:
         report.problems.append(
             f"config.json: {KEY}.{FIELD}.arithmetic is {said.arithmetic}, but version "

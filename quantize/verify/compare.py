@@ -28,7 +28,7 @@ from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
 from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.blocks import COLUMNS
-from quantize.verify.claims import DENSE, Claims
+from quantize.verify.claims import BASE, DENSE, Claims
 from quantize.verify.kv_scales import kv_scales_of
 from quantize.verify.weights import Part, Weights, same_bits
 
@@ -48,6 +48,7 @@ class Comparison:
         base: the linears in 8 bits.
         kv_scales: the scales of a key-value cache.
         experts_left: module paths of the experts that are not quantized.
+        before: bytes in the source of what is quantized, by the prefix of a layer.
     """
 
     source: Checkpoint
@@ -62,6 +63,7 @@ class Comparison:
     base: list[BaseLinear] = field(default_factory=list)
     kv_scales: list[KvScales] = field(default_factory=list)
     experts_left: set[str] = field(default_factory=set)
+    before: dict[str, int] = field(default_factory=dict)
 
     def tasks(self) -> Iterator[Task]:
         """Everything that is to be done."""
@@ -75,6 +77,12 @@ class Comparison:
             if self._are_quantized([name.removesuffix(".weight") for name in names], names)
         ]
         biases: list[Task] = []
+        for prefix, names in (
+            *((group.prefix, group.tensor_names) for group in quantized),
+            *((DENSE, names) for names in dense),
+        ):
+            stored = sum(map(self.source.stored_bytes, names))
+            self.before[prefix] = self.before.get(prefix, 0) + stored
         for group in quantized:
             interleaved = self.gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
@@ -102,6 +110,7 @@ class Comparison:
         self.base = list(self._base(groups))
         for linear in self.base:
             assert linear.source is not None
+            self.before[BASE] = self.before.get(BASE, 0) + linear.nbytes
             outputs = stored_base(linear.module, linear.source[1], linear.base, self.layout.name)
             self.expected.update(out.name for out in outputs)
             self.memory = max(self.memory, 32 * math.prod(linear.source[1]))

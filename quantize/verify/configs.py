@@ -23,9 +23,7 @@ from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.made import FIELD
-from quantize.verify.claims import Claims
-
-CONFIG = "config.json"
+from quantize.verify.claims import CONFIG, Claims
 
 
 class Modules(NamedTuple):
@@ -110,6 +108,8 @@ def quantization_problems(
         wanted = layout.extra_files(lists[name], beside)[name]
         for path, ours, theirs in _differences(found, wanted, ""):
             yield f"{target.folder / name}: {path} is {ours}, expected {theirs}; quantize again"
+    if claims.made is not None and len({json.dumps(names) for names in lists.values()}) > 1:
+        yield f"{where}: its ignore list is not that of {name}; quantize again"
     for file, ignore in lists.items():
         place = f"{where}: quantization_config" if file == "ignore" else target.folder / file
         if not _strings(ignore):

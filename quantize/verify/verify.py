@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from threading import local
@@ -12,7 +13,8 @@ from threading import local
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
-from quantize.experts.gates import Gate, Gates
+from quantize.errors import QuantizeError
+from quantize.experts.gates import KEY, Gate, Gates, from_contract
 from quantize.experts.identify import identify
 from quantize.layouts import detect
 from quantize.layouts.layout import Layout
@@ -26,8 +28,9 @@ from quantize.verify.compare import Comparison, Task
 from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
 from quantize.verify.files import file_problems
 from quantize.verify.kv_scales import kv_problems, kv_scales_of
+from quantize.verify.report import edited, report_problems
 from quantize.verify.results import LayerError, Lost, Report, Worst
-from quantize.verify.structure import Structure, missing_layers, quantized_modules
+from quantize.verify.structure import Structure, count_problems, missing_layers, quantized_modules
 from quantize.verify.weights import Part, Weights
 
 
@@ -75,7 +78,9 @@ def verify(
     else:
         comparison = Comparison(source, target, layout, gates, claims)
         modules = _against(comparison, progress, report)
+    report.problems += count_problems(target, modules.quantized)
     report.problems += quantization_problems(target, layout, claims, modules)
+    report.problems += edited(target, claims, report.problems)
     return report
 
 
@@ -103,6 +108,15 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
         report.layers.append(LayerError(prefix, relative, worst))
     report.problems += kv_problems(comparison.target, comparison.kv_scales, comparison.claims)
     report.problems += comparison.too_many()
+    report.problems += report_problems(
+        comparison.target,
+        comparison.layout,
+        comparison.claims,
+        comparison.weights,
+        comparison.gates,
+        comparison.before,
+        comparison.source.nbytes,
+    )
     return Modules(
         {module for weights in comparison.weights for module in weights.modules},
         comparison.experts_left,
@@ -144,6 +158,10 @@ def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -
         report.problems += part.problems
     caches = kv_scales_of(attentions(target.tensors, target.config), layout, claims)
     report.problems += kv_problems(target, caches, claims)
+    gates = None
+    with suppress(QuantizeError, LookupError):  # then it is a problem already
+        gates = from_contract(target.config[KEY])
+    report.problems += report_problems(target, layout, claims, weights, gates, {}, None)
     report.notes.append("without the source, only the checkpoint's own parts were compared")
     known = {name.rpartition(".")[0] for name in target.tensors}
     return Modules(quantized_modules(target, layout), set(), base, known)

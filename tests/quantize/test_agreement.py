@@ -76,7 +76,8 @@ def test_the_config_settles_the_orientation(transposed: bool, where: str, tmp_pa
         "text_config": {"text_config": CONFIG, "vision_config": {"hidden_size": INTERMEDIATE}},
         "list": CONFIG | {"num_hidden_layers": 2, "moe_intermediate_size": [INTERMEDIATE, 48]},
     }[where]
-    stored = {n: t.mT for n, t in tensors.items()} if transposed else tensors
+    stored = {n: t.mT for n, t in tensors.items()} if transposed else dict(tensors)
+    stored["model.layers.1.input_layernorm.weight"] = torch.ones(HIDDEN)
     source = checkpoints.save(tmp_path / "source", stored, config)
     checkpoints.convert(source, tmp_path / "target", gate=SILU)
     restored = written(tmp_path / "target")

@@ -55,6 +55,7 @@ def test_a_damaged_weight(
     source = with_value(saved("qwen3_moe"), tmp_path / "source", name, value, (5, 7))
     with pytest.raises(QuantizeError) as caught:
         convert(source, tmp_path / "out", "modelopt", scales, max_shard_size=3000)
+    assert str(caught.value).startswith("model.safetensors: ")
     assert name in str(caught.value)
     assert "NaN or infinite" in str(caught.value)
     assert_not_a_checkpoint(tmp_path / "out")
@@ -69,6 +70,7 @@ def test_a_damaged_weight_in_a_stack(
     source = with_value(stacked("qwen3_moe"), tmp_path / "source", name, value, (2, row, 7))
     with pytest.raises(QuantizeError) as caught:
         convert(source, tmp_path / "out")
+    assert str(caught.value).startswith("model.safetensors: ")
     assert name in str(caught.value)
     assert f"model.layers.1.mlp.experts.2.{named}" in str(caught.value)
     assert_not_a_checkpoint(tmp_path / "out")

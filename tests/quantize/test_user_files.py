@@ -283,15 +283,17 @@ def test_a_link_that_appears_while_a_run_is_at_work(
 
 
 def test_overwriting_an_older_versions_interrupted_run(source: Path, tmp_path: Path) -> None:
-    """Whose record does not list its files."""
+    """Whose record does not list its files, nor prove that they are its: they are moved aside."""
     out = interrupted(source, tmp_path)
+    shards = {f"replaced/{file.name}": file.read_bytes() for file in out.glob("model-*")}
     record = json.loads((out / FOLDER / "run.json").read_text())
     old = {key: record[key] for key in ("command", "source", "files")} | {"fingerprint": "old"}
     (out / FOLDER / "run.json").write_text(json.dumps(old))
     (out / "my_lora.safetensors").write_bytes(b"mine")
     assert run("quantize", source, out, "--max-shard-size", "5KB", "--overwrite").exit_code == 0
     assert run("quantize", source, tmp_path / "fresh", "--max-shard-size", "5KB").exit_code == 0
-    assert contents(out) == contents(tmp_path / "fresh") | {"my_lora.safetensors": b"mine"}
+    mine = {"my_lora.safetensors": b"mine"}
+    assert contents(out) == contents(tmp_path / "fresh") | mine | shards
 
 
 # -- before anything is removed --------------------------------------------------------------------

@@ -37,10 +37,13 @@ class Gates:
     Attributes:
         default: the gate of every layer that is not in ``layers``.
         layers: the gates that differ from ``default``, by layer number.
+        of_class: the layers that have experts where the model's class is built from the config;
+            None if that is not known.
     """
 
     default: Gate
     layers: Mapping[int, Gate] = field(default_factory=dict)
+    of_class: frozenset[int] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         different = {n: gate for n, gate in sorted(self.layers.items()) if gate != self.default}
@@ -53,8 +56,10 @@ class Gates:
 
     @classmethod
     def of_layers(cls, gates: Mapping[int, Gate]) -> Gates:
-        """From the gate of each layer, by its number. The most frequent one becomes the default."""
-        return cls(Counter(gates.values()).most_common(1)[0][0], gates)
+        """From the gate of each layer, by its number (-1: it has none). The most frequent one
+        becomes the default."""
+        numbered = None if -1 in gates else frozenset(gates)
+        return cls(Counter(gates.values()).most_common(1)[0][0], gates, numbered)
 
     def of(self, prefix: str) -> Gate:
         """The gate of the experts at a module path such as ``model.layers.3.mlp.experts``."""
