@@ -24,6 +24,7 @@ from quantize.checkpoint.language import language_config
 from quantize.checkpoint.memory import Arena
 from quantize.checkpoint.sources.find import find_stored_weights
 from quantize.checkpoint.sources.refusals import undecodable
+from quantize.checkpoint.sources.stored_weight import StoredWeight
 from quantize.checkpoint.tensors import BYTES, DTYPES, TensorInfo
 from quantize.errors import QuantizeError
 
@@ -166,8 +167,9 @@ class Checkpoint:
         The call returns at once. ``expert`` and ``experts`` are as for :meth:`load_expert`.
         """
         which = None if expert is None else (expert, experts)
+        weight = self._stored_weights.get(name)
         for info in (self.stored[part] for part in self.parts(name)):
-            start, size, _ = _extent(info, which)
+            start, size, _ = _extent(info, _slice(weight, info, which))
             descriptor, keep = self._descriptor(info.file)
             if hasattr(os, "posix_fadvise"):
                 with suppress(OSError):  # it is only advice; the read itself reports errors
@@ -178,10 +180,11 @@ class Checkpoint:
     def _load(
         self, name: str, expert: _Expert | None, arena: Arena | None, device: torch.device | None
     ) -> torch.Tensor:
-        parts = [self._read(self.stored[part], expert, arena) for part in self.parts(name)]
+        weight = self._stored_weights.get(name)
+        infos = [self.stored[part] for part in self.parts(name)]
+        parts = [self._read(info, _slice(weight, info, expert), arena) for info in infos]
         if device is not None and device.type != "cpu":
             parts = [part.to(device, non_blocking=True) for part in parts]
-        weight = self._stored_weights.get(name)
         if weight is None:
             return parts[0]
         out = None
@@ -248,6 +251,16 @@ def read_fully(descriptor: int, buffer: torch.Tensor, info: TensorInfo, start: i
 _Expert = tuple[int, int | None]
 """An expert's number, and the number of experts if the tensor holds them one after another along
 its first dimension (None if it has a dimension of experts)."""
+
+
+def _slice(weight: StoredWeight | None, info: TensorInfo, expert: _Expert | None) -> _Expert | None:
+    """Which slice of the part ``info`` belongs to ``expert`` of ``weight``; None: all of it."""
+    if weight is None or expert is None:
+        return expert
+    if info.name in weight.shared:
+        return None
+    flat = info.shape[:1] != weight.shape[:1]
+    return expert[0], weight.shape[0] if flat else expert[1]
 
 
 def _extent(info: TensorInfo, expert: _Expert | None) -> tuple[int, int, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from quantize.errors import QuantizeError
 NVFP4 = "nvfp4"
 _NVFP4_SUFFIXES = ("scale_2", "weight_global_scale")
 
-_ORIGINAL = "start from the original one (bfloat16, float16, float32, FP8, MXFP8 or MXFP4)"
+_ORIGINAL = "start from the original one (bfloat16, float16, float32, FP8, MXFP8, MXFP4 or packed INT4)"
 
 _UNQUANTIZED = {"none", "dense"}
 """What ModelOpt (``none``) and compressed-tensors (``dense``) write into a config when only the KV
@@ -91,11 +91,12 @@ def _method(quantization: Any) -> str:
 
 
 def _group_scheme(group: dict[str, Any], overall: Any) -> str:
-    """The format of one of compressed-tensors' config groups; ``int4``, ``int8`` for integers."""
+    """The format of one of compressed-tensors' config groups, for integers with their bits."""
     weights = group.get("weights")
+    form = str(group.get("format") or overall)
     if isinstance(weights, dict) and weights.get("type") == "int":
-        return f"int{weights.get('num_bits')}"
-    return str(group.get("format") or overall)
+        return f"int{weights.get('num_bits')} ({form})"
+    return form
 
 
 def _quark_dtype(member: dict[str, Any]) -> str:

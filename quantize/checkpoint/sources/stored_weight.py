@@ -37,6 +37,9 @@ class StoredWeight:
         decode: a function that takes the parts in that order, or one expert's slice of each, and
             returns the float32 weight. Its keyword ``out`` is memory for the result, with as many
             float32 values; without it, memory is allocated.
+            An expert's slice of a part that has fewer dimensions than the weight is its share of
+            the first dimension, in which experts lie one after another.
+        shared: names of the parts that are the same for all stacked experts, and are not sliced.
     """
 
     format: str
@@ -44,6 +47,7 @@ class StoredWeight:
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     decode: Callable[..., torch.Tensor]
+    shared: frozenset[str] = frozenset()
 
 
 def is_scale(name: str) -> bool:
