@@ -70,7 +70,7 @@ class Checkpoint:
                     other = self.stored[info.name].file.name
                     raise QuantizeError(f"{info.name} is in both {other} and {file.name}")
                 self.stored[info.name] = info
-        check_index(folder, self.stored)
+        check_index(folder, self.stored, self.config)
         check_counts(folder / "config.json", self.config, self.stored.values())
         self._stored_weights = find_stored_weights(self.stored, self.config) if decode else {}
         self.tensors = self._decoded_view()

@@ -30,7 +30,7 @@ from quantize.layouts import LAYOUTS
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
-from quantize.run.notes import left_over, other_parts
+from quantize.run.notes import bare_fp8, left_over, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
@@ -200,7 +200,7 @@ def plan(
     jobs = _jobs(checkpoint, groups, dense, gates, layout, options.scales)
     shards = _into_shards(jobs, options.max_shard_size)
     _check_unique(shards)
-    notes = (*leftover, *other_parts(checkpoint, stays))
+    notes = (*leftover, *other_parts(checkpoint, stays), *bare_fp8(checkpoint))
     return Plan(options, found, groups, dense, gates, layout, sorted(left), shards, notes)
 
 

@@ -13,7 +13,9 @@ from quantize.errors import QuantizeError
 NVFP4 = "nvfp4"
 _NVFP4_SUFFIXES = ("scale_2", "weight_global_scale")
 
-_ORIGINAL = "start from the original one (bfloat16, float16, float32, FP8, MXFP8, MXFP4 or packed INT4)"
+_ORIGINAL = (
+    "start from the original one (bfloat16, float16, float32, FP8, MXFP8, MXFP4 or packed INT4)"
+)
 
 _UNQUANTIZED = {"none", "dense"}
 """What ModelOpt (``none``) and compressed-tensors (``dense``) write into a config when only the KV
