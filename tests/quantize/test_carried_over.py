@@ -91,5 +91,5 @@ def test_an_index_may_name_a_tied_head(nested: bool, tmp_path: Path) -> None:
             Checkpoint(source)
     (source / "config.json").write_text(json.dumps(config))
     write_index(source, index | {"model.layers.0.head.weight": file})
-    with pytest.raises(QuantizeError, match="layers.0.head.weight is in .*, but it is not there"):
+    with pytest.raises(QuantizeError, match=r"layers.0.head.weight is in .*, but it is not there"):
         Checkpoint(source)

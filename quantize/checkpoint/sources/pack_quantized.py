@@ -1,4 +1,4 @@
-"""Integers of 4 or 8 bits, packed into int32, as compressed-tensors' ``pack-quantized`` stores them.
+"""Integers of 4 or 8 bits, packed into int32: compressed-tensors' ``pack-quantized``.
 
 Kimi-K2-Thinking, K2.5 and K2.6 are published in nothing else. One weight ``X.weight`` ``[out, in]``
 is stored as
@@ -157,7 +157,8 @@ def _schemes(config: dict[str, Any]) -> Iterator[tuple[list[str], _Scheme]]:
             weights = group.get("weights") if isinstance(group, dict) else None
             if not isinstance(weights, dict) or weights.get("type") != "int":
                 continue
-            size, bits = weights.get("group_size"), weights.get("num_bits")
+            size: Any = weights.get("group_size")
+            bits = weights.get("num_bits")
             form = group.get("format") or value.get("format")
             if form != _FORMAT or bits not in INTEGERS:
                 continue
