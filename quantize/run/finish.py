@@ -75,7 +75,8 @@ def finish(
 def config_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The target's ``config.json``."""
     return without_descriptions(checkpoint.config) | {
-        KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
+        KEY: to_contract(plan.gates.concatenated())
+        | {FIELD: record_of(plan.options, plan.converts)},
         "quantization_config": plan.layout.quantization_config(plan.ignore),
     }
 

@@ -169,7 +169,10 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "activations": (said.activations, run.activations == "nvfp4"),
         "rounding": (said.rounding, run.calibration.method if run.calibration else None),
         "text": (said.text, run.input_scales is not None),
-        "linears": (said.linears, said.linears if run.dense is None else True),
+        "linears": (
+            said.linears,
+            said.linears if run.dense is None or said.converted else True,
+        ),
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:

@@ -19,6 +19,7 @@ from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.layouts.layout import INPUT_SCALE, Layout
+from quantize.run.convert import ConvertExpert, ConvertLinear, convertible_linears
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
@@ -62,8 +63,15 @@ class Comparison:
         dense = [
             names
             for names in linears.find(self.source, groups)
-            if self._are_quantized([name.removesuffix(".weight") for name in names], names)
+            if not any(map(self.source.is_nvfp4, names))
+            and self._are_quantized([name.removesuffix(".weight") for name in names], names)
         ]
+        converted = convertible_linears(self.source, groups, self._is_converted)
+        self.experts_left = {
+            prefix
+            for prefix in self.experts_left
+            if not any(name.startswith(f"{prefix}.") for name in converted)
+        }
         biases: list[Task] = []
         for group in quantized:
             interleaved = self.gates.of(group.prefix).interleaved
@@ -77,6 +85,8 @@ class Comparison:
                         self._add(self._expert(job))
         for names in dense:
             self._add(self._linears(names))
+        for name in converted:
+            self._add(self._converted(name))
         if not self.weights:
             self.problems.append(
                 f"{self.target.folder}: none of the source's experts is quantized; its "
@@ -86,6 +96,7 @@ class Comparison:
             yield partial(weights.check, self.target, self.layout)
         yield from biases
         done = tensor_names_of(quantized) | {name for names in dense for name in names}
+        done.update(converted)
         for name, info in self.source.tensors.items():
             if name not in done:
                 self.expected.add(name)
@@ -132,6 +143,10 @@ class Comparison:
             return made.linears and all(map(made.selection().takes, modules))
         return self._has_nvfp4(modules)
 
+    def _is_converted(self, module: str) -> bool:
+        made = self.claims.made
+        return made.selection().takes(module) if made is not None else self._has_nvfp4([module])
+
     def _has_nvfp4(self, modules: Iterable[str]) -> bool:
         """Whether the target has any tensor of these modules in NVFP4; else they should be copies.
 
@@ -158,6 +173,21 @@ class Comparison:
             job.nbytes,
             # The blocks' errors, and the weight in float32.
             2 * job.memory + 5 * len(job.modules) * shape[0] * shape[1],
+            job.stored if isinstance(job, ConvertExpert) else None,
+        )
+
+    def _converted(self, name: str) -> Weights:
+        rows, columns = self._info(name).shape
+        nbytes = self.source.stored_bytes(name)
+        job = ConvertLinear((name,), ((rows, columns),), self.layout, "max", nbytes, False)
+        return Weights(
+            DENSE,
+            job.modules,
+            job.shapes,
+            load=lambda worker: [worker.load(name)],
+            nbytes=nbytes,
+            memory=2 * job.memory + 5 * rows * columns,
+            carried=job.stored,
         )
 
     def _linears(self, names: tuple[str, ...]) -> Weights:

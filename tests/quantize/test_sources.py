@@ -14,8 +14,9 @@ import pytest
 import torch
 from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
 from compressed_tensors.compressors.mxfp8 import MXFP8QuantizationCompressor
+from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -56,7 +57,7 @@ def test_published(publish: Callable[[], Published], tmp_path: Path) -> None:
     """Through a checkpoint: one tensor of floats by its usual name, each of its experts alike."""
     published = publish()
     with Checkpoint(write(tmp_path, published)) as checkpoint:
-        check_config(checkpoint.config, checkpoint.formats, "config.json")
+        check_config(checkpoint.config, "config.json")
         assert checkpoint.formats == {published.format}
         assert set(checkpoint.tensors) == {*published.weights, *PLAIN}
         [(name, expected)] = published.weights.items()
@@ -210,6 +211,17 @@ def test_as_transformers_gpt_oss() -> None:
     scale = tensor(random_bytes(EXPERTS, 10, 3, high=255))  # they do not know the code for NaN
     expected = convert_moe_packed_tensors(blocks, scale, dtype=torch.float32)
     assert_same(stored_weight.decode(blocks, scale), expected.contiguous().numpy())
+
+
+def test_as_compressed_tensors_nvfp4() -> None:
+    """They divide by the global scale: in float32, one unit in the last place from a product."""
+    published = pub.compressed_tensors_nvfp4()
+    [(name, expected)] = published.weights.items()
+    tensors = {n.removeprefix(name[:-6]): t for n, t in published.stored.items()}
+    scheme = preset_name_to_scheme("NVFP4", ["Linear"])
+    theirs = NVFP4PackedCompressor.decompress(tensors, scheme)["weight"].float()
+    assert torch.allclose(torch.from_numpy(expected), theirs, rtol=2**-7, atol=0)  # in bfloat16
+    assert theirs.abs().max() > 0
 
 
 def test_as_compressed_tensors() -> None:
@@ -380,7 +392,6 @@ def config(quantization: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         {"quant_algo": "NVFP4"},
         {"quant_method": "modelopt", "quantization": {"quant_algo": "W4A16_NVFP4"}},
         {
@@ -388,26 +399,22 @@ def config(quantization: Any) -> dict[str, Any]:
             "quant_algo": "MIXED_PRECISION",
             "quantized_layers": {"a": {"quant_algo": "MXFP8"}, "b": {"quant_algo": "NVFP4"}},
         },
-        pub.compressed_tensors_group("nvfp4-pack-quantized", {"num_bits": 4}),
         pub.compressed_tensors_group("nvfp4-pack-quantized", {"num_bits": 4}, "mixed-precision"),
-        {"quant_method": "nvfp4"},
     ],
 )
-def test_nvfp4_is_refused(quantization: dict[str, Any]) -> None:
-    message = r"^here: .*already NVFP4; quantizing 4-bit values again only loses accuracy; start fr"
+def test_nvfp4_is_let_through(quantization: dict[str, Any]) -> None:
     for placed in (config(quantization), {"text_config": config(quantization)}):
-        with pytest.raises(QuantizeError, match=message):
-            check_config(placed, set(), "here")
+        check_config(placed, "here")
 
 
-@pytest.mark.parametrize("name", ["a.weight_scale_2", "a.weight_global_scale"])
-def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.weight_scale_2", "a.weight_global_scale", "a.pre_quant_scale"])
+def test_parts_of_nvfp4_alone(name: str) -> None:
     """Also where the config says nothing, or another thing."""
-    save(tmp_path, {"a.weight": torch.zeros(2, 2).byte(), name: torch.ones(1)}, {})
-    with Checkpoint(tmp_path) as checkpoint:
-        for said in ({}, config({"quant_method": "fp8"})):
-            with pytest.raises(QuantizeError, match="already NVFP4"):
-                check_config(said, checkpoint.formats, "here")
+    stored = {"a.weight": torch.zeros(32, 32).byte(), name: torch.ones(1)}
+    message = "changes what a weight's inputs" if "pre" in name else "is there without the weight"
+    for said in ({}, config({"quant_method": "fp8"})):
+        with pytest.raises(QuantizeError, match=f"{name} {message}"):
+            find_stored_weights(headers(stored), said)
 
 
 @pytest.mark.parametrize(
@@ -417,6 +424,7 @@ def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
         ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "int4_awq"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "nvfp4_awq"),
         (pub.compressed_tensors_group("pack-quantized", {"num_bits": 3, "type": "int"}), "int3"),
         (pub.compressed_tensors_group("marlin-24", {"num_bits": 4, "type": "int"}), "int4"),
         (pub.compressed_tensors_group("naive-quantized", {"num_bits": 8, "type": "int"}), "int8"),
@@ -435,13 +443,13 @@ def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
 )
 def test_other_methods_are_refused(quantization: Any, named: str) -> None:
     with pytest.raises(QuantizeError, match=rf"^here: .*already quantized \(.*{named}.*start from"):
-        check_config(config(quantization), {"fp8"}, "here")
+        check_config(config(quantization), "here")
 
 
 @pytest.mark.parametrize("quantization", [None, {"quant_method": "modelopt", "quant_algo": None}])
 def test_unquantized_is_let_through(quantization: Any) -> None:
-    check_config({}, set(), "here")
-    check_config(config(quantization), set(), "here")
+    check_config({}, "here")
+    check_config(config(quantization), "here")
 
 
 CODES = torch.ones(64, 64).to(E4M3)
@@ -452,6 +460,20 @@ BYTES = torch.ones(64, 32, dtype=torch.uint8)
     ("stored", "message"),
     [
         ({"a.weight_scale_inv": torch.ones(1, 1)}, "a.weight_scale_inv is there without"),
+        (
+            {"a.weight_packed": BYTES, "a.weight_scale": torch.ones(64, 4).to(E4M3)},
+            "a.weight_scale is there without",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(64, 3).to(E4M3)}
+            | {"a.weight_scale_2": torch.ones(())},
+            r"a.weight \[64, 32\] and a.weight_scale \[64, 3\] do not fit together: NVFP4 has two",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(64, 4).to(E4M3)}
+            | {"a.weight_scale_2": torch.ones(2)},
+            r"a.weight_scale_2 is F32 \[2\]; expected F32, one number$",
+        ),
         (
             {"a.weight": CODES.bfloat16(), "a.weight_scale_inv": torch.ones(1, 1)},
             "a.weight_scale_inv is there without",
@@ -506,14 +528,9 @@ def test_bad_block_size(size: Any) -> None:
 
 
 def test_what_is_not_a_source_format_stays() -> None:
-    """Scales of other things, integers, and NVFP4 (which other commands read) are left alone."""
+    """Scales of other things and integers are left alone."""
     stored = {
         "attn.k_proj.k_scale": torch.ones(()),
-        "a.weight": BYTES,
-        "a.weight_scale": torch.ones(64, 4).to(E4M3),
-        "a.weight_scale_2": torch.ones(()),
-        "b.weight_packed": BYTES,
-        "b.weight_scale": torch.ones(64, 4).to(E4M3),
         "c.weight": BYTES.view(torch.int8),
         "c.weight_scale": torch.ones(64, 1),
         "d.qweight": torch.ones(4, 4, dtype=torch.int32),

@@ -11,6 +11,7 @@ import torch
 
 from quantize.checkpoint.descriptions import descriptions
 from quantize.checkpoint.tensors import TensorInfo
+from quantize.nvfp4.format import NvFp4
 
 _SCALE = re.compile(r"(?:.*[._])?scales?(?:_inv|_2)?")
 _INPUT_SCALES = ("input_scale", "activation_scale")
@@ -40,6 +41,9 @@ class StoredWeight:
             An expert's slice of a part that has fewer dimensions than the weight is its share of
             the first dimension, in which experts lie one after another.
         shared: names of the parts that are the same for all stacked experts, and are not sliced.
+        nvfp4: of a weight that is NVFP4, a function that takes the parts as ``decode`` does and
+            returns what they are: ``[out, in]``, and the input scale, if there is one.
+        input_scale: the name of the part that is an NVFP4 weight's input scale.
     """
 
     format: str
@@ -48,6 +52,8 @@ class StoredWeight:
     parts: tuple[str, ...]
     decode: Callable[..., torch.Tensor]
     shared: frozenset[str] = frozenset()
+    nvfp4: Callable[..., tuple[NvFp4, torch.Tensor | None]] | None = None
+    input_scale: str | None = None
 
 
 def is_scale(name: str) -> bool:
