@@ -139,7 +139,7 @@ class Comparison:
 
     def _are_quantized(self, modules: list[str], names: tuple[str, ...]) -> bool:
         made = self.claims.made
-        if made is not None:
+        if made is not None and not self.claims.foreign:
             return made.linears and all(map(made.selection().takes, modules))
         return self._has_nvfp4(modules)
 
@@ -167,13 +167,14 @@ class Comparison:
             (shape,) * len(job.modules),
             self.claims.rule(group.prefix, group.first + job.expert),
             self.claims.global_rule,
-            self.claims.made is None or self.claims.made.text,
+            self.claims.text,
             self.claims.bounds,
             job.weights,
             job.nbytes,
             # The blocks' errors, and the weight in float32.
             2 * job.memory + 5 * len(job.modules) * shape[0] * shape[1],
             job.stored if isinstance(job, ConvertExpert) else None,
+            self.claims.foreign,
         )
 
     def _converted(self, name: str) -> Weights:
@@ -199,11 +200,12 @@ class Comparison:
             self.claims.rule(DENSE, None),
             None,
             # Text is for experts.
-            self.claims.made is None,
+            self.claims.made is None or self.claims.foreign,
             COLUMNS,
             lambda worker: [worker.load(name) for name in names],
             sum(map(self.source.stored_bytes, names)),
             10 * sum(rows * columns for rows, columns in shapes),
+            foreign=self.claims.foreign,
         )
 
     def _info(self, name: str) -> TensorInfo:

@@ -49,12 +49,11 @@ class Structure:
                 sets[DENSE, module, False].append(module)
         for prefix, found in experts.items():
             self.problems += self._counted(prefix, found, claims)
-        foreign = claims.made is not None and claims.made.converted
-        text = claims.made is None or claims.made.text or foreign
+        foreign = claims.foreign
         return [
             Weights(
                 prefix, tuple(modules), tuple(map(self._shape, modules)),
-                text=(text and prefix != DENSE) or claims.made is None or foreign,
+                text=(claims.text and prefix != DENSE) or claims.made is None or foreign,
                 foreign=foreign,
             )
             for (prefix, _, _), modules in sets.items()

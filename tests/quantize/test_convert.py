@@ -319,6 +319,38 @@ def test_compressed_tensors_reads_what_modelopt_wrote(tmp_path: Path) -> None:
         assert abs(factor / float(one.factor) - 1) <= 2**-24
 
 
+@pytest.mark.parametrize("to", SUFFIXES)
+def test_what_this_package_has_written(to: str, tmp_path: Path) -> None:
+    """Converted, it is what quantizing to the other layout gives; and it is still the original's,
+    though nobody knows how it was rounded."""
+    first = next(layout for layout in SUFFIXES if layout != to)
+    model = build("qwen3_moe", moe_intermediate_size=INTER)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    original = save(tmp_path / "original", dict(model.state_dict()), config)
+    options: dict[str, Any] = {"scales": "mse", "activations": True, "linears": True}
+    convert(original, tmp_path / first, layout=first, **options)
+    convert(original, tmp_path / to, layout=to, **options)
+    convert(tmp_path / first, tmp_path / "converted", layout=to)
+    ours, direct = read(tmp_path / "converted"), read(tmp_path / to)
+    assert ours.keys() == direct.keys()
+    for name, wanted in direct.items():
+        bits = [t.reshape(-1).view(torch.uint8) for t in (ours[name], wanted)]
+        if name.endswith(".weight_scale_2"):  # read as a reciprocal, as vLLM reads it
+            assert abs(int(ours[name].view(torch.int32)) - int(wanted.view(torch.int32))) <= 1
+        else:
+            assert torch.equal(*bits), name
+    ignored = [
+        json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
+        for folder in ("converted", to)
+    ]
+    assert ignored[0] == ignored[1]
+    for source in (tmp_path / first, original, None):
+        assert problems(source, tmp_path / "converted") == []
+    ours[f"{EXPERT}.{SUFFIXES[to][0]}"].bitwise_xor_(8)  # all signs of the low nibbles
+    save_file(ours, tmp_path / "converted" / "model.safetensors", {"format": "pt"})
+    assert any(EXPERT in problem for problem in problems(original, tmp_path / "converted"))
+
+
 def test_reciprocals() -> None:
     """What is stored of a factor, and read as its reciprocal, is the factor or, where no float32
     has it as its reciprocal, the one nearest to it: never more than one unit away. Every mantissa.
