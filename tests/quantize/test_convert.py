@@ -239,6 +239,23 @@ def test_what_is_excluded_is_dequantized(tmp_path: Path) -> None:
     assert {*left, out[0]} <= set(ignored["ignore"])
 
 
+@pytest.mark.parametrize("to", SUFFIXES)
+def test_drafting_layers(to: str, tmp_path: Path) -> None:
+    """Experts that are left as they are, which is NVFP4: no list then says that they are not."""
+    made = Source()
+    drafting = "model.layers.2.mlp.experts"
+    for module in [m for m in made.made if m.startswith("model.layers.1.mlp.experts.")]:
+        shape = SHAPES[module.rpartition(".")[2]]
+        made.made[module.replace("layers.1", "layers.2")] = nvfp4(shape, divisor=True, seed=7)
+    source = made.save(tmp_path / "source", "modelopt", made.tensors("modelopt"))
+    convert(source, tmp_path / "target", layout=to)
+    made.check(read(tmp_path / "target"), to, inputs=True)
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert not any(name.startswith(drafting) for name in config["quantization_config"]["ignore"])
+    assert problems(source, tmp_path / "target") == []
+    assert problems(None, tmp_path / "target") == []
+
+
 def test_beside_weights_that_are_quantized(tmp_path: Path) -> None:
     """Attention in NVFP4, experts in bfloat16: these are quantized as without it."""
     made = Source(LINEARS)
