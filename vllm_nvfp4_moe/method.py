@@ -107,6 +107,7 @@ class NvFp4MoEMethod(ExpertsBackend):
             (TensorKind.CODES,) if on_the_fly else kinds,
             self.global_input_scales,
             summary.begins,
+            input_scales=self.quantizes_activations,
         )
         loaders = {kind: Loader(self.loads, kind) for kind in kinds}
         quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
@@ -171,10 +172,11 @@ class NvFp4MoEMethod(ExpertsBackend):
                 "--tensor-parallel-size 1, or a layout that vLLM has a model of its own for"
             )
         dummy = self._dummy and not self.reloading
-        if not dummy:
-            self.loads.complete()
+        lacking = [] if dummy else self.loads.complete()
+        if lacking:
+            self.context.summary.lacks_input_scales(f"{layer.layer_name}: {lacking[0]}")
         self._canonicalize(layer)
-        self._complete_made_up(layer, dummy)
+        self._complete_made_up(layer, dummy, bool(lacking))
         self.prepare_router(layer)
         sample = None
         if not dummy:
@@ -188,9 +190,13 @@ class NvFp4MoEMethod(ExpertsBackend):
             kept.restore(layer, self)
         self.context.summary.loaded(layer, self)
 
-    def _complete_made_up(self, layer: RoutedExperts, dummy: bool) -> None:
+    def _complete_made_up(self, layer: RoutedExperts, dummy: bool, lacking: bool) -> None:
         """Fill what did not come from a checkpoint: padding, input scales of weights that were
-        quantized as they loaded, and with ``--load-format dummy`` everything."""
+        quantized as they loaded, and with ``--load-format dummy`` everything.
+
+        Args:
+            lacking: some input scales did not come, and the kernel uses none.
+        """
         config = layer.moe_config
         hidden = config.hidden_dim_unpadded or config.hidden_dim
         if dummy:
@@ -200,7 +206,8 @@ class NvFp4MoEMethod(ExpertsBackend):
                 getattr(layer, f"{prefix}_weight").data.random_(0, 256, generator=fixed)
                 getattr(layer, f"{prefix}_weight_scale").data.fill_(1)
                 getattr(layer, f"{prefix}_weight_scale_2").data.fill_(2**-7)
-        if (dummy or self.context.format.on_the_fly) and not self.weight_only:
+        made_up = dummy or lacking or self.context.format.on_the_fly
+        if made_up and not self.weight_only:
             for prefix in ("w13", "w2"):
                 # With global scales, also those of experts of other ranks.
                 getattr(layer, f"{prefix}_input_scale").data.fill_(NO_RANGE)

@@ -115,8 +115,9 @@ def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> 
     """The model that a calibration runs. A run builds it before it changes anything.
 
     Raises:
-        QuantizeError: if calibration does not know it.
+        QuantizeError: if calibration does not know it, or weights are NVFP4 already.
     """
+    plan.check_can_calibrate()
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )

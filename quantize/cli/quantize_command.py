@@ -197,7 +197,8 @@ def quantize(
         options = Options(
             layout=layout.value,
             scales=scales.value,
-            activations=chosen is Activations.NVFP4,
+            # Without either, an NVFP4 source decides.
+            activations=chosen is Activations.NVFP4 if activations or found else None,
             max_shard_size=shard_size(max_shard_size),
             gate=stated_gate(gate),
             include=tuple(include or ()),
@@ -236,16 +237,17 @@ def quantize(
             err.print(_summary(steps), highlight=False)
             for note in steps.notes:
                 err.print(plain(note), highlight=False, soft_wrap=True)
-            _say_activations(options, found, activations is None)
+            _say_activations(steps, found, activations is None)
             tokens = None
             if read is not None:
+                steps.check_can_calibrate()
                 shape = calibration_rows or (128 if text else 32), calibration_length
                 tokens = load_samples(read, checkpoint.folder, *shape, trust_remote_code)
                 method = rounding.value if text else None
                 calibration = Calibration(
                     str(read), *shape, digest_of(tokens), method, every_expert
                 )
-                steps = replace(steps, options=replace(options, calibration=calibration))
+                steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
                 needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
                 err.print(f"Calibration: {needs}", highlight=False)
@@ -281,7 +283,10 @@ def _summary(steps: Plan) -> str:
     also = f", {linears} dense linears" if linears else ""
     if steps.base:
         also = f", {len(steps.base)} linears in {steps.options.base}"
-    return f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {plain(steps.gates)}"
+    bits = ", NVFP4 in SRC: bits are kept" if steps.converts else ""
+    return (
+        f"{len(steps.groups)} MoE layers, {experts} experts{also}{bits}, gate {plain(steps.gates)}"
+    )
 
 
 def _check_text(
@@ -319,8 +324,11 @@ def _check_text(
             raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
 
 
-def _say_activations(options: Options, found: bool, by_default: bool) -> None:
+def _say_activations(steps: Plan, found: bool, by_default: bool) -> None:
     """Say what may surprise about activations."""
+    options = steps.options
+    if not steps.quantizes:
+        return
     if options.activations and not (found and not options.linears):
         of = "the dense linears" if found else "all that is quantized"
         advice = "" if found else "; --input-scales TEXT finds them in minutes"

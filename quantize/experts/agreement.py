@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.fp8_block import without_scale
 from quantize.checkpoint.tensors import PLAIN
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
@@ -46,6 +47,12 @@ def check_group(group: ExpertGroup, checkpoint: Checkpoint, config: dict[str, An
     """
     for name in group.tensor_names:
         info = checkpoint.tensors[name]
+        if without_scale([info]):
+            raise QuantizeError(
+                f"{info.file.name}: {name} is {info.dtype}, but has no scale that is known "
+                f"({name}_scale_inv, {name}_scale); without one, its values mean nothing; download "
+                "the checkpoint again, or start from the original one"
+            )
         if info.dtype not in PLAIN:
             raise QuantizeError(
                 f"{info.file.name}: {name} has dtype {info.dtype}; only {', '.join(PLAIN)} sources "

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 _HEADS = ("lm_head", "output", "embed_out", "output_layer")
 """Names of heads in models of language: most, InternLM2, GPT-NeoX, ChatGLM."""
 
-_EMBEDDING = re.compile(
+EMBEDDING = re.compile(
     r"(?P<above>.*?)\.?(?:embed_tokens|tok_embeddings|embeddings?|word_embeddings|wte|embed_in)"
     r"\.weight"
 )
@@ -30,7 +30,7 @@ def heads(tensors: Iterable[str], quantized: Iterable[str]) -> set[str]:
     """
     above = {""}
     for name in tensors:
-        if found := _EMBEDDING.fullmatch(name):
+        if found := EMBEDDING.fullmatch(name):
             parts = found["above"].split(".")
             above.update(".".join(parts[:count]) for count in range(len(parts) + 1))
     taken = {re.sub(r"\d+", "0", module) for module in quantized}

@@ -86,7 +86,8 @@ def _write(place: Path, content: bytes, partial: Path) -> None:
 def config_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The target's ``config.json``."""
     return without_descriptions(checkpoint.config) | {
-        KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
+        KEY: to_contract(plan.gates.concatenated())
+        | {FIELD: record_of(plan.options, plan.converts)},
         "quantization_config": plan.layout.quantization_config(plan.ignore, plan.beside),
     }
 

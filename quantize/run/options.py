@@ -44,7 +44,9 @@ class Options:
         layout: a key of ``quantize.layouts.LAYOUTS``.
         scales: a key of ``quantize.nvfp4.scales.RULES``.
         activations: the checkpoint says that activations are quantized to NVFP4 too, and has input
-            scales: those that calibration finds, else 1.0, by which kernels lose small inputs.
+            scales: those that calibration finds, else 1.0, by which kernels lose small inputs. Of
+            weights that are NVFP4 already, it keeps theirs. None: as a source that is all NVFP4 has
+            it, and else not.
         max_shard_size: bytes; a shard exceeds it only if a single tensor does.
         gate: the experts' gate, if the user states it; else it is identified.
         include: patterns of module paths (``fnmatch``); if there are any, only layers' experts and
@@ -62,7 +64,7 @@ class Options:
 
     layout: str = "modelopt"
     scales: str = "max"
-    activations: bool = False
+    activations: bool | None = None
     max_shard_size: int = 5 * 10**9
     gate: Gate | None = None
     include: tuple[str, ...] = ()

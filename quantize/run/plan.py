@@ -36,9 +36,17 @@ from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.base_job import RoundBase
+from quantize.run.convert import (
+    ConvertExpert,
+    ConvertLinear,
+    Converts,
+    convertible_linears,
+    is_converted,
+    with_activations,
+)
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
 from quantize.run.kv_scales import KvRanges, KvScales, attentions
-from quantize.run.notes import left_over, other_parts
+from quantize.run.notes import bare_fp8, left_over, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
@@ -52,7 +60,8 @@ class Plan:
     Attributes:
         found: all routed experts.
         groups: those that are quantized.
-        dense: the linears that are, in sets that share a global scale.
+        dense: the linears that are, in sets that share a global scale. Those that are NVFP4 in the
+            source have sets of their own.
         base: the linears that are rounded to ``options.base``, by their weights' names.
         ignore: modules with a weight of two or more dimensions that stay, and the head, which may
             have none.
@@ -70,6 +79,28 @@ class Plan:
     ignore: list[str]
     shards: list[list[Job]] = field(repr=False)
     notes: tuple[str, ...] = ()
+
+    @property
+    def converts(self) -> bool:
+        """Whether some weights are NVFP4 in the source, and keep their bits."""
+        return any(isinstance(job, Converts) for jobs in self.shards for job in jobs)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether some weights are not, and get theirs."""
+        return any(
+            isinstance(job, QuantizeExpert | QuantizeLinears) and not isinstance(job, Converts)
+            for jobs in self.shards
+            for job in jobs
+        )
+
+    def check_can_calibrate(self) -> None:
+        """Raise QuantizeError if some weights are NVFP4 in the source."""
+        if self.converts:
+            raise QuantizeError(
+                "--calibrate, --input-scales: the checkpoint is already NVFP4; quantizing 4-bit "
+                "values again only loses accuracy; start from the original one"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +214,7 @@ def plan(
     leftover = left_over(checkpoint)
     where = str(checkpoint.folder / "config.json")
     if not leftover:
-        check_config(checkpoint.config, checkpoint.formats, where)
+        check_config(checkpoint.config, where)
 
     def asked(prefix: str) -> bool:
         return options.asks_for(prefix, checkpoint.config)
@@ -200,22 +231,28 @@ def plan(
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
     base = BASES[options.base] if options.base else None
-    candidates = linears.find(checkpoint, found, *([base.fits] if base else []))
-    if (options.linears or base) and not candidates:
+    converted = convertible_linears(checkpoint, found, options.takes)
+    candidates = [
+        names
+        for names in linears.find(checkpoint, found, *([base.fits] if base else []))
+        if not any(map(checkpoint.is_nvfp4, names))
+    ]
+    if (options.linears or base) and not candidates and not converted:
         raise QuantizeError(
             f"{f'--base {options.base}' if base else '--all-linears'}: no linears besides the "
             "experts that can be quantized; known are "
             f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers"
         )
-    _check_patterns(checkpoint, options, found, candidates)
+    _check_patterns(checkpoint, options, found, candidates, converted)
     # Siblings stay together: an engine that fuses them needs all of them in one format.
     taken = [
         names
         for names in candidates
         if all(options.takes(name.removesuffix(".weight")) for name in names)
     ]
-    dense = taken if options.linears else []
+    dense = list(taken) if options.linears else []
     rounded = [name for names in taken for name in names] if base else []
+    dense += [(name,) for name in converted]
     if not groups and not dense:
         raise QuantizeError(
             "--include and --exclude leave nothing to quantize; linears that engines fuse (query, "
@@ -227,16 +264,24 @@ def plan(
     unquantized = [group.prefix for group in found if group not in groups]
     stays = left_as_is(checkpoint, asked)
     for prefix in (*unquantized, *stays):
-        left |= ignored_modules(prefix)
+        if not any(name.startswith(f"{prefix}.") for name in converted):
+            left |= ignored_modules(prefix)
     prefixes = [group.prefix for group in groups]
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
-    layout = LAYOUTS[options.layout]
-    layout = layout if options.activations else layout.weights_only
-    jobs = _jobs(checkpoint, groups, dense, rounded, gates, layout, options)
-    shards = _into_shards(jobs, options.max_shard_size)
+    decided, of_scales = with_activations(checkpoint, options, groups, dense)
+    layout = LAYOUTS[decided.layout]
+    layout = layout if decided.activations else layout.weights_only
+    jobs = _jobs(checkpoint, groups, dense, rounded, gates, layout, decided)
+    shards = _into_shards(jobs, decided.max_shard_size)
     _check_unique(shards)
-    notes = (*leftover, *other_parts(checkpoint, stays))
-    return Plan(options, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes)
+    notes = (*leftover, *of_scales, *other_parts(checkpoint, stays), *bare_fp8(checkpoint))
+    made = Plan(decided, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes)
+    if not made.quantizes and decided.scales != Options.scales:
+        raise QuantizeError(
+            f"--scales {decided.scales}: {checkpoint.folder} is NVFP4 already, and its scales are "
+            "kept; leave --scales out"
+        )
+    return made
 
 
 def _gates(checkpoint: Checkpoint, options: Options, found: list[ExpertGroup]) -> Gates:
@@ -271,14 +316,16 @@ def _check_patterns(
     options: Options,
     groups: list[ExpertGroup],
     candidates: list[tuple[str, ...]],
+    converted: list[str],
 ) -> None:
     """A pattern that changes nothing is a mistake, unless it excludes what stays anyway."""
     prefixes = {group.prefix for group in groups}
     dense = {name.removesuffix(".weight") for names in candidates for name in names}
     others = checkpoint.tensors.keys() - tensor_names_of(groups)
-    linears_too = options.linears or options.base
+    kept = {name.removesuffix(".weight") for name in converted}
+    included = prefixes | kept | (dense if options.linears or options.base else set())
     what = {
-        "--include": (options.include, prefixes | dense if linears_too else prefixes),
+        "--include": (options.include, included),
         "--exclude": (options.exclude, prefixes | {name.rpartition(".")[0] for name in others}),
     }
     for option, (patterns, modules) in what.items():
@@ -330,6 +377,10 @@ def _jobs(
             interleaved = gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
                 yield from expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
+        elif name in sets and checkpoint.is_nvfp4(name):
+            rows, columns = info.shape
+            nbytes = checkpoint.stored_bytes(name)
+            yield ConvertLinear(sets[name], ((rows, columns),), layout, rule, nbytes, False)
         elif name in sets:
             shapes = tuple(checkpoint.tensors[n].shape for n in sets[name])
             yield QuantizeLinears(
@@ -365,7 +416,8 @@ def expert_jobs(
     share = group.num_experts if group.fused else 1
     weights = group.weights_of(expert)
     for gate_up, read in ((True, weights[:-1]), (False, weights[-1:])):
-        yield QuantizeExpert(
+        job = ConvertExpert if is_converted(checkpoint, group, read) else QuantizeExpert
+        yield job(
             group,
             expert,
             gate_up,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.nvfp4 import NVFP4
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY
 from quantize.nvfp4.rounding import METHODS
@@ -35,10 +36,13 @@ class Claims:
     Attributes:
         made: how it was made; None if it does not say.
         run: its report; None if it has none.
+        foreign: it was converted from NVFP4, and is not compared with that: how its weights were
+            rounded, and their scales found, is not known.
     """
 
     made: Made | None
     run: RunReport | None
+    foreign: bool = False
     _layers: dict[str, list[LayerReport]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,7 +58,13 @@ class Claims:
     @property
     def known(self) -> bool:
         """Whether this package knows the arithmetic that made the checkpoint."""
-        return self.made is not None and self.made.arithmetic == ARITHMETIC
+        made = self.made
+        return made is not None and made.arithmetic == ARITHMETIC and not self.foreign
+
+    @property
+    def text(self) -> bool:
+        """Whether input scales may be others than 1.0."""
+        return self.made is None or self.made.text or self.foreign
 
     def rule(self, prefix: str, expert: int | None) -> str | None:
         """The scale rule that alone decides an expert's bits, or without an expert those of the
@@ -76,7 +86,7 @@ class Claims:
     @property
     def bounds(self) -> Bounds:
         """What the rounding of experts may lose."""
-        rounding = self.made.rounding if self.made else ""
+        rounding = self.made.rounding if self.made and not self.foreign else ""
         if rounding is None or (rounding in METHODS and not METHODS[rounding].needs_output_hessian):
             return COLUMNS
         return ROWS
@@ -84,6 +94,8 @@ class Claims:
     def problems(self, prefix: str, weights: list[Lost]) -> Iterable[str]:
         """What the report says otherwise of a layer's weights, in their order there."""
         layers = self._layers.get(prefix, [])
+        if self.foreign:  # the report knows what was lost since NVFP4: nothing
+            return
         if not layers:
             if self.run is not None:
                 yield f"{REPORT_DATA} does not have {prefix}; quantize again"
@@ -114,8 +126,12 @@ class Claims:
             )
 
 
-def read_claims(target: Checkpoint, report: Report) -> Claims:
-    """Read what the target says of itself; note in ``report`` where it contradicts itself."""
+def read_claims(source: Checkpoint | None, target: Checkpoint, report: Report) -> Claims:
+    """Read what the target says of itself; note in ``report`` where it contradicts itself.
+
+    Args:
+        source: what it is compared with, if anything.
+    """
     where = target.folder / CONFIG
     said = None
     try:
@@ -129,8 +145,14 @@ def read_claims(target: Checkpoint, report: Report) -> Claims:
         )
     if said and run:
         _agree(said, run, report)
-    claims = Claims(said, run)
-    if said is None or not claims.known:
+    converted = said is not None and said.converted
+    claims = Claims(said, run, converted and (source is None or NVFP4.name not in source.formats))
+    if claims.foreign:
+        report.notes.append(
+            "converted from NVFP4: how that was made is not known, so weights are compared with "
+            "what rounding can lose, if with anything"
+        )
+    elif said is None or not claims.known:
         other = "does not say" if said is None else f"was made by version {said.version}"
         report.notes.append(
             f"{where}: how it was made is not known here ({other}), so weights are not compared "
@@ -200,7 +222,10 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "base": (said.base, run.base.format if run.base else None),
         "kv_cache": (said.kv_cache, run.kv_cache),
         "kv_scales": (said.kv_scales, bool(run.kv_scales)),
-        "linears": (said.linears, said.linears if run.dense is None else True),
+        "linears": (
+            said.linears,
+            said.linears if run.dense is None or said.converted else True,
+        ),
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:

@@ -22,6 +22,7 @@ from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.layouts.base import BASES
 from quantize.layouts.base.base_format import BaseFormat, stored_base
 from quantize.layouts.layout import INPUT_SCALE, Layout
+from quantize.run.convert import ConvertExpert, ConvertLinear, convertible_linears
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.kv_scales import KvScales, attentions
 from quantize.run.plan import expert_jobs
@@ -74,12 +75,19 @@ class Comparison:
         dense = [
             names
             for names in linears.find(self.source, groups)
-            if self._are_quantized([name.removesuffix(".weight") for name in names], names)
+            if not any(map(self.source.is_nvfp4, names))
+            and self._are_quantized([name.removesuffix(".weight") for name in names], names)
         ]
+        converted = convertible_linears(self.source, groups, self._is_converted)
+        self.experts_left = {
+            prefix
+            for prefix in self.experts_left
+            if not any(name.startswith(f"{prefix}.") for name in converted)
+        }
         biases: list[Task] = []
         for prefix, names in (
             *((group.prefix, group.tensor_names) for group in quantized),
-            *((DENSE, names) for names in dense),
+            *((DENSE, names) for names in (*dense, *((name,) for name in converted))),
         ):
             stored = sum(map(self.source.stored_bytes, names))
             self.before[prefix] = self.before.get(prefix, 0) + stored
@@ -95,6 +103,8 @@ class Comparison:
                         self._add(self._expert(job))
         for names in dense:
             self._add(self._linears(names))
+        for name in converted:
+            self._add(self._converted(name))
         if not self.weights:
             self.problems.append(
                 f"{self.target.folder}: none of the source's experts is quantized; its "
@@ -117,6 +127,7 @@ class Comparison:
             yield partial(linear.check, self.target, self.layout)
         done = tensor_names_of(quantized) | {name for names in dense for name in names}
         done.update(linear.source[0] for linear in self.base if linear.source)
+        done.update(converted)
         for name, info in self.source.tensors.items():
             if name not in done:
                 self.expected.add(name)
@@ -159,9 +170,13 @@ class Comparison:
 
     def _are_quantized(self, modules: list[str], names: tuple[str, ...]) -> bool:
         made = self.claims.made
-        if made is not None:
+        if made is not None and not self.claims.foreign:
             return made.linears and all(map(made.selection().takes, modules))
         return self._has_nvfp4(modules)
+
+    def _is_converted(self, module: str) -> bool:
+        made = self.claims.made
+        return made.selection().takes(module) if made is not None else self._has_nvfp4([module])
 
     def _has_nvfp4(self, modules: Iterable[str]) -> bool:
         """Whether the target has any tensor of these modules in NVFP4; else they should be copies.
@@ -212,12 +227,28 @@ class Comparison:
             (shape,) * len(job.modules),
             self.claims.rule(group.prefix, group.first + job.expert),
             self.claims.global_rule,
-            self.claims.made is None or self.claims.made.text,
+            self.claims.text,
             self.claims.bounds,
             job.weights,
             job.nbytes,
             # The blocks' errors, and the weight in float32.
             2 * job.memory + 5 * len(job.modules) * shape[0] * shape[1],
+            job.stored if isinstance(job, ConvertExpert) else None,
+            self.claims.foreign,
+        )
+
+    def _converted(self, name: str) -> Weights:
+        rows, columns = self._info(name).shape
+        nbytes = self.source.stored_bytes(name)
+        job = ConvertLinear((name,), ((rows, columns),), self.layout, "max", nbytes, False)
+        return Weights(
+            DENSE,
+            job.modules,
+            job.shapes,
+            load=lambda worker: [worker.load(name)],
+            nbytes=nbytes,
+            memory=2 * job.memory + 5 * rows * columns,
+            carried=job.stored,
         )
 
     def _linears(self, names: tuple[str, ...]) -> Weights:
@@ -229,11 +260,12 @@ class Comparison:
             self.claims.rule(DENSE, None),
             None,
             # Text is for experts.
-            self.claims.made is None,
+            self.claims.made is None or self.claims.foreign,
             COLUMNS,
             lambda worker: [worker.load(name) for name in names],
             sum(map(self.source.stored_bytes, names)),
             10 * sum(rows * columns for rows, columns in shapes),
+            foreign=self.claims.foreign,
         )
 
     def _info(self, name: str) -> TensorInfo:

@@ -53,11 +53,12 @@ class Structure:
                 sets[DENSE, module, False].append(module)
         for prefix, found in experts.items():
             self.problems += self._counted(prefix, found, claims)
-        text = claims.made is None or claims.made.text
+        foreign = claims.foreign
         return [
             Weights(
                 prefix, tuple(modules), tuple(map(self._shape, modules)),
-                text=(text and prefix != DENSE) or claims.made is None,
+                text=(claims.text and prefix != DENSE) or claims.made is None or foreign,
+                foreign=foreign,
             )
             for (prefix, _, _), modules in sets.items()
         ]  # fmt: skip

@@ -66,7 +66,7 @@ def verify(
             "take the config.json that the quantizer wrote"
         )
         return report
-    claims = read_claims(target, report)
+    claims = read_claims(source, target, report)
     gates = None
     if source is not None:
         gates = Gates.uniform(gate) if gate else identify(source.folder, trust_remote_code)

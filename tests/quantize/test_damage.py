@@ -16,7 +16,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from quantize.errors import QuantizeError
-from quantize.layouts import LAYOUTS
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import ONE_THREAD, contents, convert
 from tests.quantize.reference import INDEX
@@ -222,15 +221,6 @@ def test_a_folder_without_safetensors(saved: Folders, tmp_path: Path) -> None:
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"pickle")
     message = refusal(tmp_path / "source", tmp_path)
     assert "safetensors" in message
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_already_quantized_source(layout: str, saved: Folders, tmp_path: Path) -> None:
-    convert(saved("qwen3_moe"), tmp_path / "first", layout)
-    message = refusal(tmp_path / "first", tmp_path)
-    assert "already NVFP4" in message
-    assert "start from the original" in message
-    assert "config.json" in message
 
 
 def test_a_null_quantization_config_means_none(sharded: Path, tmp_path: Path) -> None:

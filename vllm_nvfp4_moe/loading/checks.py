@@ -32,6 +32,12 @@ _SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 """Types of weights that are quantized as they load."""
 
+_NEEDED = (
+    ". The chosen kernel quantizes activations by them; use a --moe-backend that does not, or "
+    "leave input scales out: nvfp4-moe quantize THIS NEW --activations bf16"
+)
+"""What else helps than another checkpoint, if input scales are the problem."""
+
 
 class ExpertLoads:
     """Checks and counts the tensors of one layer's experts.
@@ -43,6 +49,8 @@ class ExpertLoads:
         global_input_scales: the kernels take the input scales of all experts, so those of other
             ranks' experts must come too.
         on_tensor: is called whenever a tensor has come.
+        input_scales: whether the kernel uses them. If not, one that is missing, or is no scale, is
+            no reason to refuse the layer.
 
     Raises:
         RefusedError: if the experts cannot be split over the ranks.
@@ -55,6 +63,7 @@ class ExpertLoads:
         kinds: tuple[TensorKind, ...],
         global_input_scales: bool,
         on_tensor: Callable[[], None],
+        input_scales: bool = True,
     ) -> None:
         # Weakly: vLLM keeps weight loaders for reloading, and they must not keep the weights.
         self._layer = weakref.ref(layer)
@@ -65,6 +74,7 @@ class ExpertLoads:
         self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
         """By expert, gate or up in plain floats until the other comes, and which of them."""
         self.on_tensor = on_tensor
+        self.uses_input_scales = input_scales
         config = layer.moe_config
         # Sizes of the whole model, before tensor parallelism slices and before any padding.
         hidden = config.hidden_dim_unpadded or config.hidden_dim
@@ -137,7 +147,8 @@ class ExpertLoads:
                 came before: a reload begins.
 
         Raises:
-            RefusedError: if its dtype or shape is another, or a scale is not positive and finite.
+            RefusedError: if its dtype or shape is another, or a scale that the kernel uses is not
+                positive and finite. One that it does not use counts as missing.
         """
         name = self.name(kind, shard, expert)
         stored = EXPERT_TENSORS[kind]
@@ -152,7 +163,12 @@ class ExpertLoads:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
         loaded = not announced and self._needs(kind, expert)
         if loaded and kind != TensorKind.CODES and (problem := bad_scales(tensor)):
-            self.refuse(f"{name}: {problem}")
+            if kind != TensorKind.INPUT_SCALE:
+                self.refuse(f"{name}: {problem}")
+            if self.uses_input_scales:
+                self.refuse(f"{name}: {problem}{_NEEDED}")
+            self.on_tensor()
+            return
         self._count(kind, shard, expert, announced)
 
     def check_plain(
@@ -178,8 +194,12 @@ class ExpertLoads:
         else:
             self.seen.add((kind, shard, expert))
 
-    def complete(self) -> None:
+    def complete(self) -> list[str]:
         """Refuse the layer if a tensor that this rank needs has not come.
+
+        Returns:
+            What messages call the input scales that have not come, or were none, though the
+            checkpoint's config speaks of them. The kernel does not use them.
 
         Raises:
             RefusedError: naming the first three that are missing; or if one came twice, so that a
@@ -188,20 +208,26 @@ class ExpertLoads:
         seen, waiting = self.seen, self.waiting
         self.seen, self.waiting = set(), {}  # a reload is counted anew
         missing = [
-            self.name(kind, shard, expert)
+            (kind, self.name(kind, shard, expert))
             for expert in range(self.layer.global_num_experts)
             for shard in _SHARDS
             for kind in self.kinds
             if (kind, shard, expert) not in seen and self._needs(kind, expert)
         ]
+        input_scales = [name for kind, name in missing if kind == TensorKind.INPUT_SCALE]
+        if not self.uses_input_scales:
+            missing = [each for each in missing if each[0] != TensorKind.INPUT_SCALE]
         if missing:
-            more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
-            self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
+            names = [name for _, name in missing]
+            more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+            needed = _NEEDED if names == input_scales else ""
+            self.refuse(f"missing from the checkpoint: {'; '.join(names[:3])}{more}{needed}")
         for expert, (shard, _) in waiting.items():
             self.refuse(
                 f"{self.name(TensorKind.CODES, shard, expert)} came twice, and quantized with "
                 "which of the other matrix's is not certain; load the whole checkpoint again"
             )
+        return input_scales
 
     def _needs(self, kind: TensorKind, expert: int) -> bool:
         """Whether this rank needs that tensor of the expert with this global number."""
