@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import relu, silu
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -53,6 +53,18 @@ def clamped_swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 GATES: dict[str, GateFunction] = {"silu": silu_gate, "swiglu_oai": clamped_swiglu_oai}
 
+Biases = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of the two products, float ``[experts, out]``; None for none."""
+
+
+def activated(product: torch.Tensor, gate: str) -> torch.Tensor:
+    """What the first product ``[tokens, rows]`` becomes. ``relu2``, Nemotron-H's, has no gate."""
+    return relu(product).square() if gate == "relu2" else GATES[gate](*product.chunk(2, -1))
+
+
+def with_bias(product: torch.Tensor, biases: torch.Tensor | None, expert: int) -> torch.Tensor:
+    return product if biases is None else product + biases[expert].to(product)
+
 
 def nearest_nvfp4(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[..., 16 * n]`` rounded to NVFP4 with a global scale of 1, in float32.
@@ -82,12 +94,15 @@ def routed(
     gate: str,
     dtype: torch.dtype = torch.float32,
     emulated: bool = False,
+    biases: Biases = (None, None),
 ) -> torch.Tensor:
     """Output of the routed experts, ``[tokens, hidden]`` in ``dtype``, an expert at a time.
 
     Args:
         x: ``[tokens, hidden]``.
         weights: the router's, ``[tokens, k]``; ids: ``[tokens, k]``.
+        gate: a key of ``GATES``, or ``relu2``.
+        biases: added before the activation, and before the router's weight.
         emulated: what goes into each product is first rounded to NVFP4, and weights and what
             comes out of a product or gate to bfloat16, as vLLM's emulation does.
     """
@@ -95,15 +110,15 @@ def routed(
     def bf16(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.bfloat16().to(dtype) if emulated else tensor
 
-    def product(inputs: torch.Tensor, stored: Stored) -> torch.Tensor:
+    def product(inputs: torch.Tensor, stored: Stored, bias: torch.Tensor | None) -> torch.Tensor:
         inputs = nearest_nvfp4(inputs).to(dtype) if emulated else inputs
-        return inputs @ bf16(stored.weight(expert, dtype)).T
+        return with_bias(inputs @ bf16(stored.weight(expert, dtype)).T, bias, expert)
 
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        middle = GATES[gate](*bf16(product(x[token].to(dtype), w13)).chunk(2, -1))
-        result = product(bf16(middle), w2) * weights[token, slot].to(dtype).unsqueeze(1)
+        middle = activated(bf16(product(x[token].to(dtype), w13, biases[0])), gate)
+        result = product(bf16(middle), w2, biases[1]) * weights[token, slot].to(dtype).unsqueeze(1)
         out.index_add_(0, token, bf16(result))
     return out
 
