@@ -57,7 +57,7 @@ def skip_elsewhere(backend: str) -> None:
 
 
 def random_weights(shape: Shape, device: torch.device, seed: int = 0) -> tuple[Stored, Stored]:
-    """Gate and up above each other (or up alone, as the shape's gate is), and down, of every expert.
+    """Gate and up above each other, and down, of every expert.
 
     Codes are random bytes; block scales run from 1 to 448, each E4M3 value as often; each expert
     has global scales of its own, so that another's would be noticed.
@@ -79,10 +79,7 @@ def random_weights(shape: Shape, device: torch.device, seed: int = 0) -> tuple[S
             std / (code_rms * scale_rms) * spread.exp2(),
         )
 
-    parts = 2 if shape.gate.gated else 1
-    w13 = matrices(
-        parts * shape.intermediate, shape.hidden, PREACTIVATION / math.sqrt(shape.hidden)
-    )
+    w13 = matrices(2 * shape.intermediate, shape.hidden, PREACTIVATION / math.sqrt(shape.hidden))
     w2 = matrices(shape.hidden, shape.intermediate, 1 / (20 * math.sqrt(shape.intermediate)))
     return w13, w2
 

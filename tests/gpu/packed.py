@@ -32,6 +32,18 @@ def random_biases(w13: Stored, w2: Stored, seed: int = 0) -> tuple[torch.Tensor,
     return draw(w13, PREACTIVATION / 2), draw(w2, 0.5)
 
 
+def pack(
+    kernel: HopperKernel, gated: bool, w13: Stored, w2: Stored, biases: Biases = (None, None)
+) -> Experts:
+    """As :meth:`HopperKernel.pack`. Without a gate the second half of ``w13`` and of its biases is
+    not there (``reference.relu2``)."""
+    rows = w13.codes.shape[1] // (1 if gated else 2)
+    first = (w13.codes[:, :rows], w13.block_scale[:, :rows], w13.global_scale)
+    bias13, bias2 = biases
+    bias13 = None if bias13 is None else bias13[:, :rows]
+    return kernel.pack(*first, *w2, gated=gated, bias13=bias13, bias2=bias2)
+
+
 class Packed(NamedTuple):
     """A shape's weights. ``biases`` are float32 ``[experts, out]``, as a checkpoint has them."""
 
@@ -68,7 +80,7 @@ class Packed(NamedTuple):
         biases: Biases,
     ) -> Packed:
         """These weights, packed."""
-        packed = kernel.pack(*w13, *w2, gated=shape.gate.gated, bias13=biases[0], bias2=biases[1])
+        packed = pack(kernel, shape.gate.gated, w13, w2, biases)
         return cls(shape, w13, w2, kernel, packed, rule, biases)
 
     def like(self, shape: Shape) -> Packed:

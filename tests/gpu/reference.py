@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import relu, silu
+from torch.nn.functional import silu
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -51,15 +51,19 @@ def clamped_swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (up.clamp(-7.0, 7.0) + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-GATES: dict[str, GateFunction] = {"silu": silu_gate, "swiglu_oai": clamped_swiglu_oai}
+def relu2(up: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Nemotron-H's, which has no gate: the first half of w13 is up, and there is no other."""
+    return up.clamp(min=0) ** 2
+
+
+GATES: dict[str, GateFunction] = {
+    "silu": silu_gate,
+    "swiglu_oai": clamped_swiglu_oai,
+    "relu2": relu2,
+}
 
 Biases = tuple[torch.Tensor | None, torch.Tensor | None]
 """Of the two products, float ``[experts, out]``; None for none."""
-
-
-def activated(product: torch.Tensor, gate: str) -> torch.Tensor:
-    """What the first product ``[tokens, rows]`` becomes. ``relu2``, Nemotron-H's, has no gate."""
-    return relu(product).square() if gate == "relu2" else GATES[gate](*product.chunk(2, -1))
 
 
 def with_bias(product: torch.Tensor, biases: torch.Tensor | None, expert: int) -> torch.Tensor:
@@ -101,7 +105,6 @@ def routed(
     Args:
         x: ``[tokens, hidden]``.
         weights: the router's, ``[tokens, k]``; ids: ``[tokens, k]``.
-        gate: a key of ``GATES``, or ``relu2``.
         biases: added before the activation, and before the router's weight.
         emulated: what goes into each product is first rounded to NVFP4, and weights and what
             comes out of a product or gate to bfloat16, as vLLM's emulation does.
@@ -117,7 +120,8 @@ def routed(
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        middle = activated(bf16(product(x[token].to(dtype), w13, biases[0])), gate)
+        both = bf16(product(x[token].to(dtype), w13, biases[0]))
+        middle = GATES[gate](*both.chunk(2, -1))
         result = product(bf16(middle), w2, biases[1]) * weights[token, slot].to(dtype).unsqueeze(1)
         out.index_add_(0, token, bf16(result))
     return out

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from tests.gpu.reference import MAGNITUDES, Biases, Stored, activated, with_bias
+from tests.gpu.reference import GATES, MAGNITUDES, Biases, Stored, with_bias
 
 
 def e4m3(values: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,8 @@ def routed(
             found = rows @ matrix.T * stored.global_scale[expert].float()
             return with_bias(found, bias, expert)
 
-        middle = activated(product(inputs[token], w13, biases[0]), gate).bfloat16()
+        both = product(inputs[token], w13, biases[0])
+        middle = GATES[gate](*both.chunk(2, -1)).bfloat16()
         result = product(quantized(middle), w2, biases[1]).bfloat16().float()
         out.index_add_(0, token, result * weights[token, slot].float().unsqueeze(1))
     return out

@@ -20,14 +20,14 @@ import torch
 
 from vllm_nvfp4_moe.kernels.hopper import launch
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
-from vllm_nvfp4_moe.kernels.hopper.source import Form, inlined
+from vllm_nvfp4_moe.kernels.hopper.source import ORDINARY, Form, inlined
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 HEADER = Path(__file__).with_name("cuda_emulation.h")
 CPU = torch.device("cpu")
 
 
-def body(kernel: HopperKernel, form: Form = Form()) -> str:
+def body(kernel: HopperKernel, form: Form = ORDINARY) -> str:
     """The CUDA source of ``kernel``, without what only a GPU can do."""
     # One OS thread runs all: dynamic shared memory is the header's, by its plain name.
     return inlined(kernel.file, form).replace("extern __shared__", "extern")
@@ -75,7 +75,7 @@ class Emulated:
         library: ctypes.CDLL,
         kernel: HopperKernel,
         monkeypatch: pytest.MonkeyPatch,
-        form: Form = Form(),
+        form: Form = ORDINARY,
     ) -> None:
         self.library, self.kernel, self.patch, self.form = library, kernel, monkeypatch, form
 

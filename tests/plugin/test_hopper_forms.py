@@ -18,7 +18,7 @@ import torch
 from quantize.experts.gates import Gate
 from tests.gpu import reference, reference_fp8
 from tests.gpu.layer import Shape, error
-from tests.gpu.packed import BOUND, GATES, RELU2, Packed
+from tests.gpu.packed import BOUND, GATES, RELU2, Packed, pack
 from tests.gpu.reference import Stored
 from tests.plugin.emulated_cases import COUNTS
 from tests.plugin.emulation import CPU, Emulated, body, build
@@ -190,21 +190,18 @@ def test_slices_of_tensor_parallelism(
     whole, emulated = bench.packed("whole", 4, 256, 192, 2), bench.emulated(monkeypatch)
     x, ids, weights = whole.batch(9)
     gate = bench.gates[-1]
-    parts = 2 if bench.form.gated else 1
     total = torch.zeros(x.shape)
     for rank in range(ranks):
 
         def of_rows(tensor: torch.Tensor, rank: int = rank) -> torch.Tensor:
-            rows = tensor.unflatten(1, (parts, ranks, -1))
-            return rows[:, :, rank].flatten(1, 2).contiguous()
+            return tensor.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2).contiguous()
 
         w13 = Stored(of_rows(whole.w13[0]), of_rows(whole.w13[1]), whole.w13[2])
-        codes, scales = (part.chunk(ranks, 2)[rank].contiguous() for part in whole.w2[:2])
+        w2 = Stored(*(part.chunk(ranks, 2)[rank] for part in whole.w2[:2]), whole.w2[2])
         bias13, bias2 = whole.biases
         if bias13 is not None and bias2 is not None:
             bias13, bias2 = of_rows(bias13), bias2 if rank == 0 else torch.zeros_like(bias2)
-        given = (*w13, codes, scales, whole.w2[2])
-        experts = bench.kernel.pack(*given, gated=bench.form.gated, bias13=bias13, bias2=bias2)
+        experts = pack(bench.kernel, bench.form.gated, w13, w2, (bias13, bias2))
         out = emulated.run(x, experts, ids, weights, gate_of(gate))
         total += out
         if bias13 is not None and rank:
@@ -230,8 +227,8 @@ def test_experts_elsewhere_and_choices_of_nobody(
         local = torch.full((8,), -1, dtype=torch.int32)
         local[mine] = torch.arange(4, dtype=torch.int32)
         w13, w2 = (Stored(*(t[mine] for t in stored)) for stored in (packed.w13, packed.w2))
-        bias13, bias2 = (None if b is None else b[mine] for b in packed.biases)
-        experts = bench.kernel.pack(*w13, *w2, gated=bench.form.gated, bias13=bias13, bias2=bias2)
+        bias13, bias2 = (None if bias is None else bias[mine] for bias in packed.biases)
+        experts = pack(bench.kernel, bench.form.gated, w13, w2, (bias13, bias2))
         rest = ids, weights, gate_of(gate)
         out = emulated.twice(x, experts, *rest, local=local)
         assert not out[4].count_nonzero()
@@ -316,8 +313,8 @@ def with_nan(bench: Bench, emulated: Emulated) -> str:
 
 
 def with_weights_of_zero(bench: Bench, emulated: Emulated) -> str:
-    """vLLM's router of LongCat gives expert 0 a weight of zero where an expert that computes nothing
-    was chosen. Expert 0 was not: that it is infinite must not show, and no bias is added."""
+    """vLLM's router of LongCat gives expert 0 a weight of zero where an expert that computes
+    nothing was chosen. Expert 0 was not: that it is infinite must not show."""
     packed = bench.packed("tiny", 4, 128, 128, 2)
     x, ids, weights = packed.batch(12)
     ids[:] = torch.tensor([1, 2], dtype=torch.int32)

@@ -5,8 +5,8 @@ After ``prepare`` a layer holds
 * ``w13_weight``, ``w2_weight`` uint8 ``[experts, row tiles, units, bytes]``, codes and block scales
   together (``HopperKernel.pack_matrix``);
 * ``w13_weight_scale_2``, ``w2_weight_scale_2`` float32 ``[experts]``, the global scales;
-* if the experts have biases, ``w13_bias``, ``w2_bias`` float32 ``[experts, 64 * row tiles]``, in the
-  order of the packed rows (``packed_biases``)
+* ``w13_bias``, ``w2_bias`` float32 ``[experts, 64 * row tiles]``, in the order of the packed rows
+  (``packed_biases``), if the experts have biases
 
 and no input scales. All are parameters with an expert a row, which load balancing (EPLB) moves in
 place.

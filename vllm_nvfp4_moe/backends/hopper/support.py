@@ -157,7 +157,7 @@ def _parallel(layer: RoutedExperts) -> str | None:
 
 @functools.cache
 def missing(name: str, form: Form) -> str | None:
-    """Why the kernel cannot be built for experts of ``form`` in this process, None once it is loaded.
+    """Why the kernel cannot be built for this form of experts in this process, None once it is.
 
     Logs a warning if it cannot.
     """

@@ -79,8 +79,8 @@ def side_by_side(tensor: torch.Tensor) -> torch.Tensor:
 def in_order(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Bring the rows of one expert's matrix, ``[rows, ...]``, into the order of the MMA's.
 
-    That is the order of :func:`gate_and_up` for those, else of :func:`side_by_side`. Rows of ``w13``
-    are padded with zeros (:meth:`Rows.padded`).
+    That is the order of :func:`gate_and_up` for those, else of :func:`side_by_side`. Rows of
+    ``w13`` are padded with zeros (:meth:`Rows.padded`).
     """
     if rows is Rows.DOWN:
         return side_by_side(tensor)

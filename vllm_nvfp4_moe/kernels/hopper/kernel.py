@@ -22,7 +22,7 @@ from vllm_nvfp4_moe.kernels.hopper.launch import (
     check,
     check_library,
 )
-from vllm_nvfp4_moe.kernels.hopper.source import Form
+from vllm_nvfp4_moe.kernels.hopper.source import ORDINARY, Form
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 ARCHITECTURE = "90a"
@@ -38,8 +38,8 @@ class Experts:
         w13, w2: uint8, of :meth:`HopperKernel.pack_matrix`.
         global_scales13, global_scales2: float32 ``[experts]``; gate and up share one.
         hidden: the hidden size, without padding.
-        bias13, bias2: float32 ``[experts, 64 * row tiles]``, of :func:`packed_biases`: added to what
-            the products give, before the activation and before the router's weights. None for
+        bias13, bias2: float32 ``[experts, 64 * row tiles]``, of :func:`packed_biases`: added to
+            what the products give, before the activation and before the router's weights. None for
             none: with tensor parallelism only one rank adds ``w2``'s.
     """
 
@@ -154,7 +154,7 @@ class HopperKernel(ABC):
             None if bias2 is None else packed_biases(bias2, Rows.DOWN),
         )
 
-    def source(self, form: Form = Form()) -> str:
+    def source(self, form: Form = ORDINARY) -> str:
         """The whole CUDA source for experts of ``form``."""
         tokens = {n for shape in self.tile_shapes for n in shape.tile_sizes}
         return source.whole(self.file, form, tokens, self.mma_element, self.mma_columns)

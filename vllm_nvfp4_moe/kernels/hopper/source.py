@@ -14,8 +14,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Form:
-    """What experts compute beside two products. A library is compiled for one form: what a model does
-    not have costs it nothing, neither instructions nor nvcc's time.
+    """What experts compute beside two products. A library is compiled for one form: what a model
+    does not have costs it nothing, neither instructions nor nvcc's time.
 
     Attributes:
         gated: there are gate and up; if not, there is up alone, and its activation is ``relu2``.
@@ -32,9 +32,13 @@ class Form:
         return f"namespace {{ constexpr bool {said}; }}\n"
 
 
+ORDINARY = Form()
+"""That of nearly all models."""
+
+
 def inlined(path: Path, form: Form) -> str:
-    """The text of a ``.cu`` file for experts of ``form``, with this package's headers in the place of
-    their includes."""
+    """The text of a ``.cu`` file for experts of ``form``, with this package's headers in the place
+    of their includes."""
     return form.constants() + re.sub(
         r'^#include "(\w+\.cuh)"\n',
         lambda include: path.with_name(include[1]).read_text(),
