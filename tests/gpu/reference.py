@@ -62,13 +62,6 @@ GATES: dict[str, GateFunction] = {
     "relu2": relu2,
 }
 
-Biases = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Of the two products, float ``[experts, out]``; None for none."""
-
-
-def with_bias(product: torch.Tensor, biases: torch.Tensor | None, expert: int) -> torch.Tensor:
-    return product if biases is None else product + biases[expert].to(product)
-
 
 def nearest_nvfp4(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[..., 16 * n]`` rounded to NVFP4 with a global scale of 1, in float32.
@@ -87,6 +80,14 @@ def nearest_nvfp4(x: torch.Tensor) -> torch.Tensor:
     low, high = torch.bucketize(size, between), torch.bucketize(size, between, right=True)
     code = torch.where(low % 2 == 0, low, high)
     return (values[code] * scaled.sign() * scale).flatten(-2)
+
+
+Biases = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of the two products, float ``[experts, out]``; None for none."""
+
+
+def with_bias(product: torch.Tensor, biases: torch.Tensor | None, expert: int) -> torch.Tensor:
+    return product if biases is None else product + biases[expert].to(product)
 
 
 def routed(
