@@ -147,6 +147,17 @@ NAMED_NVFP4 = Quirk(
     gone_when="vLLM asks the quantization config.",
 )
 
+UNGATED_ON_CPUS = Quirk(
+    name="a layer whose experts have no gate is not even built on a CPU",
+    what="The last thing that FusedMoEConfig's constructor does is to raise NotImplementedError for "
+    "them, since vLLM's own kernels for CPUs have gates only. No quantization is asked before.",
+    seen_in=("0.32",),
+    undone="The constructor is exchanged, and lets layers through while a model of ours is built, "
+    "on CPUs only. Those of its experts that are not NVFP4 vLLM refuses later, when none of its "
+    "kernels takes them. All other models get vLLM's own error.",
+    gone_when="vLLM leaves it to the kernels to say what they support.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -156,6 +167,7 @@ QUIRKS = (
     NEEDLESS_PADDING,
     SHARED_EXPERTS,
     NAMED_NVFP4,
+    UNGATED_ON_CPUS,
 )
 
 
@@ -182,6 +194,30 @@ def count_as_nvfp4() -> None:
         return stock(as_stock)
 
     ModelConfig.is_nvfp4_quantized = is_nvfp4_quantized
+
+
+def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
+    """Have vLLM build layers whose experts have no gate on CPUs, too, in models that are ``ours``
+    (``UNGATED_ON_CPUS``)."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.platforms import current_platform
+
+    stock = FusedMoEConfig.__post_init__
+    if stock.__module__ == __name__:
+        return
+
+    def __post_init__(self: FusedMoEConfig) -> None:
+        try:
+            stock(self)
+        except NotImplementedError:
+            config = get_current_vllm_config_or_none()
+            refused = not self.is_act_and_mul and current_platform.is_cpu()
+            if not refused or config is None or not ours(config):
+                raise
+            UNGATED_ON_CPUS.log()
+
+    FusedMoEConfig.__post_init__ = __post_init__
 
 
 def runner_of(layer: RoutedExperts) -> Any:
