@@ -51,7 +51,16 @@ def clamped_swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (up.clamp(-7.0, 7.0) + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-GATES: dict[str, GateFunction] = {"silu": silu_gate, "swiglu_oai": clamped_swiglu_oai}
+def relu2(up: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Nemotron-H's, which has no gate: the first half of w13 is up, and there is no other."""
+    return up.clamp(min=0) ** 2
+
+
+GATES: dict[str, GateFunction] = {
+    "silu": silu_gate,
+    "swiglu_oai": clamped_swiglu_oai,
+    "relu2": relu2,
+}
 
 
 def nearest_nvfp4(x: torch.Tensor) -> torch.Tensor:

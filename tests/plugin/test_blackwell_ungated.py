@@ -130,9 +130,9 @@ def test_marlin(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("name", TRTLLM_CLASSES)
 def test_trtllm(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """``scaleC * relu(scaleGate * x0) ** 2`` of the GEMM's raw sums x0, by the name of the second
-    scale (FlashInfer's KernelRunner.h:79 has the formula without scales). The other scale must not
-    hold the weights', which would be squared or not as its name says."""
+    """``scaleC * relu(scaleAct * x0) ** 2`` of the GEMM's raw sums x0: FlashInfer hands the scale
+    that it calls a gate's over as scaleAct, too (trtllm_batched_gemm_runner.cu:351), and
+    KernelRunner.h:79 has the formula. So the other scale must be without the weights'."""
     seen = trtllm(monkeypatch, name, TRTLLM_CLASSES[name], RELU2).seen
     assert seen["activation_type"] == FlashInferActivation.Relu2
     assert all(seen[f"gemm1_{n}"] is None for n in ("alpha", "beta", "clamp_limit"))
