@@ -117,8 +117,11 @@ def test_on_the_fly(
     load: Load, bf16: Path, nvfp4: dict[str, Path], tmp_path: Path, stacked: bool
 ) -> None:
     """Bit for bit what the offline export has; up has nothing to wait for."""
-    offline = load(nvfp4["modelopt"])[LAYER].routed_experts
-    folder = nemotron.stacked(bf16, tmp_path / "stacked") if stacked else bf16
+    folder, export = bf16, nvfp4["modelopt"]
+    if stacked:
+        folder = nemotron.stacked(bf16, tmp_path / "stacked")
+        export = nemotron.quantized(folder, tmp_path / "export")
+    offline = load(export)[LAYER].routed_experts
     layer = load(folder, hf_overrides={"nvfp4_moe": contract(Gate("relu2"))})[LAYER].routed_experts
     names = dict(layer.named_parameters())
     assert {"w13_weight", "w13_weight_scale", "w13_weight_scale_2", "w2_weight"} <= names.keys()
