@@ -3,8 +3,8 @@
 Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was seen, and how far
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
-checkpoints, or lasts for one call. The one method of vLLM's that is exchanged, by ``NAMED_NVFP4``,
-answers for our checkpoints alone.
+checkpoints, or lasts for one call. The two methods of vLLM's that are exchanged, by ``NAMED_NVFP4``
+and ``UNGATED_ON_CPUS``, act for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -149,10 +149,10 @@ NAMED_NVFP4 = Quirk(
 
 UNGATED_ON_CPUS = Quirk(
     name="a layer whose experts have no gate is not even built on a CPU",
-    what="The last thing that FusedMoEConfig's constructor does is to raise NotImplementedError for "
-    "them, since vLLM's own kernels for CPUs have gates only. No quantization is asked before.",
+    what="The last thing that FusedMoEConfig does when it is made is to raise NotImplementedError, "
+    "since vLLM's own kernels for CPUs have gates only. No quantization is asked before.",
     seen_in=("0.32",),
-    undone="The constructor is exchanged, and lets layers through while a model of ours is built, "
+    undone="That method is exchanged, and lets layers through while a model of ours is built, "
     "on CPUs only. Those of its experts that are not NVFP4 vLLM refuses later, when none of its "
     "kernels takes them. All other models get vLLM's own error.",
     gone_when="vLLM leaves it to the kernels to say what they support.",
@@ -207,7 +207,7 @@ def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
     if stock.__module__ == __name__:
         return
 
-    def __post_init__(self: FusedMoEConfig) -> None:
+    def post_init(self: FusedMoEConfig) -> None:
         try:
             stock(self)
         except NotImplementedError:
@@ -217,7 +217,7 @@ def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
                 raise
             UNGATED_ON_CPUS.log()
 
-    FusedMoEConfig.__post_init__ = __post_init__
+    FusedMoEConfig.__post_init__ = post_init
 
 
 def runner_of(layer: RoutedExperts) -> Any:

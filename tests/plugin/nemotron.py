@@ -125,7 +125,8 @@ def stacked(source: Path, folder: Path) -> Path:
     from safetensors.torch import load_file
 
     tensors = load_file(source / "model.safetensors")
-    for layer in sorted({name.partition(".experts.")[0] for name in tensors if ".experts." in name}):
+    layers = {name.partition(".experts.")[0] for name in tensors if ".experts." in name}
+    for layer in sorted(layers):
         for projection in ("up_proj", "down_proj"):
             names = [f"{layer}.experts.{e}.{projection}.weight" for e in range(EXPERTS)]
             whole = torch.stack([tensors.pop(name) for name in names])
@@ -133,9 +134,9 @@ def stacked(source: Path, folder: Path) -> Path:
     return checkpoints.save(folder, tensors, json.loads((source / "config.json").read_text()))
 
 
-def quantized(source: Path, folder: Path, layout: str = "modelopt", activations: bool = True) -> Path:
-    """``source`` quantized. The gate is stated, as for a Puzzle it must be."""
-    options = Options(layout=layout, activations=activations, gate=Gate("relu2"))
+def quantized(source: Path, folder: Path, layout: str = "modelopt") -> Path:
+    """``source`` quantized, with input scales. The gate is stated, as for a Puzzle it must be."""
+    options = Options(layout=layout, activations=True, gate=Gate("relu2"))
     with Checkpoint(source) as checkpoint:
         execute(checkpoint, plan(checkpoint, options), folder)
     return folder

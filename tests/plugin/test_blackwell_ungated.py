@@ -139,9 +139,7 @@ def test_trtllm(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     value = torch.linspace(-9, 9, 37)
     for expert, weight_scale in enumerate((0.5, 0.02, 3.0, 0.125)):
         raw = value / (weight_scale * 0.25)  # over global scale times input scale
-        gate, out = (
-            float(seen[f"output1_scale_{n}"][expert]) for n in ("gate_scalar", "scalar")
-        )
+        gate, out = (float(seen[f"output1_scale_{n}"][expert]) for n in ("gate_scalar", "scalar"))
         torch.testing.assert_close(out * relu2(gate * raw), relu2(value) / 0.5)
 
 
@@ -153,7 +151,8 @@ def test_flashinfer_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cutedsl_is_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``relu(w1_alpha * x) ** 2`` (blockscaled_contiguous_gather_grouped_gemm_act_fusion.py:2760)."""
+    """``relu(w1_alpha * x) ** 2``
+    (blackwell/blockscaled_contiguous_gather_grouped_gemm_act_fusion.py:2760)."""
     pretend_flashinfer(monkeypatch)
     monkeypatch.setattr(nvfp4, "nvfp4_swizzled_scale_to_cutedsl_mma_view", lambda scale: scale)
     module = importlib.import_module(f"{FUSED_MOE}.experts.flashinfer_cutedsl_moe")

@@ -159,6 +159,19 @@ def test_numbers_and_widths_by_layer(
     assert line.startswith("NVFP4 experts: 3 layers x 8 or 6 experts, ")
 
 
+def test_groups_that_name_the_projections(
+    load: Load, nvfp4: dict[str, Path], tmp_path: Path
+) -> None:
+    """As llm-compressor may: no pattern matches the projection that these experts do not have."""
+
+    def name_them(config: dict[str, Any]) -> None:
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["targets"] = [r"re:.*mixer\.experts\.\d+\.(up|down)_proj$"]
+
+    folder = damaged(nvfp4, tmp_path, "compressed-tensors").config(name_them)
+    assert isinstance(load(folder)[LAYER].routed_experts.quant_method, CpuMethod)
+
+
 def test_mixed_with_fp8(load: Load, nvfp4: dict[str, Path], tmp_path: Path) -> None:
     """NVIDIA's Super and Ultra: a list of layers, here with experts alone in it."""
     folder = mixed.write(nvfp4["modelopt"], tmp_path / "mixed", map_in_config=True)
@@ -169,7 +182,9 @@ def test_mixed_with_fp8(load: Load, nvfp4: dict[str, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("source", [*LAYOUTS, "on the fly"])
-def test_reload(load: Load, bf16: Path, nvfp4: dict[str, Path], tmp_path: Path, source: str) -> None:
+def test_reload(
+    load: Load, bf16: Path, nvfp4: dict[str, Path], tmp_path: Path, source: str
+) -> None:
     other = nemotron.write(tmp_path / "other", seed=1)
     if source == "on the fly":
         pair = [Damage(folder, tmp_path / f"copy-{n}") for n, folder in enumerate((bf16, other))]

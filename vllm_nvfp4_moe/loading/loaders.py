@@ -130,9 +130,9 @@ class QuantizingLoader(_WeightLoader):
     vLLM's reloading calls it twice with each weight: first with a parameter on the meta device, to
     count how much of the layer has come, and once all has, to load it.
 
-    Gate and up share a global scale, so the first of them to come waits for the other, if there are
-    both, in the host's memory. Weights are quantized whole, before they are sliced for ranks, on the parameter's
-    device.
+    Gate and up share a global scale, so where there are both, the first of them to come waits for
+    the other, in the host's memory. Weights are quantized whole, before they are sliced for ranks,
+    on the parameter's device.
 
     Args:
         loaders: those of the NVFP4 tensors, by kind; they get what the quantization gives.
