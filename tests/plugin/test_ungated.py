@@ -17,7 +17,7 @@ from tests.plugin.conftest import Damage
 from tests.plugin.nemotron import EXPERTS, HIDDEN, INNER, LATENT, LAYER, STORED, TOP_K
 from tests.plugin.reference import dequantize, experts_of, relu2, routed
 from tests.plugin.test_layer import relative, routing
-from tests.plugin.test_reload import check
+from tests.plugin.test_reload import check, convert_for
 from tests.plugin.test_self_check import round_activations
 from tests.quantize.plain import plainly
 from vllm_nvfp4_moe.backends.cpu import forward
@@ -181,10 +181,21 @@ def test_mixed_with_fp8(load: Load, nvfp4: dict[str, Path], tmp_path: Path) -> N
     assert relative(out, truth(nvfp4["modelopt"], "modelopt", x, weights, ids)) < 1e-5
 
 
-@pytest.mark.parametrize("source", [*LAYOUTS, "on the fly"])
+@pytest.mark.parametrize(
+    ("kernel", "source"),
+    [
+        *((None, source) for source in (*LAYOUTS, "on the fly")),
+        ("VLLM_CUTLASS", "modelopt"),
+        ("FLASHINFER_CUTLASS", "on the fly"),
+    ],
+)
 def test_reload(
-    load: Load, bf16: Path, nvfp4: dict[str, Path], tmp_path: Path, source: str
-) -> None:
+    load: Load, bf16: Path, nvfp4: dict[str, Path], tmp_path: Path, monkeypatch: MonkeyPatch,
+    kernel: str | None, source: str,
+) -> None:  # fmt: skip
+    """On a CPU, or converted for a GPU's kernels, which pad what has no gate."""
+    if kernel is not None:
+        convert_for(kernel, monkeypatch)
     other = nemotron.write(tmp_path / "other", seed=1)
     if source == "on the fly":
         pair = [Damage(folder, tmp_path / f"copy-{n}") for n, folder in enumerate((bf16, other))]
