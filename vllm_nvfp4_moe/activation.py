@@ -28,9 +28,11 @@ VLLM_NAME = {
     "swiglu_step": MoEActivation.SWIGLUSTEP,
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
+    "relu2": MoEActivation.RELU2_NO_MUL,
 }
 """vLLM 0.32's activation for each form of gate. w13 is loaded as all of gate, then all of up, and
-these are the variants that read it so."""
+these are the variants that read it so; without a gate, w13 is up alone. vLLM has no ReLU that is
+not squared."""
 
 
 def engine_gate(layer: RoutedExperts) -> str:
@@ -64,7 +66,7 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
         activation is None
         or gate.interleaved
         or not _has_kernel(gate)
-        or not layer.moe_config.is_act_and_mul
+        or activation.is_gated != layer.moe_config.is_act_and_mul
     ):
         raise ValueError(
             f"{layer.layer_name}: the checkpoint's experts apply {gate}, vLLM's layer would apply "

@@ -3,12 +3,13 @@
 A backend's method inherits :class:`NvFp4MoEMethod` and adds the kernel. What it finds in a layer
 when ``prepare`` is called is this, whatever the checkpoint's layout was:
 
-* ``w13_weight`` uint8 ``[experts, 2 * intermediate, hidden / 2]``: all of gate, then all of up;
-* ``w13_weight_scale`` float8_e4m3fn ``[experts, 2 * intermediate, hidden / 16]``;
-* ``w13_weight_scale_2`` float32 ``[experts, 2]``: the global scale, which multiplies. Gate's and
-  up's are equal;
-* ``w13_input_scale`` float32 ``[experts, 2]``: absent in weight-only checkpoints;
-* the same with ``w2``, ``[experts, hidden, intermediate]``, without the axis of two.
+* ``w13_weight`` uint8 ``[experts, parts * intermediate, hidden / 2]``: all of gate, then all of up,
+  so that ``parts`` is 2; without a gate, up alone, and 1;
+* ``w13_weight_scale`` float8_e4m3fn ``[experts, parts * intermediate, hidden / 16]``;
+* ``w13_weight_scale_2`` float32 ``[experts, parts]``: the global scale, which multiplies. Gate's
+  and up's are equal;
+* ``w13_input_scale`` float32 ``[experts, parts]``: absent in weight-only checkpoints;
+* the same with ``w2``, ``[experts, hidden, intermediate]``, without the axis of parts.
 
 Those are the names that vLLM's ``modelopt_fp4`` uses, and that its conversions for kernels expect.
 """
@@ -113,13 +114,14 @@ class NvFp4MoEMethod(ExpertsBackend):
         quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
 
         unpadded = extra_weight_attrs.get("unpadded_hidden_size") or hidden_size
-        inner = intermediate_size_per_partition
-        for prefix, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
+        inner, parts = intermediate_size_per_partition, layer.moe_config.w13_num_shards
+        sizes = (("w13", parts * inner, hidden_size), ("w2", hidden_size, inner))
+        for prefix, rows, columns in sizes:
             for kind in kinds:
                 tensor = EXPERT_TENSORS[kind]
                 shape = tensor.shape(rows, columns)
                 if tensor.per_matrix and prefix == "w13":
-                    shape = (2,)  # gate's and up's, which are two matrices
+                    shape = (parts,)  # one for each matrix
                 experts = num_experts
                 if kind == TensorKind.INPUT_SCALE and self.global_input_scales:
                     experts = extra_weight_attrs["global_num_experts"]

@@ -4,6 +4,7 @@ them, and why not one that vLLM would have preferred."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,9 +113,9 @@ class Summary:
         """The line, for what has been loaded so far."""
         layers = [layer for layer, _ in self._loaded]
         first = layers[0]
-        experts = f"{first.global_num_experts} experts"
+        experts = f"{_either(layer.global_num_experts for layer in layers)} experts"
         if first.local_num_experts != first.global_num_experts:
-            experts += f" ({first.local_num_experts} on this rank)"
+            experts += f" ({_either(layer.local_num_experts for layer in layers)} on this rank)"
         storage = self._storage
         source = "quantized on the fly" if storage.on_the_fly else f"{storage.layout.name} layout"
         weights = {
@@ -134,3 +135,8 @@ class Summary:
                 self._self_check.told(),
             ]
         )
+
+
+def _either(counts: Iterable[int]) -> str:
+    """Each number once: layers may have different numbers of experts."""
+    return " or ".join(dict.fromkeys(map(str, counts)))

@@ -38,7 +38,7 @@ def layer_of(gate: Gate) -> Any:
         )
     else:
         layer.swiglu_alpha = layer.swiglu_beta = layer.swiglu_limit = None
-    shapes = {"w13": (2 * INNER, HIDDEN), "w2": (HIDDEN, INNER)}
+    shapes = {"w13": ((1 + gate.gated) * INNER, HIDDEN), "w2": (HIDDEN, INNER)}
     for name, (rows, columns) in shapes.items():
         tensors = {
             "weight": torch.zeros(EXPERTS, rows, columns // 2, dtype=torch.uint8),

@@ -21,6 +21,7 @@ from tests.plugin.blackwell import (
     GELU_TANH,
     M3,
     PARALLEL,
+    RELU2,
     SILU,
     STEP,
     moe_config,
@@ -59,6 +60,7 @@ FAMILY_100 = {
     STEP: ALL_CUTLASS,
     GELU: ALL_CUTLASS,
     GELU_TANH: TRTLLM,
+    RELU2: TRTLLM,
 }
 # On 12.x: no TRT-LLM, no CuteDSL; FlashInfer's CUTLASS would do exact GELU for GELU by tanh.
 FAMILY_120 = {
@@ -67,6 +69,7 @@ FAMILY_120 = {
     STEP: ALL_CUTLASS,
     GELU: ALL_CUTLASS,
     GELU_TANH: ALL_CUTLASS,
+    RELU2: ALL_FI_CUTLASS,
 }
 GATES = tuple(FAMILY_100)
 
@@ -143,15 +146,15 @@ STEP_5 = Gate("swiglu_step", limit=5.0)
 STEP_UNLIMITED = Gate("swiglu_step")
 
 # Of each backend, the gates it was read to apply (docs/operators/backends.md has the lines).
-ELEMENTWISE = {SILU, M3, CLAMPED_SILU, STEP, GELU, GELU_TANH}
+ELEMENTWISE = {SILU, M3, CLAMPED_SILU, STEP, GELU, GELU_TANH, RELU2}
 APPLIED = {
-    "FLASHINFER_TRTLLM": {SILU, M3, CLAMPED_SILU, UNLIMITED, GELU_TANH},
-    "FLASHINFER_CUTEDSL": {SILU, M3, CLAMPED_SILU, UNLIMITED},
+    "FLASHINFER_TRTLLM": {SILU, M3, CLAMPED_SILU, UNLIMITED, GELU_TANH, RELU2},
+    "FLASHINFER_CUTEDSL": {SILU, M3, CLAMPED_SILU, UNLIMITED, RELU2},
     "FLASHINFER_CUTEDSL_BATCHED": {SILU},
-    "FLASHINFER_CUTLASS": {SILU, M3, CLAMPED_SILU, UNLIMITED},
-    "FLASHINFER_B12X": {SILU, GELU_TANH},
+    "FLASHINFER_CUTLASS": {SILU, M3, CLAMPED_SILU, UNLIMITED, RELU2},
+    "FLASHINFER_B12X": {SILU, GELU_TANH, RELU2},
     "FLASHINFER_MOE_EP_CUTEDSL": {SILU},
-    "B12X": {SILU},
+    "B12X": {SILU, RELU2},
     "VLLM_CUTLASS": ELEMENTWISE,
     "MARLIN": ELEMENTWISE,
     "HUMMING": ELEMENTWISE,
@@ -181,7 +184,7 @@ def test_a_gate_that_the_requested_backend_does_not_apply_is_refused(
     pretend(monkeypatch, (12, 0) if "B12X" in backend else (10, 0))
     accepted = set()
     gates = (SILU, M3, CLAMPED_SILU, UNLIMITED, STEP, STEP_5, STEP_UNLIMITED, GELU, GELU_TANH)
-    for gate, activation in itertools.product(gates, ACTIVATIONS):
+    for gate, activation in itertools.product((*gates, RELU2), ACTIVATIONS):
         with set_current_vllm_config(vllm_config):
             try:
                 found = choose(gate, activation, parallel=parallel, moe_backend=ASKED_FOR[backend])

@@ -15,9 +15,10 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import execute
 from quantize.run.plan import plan
 from tests.conftest import ROOT
+from tests.plugin import nemotron
 from tests.plugin.conftest import Damage
 from tests.plugin.rank import batch
-from tests.plugin.reference import experts_of, routed
+from tests.plugin.reference import experts_of, relu2, routed
 from tests.plugin.test_layer import relative
 from tests.quantize import checkpoints
 
@@ -59,6 +60,11 @@ def results(whole: Path) -> Results:
     with Checkpoint(whole / "narrow-bf16") as source:
         execute(source, plan(source), narrow)
 
+    # Without a gate, each rank has a part of up alone; and of latent experts.
+    ungated = nemotron.write(whole / "ungated-bf16", moe_intermediate_size=64)
+    for layout in ("modelopt", "compressed-tensors"):
+        nemotron.quantized(ungated, whole / f"ungated {layout}", layout)
+
     expert = {"enable_expert_parallel": True}
     nvfp4, bf16 = str(whole / "nvfp4"), str(whole / "bf16")
     lost = damaged("lost", "3.up_proj.weight_scale", drop)
@@ -76,6 +82,10 @@ def results(whole: Path) -> Results:
         ("lost, tensor", lost, False, {}),
         ("lost, expert", lost, False, expert),
         ("short, tensor", short, False, {}),
+        ("ungated modelopt", str(whole / "ungated modelopt"), False, {}),
+        ("ungated compressed-tensors", str(whole / "ungated compressed-tensors"), False, {}),
+        ("ungated, expert", str(whole / "ungated modelopt"), False, expert),
+        ("ungated, on the fly", str(ungated), False, {}),  # whose class says which gate
     ]
     jobs = whole / "jobs.json"
     jobs.write_text(
@@ -121,6 +131,24 @@ def test_the_ranks_outputs_add_up(results: Results, whole: Path, job: str) -> No
     for rank in results:
         assert rank[job]["skipped"] is None
         assert 0 < rank[job]["worst"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "job",
+    ["ungated modelopt", "ungated compressed-tensors", "ungated, expert", "ungated, on the fly"],
+)
+def test_experts_without_a_gate(results: Results, whole: Path, job: str) -> None:
+    experts = experts_of(
+        whole / "ungated modelopt", nemotron.STORED, "modelopt", nemotron.EXPERTS,
+        ("up_proj", "down_proj"),
+    )  # fmt: skip
+    x, weights, ids = batch(nemotron.LATENT, nemotron.EXPERTS, nemotron.TOP_K)
+    want = routed(x, experts, weights, ids, relu2)
+    first, second = (rank[job]["outputs"][nemotron.LAYER] for rank in results)
+    assert relative(first + second, want) < 1e-5
+    assert relative(first, want) > 0.1 and relative(second, want) > 0.1  # neither has it all
+    for rank in results:
+        assert rank[job]["skipped"] is None and 0 < rank[job]["worst"] < 1e-5
 
 
 def test_an_intermediate_size_that_experts_share_whole(results: Results, whole: Path) -> None:

@@ -111,7 +111,8 @@ def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 walk(f"{path}.{name}", part)
 
     walk("", model)
-    return {name: tensor for name, tensor in found.items() if ".self_attn." not in name}
+    attention = (".self_attn.", ".attn.")
+    return {name: t for name, t in found.items() if not any(part in name for part in attention)}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

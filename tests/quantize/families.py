@@ -314,7 +314,8 @@ class's code for each checkpoint. `E` is an expert's number; `[in, out]` marks t
 - **Vision and audio towers stay as they are**, bit for bit, as does all else but routed experts.
 - **Biases are kept** in the source's dtype, as `<module>.bias` beside each expert's weight. The
   plugin does not add them yet, and refuses to serve experts with biases rather than leave them out.
-- **Experts without a gate** (up and down only) are quantized; the plugin refuses to serve them yet.
+- **Experts without a gate** (up and down only: Nemotron-H) are quantized and served, with the
+  model's hidden size or in a latent space of their own, whose projections stay as they are.
 - **Sizes that are no multiple of 16 are an error**: NVFP4 has one scale for 16 inputs, and a padded
   tensor would no longer have the shape that engines expect from the config.
 - **LongCat's zero experts** have no weights of their own: rows or tensors that a checkpoint holds

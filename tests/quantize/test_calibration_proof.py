@@ -80,6 +80,20 @@ def test_families_agree(
     )
 
 
+@pytest.mark.parametrize("layout", families.LAYOUTS)
+def test_experts_in_a_latent_space(tmp_path: Path, layout: str) -> None:
+    """Nemotron-H's larger ones: the experts' hidden size is not the model's, and neither's
+    projections into it are quantized."""
+    model = families.build("nemotron_h", moe_latent_size=16)
+    folder = families.save(model, "nemotron_h", layout, tmp_path / "m")
+    proved(folder, tmp_path / "proof", rows_of(3, 16), "two-sided")
+    with Checkpoint(folder) as checkpoint:
+        steps = plan(checkpoint)
+    assert {(g.hidden, g.intermediate, g.projections) for g in steps.groups} == {
+        (16, 48, ("up_proj", "down_proj"))
+    }
+
+
 def test_one_expert_alone_takes_the_memory_of_one(
     four_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

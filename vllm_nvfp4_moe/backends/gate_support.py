@@ -50,6 +50,7 @@ _ELEMENTWISE: dict[str, _Rule] = {
     "swiglu_step": _step,
     "gelu": _exactly,
     "gelu_tanh": _exactly,
+    "relu2": _exactly,
 }
 """For backends whose GEMMs leave the gate to vLLM's own elementwise kernels. Humming has kernels
 with the same formulas."""
@@ -60,19 +61,22 @@ _APPLIES: dict[str, dict[str, _Rule]] = {
         "swiglu_oai": _exactly,
         "gelu": _never("its only GeGLU is the approximation by tanh, not exact GELU"),
         "gelu_tanh": _exactly,
+        "relu2": _exactly,
     },
-    "FLASHINFER_CUTEDSL": {"silu": _exactly, "swiglu_oai": _exactly},
+    "FLASHINFER_CUTEDSL": {"silu": _exactly, "swiglu_oai": _exactly, "relu2": _exactly},
     "FLASHINFER_CUTEDSL_BATCHED": {"silu": _exactly},
     "FLASHINFER_CUTLASS": {
         "silu": _exactly,
         "swiglu_oai": _exactly,
         "gelu_tanh": _never("vLLM asks it for Geglu, which in its kernels is exact GELU"),
+        "relu2": _exactly,
     },
-    "FLASHINFER_B12X": {"silu": _exactly, "gelu_tanh": _exactly},
+    "FLASHINFER_B12X": {"silu": _exactly, "gelu_tanh": _exactly, "relu2": _exactly},
     "FLASHINFER_MOE_EP_CUTEDSL": {"silu": _exactly},
     "B12X": {
         "silu": _exactly,
         "swiglu_oai": _never("vLLM hands it up before gate, and for this gate it reads gate first"),
+        "relu2": _exactly,
     },
     "VLLM_CUTLASS": _ELEMENTWISE,
     "MARLIN": _ELEMENTWISE,

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.nvfp4_moe.checks")
 
-_SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
-"""The matrices of an expert, by vLLM's names for them."""
+_MATRICES = {"w1": "gate", "w3": "up", "w2": "down"}
+_UNGATED = {"w1": "up", "w2": "down"}
+"""The matrices of an expert, by vLLM's names for them; without a gate, w1 is up."""
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 """Types of weights that are quantized as they load."""
 
@@ -51,6 +52,9 @@ class ExpertLoads:
         on_tensor: is called whenever a tensor has come.
         input_scales: whether the kernel uses them. If not, one that is missing, or is no scale, is
             no reason to refuse the layer.
+
+    Attributes:
+        matrices: of an expert: what each is, by vLLM's name for it.
 
     Raises:
         RefusedError: if the experts cannot be split over the ranks.
@@ -88,8 +92,8 @@ class ExpertLoads:
         self._logical = EplbState.build_initial_global_physical_to_logical_map(
             layer.global_num_experts - redundant, redundant
         )
-        up = (inner, hidden)
-        self._sizes = {"w1": up, "w3": up, "w2": (hidden, inner)}
+        self.matrices = _MATRICES if config.is_act_and_mul else _UNGATED
+        self._sizes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
 
     @property
     def layer(self) -> RoutedExperts:
@@ -126,7 +130,7 @@ class ExpertLoads:
     def name(self, kind: TensorKind, shard: str, expert: int) -> str:
         """What messages call a tensor."""
         suffix = EXPERT_TENSORS[kind].suffix(self.layout)
-        return f"expert {expert}, {_SHARDS[shard]} ({shard}), {suffix}"
+        return f"expert {expert}, {self.matrices[shard]} ({shard}), {suffix}"
 
     def check(
         self,
@@ -210,7 +214,7 @@ class ExpertLoads:
         missing = [
             (kind, self.name(kind, shard, expert))
             for expert in range(self.layer.global_num_experts)
-            for shard in _SHARDS
+            for shard in self.matrices
             for kind in self.kinds
             if (kind, shard, expert) not in seen and self._needs(kind, expert)
         ]
@@ -244,7 +248,8 @@ def fold_global_scales(layer: Any) -> None:
 
     Args:
         layer: with ``w13_weight_scale`` e4m3 ``[experts, 2 * n, hidden / 16]`` and
-            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both are changed in place.
+            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both are changed in place. Without a
+            gate there is but one scale, and nothing to do.
 
     Raises:
         RefusedError: if two differ by more than block scales can take.

@@ -130,9 +130,9 @@ class QuantizingLoader(_WeightLoader):
     vLLM's reloading calls it twice with each weight: first with a parameter on the meta device, to
     count how much of the layer has come, and once all has, to load it.
 
-    Gate and up share a global scale, so the first of them to come waits for the other, in the
-    host's memory. Weights are quantized whole, before they are sliced for ranks, on the parameter's
-    device.
+    Gate and up share a global scale, so where there are both, the first of them to come waits for
+    the other, in the host's memory. Weights are quantized whole, before they are sliced for ranks,
+    on the parameter's device.
 
     Args:
         loaders: those of the NVFP4 tensors, by kind; they get what the quantization gives.
@@ -166,7 +166,7 @@ class QuantizingLoader(_WeightLoader):
         self, device: torch.device, tensor: torch.Tensor, name: str, shard: str, expert: int
     ) -> None:
         parts = {shard: tensor}
-        if shard != "w2":
+        if shard != "w2" and "w3" in self.loads.matrices:
             waiting = self.loads.waiting
             if waiting.get(expert, (shard,))[0] == shard:
                 # Some of vLLM's loaders hand out pieces of a GPU buffer that they use again.

@@ -68,6 +68,9 @@ class Sample:
 
 def _others(gate: Gate) -> Iterator[Gate]:
     """Gates that an engine may apply by mistake in place of ``gate``."""
+    if not gate.gated:
+        yield Gate("relu")
+        return
     yield Gate("silu")
     yield Gate("gelu_tanh")
     yield Gate("swiglu_oai", 1.702, 1.0, gate.limit or 7.0)
@@ -172,7 +175,7 @@ class _Expert:
             self.input_scales = w13.max(), w2.max()
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """What goes into the gate, float32 ``[tokens, 2 * intermediate]``."""
+        """What goes into the gate, float32 ``[tokens, rows of w13]``."""
         return self._seen(x.float(), 0) @ self.w13.T
 
     def output(self, middle: torch.Tensor) -> torch.Tensor:

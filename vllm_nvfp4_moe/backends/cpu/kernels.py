@@ -28,7 +28,7 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
 meaning. The order of a sum is fixed when it is compiled, so equal inputs give equal outputs."""
 
-FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3}
+FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4}
 """The forms of gate that :func:`_activate` has, by their numbers there."""
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
@@ -69,6 +69,9 @@ def _activate(gate: Any, up: Any, form: Any, alpha: Any, beta: Any, limit: Any) 
     if form == 3:
         up = min(max(up, -limit), limit)
         return up * min(gate / (np.float32(1) + math.exp(-gate)), limit)
+    if form == 4:
+        up = max(up, np.float32(0))
+        return up * up
     inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
     return up * np.float32(0.5) * gate * (1 + math.tanh(inner))
 
@@ -79,23 +82,25 @@ def _gate_up(  # type: ignore[no-untyped-def]
     form, alpha, beta, limit, pairs, e4m3, middle,
 ):  # fmt: skip
     """Compute jobs ``lo`` to ``hi``. A job is one column of ``middle`` for one routed expert, from
-    one row of its gate and the same row of its up.
+    one row of its gate and the same row of its up; without a gate, from that of up alone.
 
     Expert i has the entries p with ``starts[i] <= p < starts[i + 1]``, and entry p is the token
     ``token[p]``.
     """
     hidden, inner = x.shape[1], middle.shape[1]
+    gated = w13.shape[1] != inner
     gate_row = np.empty(hidden, np.float32)
     up_row = np.empty(hidden, np.float32)
     for job in range(lo, hi):
         i, r = job // inner, job % inner
         expert = experts[i]
         _decode_row(w13[expert, r], s13[expert, r], pairs, e4m3, gate_row)
-        _decode_row(w13[expert, inner + r], s13[expert, inner + r], pairs, e4m3, up_row)
+        if gated:
+            _decode_row(w13[expert, inner + r], s13[expert, inner + r], pairs, e4m3, up_row)
         for p in range(starts[i], starts[i + 1]):
             factor = g13[expert] * before[p]
             gate = _dot(gate_row, x[token[p]]) * factor
-            up = _dot(up_row, x[token[p]]) * factor
+            up = _dot(up_row, x[token[p]]) * factor if gated else gate
             middle[p, r] = _activate(gate, up, form, alpha, beta, limit)
 
 
@@ -209,7 +214,7 @@ def forward(
     factor = weights.flatten()[order].contiguous().numpy()
     one = np.ones_like(factor)
     output = torch.zeros(x.shape, dtype=torch.float32)
-    middle = np.empty((len(order), w13.shape[1] // 2), np.float32)
+    middle = np.empty((len(order), 2 * w2.shape[2]), np.float32)
     limit = math.inf if gate.limit is None else gate.limit
     numbers = [np.float32(v) for v in (gate.alpha, gate.beta, limit)]
     routed = (experts.long().numpy(), starts, (order // ids.shape[1]).numpy())
