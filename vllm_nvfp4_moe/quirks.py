@@ -3,8 +3,8 @@
 Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was seen, and how far
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
-checkpoints, or lasts for one call. The one method of vLLM's that is exchanged, by ``NAMED_NVFP4``,
-answers for our checkpoints alone.
+checkpoints, or lasts for one call. The methods of vLLM's that are exchanged, by ``NAMED_NVFP4`` and
+``GPT_OSS``, answer for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -147,6 +147,17 @@ NAMED_NVFP4 = Quirk(
     gone_when="vLLM asks the quantization config.",
 )
 
+GPT_OSS = Quirk(
+    name="GPT-OSS's class passes over experts in NVFP4, and is given them",
+    what="vLLM's own class for GPT-OSS knows no names for an expert's gate and up apart, nor for "
+    "global scales: it drops them without a word. Stacks of plain floats it copies into parameters "
+    "without asking their loaders.",
+    seen_in=("0.32",),
+    undone="The method that the class calls with each tensor first is exchanged. It takes what is "
+    "for parameters of ours, and hands all else to vLLM's (loading/gpt_oss.py).",
+    gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -156,6 +167,7 @@ QUIRKS = (
     NEEDLESS_PADDING,
     SHARED_EXPERTS,
     NAMED_NVFP4,
+    GPT_OSS,
 )
 
 
