@@ -271,43 +271,45 @@ def test_biases_that_vllms_class_would_leave_out(load: Load, tmp_path: Path, lay
 M3 = Gate("swiglu_oai", 1.702, 1.0, 7.0)
 
 
+def with_biases(moe_backend: str = "auto") -> Any:
+    from tests.plugin.blackwell import moe_config
+
+    config = moe_config(M3, moe_backend=moe_backend)
+    config.has_bias = True
+    return config
+
+
 @pytest.mark.parametrize(
-    ("capability", "backend"), [((9, 0), "HUMMING"), ((10, 0), "MARLIN"), ((12, 0), "MARLIN")]
+    ("capability", "backend", "silent"),
+    [
+        ((9, 0), "HUMMING", []),
+        (
+            (10, 0),
+            "MARLIN",
+            ["FLASHINFER_TRTLLM", "FLASHINFER_CUTEDSL", "FLASHINFER_CUTLASS", "VLLM_CUTLASS"],
+        ),
+        ((12, 0), "MARLIN", ["FLASHINFER_CUTLASS", "VLLM_CUTLASS"]),
+    ],
 )
 def test_kernels_that_add_biases(
-    monkeypatch: MonkeyPatch, capability: tuple[int, int], backend: str
+    monkeypatch: MonkeyPatch, capability: tuple[int, int], backend: str, silent: list[str]
 ) -> None:
-    """Of those that vLLM prefers, some take W4A4 and leave biases out without a word."""
+    """Of those that vLLM prefers, some would leave biases out without a word."""
     from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 
-    from tests.plugin.blackwell import moe_config, pretend
+    from tests.plugin.blackwell import pretend
     from vllm_nvfp4_moe.backends.selection import select
 
     pretend(monkeypatch, capability)
     for inputs in (keys.kNvfp4Dynamic, None):
-        config = moe_config(M3)
-        config.has_bias = True
-        chosen = select(config, keys.kNvfp4Static, inputs, M3)
+        chosen = select(with_biases(), keys.kNvfp4Static, inputs, M3)
         assert chosen.backend.value == backend
-    w4a4 = moe_config(M3)
-    w4a4.has_bias = True
-    passed_over = dict(select(w4a4, keys.kNvfp4Static, keys.kNvfp4Dynamic, M3).passed_over)
-    said = [name for name, reason in passed_over.items() if "add no biases to experts" in reason]
-    assert (
-        said
-        == {
-            9: ["VLLM_CUTLASS"][:0],
-            10: ["FLASHINFER_TRTLLM", "FLASHINFER_CUTEDSL", "FLASHINFER_CUTLASS", "VLLM_CUTLASS"],
-            12: ["FLASHINFER_CUTLASS", "VLLM_CUTLASS"],
-        }[capability[0]]
-    )
-    for asked, reason in (
-        ("flashinfer_cutlass", "add no biases"), ("emulation", "does not support bias"),
-    ):  # fmt: skip
-        named = moe_config(M3, moe_backend=asked)
-        named.has_bias = True
+    passed_over = select(with_biases(), keys.kNvfp4Static, keys.kNvfp4Dynamic, M3).passed_over
+    assert [n for n, reason in passed_over if "add no biases to experts" in reason] == silent
+    asked = {"flashinfer_cutlass": "add no biases", "emulation": "does not support bias"}
+    for name, reason in asked.items() if capability == (10, 0) else ():
         with pytest.raises(ValueError, match=rf"{M3.form}.* and have biases: .*{reason}"):
-            select(named, keys.kNvfp4Static, keys.kNvfp4Dynamic, M3)
+            select(with_biases(name), keys.kNvfp4Static, keys.kNvfp4Dynamic, M3)
 
 
 def test_biases_with_the_routers_weight_on_the_input(load: Load, folders: Folders) -> None:
