@@ -117,8 +117,10 @@ class ExpertsConfig(Format, QuantizationConfig):
                     # vLLM has config classes of its own, MiniMax-M3's among them.
                     gates = identify(model_name)
                 # NVFP4 layouts store gate and up apart; plain floats may be as the class has them.
-                apart = not self.on_the_fly or getattr(text, "model_type", None) == gpt_oss.TYPE
-                self.gates = gates.concatenated() if apart else gates
+                is_gpt_oss = getattr(text, "model_type", None) == gpt_oss.TYPE
+                self.gates = gates if self.on_the_fly and not is_gpt_oss else gates.concatenated()
+                if is_gpt_oss and self.layout.name == "compressed-tensors":
+                    gpt_oss.doubt(model_name)
                 logger.info("%s has no gate contract; its class applies %s", model_name, self.gates)
         except QuantizeError as error:
             raise ValueError(

@@ -16,7 +16,7 @@ EXPERTS, HIDDEN, INNER = 4, 64, 64
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def save(folder: Path, layers: int = 1, seed: int = 0, spread: float = 1.0) -> Path:
+def save(folder: Path, layers: int = 1, seed: int = 0, spread: float = 1.0, **sizes: int) -> Path:
     """Random, in bfloat16, as Transformers saves it: experts stacked, gate and up alternating.
 
     Args:
@@ -25,8 +25,8 @@ def save(folder: Path, layers: int = 1, seed: int = 0, spread: float = 1.0) -> P
     """
     torch.manual_seed(seed)
     config = checkpoints.gpt_oss(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        layer_types=["full_attention"] * layers,
+        intermediate_size=INNER, num_hidden_layers=layers, layer_types=["full_attention"] * layers,
+        **{"hidden_size": HIDDEN} | sizes,
     )  # fmt: skip
     model: Any = transformers.GptOssForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -67,10 +67,34 @@ def transformers_module(folder: Path, prefix: str, layout: str) -> torch.nn.Modu
     """Transformers' own module for the experts, in float64, with the dequantized weights."""
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+    module = GptOssExperts(_config(folder)).double()
+    fill(module, folder, prefix, layout)
+    return module
+
+
+def _config(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     config._experts_implementation = "eager"
-    module = GptOssExperts(config).double()
+    return config
+
+
+def log_probabilities(folder: Path, layout: str, rows: list[list[int]]) -> torch.Tensor:
+    """Of each row's tokens after its first, float32 ``[rows, tokens - 1]``, by Transformers' model
+    with the dequantized weights, in float32."""
+    model: Any = transformers.GptOssForCausalLM._from_config(_config(folder)).float().eval()
+    stored = load_file(folder / "model.safetensors")
+    model.load_state_dict({n: t for n, t in stored.items() if ".experts." not in n}, strict=False)
+    for number, layer in enumerate(model.model.layers):
+        fill(layer.mlp.experts, folder, f"model.layers.{number}.mlp.experts", layout)
+    tokens = torch.tensor(rows)
+    with torch.no_grad():
+        found = model(input_ids=tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+    return found.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def fill(module: Any, folder: Path, prefix: str, layout: str) -> None:
+    """Give Transformers' module what the folder's tensors mean."""
     pairs = zip(experts_of(folder, prefix, layout, EXPERTS), biases_of(folder, prefix), strict=True)
     for expert, ((gate, up, down), (gate_b, up_b, down_b)) in enumerate(pairs):
         for stack, bias, columns, matrix, row in (
@@ -80,7 +104,6 @@ def transformers_module(folder: Path, prefix: str, layout: str) -> torch.nn.Modu
         ):
             stack.data[expert, :, columns] = matrix.T
             bias.data[expert, columns] = row
-    return module
 
 
 def damaged(source: Path, target: Path, **tensors: torch.Tensor | None) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quantize.experts.gates import Gate
 from tests.plugin import biased, others
@@ -86,6 +88,74 @@ def test_on_the_fly_is_the_offline_export(load: Load, folders: Folders) -> None:
     assert want.keys() == got.keys() and {"w13_bias", "w2_bias"} < want.keys()
     for name, tensor in want.items():
         assert torch.equal(bits(got[name]), bits(tensor)), name
+
+
+def test_stacks_as_modelopt_writes_them(load: Load, folders: Folders, tmp_path: Path) -> None:
+    """``[experts, in, out]`` with codes and block scales along in, gate and up alternating, and one
+    global and input scale for all experts (ModelOpt's ``unified_export_hf.py``)."""
+    made = random_stacks()
+    config = json.loads((folders["modelopt"] / "config.json").read_text())
+    del config["nvfp4_moe"]
+    config["quantization_config"]["quant_algo"] = "NVFP4"
+    tensors = {f"{LAYER}.{name}": tensor for name, tensor in made.items()}
+    dropped = [n for n in load_file(folders["modelopt"] / "model.safetensors") if ".experts." in n]
+    folder = biased.damaged(
+        folders["modelopt"], tmp_path / "modelopt", **dict.fromkeys(dropped), **tensors
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    layer = load(folder, dtype="float32")[LAYER].routed_experts
+    for expert in range(EXPERTS):
+        for first, rows in ((0, slice(0, INNER)), (1, slice(INNER, None))):
+            for name, parameter in (
+                ("", layer.w13_weight),
+                ("_weight_scale", layer.w13_weight_scale),
+            ):
+                want = made[f"gate_up_proj{name}"][expert, :, first::2].T
+                assert torch.equal(bits(parameter[expert, rows]), bits(want)), name
+            want = made["gate_up_proj_bias"][expert, first::2]
+            assert torch.equal(layer.w13_bias[expert, rows], want.float())
+        assert torch.equal(layer.w2_weight[expert], made["down_proj"][expert].T)
+        assert torch.equal(layer.w2_bias[expert], made["down_proj_bias"][expert].float())
+    assert torch.all(layer.w13_weight_scale_2 == made["gate_up_proj_weight_scale_2"])
+    assert torch.all(layer.w2_weight_scale_2 == made["down_proj_weight_scale_2"])
+    assert layer.quant_method.context.self_check.worst < 1e-5
+
+
+def random_stacks() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(6)
+    made: dict[str, torch.Tensor] = {}
+    for name, inputs, outputs in (
+        ("gate_up_proj", HIDDEN, 2 * INNER),
+        ("down_proj", INNER, HIDDEN),
+    ):
+        sizes = EXPERTS, inputs // 2, outputs
+        made[name] = torch.randint(0, 256, sizes, generator=random, dtype=torch.uint8)
+        scales = torch.randint(0x30, 0x50, (EXPERTS, inputs // 16, outputs), generator=random)
+        made[f"{name}_weight_scale"] = scales.to(torch.uint8).view(torch.float8_e4m3fn)
+        made[f"{name}_weight_scale_2"] = torch.rand((), generator=random) * 0.01
+        made[f"{name}_input_scale"] = torch.tensor(0.5)
+        made[f"{name}_bias"] = torch.randn(EXPERTS, outputs, generator=random).bfloat16()
+    return made
+
+
+def test_of_halves_that_may_be_mixed_there_is_a_warning(
+    load: Load, folders: Folders, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    from vllm_nvfp4_moe.loading import gpt_oss
+
+    said: list[str] = []
+    monkeypatch.setattr(
+        gpt_oss.logger, "warning_once", lambda text, *args: said.append(text % args)
+    )
+    for layout in LAYOUTS:
+        load(folders[layout])  # with a contract
+        folder = biased.damaged(folders[layout], tmp_path / layout)
+        config = json.loads((folder / "config.json").read_text())
+        del config["nvfp4_moe"]
+        (folder / "config.json").write_text(json.dumps(config))
+        assert said == []
+        load(folder)
+    assert "before September 2026 (pull request 3100) split GPT-OSS's stacks in halves" in said[0]
 
 
 @pytest.mark.parametrize("on_input", [False, True])

@@ -24,15 +24,15 @@ def drops_biases(backend: NvFp4MoeBackend) -> str | None:
     return None if backend.value in _ADDS else "its NVFP4 kernels add no biases to experts"
 
 
-def marlin_w13_bias(bias: torch.Tensor, intermediate: int) -> torch.Tensor:
+def marlin_w13_bias(bias: torch.Tensor, parts: int, rows: int) -> torch.Tensor:
     """w13's biases as Marlin reads them.
 
     Args:
-        bias: ``[experts, 2 * n]``, all of gate and then all of up.
-        intermediate: n with the zeros after it that vLLM pads Marlin's weights by.
+        bias: ``[experts, parts * n]``: all of gate and then all of up, or up alone.
+        rows: ``parts`` times n with the zeros after it that vLLM pads Marlin's weights by.
     """
-    halves = bias.unflatten(1, (2, -1))
-    padded = torch.nn.functional.pad(halves, (0, intermediate - halves.shape[2]))
+    matrices = bias.unflatten(1, (parts, -1))
+    padded = torch.nn.functional.pad(matrices, (0, rows // parts - matrices.shape[2]))
     return _permuted(padded.flatten(1))
 
 

@@ -122,8 +122,9 @@ class VllmKernelsMethod(GpuMethod):
                 setattr(layer, name, tensor)
         if layer.moe_config.has_bias and self.nvfp4_backend == NvFp4MoeBackend.MARLIN:
             # Humming converts them itself.
-            inner = layer.w13_weight_scale.shape[-1] // 2  # the scales are [experts, K / 16, N]
-            replace_parameter(layer, "w13_bias", marlin_w13_bias(layer.w13_bias, inner))
+            rows = layer.w13_weight_scale.shape[-1]  # the scales are [experts, inputs / 16, rows]
+            w13_bias = marlin_w13_bias(layer.w13_bias, self.moe.w13_num_shards, rows)
+            replace_parameter(layer, "w13_bias", w13_bias)
             w2_bias = marlin_w2_bias(layer.w2_bias, layer.w2_weight_scale_2)
             replace_parameter(layer, "w2_bias", w2_bias)
         self._build_moe_kernel(layer)

@@ -88,6 +88,11 @@ class ExpertLoads:
         assert layer is not None
         return layer
 
+    @property
+    def experts(self) -> int:
+        """How many the checkpoint has."""
+        return sum(each == logical for each, logical in enumerate(self._logical))
+
     def copies(self, expert: int) -> list[int]:
         """The experts that begin as the checkpoint's ``expert``: itself, and with EPLB its
         redundant copies. Empty for such a copy, which has come with the expert itself: of stacked

@@ -3,7 +3,11 @@
 That class reads the original's MXFP4, plain floats, and Quark's layout. It has no name for what
 NVFP4 layouts store, a matrix of an expert apart from the others, and passes over it without a
 word; plain floats it copies around the parameters' loaders. So tensors whose parameters are ours
-are taken here (``quirks.GPT_OSS``), under the names that the class's own mapping gives them.
+are taken here (``quirks.GPT_OSS``), under the names that the class's own mapping gives them:
+
+* one expert's, as this package and llm-compressor's "linearized" experts have them;
+* stacks ``[experts, in, out]``, in which gate and up alternate: plain floats as Transformers has
+  them, and ModelOpt's codes and block scales, with one global scale for all experts.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.loading.loaders import WeightLoader
@@ -21,20 +26,25 @@ from vllm_nvfp4_moe.loading.loaders import WeightLoader
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+logger = init_logger("vllm.nvfp4_moe.gpt_oss")
+
 TYPE = "gpt_oss"
 """The ``model_type`` whose checkpoints stack gate and up in alternate columns. Here they are taken
 apart."""
 
-_SHARDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w2": "w2"}
 _ONE = re.compile(
     r"(?P<experts>.*\.experts)\.(?P<expert>\d+)\."
     r"(?:(?P<matrix>gate_proj|up_proj|down_proj)\.|(?P<mapped>w2)_)(?P<suffix>\w+)"
 )
 """Of one expert. ``down_proj.weight`` and some others come as ``w2_weight``."""
 _ALL = re.compile(
-    r"(?P<experts>.*\.experts)\.(?:routed_experts\.)?(?P<prefix>w13|w2)_(?P<suffix>\w+)"
+    r"(?P<experts>.*\.experts)\.(?:routed_experts\.)?(?P<stack>w13|w2|gate_up_proj|down_proj)_"
+    r"(?P<suffix>\w+)"
 )
-"""Of all experts: ``gate_up_proj``, ``down_proj_bias`` and so on, by the class's mapping."""
+"""Of all experts. ``gate_up_proj`` comes as ``w13_weight``, ``gate_up_proj_weight_scale`` as it
+is."""
+_SHARDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w2": "w2"}
+_STACKED = {"w13": ("w1", "w3"), "gate_up_proj": ("w1", "w3"), "w2": ("w2",), "down_proj": ("w2",)}
 
 
 def load_by_parameter(layer: RoutedExperts) -> None:
@@ -77,36 +87,50 @@ def take(name: str, tensor: torch.Tensor, parameters: dict[str, torch.nn.Paramet
     Returns:
         The parameter's name; None if the tensor is not ours.
     """
-    if found := _ONE.fullmatch(name):
-        shard = _SHARDS[found["matrix"] or found["mapped"]]
-        target = f"{found['experts']}.routed_experts.{_prefix(shard)}_{found['suffix']}"
-        parts: Any = [(shard, int(found["expert"]), tensor)]
-    elif found := _ALL.fullmatch(name):
-        target = f"{found['experts']}.routed_experts.{found['prefix']}_{found['suffix']}"
-        parts = _parts(found["prefix"], found["suffix"], tensor)
+    one, every = _ONE.fullmatch(name), _ALL.fullmatch(name)
+    if one:
+        shards: tuple[str, ...] = (_SHARDS[one["matrix"] or one["mapped"]],)
+    elif every:
+        shards = _STACKED[every["stack"]]
     else:
         return None
+    found = one or every
+    assert found is not None
+    prefix = "w2" if shards == ("w2",) else "w13"
+    target = f"{found['experts']}.routed_experts.{prefix}_{found['suffix']}"
     parameter: Any = parameters.get(target)
     loader = getattr(parameter, "weight_loader", None)
-    if loader is None or not isinstance(inspect.unwrap(loader), WeightLoader):
+    # Beneath what vLLM's reloading wraps it in.
+    own = loader and inspect.unwrap(loader)
+    if not isinstance(own, WeightLoader):
         return None
+    if one:
+        parts: Any = [(shards[0], int(one["expert"]), tensor)]
+    else:
+        parts = _parts(shards, tensor, own.loads.experts)
     for shard, expert, part in parts:
         loader(parameter, part, weight_name=target, shard_id=shard, expert_id=expert)
     return target
 
 
-def _prefix(shard: str) -> str:
-    return "w2" if shard == "w2" else "w13"
-
-
 def _parts(
-    prefix: str, suffix: str, stack: torch.Tensor
+    shards: tuple[str, ...], tensor: torch.Tensor, experts: int
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """(matrix, expert, tensor) of a stack ``[experts, in, out]``, or of biases ``[experts, out]``.
-    Columns of gate and up alternate."""
-    for expert, whole in enumerate(stack):
-        matrices = [whole] if prefix == "w2" else [whole[..., 0::2], whole[..., 1::2]]
-        for shard, matrix in zip(
-            ("w2",) if prefix == "w2" else ("w1", "w3"), matrices, strict=True
-        ):
-            yield shard, expert, matrix if suffix == "bias" else matrix.T
+    """(matrix, expert, its tensor) of a stack ``[experts, in, out]``, of biases ``[experts, out]``,
+    and of a number that is all experts'."""
+    for expert, whole in enumerate(tensor.expand(experts) if tensor.ndim == 0 else tensor):
+        for place, shard in enumerate(shards):
+            part = whole if whole.ndim == 0 else whole[..., place :: len(shards)]
+            yield shard, expert, part.T if part.ndim == 2 else part
+
+
+def doubt(model: str) -> None:
+    """Say what cannot be seen of ``model``, a GPT-OSS that another tool has written in
+    compressed-tensors' layout."""
+    logger.warning_once(
+        "%s: its experts' gate_proj and up_proj are taken for gate and up. Versions of "
+        "llm-compressor before September 2026 (pull request 3100) split GPT-OSS's stacks in halves "
+        "instead, in which gate and up alternate: of those the text would be wrong, without any "
+        "other sign. Quantize the original again with: nvfp4-moe quantize SOURCE TARGET",
+        model,
+    )

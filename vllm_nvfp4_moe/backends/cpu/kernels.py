@@ -93,7 +93,7 @@ def _gate_up(  # type: ignore[no-untyped-def]
         _decode_row(w13[expert, r], s13[expert, r], pairs, e4m3, gate_row)
         _decode_row(w13[expert, inner + r], s13[expert, inner + r], pairs, e4m3, up_row)
         gate_bias = b13[expert, r] if b13.shape[0] else np.float32(0)
-        up_bias = b13[expert, inner + r] if b13.shape[0] else np.float32(0)
+        up_bias = b13[expert, b13.shape[1] - inner + r] if b13.shape[0] else np.float32(0)
         for p in range(starts[i], starts[i + 1]):
             factor = g13[expert] * before[p]
             gate = _dot(gate_row, x[token[p]]) * factor + gate_bias
