@@ -139,7 +139,9 @@ def test_gpt_oss(tmp_path: Path, ranks: int) -> None:
     from tests.engine.score import prompts
     from tests.plugin import biased
 
-    biased.save(tmp_path / "bf16", layers=2, head_dim=64, vocab_size=256)
+    biased.save(
+        tmp_path / "bf16", layers=2, head_dim=64, vocab_size=256, max_position_embeddings=128
+    )
     with Checkpoint(tmp_path / "bf16") as source:
         execute(source, plan(source), tmp_path / "nvfp4")
     more = {"tensor_parallel_size": 2} if ranks == 2 else {}

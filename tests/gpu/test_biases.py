@@ -101,7 +101,14 @@ def test_a_gpt_oss_engine(gpu: torch.device, tmp_path: Path, backend: str) -> No
     from tests.engine.score import prompts
     from tests.plugin import biased
 
-    biased.save(tmp_path / "bf16", layers=2, hidden_size=128, head_dim=64, vocab_size=256)
+    biased.save(
+        tmp_path / "bf16",
+        layers=2,
+        hidden_size=128,
+        head_dim=64,
+        vocab_size=256,
+        max_position_embeddings=128,
+    )
     with Checkpoint(tmp_path / "bf16") as checkpoint:
         execute(checkpoint, plan(checkpoint), tmp_path / "nvfp4")
     settings = {"moe_backend": backend, "enforce_eager": True, "gpu_memory_utilization": 0.3}

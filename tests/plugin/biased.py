@@ -31,6 +31,8 @@ def save(folder: Path, layers: int = 1, seed: int = 0, spread: float = 1.0, **si
     model: Any = transformers.GptOssForCausalLM(config)
     for name, parameter in model.named_parameters():
         parameter.data.normal_(0, spread if "experts" in name and "bias" in name else 0.15)
+        if "norm" in name:
+            parameter.data += 1
     model.bfloat16().save_pretrained(folder)
     return folder
 
