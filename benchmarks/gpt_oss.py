@@ -4,8 +4,9 @@
 
 GPT-OSS has what the other models of these benches have not: biases of experts, gate and up in
 alternate columns of a stack ``[experts, in, out]``, attention sinks, and an original in MXFP4. It
-is trained on Python's standard library (``examples.make_checkpoint``), with the tokenizer of a
-checkpoint, for a fixed number of steps, on the CPU in about two minutes. OUT then has
+is trained on Python's standard library (``examples.perplexity``), with the tokenizer of a
+checkpoint, for a fixed number of steps, on the CPU; with the table that takes about four minutes of
+one core. OUT then has
 
 * ``bf16``, the trained model, and ``mxfp4``, the same in OpenAI's layout: each 32 weights of a
   column share a power of two, and are rounded to the nearest of E2M1's values (OCP MX 1.0, 6.3);

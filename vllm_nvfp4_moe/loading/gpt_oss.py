@@ -99,9 +99,8 @@ def take(name: str, tensor: torch.Tensor, parameters: dict[str, torch.nn.Paramet
     prefix = "w2" if shards == ("w2",) else "w13"
     target = f"{found['experts']}.routed_experts.{prefix}_{found['suffix']}"
     parameter: Any = parameters.get(target)
-    loader = getattr(parameter, "weight_loader", None)
-    # Beneath what vLLM's reloading wraps it in.
-    own = loader and inspect.unwrap(loader)
+    loader: Any = getattr(parameter, "weight_loader", None)
+    own: Any = inspect.unwrap(loader)  # beneath what vLLM's reloading wraps it in
     if not isinstance(own, WeightLoader):
         return None
     if one:

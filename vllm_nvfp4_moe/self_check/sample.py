@@ -117,15 +117,15 @@ def make_sample(layer: RoutedExperts, method: ExpertsBackend) -> Sample:
     on_input = layer.apply_router_weight_on_input
     for gate in dict.fromkeys([method.gate, *_others(method.gate)]):
         sample.truth[gate] = torch.zeros(TOKENS, hidden, device=device)
-    if layer.moe_config.has_bias:
-        sample.truth |= {name: torch.zeros(TOKENS, hidden, device=device) for name in _UNBIASED}
+    for without in _UNBIASED if layer.moe_config.has_bias else ():
+        sample.truth[without] = torch.zeros(TOKENS, hidden, device=device)
     for number in sorted({int(e) for e in ids[weights > 0]} & local.keys()):
         expert = experts.get(number) or _Expert(layer, method, local[number], hidden)
         tokens, slots = (ids == number).nonzero(as_tuple=True)
         factor = weights[tokens, slots].to(device).unsqueeze(1)
         tokens = tokens.to(device)
         pre = expert.hidden(x[tokens] * factor.to(x.dtype) if on_input else x[tokens])
-        results = {
+        results: dict[Gate | str, torch.Tensor] = {
             name: expert.output(name.apply_stacked(pre))
             for name in sample.truth
             if isinstance(name, Gate)
