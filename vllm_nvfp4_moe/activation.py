@@ -53,13 +53,8 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
 
     Raises:
         ValueError: if vLLM's kernels cannot apply the gate in this layer; the message has the gate
-            and what the layer would have applied. Also if the layer's experts have biases.
+            and what the layer would have applied.
     """
-    if layer.moe_config.has_bias:
-        raise ValueError(
-            f"{layer.layer_name}: its experts have biases, which this plugin's kernels do not add "
-            "yet: refusing to serve them without"
-        )
     before = engine_gate(layer)
     activation = VLLM_NAME.get(gate.form)
     if (

@@ -9,7 +9,10 @@ when ``prepare`` is called is this, whatever the checkpoint's layout was:
 * ``w13_weight_scale_2`` float32 ``[experts, parts]``: the global scale, which multiplies. Gate's
   and up's are equal;
 * ``w13_input_scale`` float32 ``[experts, parts]``: absent in weight-only checkpoints;
-* the same with ``w2``, ``[experts, hidden, intermediate]``, without the axis of parts.
+* the same with ``w2``, ``[experts, hidden, intermediate]``, without the axis of parts;
+* ``w13_bias`` ``[experts, parts * intermediate]`` and ``w2_bias`` ``[experts, hidden]`` in the
+  model's dtype, if vLLM's model has any. Of ranks that share an expert, all but the first have
+  zeros for ``w2_bias``, since the ranks' outputs are added up.
 
 Those are the names that vLLM's ``modelopt_fp4`` uses, and that its conversions for kernels expect.
 """
@@ -32,8 +35,9 @@ from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.context import ModelContext
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.interface import ExpertsBackend
+from vllm_nvfp4_moe.loading import gpt_oss
 from vllm_nvfp4_moe.loading.checks import ExpertLoads, fold_global_scales
-from vllm_nvfp4_moe.loading.loaders import Loader, QuantizingLoader
+from vllm_nvfp4_moe.loading.loaders import BiasLoader, Loader, QuantizingLoader
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 from vllm_nvfp4_moe.reload import Kept
 
@@ -69,7 +73,7 @@ class NvFp4MoEMethod(ExpertsBackend):
         self.weight_only = weight_only
         self.gate = context.gates.of(layer.layer_name)
         self._kinds = tuple(
-            kind for kind in TensorKind if kind != TensorKind.INPUT_SCALE or not weight_only
+            kind for kind in EXPERT_TENSORS if kind != TensorKind.INPUT_SCALE or not weight_only
         )
 
     def uses_weight_scale_2_pattern(self) -> bool:
@@ -102,14 +106,16 @@ class NvFp4MoEMethod(ExpertsBackend):
         on_the_fly = self.context.format.on_the_fly
         summary = self.context.summary
         summary.built()
+        biases = (TensorKind.BIAS,) if layer.moe_config.has_bias else ()
         self.loads = ExpertLoads(
             layer,
             self.layout,
-            (TensorKind.CODES,) if on_the_fly else kinds,
+            (*((TensorKind.CODES,) if on_the_fly else kinds), *biases),
             self.global_input_scales,
             summary.begins,
             input_scales=self.quantizes_activations,
         )
+        gpt_oss.load_by_parameter(layer)
         loaders = {kind: Loader(self.loads, kind) for kind in kinds}
         quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
 
@@ -139,6 +145,13 @@ class NvFp4MoEMethod(ExpertsBackend):
                     attributes["weight_loader_numel"] = 0
                 elif not tensor.per_matrix:
                     attributes["weight_loader_numel"] = data.numel() * unpadded // hidden_size
+                set_weight_attrs(param, attributes)
+            if biases:
+                data = torch.empty(num_experts, rows, dtype=params_dtype)
+                param = torch.nn.Parameter(data, requires_grad=False)
+                layer.register_parameter(f"{prefix}_bias", param)
+                numel = data.numel() * unpadded // hidden_size if prefix == "w2" else data.numel()
+                attributes = {"weight_loader": BiasLoader(self.loads), "weight_loader_numel": numel}
                 set_weight_attrs(param, attributes)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
@@ -218,6 +231,8 @@ class NvFp4MoEMethod(ExpertsBackend):
             columns = tensor.shape(1, hidden)[1]
             getattr(layer, f"w13_{tensor.canonical}").data[:, :, columns:].fill_(value)
             getattr(layer, f"w2_{tensor.canonical}").data[:, hidden:].fill_(value)
+        if layer.moe_config.has_bias:
+            layer.w2_bias.data[:, hidden:] = 0
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
         """Rename the parameters, and turn scales that divide into scales that multiply."""

@@ -3,8 +3,8 @@
 Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was seen, and how far
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
-checkpoints, or lasts for one call. The two methods of vLLM's that are exchanged, by ``NAMED_NVFP4``
-and ``UNGATED_ON_CPUS``, act for our checkpoints alone.
+checkpoints, or lasts for one call. The methods of vLLM's that are exchanged, by ``NAMED_NVFP4``,
+``UNGATED_ON_CPUS`` and ``GPT_OSS``, act for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -158,6 +158,17 @@ UNGATED_ON_CPUS = Quirk(
     gone_when="vLLM leaves it to the kernels to say what they support.",
 )
 
+GPT_OSS = Quirk(
+    name="GPT-OSS's class passes over experts in NVFP4, and is given them",
+    what="vLLM's own class for GPT-OSS knows no names for an expert's gate and up apart, nor for "
+    "global scales: it drops them without a word. Stacks of plain floats it copies into parameters "
+    "without asking their loaders.",
+    seen_in=("0.32",),
+    undone="The method that the class calls with each tensor first is exchanged. It takes what is "
+    "for parameters of ours, and hands all else to vLLM's (loading/gpt_oss.py).",
+    gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -168,6 +179,7 @@ QUIRKS = (
     SHARED_EXPERTS,
     NAMED_NVFP4,
     UNGATED_ON_CPUS,
+    GPT_OSS,
 )
 
 

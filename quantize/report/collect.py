@@ -80,6 +80,7 @@ def _layer(
         for module, shape in zip(group.modules(0), group.shapes, strict=True)
         for out in stored_tensors(module, shape, plan.layout)
     )
+    biases = sum(checkpoint.tensors[name].nbytes for name in group.bias_names)  # kept as they are
     return LayerReport(
         prefix=group.prefix,
         gate=str(plan.gates.of(group.prefix)),
@@ -87,7 +88,7 @@ def _layer(
         errors=[tuple(map(_relative, weights)) for weights in experts],
         scale_counts=_total([weight for weights in experts for weight in weights]),
         bytes_before=sum(checkpoint.stored_bytes(name) for name in group.tensor_names),
-        bytes_after=written * group.num_experts,
+        bytes_after=written * group.num_experts + biases,
         calibration=_stats(staged, group) if staged else None,
     )
 

@@ -70,7 +70,7 @@ class LayerReport:
         errors: ``[experts][projections]``, ``norm(dequantized - weight) / norm(weight)``; NaN if
             the weight is all zero.
         scale_counts: ``[127]``, how many block scales have each E4M3 bit pattern.
-        bytes_before: size of the weights in the source.
+        bytes_before: size of the weights in the source, and of the experts' biases.
         bytes_after: size of all that is written for them.
         names: module paths of the linears, if they are not experts 0, 1, ...
         calibration: what calibration found, if there was any.

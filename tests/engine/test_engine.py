@@ -188,3 +188,32 @@ def test_experts_without_a_gate(tmp_path: Path) -> None:
                 getattr(experts, name).data[expert] = weight
     torch.testing.assert_close(scores, theirs(), rtol=1e-4, atol=1e-4)
     assert (scores - original).abs().max() > 0.05  # the experts matter
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gpt_oss(tmp_path: Path, ranks: int) -> None:
+    """vLLM's own class, with attention sinks, sliding windows and experts that have biases."""
+    from quantize.checkpoint.reader import Checkpoint
+    from quantize.execute import execute
+    from quantize.run.plan import plan
+    from tests.engine.score import prompts
+    from tests.plugin import biased
+
+    biased.save(
+        tmp_path / "bf16", layers=2, head_dim=64, vocab_size=256, max_position_embeddings=128
+    )
+    with Checkpoint(tmp_path / "bf16") as source:
+        execute(source, plan(source), tmp_path / "nvfp4")
+    more = {"tensor_parallel_size": 2} if ranks == 2 else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"),
+         str(tmp_path / "out.json"), json.dumps(EXACT | more)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        | ({"VLLM_CPU_OMP_THREADS_BIND": "0|0"} if more else {}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = torch.tensor(json.loads((tmp_path / "out.json").read_text()))
+    theirs = biased.log_probabilities(tmp_path / "nvfp4", "modelopt", prompts()).flatten()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert theirs.std() > 0.5  # not a constant that any weights would give

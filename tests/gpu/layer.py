@@ -162,6 +162,7 @@ def build(
     backend: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     stock: bool = False,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Layer:
     """A layer with these weights, converted for ``backend``.
 
@@ -171,6 +172,7 @@ def build(
         backend: vLLM's ``moe_backend``, or ``hopper`` or ``hopper fp8``: this package's kernels.
         gate: a key of ``tests.gpu.reference.GATES``; the router is that of :func:`route`.
         stock: with vLLM's own ``modelopt_fp4`` method in place of this package's.
+        biases: of w13 ``[experts, rows]`` and of w2, if the experts have any.
     """
     from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
     from vllm.config.kernel import KernelConfig
@@ -226,6 +228,7 @@ def build(
             apply_routed_scale_to_output=True,
             router_logits_dtype=torch.float32,
             quant_config=quantization,
+            has_bias=biases is not None,
             **told,
             prefix="model.layers.0.mlp.experts",
         )
@@ -233,12 +236,17 @@ def build(
         layer = Layer(runner, config)
         method = layer.experts.quant_method
         assert not ours or method.kernel.startswith(f"{backend.upper()} ("), method.passed_over
-        load(layer.experts, w13, w2)
+        load(layer.experts, w13, w2, biases)
         method.process_weights_after_loading(layer.experts)
     return layer
 
 
-def load(experts: Any, w13: Stored | torch.Tensor, w2: Stored | torch.Tensor) -> None:
+def load(
+    experts: Any,
+    w13: Stored | torch.Tensor,
+    w2: Stored | torch.Tensor,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
     """Every tensor of every expert through its parameter's weight loader, as from a checkpoint."""
     parameters = dict(experts.named_parameters())
 
@@ -257,6 +265,8 @@ def load(experts: Any, w13: Stored | torch.Tensor, w2: Stored | torch.Tensor) ->
         rows = {"w1": slice(half), "w3": slice(half, None), "w2": slice(None)}[shard]
         for expert in range(len(whole)):
             put(f"{prefix}_weight", shard, expert, whole[expert, rows])
+            if biases is not None:
+                put(f"{prefix}_bias", shard, expert, biases[prefix == "w2"][expert, rows])
             if isinstance(stored, torch.Tensor):
                 continue
             put(f"{prefix}_weight_scale", shard, expert, stored.block_scale[expert, rows])

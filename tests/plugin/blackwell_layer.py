@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,10 +54,9 @@ def layer_of(gate: Gate) -> Any:
 def experts_of(backend: str, experts_cls: Any, gate: Gate) -> Any:
     """vLLM's class with the config that the plugin's method gives it, after loading."""
     layer = layer_of(gate)
-    method: Any = SimpleNamespace(
-        nvfp4_backend=NvFp4MoeBackend(backend), use_a16=backend == "MARLIN"
-    )
-    quant_config = VllmKernelsMethod.get_fused_moe_quant_config(method, layer)
+    method: Any = VllmKernelsMethod.__new__(VllmKernelsMethod)
+    method.nvfp4_backend, method.weight_only = NvFp4MoeBackend(backend), backend == "MARLIN"
+    quant_config = method.get_fused_moe_quant_config(layer)
     config = moe_config(gate, experts=EXPERTS, hidden=HIDDEN, inner=INNER)
     experts = experts_cls(moe_config=config, quant_config=quant_config)
     experts.process_weights_after_loading(layer)

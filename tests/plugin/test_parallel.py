@@ -15,7 +15,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import execute
 from quantize.run.plan import plan
 from tests.conftest import ROOT
-from tests.plugin import nemotron
+from tests.plugin import biased, nemotron, others
 from tests.plugin.conftest import Damage
 from tests.plugin.rank import batch
 from tests.plugin.reference import experts_of, relu2, routed
@@ -65,6 +65,10 @@ def results(whole: Path) -> Results:
     for layout in ("modelopt", "compressed-tensors"):
         nemotron.quantized(ungated, whole / f"ungated {layout}", layout)
 
+    biased.save(whole / "biased-bf16", layers=2)
+    others.quantized(whole / "biased-bf16", whole / "biased")
+    gpt_oss = str(whole / "biased")
+
     expert = {"enable_expert_parallel": True}
     nvfp4, bf16 = str(whole / "nvfp4"), str(whole / "bf16")
     lost = damaged("lost", "3.up_proj.weight_scale", drop)
@@ -86,6 +90,10 @@ def results(whole: Path) -> Results:
         ("ungated compressed-tensors", str(whole / "ungated compressed-tensors"), False, {}),
         ("ungated, expert", str(whole / "ungated modelopt"), False, expert),
         ("ungated, on the fly", str(ungated), False, {}),  # whose class says which gate
+        ("biased, tensor", gpt_oss, False, {}),
+        ("biased, expert", gpt_oss, False, expert),
+        ("biased, on the fly", str(whole / "biased-bf16"), False, {}),
+        ("biased, expert, on the fly", str(whole / "biased-bf16"), False, expert),
     ]
     jobs = whole / "jobs.json"
     jobs.write_text(
@@ -149,6 +157,20 @@ def test_experts_without_a_gate(results: Results, whole: Path, job: str) -> None
     assert relative(first, want) > 0.1 and relative(second, want) > 0.1  # neither has it all
     for rank in results:
         assert rank[job]["skipped"] is None and 0 < rank[job]["worst"] < 1e-5
+
+
+@pytest.mark.parametrize("job", ["tensor", "expert", "on the fly", "expert, on the fly"])
+def test_biases_are_added_once(results: Results, whole: Path, job: str) -> None:
+    """Each rank has its rows of w13's; w2's, which are for the sum, only one of those that share an
+    expert."""
+    first, second = (rank[f"biased, {job}"]["outputs"] for rank in results)
+    for layer in LAYERS:
+        x, weights, ids = batch(biased.HIDDEN, biased.EXPERTS, TOP_K)
+        want = biased.plainly(whole / "biased", layer, "modelopt", x, weights, ids)
+        assert relative(first[layer] + second[layer], want) < 1e-5, layer
+    for rank in results:
+        assert rank[f"biased, {job}"]["skipped"] is None
+        assert 0 < rank[f"biased, {job}"]["worst"] < 1e-5
 
 
 def test_an_intermediate_size_that_experts_share_whole(results: Results, whole: Path) -> None:

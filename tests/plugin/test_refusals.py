@@ -257,17 +257,6 @@ def test_experts_without_a_gate(load, damage) -> None:
         load(folder)
 
 
-def test_experts_with_biases(load, shallow: dict[str, Path]) -> None:
-    """vLLM's own GPT-OSS layers say so of themselves."""
-    from quantize.experts.gates import Gate
-    from vllm_nvfp4_moe.activation import apply_contract
-
-    layer = load(shallow["modelopt"])[LAYER].routed_experts
-    layer.moe_config.has_bias = True
-    with pytest.raises(ValueError, match=rf"{LAYER}: its experts have biases.*refusing"):
-        apply_contract(layer, Gate("silu"))
-
-
 @pytest.mark.parametrize(("limit", "runs"), [(7.0, True), (5.0, False)])
 def test_a_clamp_that_gpu_kernels_have_fixed(
     load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch, limit: float, runs: bool

@@ -312,8 +312,8 @@ class's code for each checkpoint. `E` is an expert's number; `[in, out]` marks t
   `nextn…`, and those of layers numbered `num_hidden_layers` and above. They only draft what the
   model then checks, and engines build them apart from it.
 - **Vision and audio towers stay as they are**, bit for bit, as does all else but routed experts.
-- **Biases are kept** in the source's dtype, as `<module>.bias` beside each expert's weight. The
-  plugin does not add them yet, and refuses to serve experts with biases rather than leave them out.
+- **Biases are kept** in the source's dtype, as `<module>.bias` beside each expert's weight. If
+  gate's and up's alternate in one tensor, as GPT-OSS's do, they are split as the weights are.
 - **Experts without a gate** (up and down only: Nemotron-H) are quantized and served, with the
   model's hidden size or in a latent space of their own, whose projections stay as they are.
 - **Sizes that are no multiple of 16 are an error**: NVFP4 has one scale for 16 inputs, and a padded

@@ -18,7 +18,7 @@ from vllm.distributed.eplb.eplb_state import EplbState
 
 from quantize.nvfp4.format import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
 from vllm_nvfp4_moe.errors import RefusedError
-from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind, name_of
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -31,7 +31,7 @@ _MATRICES = {"w1": "gate", "w3": "up", "w2": "down"}
 _UNGATED = {"w1": "up", "w2": "down"}
 """The matrices of an expert, by vLLM's names for them; without a gate, w1 is up."""
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
-"""Types of weights that are quantized as they load."""
+"""Types of weights that are quantized as they load, and of biases."""
 
 _NEEDED = (
     ". The chosen kernel quantizes activations by them; use a --moe-backend that does not, or "
@@ -102,6 +102,11 @@ class ExpertLoads:
         assert layer is not None
         return layer
 
+    @property
+    def experts(self) -> int:
+        """How many the checkpoint has."""
+        return sum(each == logical for each, logical in enumerate(self._logical))
+
     def copies(self, expert: int) -> list[int]:
         """The experts that begin as the checkpoint's ``expert``: itself, and with EPLB its
         redundant copies. Empty for such a copy, which has come with the expert itself: of stacked
@@ -129,8 +134,7 @@ class ExpertLoads:
 
     def name(self, kind: TensorKind, shard: str, expert: int) -> str:
         """What messages call a tensor."""
-        suffix = EXPERT_TENSORS[kind].suffix(self.layout)
-        return f"expert {expert}, {self.matrices[shard]} ({shard}), {suffix}"
+        return f"expert {expert}, {self.matrices[shard]} ({shard}), {name_of(kind, self.layout)}"
 
     def check(
         self,
@@ -189,6 +193,21 @@ class ExpertLoads:
         if tuple(tensor.shape) != expected:
             self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
         self._count(TensorKind.CODES, shard, expert, announced)
+
+    def check_bias(
+        self, shard: str, expert: int, tensor: torch.Tensor, announced: bool = False
+    ) -> None:
+        """As :meth:`check`, for a matrix's biases ``[out]``; they must be finite floats."""
+        name = self.name(TensorKind.BIAS, shard, expert)
+        if tensor.dtype not in _PLAIN:
+            self.refuse(f"{name}: dtype {tensor.dtype}, floats are expected")
+        rows = self._sizes[shard][0]
+        if tuple(tensor.shape) != (rows,):
+            self.refuse(f"{name}: shape {list(tensor.shape)}, expected {[rows]}")
+        loaded = not announced and self._needs(TensorKind.BIAS, expert)
+        if loaded and not tensor.isfinite().all():
+            self.refuse(f"{name}: some are NaN or infinite; the checkpoint is damaged")
+        self._count(TensorKind.BIAS, shard, expert, announced)
 
     def _count(self, kind: TensorKind, shard: str, expert: int, announced: bool) -> None:
         self.on_tensor()

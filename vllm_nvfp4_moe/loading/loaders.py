@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantize.nvfp4.kernels.kernel import Quantized
 
 
-class _WeightLoader(ABC):
+class WeightLoader(ABC):
     """A ``weight_loader``, as vLLM calls it with one tensor of a checkpoint.
 
     Args:
@@ -77,7 +77,7 @@ class _WeightLoader(ABC):
         """
 
 
-class Loader(_WeightLoader):
+class Loader(WeightLoader):
     """Checks a tensor of an NVFP4 weight, and passes it to vLLM's own loader.
 
     vLLM's loader chooses its branch by words in the method's class name. For single numbers that
@@ -124,7 +124,29 @@ class Loader(_WeightLoader):
         return True
 
 
-class QuantizingLoader(_WeightLoader):
+class BiasLoader(WeightLoader):
+    """Checks a matrix's biases, and passes them to vLLM's own loader.
+
+    Ranks that share an expert add up what each makes of it, and vLLM's loader gives w2's biases to
+    all of them. So here only the first rank gets them, as in vLLM's own GPT-OSS.
+    """
+
+    def load(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        self.loads.check_bias(shard, expert, tensor, announced=param.is_meta)
+        layer = self.loads.layer
+        if shard == "w2" and layer.moe_config.tp_rank > 0:
+            tensor = torch.zeros_like(tensor)
+        return layer.weight_loader(param, tensor, name, shard, expert, True)
+
+
+class QuantizingLoader(WeightLoader):
     """The loader of the parameter for codes, where the checkpoint has weights in plain floats.
 
     vLLM's reloading calls it twice with each weight: first with a parameter on the meta device, to
