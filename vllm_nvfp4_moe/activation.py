@@ -28,6 +28,7 @@ VLLM_NAME = {
     "swiglu_step": MoEActivation.SWIGLUSTEP,
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
+    "situ": MoEActivation.SITU,
 }
 """vLLM 0.32's activation for each form of gate. w13 is loaded as all of gate, then all of up, and
 these are the variants that read it so."""
@@ -35,11 +36,15 @@ these are the variants that read it so."""
 
 def engine_gate(layer: RoutedExperts) -> str:
     """The gate that ``layer`` is set to, for messages."""
+    config = layer.moe_config
     numbers = {
         "alpha": layer.swiglu_alpha,
         "beta": layer.swiglu_beta,
         "limit": layer.swiglu_limit,
     }
+    if layer.activation == MoEActivation.SITU:
+        numbers["alpha"] = config.activation_situ_beta
+        numbers["limit"] = config.activation_situ_linear_beta
     said = ", ".join(f"{k}={v:g}" for k, v in numbers.items() if v is not None)
     return f"{layer.activation.value}({said})" if said else layer.activation.value
 
@@ -74,6 +79,9 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
     for owner in (layer, layer.moe_config):
         owner.activation = activation
         owner.swiglu_alpha, owner.swiglu_beta, owner.swiglu_limit = numbers
+    config = layer.moe_config
+    situ = (gate.alpha, gate.limit) if gate.form == "situ" else (None, None)
+    config.activation_situ_beta, config.activation_situ_linear_beta = situ
     if engine_gate(layer) != before:
         logger.info_once(
             "Experts apply the checkpoint's gate, %s, where vLLM's layer would have applied %s",

@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from quantize.experts.gates.drive import (
     MoreThanProductError,
     check_product,
     drive,
+    has_post_norm,
 )
 from quantize.experts.gates.probe import FAR, Probe
 from quantize.experts.model import (
@@ -220,7 +222,7 @@ def _gate_of(module: torch.nn.Module) -> Gate:
                 f"{where}: its gating code fails on plain numbers ({first_line(error)}). {_HELP}"
             ) from error
         if found is not None:
-            gate = Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
+            gate = replace(found, interleaved=interleaved, post_norm=has_post_norm(module))
             _check_product(module, gate, where)
             return gate
     known = ", ".join(name for name, form in FORMS.items() if form.gated == driven.gated)

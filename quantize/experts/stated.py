@@ -18,7 +18,7 @@ _NUM_EXPERTS = (
     *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     *("num_routed_experts", "num_moe_experts"),
 )
-_LATENT = ("moe_latent_size",)
+_LATENT = ("moe_latent_size", "moe_hidden_size")
 _HIDDEN = ("hidden_size", "d_model", "n_embd")
 _EXPERTS_OWN = (
     *("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),

@@ -48,6 +48,7 @@ SILU = Gate("silu")
 STEP = Gate("swiglu_step", limit=7.0)
 GELU = Gate("gelu")
 GELU_TANH = Gate("gelu_tanh")
+SITU = Gate("situ", alpha=4.0, limit=25.0)  # Kimi-K3, Inkling 2
 
 ACTIVATION = {
     "silu": MoEActivation.SILU,
@@ -55,6 +56,7 @@ ACTIVATION = {
     "swiglu_step": MoEActivation.SWIGLUSTEP,
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
+    "situ": MoEActivation.SITU,
 }
 
 _ALONE = {
@@ -159,6 +161,7 @@ def moe_config(
     if gate.form == "swiglu_oai":  # as activation.apply_contract does
         numbers = (gate.alpha, gate.beta, gate.limit)
     alpha, beta, limit = numbers
+    situ = (gate.alpha, gate.limit) if gate.form == "situ" else (None, None)
     return FusedMoEConfig(
         num_experts=experts,
         num_logical_experts=experts,
@@ -176,4 +179,6 @@ def moe_config(
         swiglu_alpha=alpha,
         swiglu_beta=beta,
         swiglu_limit=limit,
+        activation_situ_beta=situ[0],
+        activation_situ_linear_beta=situ[1],
     )

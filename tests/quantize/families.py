@@ -35,6 +35,7 @@ MAPPINGS = (
 SMALL: dict[str, Any] = {
     # the language model
     "vocab_size": 64,
+    "unpadded_vocab_size": 60,
     "vocab_size_per_layer_input": 64,
     "hidden_size": 32,
     "d_model": 32,
@@ -73,6 +74,7 @@ SMALL: dict[str, Any] = {
     "dense_intermediate_size": 64,
     "n_shared_experts": 1,
     "n_group": 1,
+    "num_expert_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 0,
     "num_dense_layers": 0,
@@ -111,6 +113,9 @@ OF_LAYERS = (
     "num_attention_heads_per_layer",
     "moe_layers",
     "no_rope_layers",
+    "kv_source_layers",
+    "indexer_types",
+    "layer_rope_theta",
     "output_attentions",
     "_name_or_path",
 )
@@ -119,6 +124,7 @@ config class derives them again."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": {"head_dim": 8},
+    "beam": {"mlp_layer_types": ["sparse"] * 2},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "deepseek_v3": {"head_dim": 8},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["sparse"] * 2}},
@@ -126,12 +132,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "text_config": {"num_experts": 4, "moe_intermediate_size": 48, "top_k_experts": 2},
         "vision_config": {"model_type": "gemma4_vision"} | TOWER,
     },
+    "dots3_note": {
+        "text_config": {"mlp_layer_types": ["sparse"] * 2},
+        "vision_config": TOWER
+        | {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+        | {"adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": TOWER | {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [48, 32],
             "rope_parameters": {"rope_theta": 1e4, "mrope_section": [3, 3, 2]},
         },
     },
+    "flint": {"mlp_only_layers": []},
     "gemma4": {"text_config": {"enable_moe_block": True}},
     "glm4v_moe": {
         "text_config": {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
@@ -142,10 +156,34 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
         "layer_types": ["full_attention"] * 2,
     },
+    "hy_v4_vl": {
+        "text_config": {
+            "mlp_layer_types": ["sparse"] * 2,
+            "rope_parameters": {"rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+    },
+    "inkling2": {
+        "text_config": {"num_hidden_layers": 4, "n_layers_per_attn_res_block": 1},
+        "vision_config": {"text_hidden_size": 32},
+    },
+    "inkling2_loop": {
+        "text_config": {
+            "num_hidden_layers": 3,
+            "n_layers_per_attn_res_block": 1,
+            "loop_layer_index_start": 1,
+            "loop_layer_index_end": 2,
+            "loop_num_passes": 2,
+        },
+        "vision_config": {"text_hidden_size": 32},
+    },
     "lfm2_moe": {"layer_types": ["full_attention"] * 2},
     "longcat_flash": {"zero_expert_num": 2, "qk_head_dim": 16, "head_dim": 8},
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "minimax_m3_vl": {"projector_hidden_size": 32},
+    "muse_spark": {
+        "text_config": {"moe_hidden_size": 64},
+        "audio_config": {"num_hidden_layers": 4},
+    },
     "qwen3_omni_moe": {
         "thinker_config": {"audio_config": {"encoder_attention_heads": 2, "output_dim": 32}},
         "talker_config": {
