@@ -56,12 +56,19 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
 
     Raises:
         ValueError: if vLLM's kernels cannot apply the gate in this layer; the message has the gate
-            and what the layer would have applied. Also if the layer's experts have biases.
+            and what the layer would have applied. Also if the layer's experts have biases, or a
+            norm after their second GEMM.
     """
     if layer.moe_config.has_bias:
         raise ValueError(
             f"{layer.layer_name}: its experts have biases, which this plugin's kernels do not add "
             "yet: refusing to serve them without"
+        )
+    if gate.post_norm:
+        raise ValueError(
+            f"{layer.layer_name}: the checkpoint's experts apply {gate}: a norm follows down_proj, "
+            "before the router's weight, and this plugin's layers have none: refusing to serve it. "
+            "vLLM's own class for the model has (Muse Spark's, from vLLM 0.33 on)"
         )
     before = engine_gate(layer)
     activation = VLLM_NAME.get(gate.form)

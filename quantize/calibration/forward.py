@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from quantize.calibration.chain import check_chain
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.routing import Routing
@@ -69,8 +70,12 @@ class LayerwiseForward:
             visitor: is shown each of its experts.
 
         Raises:
-            QuantizeError: if its experts are routed in a way that calibration does not know.
+            QuantizeError: if its experts are routed in a way that calibration does not know, or if
+                the layer is given more than the output of the one before it.
         """
+        if layer:
+            states = tuple(part[:1] for part in self._store.open_all(states_name(layer)))
+            check_chain(self._model, range(layer, layer + 1), self._samples[:1], states)
         with self._model.loaded(layer) as stand_ins, torch.no_grad():
             outputs: dict[ReplayExperts, torch.Tensor] = {}
             while (waiting := self._run_batches(layer, stand_ins, outputs)) is not None:

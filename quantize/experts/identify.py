@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
 
 from quantize.errors import QuantizeError, first_line
 from quantize.experts.gates import FORMS, Gate, Gates
@@ -83,7 +83,8 @@ def identify(
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
-            f"unknown ({first_line(error)}). {remote}{_HELP}"
+            f"unknown ({first_line(error)}). {remote}A newer Transformers than {__version__} may "
+            f"know it. {_HELP}"
         ) from error
     return identify_config(config, trust_remote_code, other_parts)
 

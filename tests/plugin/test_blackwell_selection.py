@@ -186,7 +186,18 @@ def test_a_gate_that_the_requested_backend_does_not_apply_is_refused(
     parallel = "EP2" if backend == "FLASHINFER_MOE_EP_CUTEDSL" else "single"
     pretend(monkeypatch, (12, 0) if "B12X" in backend else (10, 0))
     accepted = set()
-    gates = (SILU, M3, CLAMPED_SILU, UNLIMITED, STEP, STEP_5, STEP_UNLIMITED, GELU, GELU_TANH, *SITUS)
+    gates = (
+        SILU,
+        M3,
+        CLAMPED_SILU,
+        UNLIMITED,
+        STEP,
+        STEP_5,
+        STEP_UNLIMITED,
+        GELU,
+        GELU_TANH,
+        *SITUS,
+    )
     for gate, activation in itertools.product(gates, ACTIVATIONS):
         with set_current_vllm_config(vllm_config):
             try:

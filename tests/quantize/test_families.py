@@ -24,7 +24,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.find import find
 from quantize.experts.gates import Gate, Gates, from_contract
 from quantize.experts.identify import identify
-from tests.quantize import checkpoints, families, reference
+from tests.quantize import checkpoints, families, families_page, reference
 from tests.quantize.families import UNSUPPORTED
 
 Weights = tuple[tuple[torch.Tensor, ...], torch.Tensor]
@@ -254,6 +254,8 @@ def test_every_class_is_accounted_for() -> None:
     assert set(CLASSES) <= held
     assert set(UNSUPPORTED) <= set(CLASSES)
     assert len(CLASSES) > 60
+    newer = set(families.NEWER)
+    assert newer - set(CLASSES) == families.missing()
 
 
 @pytest.mark.parametrize("family", ["nllb_moe", "switch_transformers"])
@@ -292,8 +294,8 @@ def test_the_tiny_model_has_a_tower_where_the_family_has_one(
 
 
 def test_the_table_is_current() -> None:
-    """If this fails: python -m tests.quantize.families"""
-    assert families.FILE.read_text(encoding="utf-8") == families.page()
+    """If this fails: python -m tests.quantize.families_page"""
+    assert families_page.FILE.read_text(encoding="utf-8") == families_page.page()
 
 
 def test_gates_of_the_table() -> None:

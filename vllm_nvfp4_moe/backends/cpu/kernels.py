@@ -28,7 +28,7 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
 meaning. The order of a sum is fixed when it is compiled, so equal inputs give equal outputs."""
 
-FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "situ": 4}
+FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "situ": 5}
 """The forms of gate that :func:`_activate` has, by their numbers there."""
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
@@ -69,7 +69,7 @@ def _activate(gate: Any, up: Any, form: Any, alpha: Any, beta: Any, limit: Any) 
     if form == 3:
         up = min(max(up, -limit), limit)
         return up * min(gate / (np.float32(1) + math.exp(-gate)), limit)
-    if form == 4:
+    if form == 5:
         if limit < np.inf:
             up = limit * math.tanh(up / limit)
         return up * alpha * math.tanh(gate / alpha) / (np.float32(1) + math.exp(-gate))
