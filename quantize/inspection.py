@@ -77,8 +77,8 @@ def as_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     gates = plan.gates
     return {
         "source": str(checkpoint.folder),
-        "gate": asdict(gates.default),
-        "layer_gates": {str(number): asdict(gate) for number, gate in gates.layers.items()},
+        "gate": gates.default.fields(),
+        "layer_gates": {str(number): gate.fields() for number, gate in gates.layers.items()},
         "source_formats": sorted(checkpoint.formats),
         "layers": [group.prefix for group in plan.groups],
         "experts": [asdict(row) for row in expert_rows(checkpoint, plan)],

@@ -29,6 +29,7 @@ VLLM_NAME = {
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
     "relu2": MoEActivation.RELU2_NO_MUL,
+    "situ": MoEActivation.SITU,
 }
 """vLLM 0.32's activation for each form of gate. w13 is loaded as all of gate, then all of up, and
 these are the variants that read it so; without a gate, w13 is up alone. vLLM has no ReLU that is
@@ -37,11 +38,15 @@ not squared."""
 
 def engine_gate(layer: RoutedExperts) -> str:
     """The gate that ``layer`` is set to, for messages."""
+    config = layer.moe_config
     numbers = {
         "alpha": layer.swiglu_alpha,
         "beta": layer.swiglu_beta,
         "limit": layer.swiglu_limit,
     }
+    if layer.activation == MoEActivation.SITU:
+        numbers["alpha"] = config.activation_situ_beta
+        numbers["limit"] = config.activation_situ_linear_beta
     said = ", ".join(f"{k}={v:g}" for k, v in numbers.items() if v is not None)
     return f"{layer.activation.value}({said})" if said else layer.activation.value
 
@@ -53,8 +58,14 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
 
     Raises:
         ValueError: if vLLM's kernels cannot apply the gate in this layer; the message has the gate
-            and what the layer would have applied.
+            and what the layer would have applied. Also if a norm follows its experts' second GEMM.
     """
+    if gate.post_norm:
+        raise ValueError(
+            f"{layer.layer_name}: the checkpoint's experts apply {gate}: a norm follows down_proj, "
+            "before the router's weight, and this plugin's layers have none: refusing to serve it. "
+            "vLLM's own class for the model has (Muse Spark's, from vLLM 0.33 on)"
+        )
     before = engine_gate(layer)
     activation = VLLM_NAME.get(gate.form)
     if (
@@ -71,6 +82,9 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
     for owner in (layer, layer.moe_config):
         owner.activation = activation
         owner.swiglu_alpha, owner.swiglu_beta, owner.swiglu_limit = numbers
+    config = layer.moe_config
+    situ = (gate.alpha, gate.limit) if gate.form == "situ" else (None, None)
+    config.activation_situ_beta, config.activation_situ_linear_beta = situ
     if engine_gate(layer) != before:
         logger.info_once(
             "Experts apply the checkpoint's gate, %s, where vLLM's layer would have applied %s",

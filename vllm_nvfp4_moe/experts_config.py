@@ -188,12 +188,22 @@ class ExpertsConfig(Format, QuantizationConfig):
 
         method.process_weights_after_loading = process_weights_after_loading
 
+    def _has_its_norm(self, layer: RoutedExperts) -> bool:
+        """Whether its experts have a norm after their second GEMM, and a quantized method of vLLM's
+        class for the model, which alone can apply it."""
+        from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+
+        assert self.gates is not None
+        normed = self.gates.of(layer.layer_name).post_norm
+        return normed and not isinstance(layer.quant_method, UnquantizedFusedMoEMethod)
+
     def _check_methods(self, layers: list[RoutedExperts]) -> None:
         """Refuse the model if one of ``layers``, all that it has, is NVFP4 and not ours."""
         left_out = {
             each.layer_name: type(each.quant_method).__name__
             for each in layers
             if not is_ours(each)
+            and not self._has_its_norm(each)
             and (
                 self.weight_only(each, each.layer_name) is not None
                 or self.stored.below(each.layer_name)

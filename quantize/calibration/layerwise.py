@@ -176,12 +176,15 @@ class LayerwiseModel:
 
     def set_input(self, states: States) -> None:
         """Set the current layer's input, in the form that the layer before it returned it in."""
+        self._input.value = self.in_form(self._number - 1, states)
+
+    def in_form(self, layer: int, states: States) -> Any:
+        """Return ``states`` in the form in which ``layer``, which has run, returns its own."""
         parts = iter(part.to(self.device) for part in states)
-        form = self.return_forms[self._number - 1]
+        form = self.return_forms[layer]
         if form is None:
-            self._input.value = next(parts)
-        else:
-            self._input.value = tuple(next(parts) if there else None for there in form)
+            return next(parts)
+        return tuple(next(parts) if there else None for there in form)
 
     def call(self, tokens: torch.Tensor, part: Callable[[Any], Any] = lambda all_: all_) -> Any:
         """Call the model, and return ``part`` of its output.

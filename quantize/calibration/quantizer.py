@@ -158,6 +158,7 @@ class Quantizer:
             inputs.add(chunk.x, chunk.weights)
             assert chunk.gradient is not None
             gradient = chunk.gradient * chunk.weights.unsqueeze(1)
+            gradient = weights.product_gradient(chunk.x, gradient)
             down.add(gradient)
             gate_up.add(torch.cat(weights.gate_up_gradients(chunk.x, gradient), 1))
         return inputs, gate_up, down

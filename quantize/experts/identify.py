@@ -13,12 +13,13 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
 
 from quantize.errors import QuantizeError, first_line
 from quantize.experts.gates import FORMS, Gate, Gates
@@ -28,6 +29,7 @@ from quantize.experts.gates.drive import (
     MoreThanProductError,
     check_product,
     drive,
+    has_post_norm,
 )
 from quantize.experts.gates.probe import FAR, Probe
 from quantize.experts.layers import what_chooses
@@ -82,7 +84,8 @@ def identify(
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
-            f"unknown ({first_line(error)}). {remote}{_HELP}"
+            f"unknown ({first_line(error)}). {remote}A newer Transformers than {__version__} may "
+            f"know it. {_HELP}"
         ) from error
     return identify_config(config, trust_remote_code, other_parts)
 
@@ -235,7 +238,7 @@ def _gate_of(module: torch.nn.Module) -> Gate:
                 f"{where}: its gating code fails on plain numbers ({first_line(error)}). {_HELP}"
             ) from error
         if found is not None:
-            gate = Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
+            gate = replace(found, interleaved=interleaved, post_norm=has_post_norm(module))
             _check_product(module, gate, where)
             return gate
     known = ", ".join(name for name, form in FORMS.items() if form.gated == driven.gated)

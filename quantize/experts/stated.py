@@ -22,7 +22,7 @@ _PER_TOKEN = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk"),
     *("moe_top_k", "moe_k", "moe_router_topk", "top_k_experts", "num_selected_experts"),
 )
-_LATENT = ("moe_latent_size",)
+_LATENT = ("moe_latent_size", "moe_hidden_size")
 _HIDDEN = ("hidden_size", "d_model", "n_embd")
 _EXPERTS_OWN = (
     *("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),

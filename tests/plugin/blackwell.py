@@ -51,6 +51,7 @@ STEP = Gate("swiglu_step", limit=7.0)
 GELU = Gate("gelu")
 GELU_TANH = Gate("gelu_tanh")
 RELU2 = Gate("relu2")
+SITU = Gate("situ", alpha=4.0, limit=25.0)  # Kimi-K3, Inkling 2
 
 ACTIVATION = {
     "silu": MoEActivation.SILU,
@@ -59,6 +60,7 @@ ACTIVATION = {
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
     "relu2": MoEActivation.RELU2_NO_MUL,
+    "situ": MoEActivation.SITU,
 }
 
 _ALONE = {
@@ -164,6 +166,7 @@ def moe_config(
     if gate.form == "swiglu_oai":  # as activation.apply_contract does
         numbers = (gate.alpha, gate.beta, gate.limit)
     alpha, beta, limit = numbers
+    situ = (gate.alpha, gate.limit) if gate.form == "situ" else (None, None)
     gpu = SimpleNamespace(is_cuda_alike=lambda: True)
     with mock.patch(f"{FUSED_MOE}.config.current_platform", gpu):
         return FusedMoEConfig(
@@ -183,4 +186,6 @@ def moe_config(
             swiglu_alpha=alpha,
             swiglu_beta=beta,
             swiglu_limit=limit,
+            activation_situ_beta=situ[0],
+            activation_situ_linear_beta=situ[1],
         )

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
 from quantize.experts.gates import Gate
-from tests.plugin.blackwell import ACTIVATION, M3, moe_config
+from tests.plugin.blackwell import ACTIVATION, M3, SITU, moe_config
 from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
 EXPERTS, HIDDEN, INNER, TOKENS, TOPK = 4, 256, 128, 3, 4
@@ -17,10 +17,16 @@ OTHER = Gate("swiglu_oai", alpha=1.3, beta=0.5, limit=3.0)
 CLAMPED_SILU = Gate("swiglu_oai", alpha=1.0, beta=0.0, limit=10.0)
 UNLIMITED = Gate("swiglu_oai", alpha=1.702, beta=1.0)
 NUMBERED = (M3, OTHER, CLAMPED_SILU)
+SITU_OTHER = Gate("situ", alpha=2.0, limit=10.0)
+SITU_UNCAPPED = Gate("situ", alpha=1.5)
+SOFT = (SITU, SITU_OTHER)
 
 
 def applied(gate: Gate, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """``swiglu_oai``, as docs/users/families.md has it."""
+    """``swiglu_oai`` and ``situ``, as docs/users/families.md has them."""
+    if gate.form == "situ":
+        up = u if gate.limit is None else gate.limit * torch.tanh(u / gate.limit)
+        return gate.alpha * torch.tanh(g / gate.alpha) / (1 + torch.exp(-g)) * up
     if gate.limit is not None:
         g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
     return (u + gate.beta) * g / (1 + torch.exp(-gate.alpha * g))

@@ -28,7 +28,9 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
 meaning. The order of a sum is fixed when it is compiled, so equal inputs give equal outputs."""
 
-FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4}
+FORMS = {
+    "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
+}  # fmt: skip
 """The forms of gate that :func:`_activate` has, by their numbers there."""
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
@@ -72,6 +74,10 @@ def _activate(gate: Any, up: Any, form: Any, alpha: Any, beta: Any, limit: Any) 
     if form == 4:
         up = max(up, np.float32(0))
         return up * up
+    if form == 5:
+        if limit < np.inf:
+            up = limit * math.tanh(up / limit)
+        return up * alpha * math.tanh(gate / alpha) / (np.float32(1) + math.exp(-gate))
     inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
     return up * np.float32(0.5) * gate * (1 + math.tanh(inner))
 
