@@ -24,7 +24,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_nvfp4_moe.settings import NAME
-from vllm_nvfp4_moe.versions import installed_version
+from vllm_nvfp4_moe.versions import installed_version, minor_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,6 +50,11 @@ class Quirk:
     seen_in: tuple[str, ...]
     undone: str
     gone_when: str
+
+    def seen_here(self) -> bool:
+        """Whether it was seen in the version of vLLM that is installed."""
+        here = minor_version(installed_version() or "")
+        return here in map(minor_version, self.seen_in)
 
     def log(self) -> None:
         """Say, once in this process, that the plugin acts on it."""
@@ -136,6 +141,15 @@ SHARED_EXPERTS = Quirk(
     gone_when="the Transformers backend adds a replicated shared expert once.",
 )
 
+FLAT_EXCLUDES = Quirk(
+    name="a flat ModelOpt config lists what is not quantized as exclude_modules, which is not read",
+    what="ModelOpt writes the list as 'ignore' or as 'exclude_modules'. Where the config is not "
+    "nested in 'quantization', vLLM reads the first alone, and takes all modules for quantized.",
+    seen_in=("0.32",),
+    undone="The dict from which this package's config is made has the list under both names.",
+    gone_when="vLLM reads both, as 0.33 does.",
+)
+
 NAMED_NVFP4 = Quirk(
     name="a model counts as NVFP4 by the name of its quantization, and ours is another",
     what="ModelConfig.is_nvfp4_quantized compares --quantization with the names of vLLM's own. "
@@ -155,6 +169,7 @@ QUIRKS = (
     KERNEL_CHOICE,
     NEEDLESS_PADDING,
     SHARED_EXPERTS,
+    FLAT_EXCLUDES,
     NAMED_NVFP4,
 )
 
@@ -182,6 +197,17 @@ def count_as_nvfp4() -> None:
         return stock(as_stock)
 
     ModelConfig.is_nvfp4_quantized = is_nvfp4_quantized
+
+
+def with_ignore(config: dict[str, Any]) -> dict[str, Any]:
+    """A ``quantization_config`` of ModelOpt's in which vLLM finds the list of what is not quantized
+    (``FLAT_EXCLUDES``)."""
+    listed = config.get("exclude_modules")
+    if listed is None or "quantization" in config or "ignore" in config:
+        return config
+    if FLAT_EXCLUDES.seen_here():
+        FLAT_EXCLUDES.log()
+    return config | {"ignore": listed}
 
 
 def runner_of(layer: RoutedExperts) -> Any:

