@@ -128,7 +128,7 @@ def test_hollow_model_keeps_tokenizer_and_leaves_weights(tmp_path: Path) -> None
 
 def test_vllm_accepts_what_is_asked_of_it(tmp_path: Path) -> None:
     from vllm.benchmarks.serve import add_cli_args
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser  # which moves between versions
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = arguments(tmp_path, "--keep-running")

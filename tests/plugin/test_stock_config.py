@@ -197,6 +197,22 @@ def test_models_that_ask_for_a_name_or_a_list() -> None:
     assert "language_model.model.layers.1.self_attn" in ours.exclude_modules
 
 
+@pytest.mark.parametrize("layout", ["modelopt_fp4", "modelopt_mixed"])
+def test_a_flat_list_under_its_other_name(layout: str) -> None:
+    """ModelOpt writes either; vLLM 0.32 reads one of them. Nested, both versions read this one."""
+    flat = stored(layout)
+    flat["exclude_modules"] = flat.pop("ignore")
+    nested = flat | {"kv_cache_quant_algo": None}
+    stock: Any = get_quantization_config(layout).from_config({"quantization": nested})
+    ours: Any = NvFp4MoEConfig.from_config(flat)
+    assert ours.exclude_modules == stock.exclude_modules == both(layout)[1].exclude_modules
+    assert len(ours.exclude_modules) == len(LISTED)
+    assert "exclude_modules" in flat and "ignore" not in flat
+    flat["ignore"] = ["lm_head"]
+    ours = NvFp4MoEConfig.from_config(flat)
+    assert ours.exclude_modules == ["lm_head"]
+
+
 def test_counted_as_nvfp4(
     quantized: dict[str, Path], shallow_bf16: Path, shallow: dict[str, Path], tmp_path: Path
 ) -> None:
