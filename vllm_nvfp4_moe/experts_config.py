@@ -175,6 +175,14 @@ class ExpertsConfig(Format, QuantizationConfig):
                     "--quantization nvfp4_moe does nothing here: no routed experts of this model "
                     "are NVFP4 by its quantization_config"
                 )
+            whole = not others and config.parallel_config.pipeline_parallel_size == 1
+            if whole and not experts and (module := self.stored.expert()):
+                logger.warning(
+                    "--quantization nvfp4_moe does nothing here: %s is NVFP4, but vLLM's class for "
+                    "the model runs its experts by kernels of its own, of which this plugin checks "
+                    "neither weights nor gate",
+                    module,
+                )
             finish(layer)
 
         method.process_weights_after_loading = process_weights_after_loading

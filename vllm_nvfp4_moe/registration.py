@@ -31,17 +31,14 @@ def register() -> None:
     """
     problem = versions.unsupported_version()
     if problem and not settings.any_vllm():
-        logger.error(
-            "%s. The plugin stays out of this vLLM: with --quantization nvfp4_moe it serves a "
-            "ModelOpt folder by its own method, unchecked and perhaps with another gate, and "
-            "refuses others; all else works as without the plugin. Install a vLLM that is named "
-            "here, or try this one with %s=1 in the environment",
-            problem,
-            settings.ANY_VLLM,
-        )
+        logger.error("%s", problem)
         return
     if problem:
-        logger.warning("%s, which is tried, since %s=1", problem, settings.ANY_VLLM)
+        logger.warning(
+            "%s=1: vLLM %s is tried, with which vllm-nvfp4-moe was never run",
+            settings.ANY_VLLM,
+            versions.installed_version(),
+        )
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)

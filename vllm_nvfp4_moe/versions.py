@@ -25,11 +25,16 @@ def minor_version(version: str) -> tuple[int, ...]:
 
 
 def unsupported_version() -> str | None:
-    """What is wrong with the installed vLLM's version, None if this package was written for it."""
+    """Why the installed vLLM cannot be used, None if it can."""
     found = installed_version()
     wanted = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
     if found is None:
         return f"vllm-nvfp4-moe needs vLLM {wanted}, and found none installed"
     if minor_version(found) in SUPPORTED:
         return None
-    return f"vllm-nvfp4-moe needs vLLM {wanted}, and found {found}"
+    return (
+        f"vllm-nvfp4-moe needs vLLM {wanted}, found {found}, and stays out of this vLLM: with "
+        "--quantization nvfp4_moe it serves a ModelOpt folder by its own method, unchecked and "
+        "perhaps with another gate, and refuses others; all else works as without the plugin. "
+        f"Install vLLM {wanted}, or try this one with NVFP4_MOE_ANY_VLLM=1 in the environment"
+    )

@@ -183,6 +183,26 @@ def test_methods_of_all_other_layers(load: Load, shallow: dict[str, Path], layou
         assert found[0] == found[1], prefix
 
 
+def test_who_asks_for_what_the_user_called_the_quantization() -> None:
+    """``ModelConfig.quantization`` is our name, whatever the layout; nobody else may ask for
+    vLLM's names of it. ``NAMED_NVFP4`` answers the first question. The other two are about
+    ``hf_quant_config.json``, which our config reads itself."""
+    names = {*STOCK, "modelopt"}
+    asked: dict[str, int] = {}
+    for file in sorted(Path(vllm.__file__).parent.rglob("*.py")):
+        text = file.read_text()
+        if not any(name in text for name in names):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Compare | ast.Match):
+                continue
+            values = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            read = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+            if values & names and "quantization" in read:
+                asked[file.name] = asked.get(file.name, 0) + 1
+    assert asked == {"model.py": 3, "weight_utils.py": 2}
+
+
 def test_models_that_ask_for_a_name_or_a_list() -> None:
     """The drafting heads of Qwen3-Next leave a matrix out by the name; drafts read the lists."""
     ours, stock = both("modelopt_fp4")

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _HEAD = re.compile(r"(?:^|\.)(?:\w*head|output|output_layer|proj_out|embed_out)$")
 """Module paths of output heads, in all checkpoints that vLLM serves."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In module paths of one expert's weights."""
 
 
 class Stored:
@@ -47,6 +49,10 @@ class Stored:
     def has_head(self) -> bool:
         """Whether an output head is NVFP4, or may be."""
         return self._modules is None or any(_HEAD.search(module) for module in self._modules)
+
+    def expert(self) -> str | None:
+        """A module of a routed expert that is NVFP4; None if there is none, or nobody knows."""
+        return next((m for m in sorted(self._modules or ()) if _EXPERT.search(m)), None)
 
     def below(self, prefix: str) -> str | None:
         """A module below ``prefix`` that is NVFP4; None if there is none, or nobody knows."""
