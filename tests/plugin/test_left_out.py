@@ -95,17 +95,17 @@ def test_a_model_with_experts_of_its_own(bf16: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(experts_config.logger, "warning", lambda text, *a: said.append(text % a))
     folder = others.quantized(bf16, tmp_path / "nvfp4", layout="modelopt")
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    done: list[Any] = []
+    finish = {"process_weights_after_loading": lambda self, layer: done.append(layer)}
     for model, warned in ((folder, [True]), (bf16, [])):
         ours: Any = NvFp4MoEConfig.from_config(stored)
         ours.stored = Stored(str(model), None, "weight_scale_2")
         said.clear()
-        done: list[Any] = []
-        kind = type("Method", (), {"process_weights_after_loading": lambda _, a: done.append(a)})
-        method = kind()
+        method: Any = type("Method", (), finish)()
         with set_current_vllm_config(VllmConfig(), check_compile=False):
             ours._watch(method)
             method.process_weights_after_loading("layer")
-        assert done == ["layer"]
+        assert done.pop() == "layer"
         assert [f"{LAYERS[0]}.0.down_proj is NVFP4, but vLLM's" in text for text in said] == warned
 
 
