@@ -8,8 +8,7 @@ comes from the package index, with what it needs in another version than is inst
 Both lie in ``.test-cache`` and come first in ``PYTHONPATH``, so that processes which tests start
 have them too. Nothing is changed in the environment that is installed.
 
-Without further arguments those test files are run that import vLLM, this package's plugin or, if
-its version is another one, Transformers.
+Without further arguments those tests are run that need what is of another version.
 """
 
 from __future__ import annotations
@@ -35,6 +34,10 @@ CACHE = ROOT / ".test-cache"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 TEXT = {".py", ".jinja", ".json"}
 """What of vLLM is taken from the other version's wheel. The rest is compiled, or for compilers."""
+ROOMS = {"vllm": ("benchmarks", "engine", "plugin"), "transformers": ("quantize",)}
+"""Folders of tests that need a package, whatever they import themselves."""
+BY_NAME = ("gpu", "peers")
+"""Folders of tests that run only if they are asked for by name."""
 QUICK = (
     "tests/plugin/test_registration.py",
     "tests/plugin/test_stock_config.py",
@@ -128,16 +131,15 @@ def other_transformers(wanted: str) -> Path:
     return folder
 
 
-def tests_that_import(packages: set[str]) -> list[str]:
-    """Test files that import one of ``packages`` somewhere, in code for other processes too, and
-    those of the plugin, the engine and benchmarks, which do so by other files."""
+def tests_that_need(packages: set[str]) -> list[str]:
+    """Test files that need one of ``packages``: by their room, or because they import it somewhere,
+    in code for other processes too."""
     imports = re.compile(rf"\b(?:from|import) (?:{'|'.join(packages)})\b")
+    rooms = {room for package in packages for room in ROOMS[package]}
     found = []
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         room = file.relative_to(ROOT).parts[1]
-        if room in ("gpu", "peers"):
-            continue
-        if room in ("benchmarks", "engine", "plugin") or imports.search(file.read_text("utf-8")):
+        if room not in BY_NAME and (room in rooms or imports.search(file.read_text("utf-8"))):
             found.append(str(file.relative_to(ROOT)))
     return found
 
@@ -167,6 +169,8 @@ def main() -> int:
     parser.add_argument("--path", action="store_true", help="print PYTHONPATH, and run nothing")
     parser.add_argument("tests", nargs="*", help="arguments of pytest, instead of what is chosen")
     asked = parser.parse_args()
+    if not asked.vllm and not asked.transformers:
+        parser.error("name a version of vLLM, of Transformers, or of both")
 
     folders = []
     if asked.transformers:
@@ -186,8 +190,8 @@ def main() -> int:
 
     if asked.tests or asked.quick:
         return side_by_side(asked.tests or QUICK, [], **environment)
-    packages = {"vllm", "vllm_nvfp4_moe"} | ({"transformers"} if asked.transformers else set())
-    chosen = tests_that_import(packages)
+    named = {"vllm": asked.vllm, "transformers": asked.transformers}
+    chosen = tests_that_need({package for package, wanted in named.items() if wanted})
     plugin = [file for file in chosen if file.startswith("tests/plugin/")]
     return side_by_side([file for file in chosen if file not in plugin], plugin, **environment)
 
