@@ -39,11 +39,18 @@ ROOMS = {"vllm": ("benchmarks", "engine", "plugin"), "transformers": ("quantize"
 BY_NAME = ("gpu", "peers")
 """Folders of tests that run only if they are asked for by name."""
 QUICK = (
-    "tests/plugin/test_registration.py",
-    "tests/plugin/test_stock_config.py",
+    "tests/test_operating.py",
+    "tests/plugin/test_blackwell_selection.py",
     "tests/plugin/test_cuda_graphs.py",
+    "tests/plugin/test_layer.py",
+    "tests/plugin/test_left_out.py",
+    "tests/plugin/test_quirks.py",
+    "tests/plugin/test_selection.py",
+    "tests/plugin/test_stock_config.py",
+    "tests/plugin/test_vllm_kernels.py",
+    "tests/engine/test_engine.py::test_engine_agrees_with_transformers",
 )
-"""What CI runs with the version to come."""
+"""What CI runs."""
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def test_half_of_it_is_never_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with other_versions.whole(tmp_path / "x") as new:
         new.mkdir()
-    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+        (new / "y").touch()
+    assert [*tmp_path.rglob("*")] == [tmp_path / "x", tmp_path / "x" / "y"]
 
 
 def test_which_tests_depend_on_what() -> None:
