@@ -136,6 +136,12 @@ class ExpertsConfig(Format, QuantizationConfig):
             if weight_only is not None:
                 from vllm_nvfp4_moe.backends import choose
 
+                online = self.online_quantization_config
+                if online is not None and online.resolve_quant_method_cls(type(layer), prefix):
+                    raise RefusedError(
+                        f"{prefix}: a pattern of --quantization-config's 'targets' would quantize "
+                        "its NVFP4 experts once more; narrow the pattern"
+                    )
                 return choose(self.context, layer, weight_only)
             if module := self.stored.below(prefix):
                 raise RefusedError(
