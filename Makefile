@@ -66,7 +66,7 @@ test: $(STAMP)
 
 test-next: $(STAMP)
 	$(VENV)/bin/python -m tests.other_versions --vllm '$(VLLM)' \
-	    $(if $(TRANSFORMERS),--transformers '$(TRANSFORMERS)') $(if $(QUICK),--quick) $(TESTS)
+	    $(if $(TRANSFORMERS),--transformers '$(TRANSFORMERS)') $(if $(QUICK),--quick) $(if $(TESTS),-- $(TESTS))
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
