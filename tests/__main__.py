@@ -6,25 +6,35 @@ comes at once, theirs when it has ended.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_VLLM = ("tests/engine", "tests/plugin")
 
 
-def main() -> int:
-    """Run the tests; the result is 0 if all have passed."""
+def side_by_side(shown: Sequence[str], behind: Sequence[str], **environment: str) -> int:
+    """Run pytest twice at once, with these arguments; the result is 0 if all have passed.
+
+    Args:
+        shown: arguments of the one whose output comes at once.
+        behind: arguments of the other, whose output comes when both have ended; none: not run.
+        environment: what is set for both.
+    """
+    env = {**os.environ, **environment}
     pytest = [sys.executable, "-m", "pytest"]
-    others = [*pytest, *(f"--ignore={folder}" for folder in WITH_VLLM)]
+    if not behind:
+        return subprocess.run([*pytest, *shown], cwd=ROOT, env=env, check=False).returncode
     with tempfile.TemporaryFile() as output:
         with subprocess.Popen(
-            [*pytest, *WITH_VLLM], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT
-        ) as engines:
-            first = subprocess.run(others, cwd=ROOT, check=False).returncode
-            second = engines.wait()
+            [*pytest, *behind], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=env
+        ) as other:
+            first = subprocess.run([*pytest, *shown], cwd=ROOT, env=env, check=False).returncode
+            second = other.wait()
         output.seek(0)
         sys.stdout.flush()
         sys.stdout.buffer.write(output.read())
@@ -33,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(side_by_side([f"--ignore={folder}" for folder in WITH_VLLM], WITH_VLLM))

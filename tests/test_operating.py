@@ -40,7 +40,7 @@ def vllm_folder() -> Path:
 
 @cache
 def serve_parser() -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser  # which moves between versions
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     return make_arg_parser(FlexibleArgumentParser())

@@ -145,6 +145,12 @@ class ExpertsConfig(Format, QuantizationConfig):
                         f"{prefix}: the checkpoint has {bias}, and vLLM's class for the model "
                         "would leave its experts' biases out. Try another --model-impl"
                     )
+                online = self.online_quantization_config
+                if online is not None and online.resolve_quant_method_cls(type(layer), prefix):
+                    raise RefusedError(
+                        f"{prefix}: a pattern of --quantization-config's 'targets' would quantize "
+                        "its NVFP4 experts once more; narrow the pattern"
+                    )
                 return choose(self.context, layer, weight_only)
             if module := self.stored.below(prefix):
                 raise RefusedError(
@@ -183,6 +189,14 @@ class ExpertsConfig(Format, QuantizationConfig):
                 logger.warning(
                     "--quantization nvfp4_moe does nothing here: no routed experts of this model "
                     "are NVFP4 by its quantization_config"
+                )
+            whole = not others and config.parallel_config.pipeline_parallel_size == 1
+            if whole and not experts and (module := self.stored.expert()):
+                logger.warning(
+                    "--quantization nvfp4_moe does nothing here: %s is NVFP4, but vLLM's class for "
+                    "the model runs its experts by kernels of its own, of which this plugin checks "
+                    "neither weights nor gate",
+                    module,
                 )
             finish(layer)
 

@@ -32,7 +32,7 @@ from quantize.experts.drafting import is_drafting
 from quantize.layouts import LAYOUTS, detect
 from quantize.layouts.modelopt import MIXED, WEIGHT_ONLY, algorithm
 from quantize.layouts.modelopt import settings as fields_of
-from vllm_nvfp4_moe import settings
+from vllm_nvfp4_moe import quirks, settings
 from vllm_nvfp4_moe.experts_config import ExpertsConfig
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class ModelOpt(ExpertsConfig, ModelOptNvFp4Config):
     """ModelOpt's layout with one algorithm for all modules that are not excluded."""
 
     layout = LAYOUTS["modelopt"]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ModelOpt:
+        return super().from_config(quirks.with_ignore(config))
 
     def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
         return None if self.is_layer_excluded(prefix) else WEIGHT_ONLY.get(self.quant_method)
@@ -71,7 +75,7 @@ class ModelOptMixed(ExpertsConfig, ModelOptMixedPrecisionConfig):
         fields = fields_of(config)
         if algorithm(fields) == MIXED and not fields.get("quantized_layers"):
             return cls.__new__(cls)
-        return super().from_config(config)
+        return super().from_config(quirks.with_ignore(config))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None

@@ -24,7 +24,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_nvfp4_moe.settings import NAME
-from vllm_nvfp4_moe.versions import installed_version
+from vllm_nvfp4_moe.versions import installed_version, minor_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,6 +51,11 @@ class Quirk:
     undone: str
     gone_when: str
 
+    def seen_here(self) -> bool:
+        """Whether it was seen in the version of vLLM that is installed."""
+        here = minor_version(installed_version() or "")
+        return here in map(minor_version, self.seen_in)
+
     def log(self) -> None:
         """Say, once in this process, that the plugin acts on it."""
         logger.info_once(
@@ -65,7 +70,7 @@ GPU_ONLY_MODELS = Quirk(
     name="MiniMax-M3's own classes cannot be imported on a CPU",
     what="The classes import CUDA kernels, and vLLM says of the model that its architecture failed "
     "to be inspected. On CPUs, gpu_only.GpuOnlyModel stands in for them and says what to do.",
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="The class is registered in CPU processes only, for two architectures that no CPU runs.",
     gone_when="vLLM's classes can be imported on a CPU, or say themselves why they cannot run.",
 )
@@ -90,7 +95,7 @@ GROUPED_ROUTING = Quirk(
     name="the CPU router takes a sigmoid only in groups, and gets one group",
     what="CPURouter asserts softmax unless routing is grouped. Its grouped code knows the sigmoid "
     "and the correction bias, and with one group it computes just the ungrouped routing.",
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="Only the layer's own router object changes, and lives as long as the layer.",
     gone_when="CPURouter accepts a sigmoid without groups.",
 )
@@ -99,7 +104,7 @@ ROUTER_BIAS = Quirk(
     name="the router's correction bias is not float32, and is converted",
     what="vLLM's Transformers backend leaves the bias in the model's dtype, and vLLM's CUDA router "
     'then stops with "bias tensor must be float32".',
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="Only that tensor changes its dtype, wherever the model holds it, so that what a reload "
     "writes to it reaches the router.",
     gone_when="the Transformers backend converts the bias, or the router does.",
@@ -109,7 +114,7 @@ KERNEL_CHOICE = Quirk(
     name="kernels are chosen by the activation's name, without its numbers",
     what="vLLM asks an experts class about the activation's name alone. The order of backends, the "
     "list of those that clamp, and what --moe-backend means are inside the function that asks.",
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="The function's own code runs with one global name exchanged; vLLM's function stays.",
     gone_when="experts classes are asked about the numbers, or the order is a value of its own.",
 )
@@ -119,8 +124,8 @@ NEEDLESS_PADDING = Quirk(
     what="Humming pads all weights before it repacks them, and PyTorch copies even where nothing "
     "is padded, so that a layer's weights would be on the GPU three times. But Humming counts on "
     "the copy for global scales, which it has expanded to all rows: its kernels take contiguous "
-    "tensors only.",
-    seen_in=("0.32",),
+    "tensors only. Humming 0.1.19, for 0.33, pads in the same lines as 0.1.17.",
+    seen_in=("0.32", "0.33"),
     undone="torch.nn.functional.pad is exchanged while a layer is converted, for the thread that "
     "does so, and put back.",
     gone_when="Humming, or PyTorch, does not copy what needs no padding.",
@@ -131,9 +136,18 @@ SHARED_EXPERTS = Quirk(
     what="vLLM's Transformers backend sums routed and shared experts over tensor-parallel ranks, "
     "but replicates a shared expert whose class it cannot split (MiniMax-M3's inline gate). Seen "
     "on two CPU ranks in bf16, without this package: perplexity 22.00 for 20.08.",
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="Nothing is changed: the model is refused.",
     gone_when="the Transformers backend adds a replicated shared expert once.",
+)
+
+FLAT_EXCLUDES = Quirk(
+    name="a flat ModelOpt config lists what is not quantized as exclude_modules, which is not read",
+    what="ModelOpt writes the list as 'ignore' or as 'exclude_modules'. Where the config is not "
+    "nested in 'quantization', vLLM reads the first alone, and takes all modules for quantized.",
+    seen_in=("0.32",),
+    undone="The dict from which this package's config is made has the list under both names.",
+    gone_when="vLLM reads both, as 0.33 does.",
 )
 
 NAMED_NVFP4 = Quirk(
@@ -141,7 +155,7 @@ NAMED_NVFP4 = Quirk(
     what="ModelConfig.is_nvfp4_quantized compares --quantization with the names of vLLM's own. "
     "Passes that fuse activations with their quantization to NVFP4, at dense layers, would stay "
     "off.",
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="The method is exchanged, and answers for models of our name as it would if they had "
     "the name that vLLM gives to their layout. All other models get vLLM's own answer.",
     gone_when="vLLM asks the quantization config.",
@@ -177,6 +191,7 @@ QUIRKS = (
     KERNEL_CHOICE,
     NEEDLESS_PADDING,
     SHARED_EXPERTS,
+    FLAT_EXCLUDES,
     NAMED_NVFP4,
     UNGATED_ON_CPUS,
     GPT_OSS,
@@ -230,6 +245,17 @@ def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
             UNGATED_ON_CPUS.log()
 
     FusedMoEConfig.__post_init__ = post_init
+
+
+def with_ignore(config: dict[str, Any]) -> dict[str, Any]:
+    """A ``quantization_config`` of ModelOpt's in which vLLM finds the list of what is not quantized
+    (``FLAT_EXCLUDES``)."""
+    listed = config.get("exclude_modules")
+    if listed is None or "quantization" in config or "ignore" in config:
+        return config
+    if FLAT_EXCLUDES.seen_here():
+        FLAT_EXCLUDES.log()
+    return config | {"ignore": listed}
 
 
 def runner_of(layer: RoutedExperts) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from vllm_nvfp4_moe import versions
+from vllm_nvfp4_moe import settings, versions
 from vllm_nvfp4_moe.settings import NAME
 
 if TYPE_CHECKING:
@@ -31,12 +31,18 @@ def register() -> None:
     """Make ``--quantization nvfp4_moe`` known to vLLM. A second call does nothing.
 
     With a vLLM of another version, this logs one error and leaves vLLM as it is: other models of
-    the same installation go on working.
+    the same installation go on working. ``NVFP4_MOE_ANY_VLLM=1`` registers all the same.
     """
     problem = versions.unsupported_version()
-    if problem:
+    if problem and not settings.any_vllm():
         logger.error("%s", problem)
         return
+    if problem:
+        logger.warning(
+            "%s=1: vLLM %s is tried, with which vllm-nvfp4-moe was never run",
+            settings.ANY_VLLM,
+            versions.installed_version(),
+        )
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)

@@ -10,6 +10,7 @@ variable                     meaning
                              scales of 1.0, for kernels with 4-bit activations.
 ``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
                              (``VLLM_CACHE_ROOT``).
+``NVFP4_MOE_ANY_VLLM``       ``1`` tries a vLLM of a version that this package does not know.
 ===========================  ======================================================================
 
 Beside them, the plugin respects two variables of vLLM by which users have the activations of vLLM's
@@ -31,6 +32,7 @@ SELF_CHECK = "NVFP4_MOE_SELF_CHECK"
 HOPPER = "NVFP4_MOE_HOPPER"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
 CACHE = "NVFP4_MOE_CACHE"
+ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
 
 NVFP4 = "nvfp4"
 """A value of ``NVFP4_MOE_ACTIVATIONS``."""
@@ -64,6 +66,11 @@ def on_the_fly_activations() -> bool:
     """Whether activations are quantized too at experts that are quantized while they load
     (``NVFP4_MOE_ACTIVATIONS``)."""
     return os.environ.get(ACTIVATIONS) == NVFP4
+
+
+def any_vllm() -> bool:
+    """Whether a vLLM of an unknown version is to be tried (``NVFP4_MOE_ANY_VLLM``)."""
+    return os.environ.get(ANY_VLLM) == "1"
 
 
 def cache() -> Path | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import parallel, serving_check
 from benchmarks.serve import Load, bench_options, first_error, hollow, parser, plan, variants
 from benchmarks.serving_table import KEPT, BenchmarkError, Run, table, verdicts
 
@@ -128,7 +129,7 @@ def test_hollow_model_keeps_tokenizer_and_leaves_weights(tmp_path: Path) -> None
 
 def test_vllm_accepts_what_is_asked_of_it(tmp_path: Path) -> None:
     from vllm.benchmarks.serve import add_cli_args
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser  # which moves between versions
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = arguments(tmp_path, "--keep-running")
@@ -141,6 +142,20 @@ def test_vllm_accepts_what_is_asked_of_it(tmp_path: Path) -> None:
         served = serve.parse_args([str(variant.folder), *variant.options])
         assert served.enable_prefix_caching is False
         assert served.max_model_len >= args.input_len + args.output_len
+
+
+def test_vllm_accepts_what_other_benchmarks_ask_of_it() -> None:
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    ways = [[*way.options] for way in parallel.WAYS.values()]
+    ways += [options for way in ways if way for options in parallel.nodes(way)]
+    ways += [[*variant.options] for variant in (*serving_check.VARIANTS, serving_check.REFERENCE)]
+    assert len(ways) > 15
+    parser = make_arg_parser(FlexibleArgumentParser())
+    for options in ways:
+        asked = parser.parse_args(["MODEL", "--quantization", "nvfp4_moe", *options])
+        assert asked.quantization == "nvfp4_moe"
 
 
 def test_requests_fill_every_place_several_times() -> None:

@@ -86,7 +86,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
 
 class FlashInferActivation(enum.IntEnum):
     """``ActivationType`` of flashinfer-python 0.7.0.post1, which vLLM 0.32 asks for
-    (flashinfer/tllm_enums.py:68)."""
+    (flashinfer/tllm_enums.py:68). 0.7.2.post1, for vLLM 0.33, adds one after the last."""
 
     Gelu = 0
     Relu = 1

@@ -35,7 +35,8 @@ from tests.plugin.blackwell_layer import (
     run,
 )
 
-# Parameters of flashinfer-python 0.7.0.post1, the version that vLLM 0.32 asks for.
+# Parameters of flashinfer-python 0.7.0.post1, the version that vLLM 0.32 asks for. 0.7.2.post1, for
+# which 0.33 asks, has all of them under the same names, and more for other purposes.
 _TRTLLM = """hidden_states hidden_states_scale gemm1_weights gemm1_weights_scale gemm1_bias
     gemm1_alpha gemm1_beta gemm1_clamp_limit gemm2_weights gemm2_weights_scale gemm2_bias
     output1_scale_scalar output1_scale_gate_scalar output2_scale_scalar num_experts top_k n_group
@@ -44,7 +45,7 @@ _TRTLLM = """hidden_states hidden_states_scale gemm1_weights gemm1_weights_scale
     tune_max_num_tokens num_fused_shared_experts valid_hidden_size valid_intermediate_size
     hidden_states_scale_layout"""
 PARAMETERS = {
-    # flashinfer/fused_moe/core.py:6164, :6435, :1262
+    # flashinfer/fused_moe/core.py:6164, :6435, :1262; in 0.7.2.post1 :6330, :6606, :1277
     "trtllm_fp4_block_scale_moe": f"routing_logits routing_bias {_TRTLLM} norm_topk_prob "
     "routing_replay_out",
     "trtllm_fp4_block_scale_routed_moe": f"topk_ids routing_bias {_TRTLLM} gemm1_lora_delta",
@@ -55,7 +56,7 @@ PARAMETERS = {
         use_mxfp8_act_scaling min_latency_mode use_packed_weights use_wfp4afp8_humming
         tune_max_num_tokens enable_pdl activation_type swizzled_input_sf use_fused_finalize
         profile_ids workspace_buffer situ_beta situ_linear_beta""",
-    # flashinfer/fused_moe/cute_dsl/fused_moe.py:1384
+    # flashinfer/fused_moe/cute_dsl/fused_moe.py:1384; in 0.7.2.post1 :1865
     "cute_dsl_fused_moe_nvfp4": """x x_sf token_selected_experts token_final_scales w1_weight
         w1_weight_sf w1_alpha fc2_input_scale w2_weight w2_weight_sf w2_alpha num_experts top_k
         num_local_experts local_expert_offset output_dtype use_fused_finalize moe_output aux_stream

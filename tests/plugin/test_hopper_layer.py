@@ -100,6 +100,17 @@ def test_experts_match_the_reference(
         assert torch.equal(method.apply(layer, apart, weights, ids, None, None), out)
 
 
+def test_a_norm_on_each_experts_output_is_refused(
+    load: Load, shallow: dict[str, Path], kernel: Any
+) -> None:
+    """vLLM 0.33's Muse Spark sets one so, and a class that does not look loses it."""
+    experts = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.moe_kernel.fused_experts
+    assert experts.post_gemm2_hook is None
+    experts.post_gemm2_hook = None
+    with pytest.raises(ValueError, match=rf"{LAYER}: the model changes each expert's output"):
+        experts.post_gemm2_hook = lambda rows, output: None
+
+
 def test_each_tile_shape_is_checked(
     load: Load, shallow: dict[str, Path], kernel: Any, monkeypatch: MonkeyPatch
 ) -> None:

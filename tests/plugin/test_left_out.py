@@ -129,6 +129,32 @@ def test_a_layer_that_was_left_out(
     assert f"1 layers x 4 experts, {layout} layout; 1 more are not NVFP4, and vLLM's; " in line
 
 
+def test_a_model_with_experts_of_its_own(bf16: Path, tmp_path: Path, monkeypatch) -> None:
+    """vLLM 0.33's Flint and Step-5 run experts that are no layers of vLLM's, for some GPUs."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_nvfp4_moe import experts_config
+    from vllm_nvfp4_moe.config import NvFp4MoEConfig
+    from vllm_nvfp4_moe.loading.stored import Stored
+
+    said: list[str] = []
+    monkeypatch.setattr(experts_config.logger, "warning", lambda text, *a: said.append(text % a))
+    folder = others.quantized(bf16, tmp_path / "nvfp4", layout="modelopt")
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    done: list[Any] = []
+    finish = {"process_weights_after_loading": lambda self, layer: done.append(layer)}
+    for model, warned in ((folder, [True]), (bf16, [])):
+        ours: Any = NvFp4MoEConfig.from_config(stored)
+        ours.stored = Stored(str(model), None, "weight_scale_2")
+        said.clear()
+        method: Any = type("Method", (), finish)()
+        with set_current_vllm_config(VllmConfig(), check_compile=False):
+            ours._watch(method)
+            method.process_weights_after_loading("layer")
+        assert done.pop() == "layer"
+        assert [f"{LAYERS[0]}.0.down_proj is NVFP4, but vLLM's" in text for text in said] == warned
+
+
 def test_nothing_to_do(load: Load, tmp_path: Path, monkeypatch, summary_lines: list[str]) -> None:
     """All experts are excluded, and in bf16."""
     from vllm_nvfp4_moe import experts_config

@@ -298,6 +298,10 @@ def test_checkpoint_quantized_otherwise(load, damage) -> None:
 def test_a_request_to_quantize_the_experts_otherwise(load, shallow: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="remove 'moe' from --quantization-config"):
         load(shallow["modelopt"], quantization_config={"moe": {"activation": "nvfp4_per_token"}})
+    # vLLM 0.33 would do that with a layer of its own method.
+    targets = {"re:.*mlp.experts": "mxfp8"}
+    with pytest.raises(ValueError, match="'targets' would quantize its NVFP4 experts once more"):
+        load(shallow["modelopt"], quantization_config={"targets": targets})
 
 
 def test_published_layout_on_a_cpu(load, shallow_hub: Path, tmp_path: Path) -> None:

@@ -79,6 +79,25 @@ def test_versions(monkeypatch, caplog, found: str | None, accepted: bool) -> Non
     if errors:
         assert "needs vLLM 0.32 or 0.33" in errors[0]
         assert str(found) in errors[0] or found is None
+        assert found is None or "NVFP4_MOE_ANY_VLLM=1" in errors[0]
+
+
+def test_any_version_is_tried_if_asked_for(monkeypatch, caplog) -> None:
+    from vllm_nvfp4_moe import registration, versions
+
+    waiting: list[str] = []
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.41.0")
+    monkeypatch.setattr(registration, "when_imported", lambda name, callback: waiting.append(name))
+    monkeypatch.setattr(registration.logger, "propagate", True)
+    for value, tried in (("0", False), ("", False), ("1", True)):
+        caplog.clear()
+        monkeypatch.setenv("NVFP4_MOE_ANY_VLLM", value)
+        registration.register()
+        assert bool(waiting) == tried
+        (record,) = caplog.records
+        assert record.levelname == ("WARNING" if tried else "ERROR")
+        assert "0.41.0" in record.getMessage()
+        assert "NVFP4_MOE_ANY_VLLM=1" in record.getMessage()
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

@@ -355,6 +355,30 @@ def test_a_kernel_that_routes(load: Load, shallow: dict, monkeypatch: MonkeyPatc
     assert any(ties) and not all(ties)
 
 
+def test_a_router_that_prepares_logits(load: Load, shallow: dict, monkeypatch: MonkeyPatch) -> None:
+    """vLLM 0.33 hands a kernel what its router makes of the logits."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    routes = Routes(monkeypatch, -torch.inf, False)
+    right = routes.route
+    routes.route = lambda layer, logits: right(layer, logits - 8)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
+        load(shallow["modelopt"])
+    shift = lambda self, logits: logits + 8  # noqa: E731
+    monkeypatch.setattr(CPURouter, "prepare_monolithic_logits", shift, raising=False)
+    check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
+    assert check.skipped is None
+    assert 0 < check.worst < 6e-3
+
+
+def test_a_router_that_throws_dice(load: Load, shallow: dict, monkeypatch: MonkeyPatch) -> None:
+    """vLLM's option for measuring speed; serving goes on."""
+    Routes(monkeypatch, -torch.inf, False)
+    monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
+    check = load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
+    assert "experts are chosen at random" in check.skipped
+
+
 @pytest.mark.parametrize(("floor", "first_of_equals"), [(0.0, False), (-torch.inf, True)])
 def test_a_kernel_that_routes_wrong(
     load: Load,

@@ -183,6 +183,26 @@ def test_methods_of_all_other_layers(load: Load, shallow: dict[str, Path], layou
         assert found[0] == found[1], prefix
 
 
+def test_who_asks_for_what_the_user_called_the_quantization() -> None:
+    """``ModelConfig.quantization`` is our name, whatever the layout; nobody else may ask for
+    vLLM's names of it. ``NAMED_NVFP4`` answers the first question. The other two are about
+    ``hf_quant_config.json``, which our config reads itself."""
+    names = {*STOCK, "modelopt"}
+    asked: dict[str, int] = {}
+    for file in sorted(Path(vllm.__file__).parent.rglob("*.py")):
+        text = file.read_text()
+        if not any(name in text for name in names):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Compare | ast.Match):
+                continue
+            values = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            read = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+            if values & names and "quantization" in read:
+                asked[file.name] = asked.get(file.name, 0) + 1
+    assert asked == {"model.py": 3, "weight_utils.py": 2}
+
+
 def test_models_that_ask_for_a_name_or_a_list() -> None:
     """The drafting heads of Qwen3-Next leave a matrix out by the name; drafts read the lists."""
     ours, stock = both("modelopt_fp4")
@@ -195,6 +215,22 @@ def test_models_that_ask_for_a_name_or_a_list() -> None:
         config.apply_vllm_mapper(mapper)
     assert ours.exclude_modules == stock.exclude_modules
     assert "language_model.model.layers.1.self_attn" in ours.exclude_modules
+
+
+@pytest.mark.parametrize("layout", ["modelopt_fp4", "modelopt_mixed"])
+def test_a_flat_list_under_its_other_name(layout: str) -> None:
+    """ModelOpt writes either; vLLM 0.32 reads one of them. Nested, both versions read this one."""
+    flat = stored(layout)
+    flat["exclude_modules"] = flat.pop("ignore")
+    nested = flat | {"kv_cache_quant_algo": None}
+    stock: Any = get_quantization_config(layout).from_config({"quantization": nested})
+    ours: Any = NvFp4MoEConfig.from_config(flat)
+    assert ours.exclude_modules == stock.exclude_modules == both(layout)[1].exclude_modules
+    assert len(ours.exclude_modules) == len(LISTED)
+    assert "exclude_modules" in flat and "ignore" not in flat
+    flat["ignore"] = ["lm_head"]
+    ours = NvFp4MoEConfig.from_config(flat)
+    assert ours.exclude_modules == ["lm_head"]
 
 
 def test_counted_as_nvfp4(

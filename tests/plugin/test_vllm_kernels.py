@@ -22,6 +22,7 @@ from quantize.experts.gates import Gate
 
 LAYER = "model.layers.1.mlp.experts"
 Calls = dict[str, dict[str, Any]]
+Load = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -98,6 +99,34 @@ def test_gate_and_weights_reach_the_oracle(
     assert torch.all(given["a13_scale"] == 1) and given["a13_scale"].shape == (32, 2)
     assert torch.all(given["a2_scale"] == 1) and given["a2_scale"].shape == (32,)
     assert layer.e_score_correction_bias.dtype == torch.float32  # which vLLM's CUDA router demands
+
+
+def test_what_a_kernel_that_routes_is_given(
+    load: Load, shallow: dict[str, Path], calls: Calls
+) -> None:
+    """All that vLLM's method gives it, and what chooses experts by tokens' numbers if there is
+    such a table."""
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    method = layer.quant_method
+    given: list[dict[str, Any]] = []
+
+    def apply(*tensors: torch.Tensor, **named: Any) -> str:
+        given.append({str(number): tensor for number, tensor in enumerate(tensors)} | named)
+        return "output"
+
+    experts = SimpleNamespace(consumes_expert_mask=False)
+    method.moe_kernel = SimpleNamespace(
+        apply_monolithic=apply, is_monolithic=True, fused_experts=experts
+    )
+    x, logits, ids, table = (torch.zeros(size) for size in (1, 2, 3, 4))
+    assert method.apply_monolithic(layer, x, logits, input_ids=ids) == "output"
+    object.__setattr__(layer, "hash_indices_table", table)  # as vLLM sets it
+    assert method.apply_monolithic(layer, x, logits, input_ids=ids) == "output"
+    stock, ours = given
+    assert ours.pop("input_ids") is ids
+    assert ours.pop("hash_indices_table") is table
+    assert ours.keys() == stock.keys() > {"0", "3", "activation", "e_score_correction_bias"}
+    assert all(ours[name] is stock[name] for name in stock)
 
 
 def test_weight_only_checkpoints_have_no_input_scales(

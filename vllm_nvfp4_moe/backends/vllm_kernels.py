@@ -7,7 +7,7 @@ the weights have been checked, and kernels that would apply another gate are not
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
@@ -134,6 +134,37 @@ class VllmKernelsMethod(GpuMethod):
         if hasattr(layer, "w13_bias"):  # vLLM's config for NVFP4 has no arguments for them
             config._w1.bias, config._w2.bias = layer.w13_bias, layer.w2_bias
         return config
+
+    def apply_monolithic(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> Any:
+        table = getattr(layer, "hash_indices_table", None)  # since vLLM 0.33
+        if table is None:
+            return super().apply_monolithic(layer, x, router_logits, input_ids)
+        # Tokens choose experts by their numbers. vLLM's method for NVFP4 hands over neither; a
+        # kernel that routes by itself would go by the logits.
+        assert self.moe_kernel is not None
+        return self.moe_kernel.apply_monolithic(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            router_logits,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            num_expert_group=layer.num_expert_group,
+            topk_group=layer.topk_group,
+            e_score_correction_bias=layer.e_score_correction_bias,
+            routed_scaling_factor=layer.routed_scaling_factor,
+            routing_sink=layer.routing_sink,
+            input_ids=input_ids,
+            hash_indices_table=table,
+        )
 
     def _refuse_input_scales_that_stay(self, layer: RoutedExperts) -> None:
         # vLLM 0.32's kernel folds input scales into global scales, which load balancing moves to

@@ -15,6 +15,8 @@ _BIAS = re.compile(
     r"\d+\.\w+[._]bias|\d+\.w(?:2|13)_bias|(?:gate|up|gate_up|down)_proj_bias|w(?:2|13)_bias"
 )
 """Biases of experts, behind their module path: one expert's, or all of them."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In module paths of one expert's weights."""
 
 
 class Stored:
@@ -66,6 +68,10 @@ class Stored:
     def has_head(self) -> bool:
         """Whether an output head is NVFP4, or may be."""
         return self._modules is None or any(_HEAD.search(module) for module in self._modules)
+
+    def expert(self) -> str | None:
+        """A module of a routed expert that is NVFP4; None if there is none, or nobody knows."""
+        return next((m for m in sorted(self._modules or ()) if _EXPERT.search(m)), None)
 
     def below(self, prefix: str) -> str | None:
         """A module below ``prefix`` that is NVFP4; None if there is none, or nobody knows."""

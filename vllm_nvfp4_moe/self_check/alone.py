@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.v1.worker import workspace
 
 from vllm_nvfp4_moe.quirks import runner_of
@@ -33,8 +34,12 @@ def route(
         chosen: int ``[tokens, k]``, the global numbers of the experts that get the largest logits.
 
     Returns:
-        logits float32 ``[tokens, experts]``; the router's weights float32 ``[tokens, k]`` and its
-        choice of experts ``[tokens, k]``. All are on x's device.
+        logits float32 ``[tokens, experts]``, as vLLM would hand them to the kernel; the router's
+        weights float32 ``[tokens, k]`` and its choice of experts ``[tokens, k]``. All are on x's
+        device.
+
+    Raises:
+        NotImplementedError: if the router does not look at logits.
     """
     random = torch.Generator().manual_seed(1)
     chosen = chosen.long().cpu()
@@ -45,6 +50,8 @@ def route(
     logits = torch.where(token % 4 >= 2, tied, plain) - 12.0 * (token % 2)
     noise = torch.randn(2, *plain.shape, generator=random) * 0.02
     router = runner_of(layer).router
+    if router.routing_method_type == RoutingMethodType.Simulated:
+        raise NotImplementedError("experts are chosen at random, as is asked for")
 
     def choose(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return router.select_experts(hidden_states=x, router_logits=logits.to(x.device))
@@ -53,7 +60,9 @@ def route(
     certain = torch.stack([(first == other).all(1) for other in others]).all(0)
     logits = torch.where(certain.unsqueeze(1), logits, plain).to(x.device)
     weights, ids = choose(logits)
-    return logits, weights.float(), ids
+    # Since 0.33 a router may have the kernel see other logits than it sees itself.
+    prepare = getattr(router, "prepare_monolithic_logits", lambda logits: logits)
+    return prepare(logits), weights.float(), ids
 
 
 def run_alone(

@@ -12,6 +12,8 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Static
 
+from vllm_nvfp4_moe import settings
+from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import GROUP_ROWS
 from vllm_nvfp4_moe.kernels.hopper.kernel import Experts
 
@@ -72,6 +74,21 @@ class HopperExperts(mk.FusedMoEExpertsModular):
     """
 
     tile_shape: TileShape | None = None
+
+    @property
+    def post_gemm2_hook(self) -> None:
+        """What vLLM 0.33 has experts classes call between the second GEMM and the router's weights:
+        nothing here."""
+        return None
+
+    @post_gemm2_hook.setter
+    def post_gemm2_hook(self, hook: Any) -> None:
+        if hook is not None:
+            raise RefusedError(
+                f"{self.layer.layer_name}: the model changes each expert's output before the "
+                "router's weights are applied, which the Hopper kernel does not do; set "
+                f"{settings.HOPPER}=0"
+            )
 
     def __init__(
         self,
