@@ -1,5 +1,6 @@
 """``--work-dir``: calibration's large files elsewhere, and nobody else's touched there."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,17 @@ def test_a_work_dir_that_is_not_safe(
     with pytest.raises(QuantizeError, match=str(work)):
         calibrate(source, out, work_dir=work)
     assert {n: d for n, d in tree(tmp_path).items() if not n.startswith("out")} == before
+
+
+def test_a_work_dir_of_another_user(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name follows from the target's, so on a shared disk anyone can make it first."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    stopped(source, out, work, monkeypatch)
+    before = tree(work)
+    shutil.rmtree(out)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(QuantizeError, match=r"belongs to another user; give another --work-dir"):
+        calibrate(source, out, work_dir=work)
+    assert tree(work) == before
