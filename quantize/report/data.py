@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import types
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 from quantize.errors import QuantizeError
 
@@ -201,9 +202,30 @@ def loads(text: str | bytes) -> RunReport:
         if parts["base"]:
             base = _fields(BaseReport, parts["base"])
             parts["base"] = BaseReport(**base | {"errors": _floats(base["errors"])})
-        return RunReport(**parts)
+        run = RunReport(**parts)
+        if not _fits(run, RunReport) or any(len(x.scale_counts) != 127 for x in run.layers):
+            raise TypeError("a value of another type")
+        return run
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise QuantizeError(f"not a report of nvfp4-moe ({error!r})") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value, and all that it holds, is of the type that a class announces."""
+    inner = get_args(kind)
+    match get_origin(kind):
+        case types.UnionType:
+            return any(_fits(value, one) for one in inner)
+        case origin if origin in (list, tuple):
+            return isinstance(value, origin) and all(_fits(item, inner[0]) for item in value)
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return isinstance(value, kind) and all(  # type: ignore[arg-type]
+            _fits(getattr(value, name), hint) for name, hint in hints.items()
+        )
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _layer(value: dict[str, Any]) -> LayerReport:

@@ -34,13 +34,6 @@ MINE = {
 }
 
 
-@pytest.fixture
-def source(saved: Folders, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(saved("qwen3_moe"), tmp_path / "source"))
-    (folder / "tokenizer.json").write_text('{"of": "the source"}')
-    return folder
-
-
 def stopped(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Path:
     """A run that was interrupted once its shards were there; the folder of its record."""
 
