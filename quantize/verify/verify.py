@@ -116,6 +116,7 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
         comparison.gates,
         comparison.before,
         comparison.source.nbytes,
+        not report.problems,
     )
     return Modules(
         {module for weights in comparison.weights for module in weights.modules},
@@ -161,7 +162,9 @@ def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -
     gates = None
     with suppress(QuantizeError, LookupError):  # then it is a problem already
         gates = from_contract(target.config[KEY])
-    report.problems += report_problems(target, layout, claims, weights, gates, {}, None)
+    report.problems += report_problems(
+        target, layout, claims, weights, gates, {}, None, not report.problems
+    )
     report.notes.append("without the source, only the checkpoint's own parts were compared")
     known = {name.rpartition(".")[0] for name in target.tensors}
     return Modules(quantized_modules(target, layout), set(), base, known)
