@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tests.plugin.nemotron import EXPERTS, HIDDEN, INNER, LATENT, LAYER, STORED,
 from tests.plugin.reference import dequantize, experts_of, relu2, routed
 from tests.plugin.test_layer import relative, routing
 from tests.plugin.test_reload import check, convert_for
-from tests.plugin.test_self_check import round_activations
+from tests.plugin.test_self_check import Routes, round_activations
 from tests.quantize.plain import plainly
 from vllm_nvfp4_moe.backends.cpu import forward
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
@@ -306,6 +307,35 @@ def test_with_4_bit_activations(
         return
     with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
         load(folder)
+
+
+@pytest.mark.parametrize("wrong", [None, "not squared", "negative scores", "scaled", "no bias"])
+def test_a_kernel_that_routes(
+    load: Load, nvfp4: dict[str, Path], monkeypatch: MonkeyPatch, wrong: str | None
+) -> None:
+    """As TRT-LLM's, which gave wrong text for Nemotron-3 Nano (vLLM's issue 52308)."""
+    routes = Routes(monkeypatch, 0.0 if wrong == "negative scores" else -torch.inf, False)
+    route = routes.route
+
+    def other(layer: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if wrong == "no bias":  # for the choice
+            biased = SimpleNamespace(
+                e_score_correction_bias=torch.zeros(EXPERTS), top_k=layer.top_k
+            )
+            return route(biased, logits)
+        weights, ids = route(layer, logits)
+        return weights * (2.5 if wrong == "scaled" else 1.0), ids  # which vLLM does afterwards
+
+    monkeypatch.setattr(routes, "route", other)
+    if wrong == "not squared":
+        monkeypatch.setattr(forward, "Gate", lambda *_: Gate("relu"))
+        monkeypatch.setattr(forward.kernels, "FORMS", {})
+    if wrong is None:
+        found = load(nvfp4["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
+        assert found.skipped is None and 0 < found.worst < 6e-3
+        return
+    with pytest.raises(ValueError, match=f"{LAYER}: self-check: the CPU kernel does not compute"):
+        load(nvfp4["modelopt"])
 
 
 def shift_rows(layer: Any) -> None:
