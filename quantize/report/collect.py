@@ -47,6 +47,7 @@ def collect(
         calibration=_settings(rounded) if rounded else None,
         activations="nvfp4" if plan.options.activations else "bf16",
         input_scales=_settings(ranges) if ranges else None,
+        converted=plan.converts,
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,

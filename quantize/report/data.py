@@ -112,6 +112,8 @@ class RunReport:
         activations: ``nvfp4`` if the checkpoint says that activations are quantized too; ``bf16``
             if only weights are.
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
+        converted: some weights were NVFP4 in the source, and keep their bits and input scales. Of
+            them nothing was lost.
     """
 
     source: str
@@ -130,6 +132,7 @@ class RunReport:
     digests: dict[str, str] = field(default_factory=dict)
     activations: str = "bf16"
     input_scales: CalibrationReport | None = None
+    converted: bool = False
 
 
 def dumps(run: RunReport) -> str:
@@ -151,7 +154,8 @@ def loads(text: str | bytes) -> RunReport:
                 f"the report has version {value['version']!r} and this package reads {VERSION}; "
                 "read it with the package that wrote it"
             )
-        parts = _fields(RunReport, {"files": [], "digests": {}} | value)  # older ones have neither
+        older = {"files": [], "digests": {}, "converted": False}  # what they do not have
+        parts = _fields(RunReport, older | value)
         parts["layers"] = [_layer(layer) for layer in parts["layers"]]
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):

@@ -190,6 +190,7 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "scales": (said.scales, run.scales),
         "activations": (said.activations, run.activations == "nvfp4"),
         "rounding": (said.rounding, run.calibration.method if run.calibration else None),
+        "converted": (said.converted, run.converted),
         "text": (said.text, run.input_scales is not None),
         "linears": (
             said.linears,
