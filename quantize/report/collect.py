@@ -53,6 +53,7 @@ def collect(
         base=_base(checkpoint, plan, lost) if plan.base else None,
         kv_cache=plan.options.kv_cache,
         kv_scales={a: list(KvRanges(record.calibration).scales(a)) for a in caches},
+        converted=plan.converts,
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,

@@ -141,6 +141,8 @@ class RunReport:
         base: the linears in 8 bits, if there are any.
         kv_cache: ``fp8`` if the config asks for keys and values in FP8.
         kv_scales: by attention, the scales of its keys and values, if calibration has found any.
+        converted: some weights were NVFP4 in the source, and keep their bits and input scales. Of
+            them nothing was lost.
     """
 
     source: str
@@ -162,6 +164,7 @@ class RunReport:
     base: BaseReport | None = None
     kv_cache: str | None = None
     kv_scales: dict[str, list[float]] = field(default_factory=dict)
+    converted: bool = False
 
 
 _LATER: dict[str, Any] = {
@@ -170,6 +173,7 @@ _LATER: dict[str, Any] = {
     "base": None,
     "kv_cache": None,
     "kv_scales": {},
+    "converted": False,
 }
 """What older reports do not have."""
 

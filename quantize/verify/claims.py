@@ -218,6 +218,7 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "scales": (said.scales, run.scales),
         "activations": ("nvfp4" if said.activations else "bf16", run.activations),
         "rounding": (said.rounding, run.calibration.method if run.calibration else None),
+        "converted": (said.converted, run.converted),
         "text": (said.text, run.input_scales is not None),
         "base": (said.base, run.base.format if run.base else None),
         "kv_cache": (said.kv_cache, run.kv_cache),

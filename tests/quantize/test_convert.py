@@ -183,6 +183,12 @@ def test_bits_are_kept(way: str, to: str, activations: bool, tmp_path: Path) -> 
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     said = config["nvfp4_moe"]["made"]
     assert (said["converted"], said["activations"], said["layout"]) == (True, activations, to)
+    report = json.loads((tmp_path / "target" / "nvfp4_moe_report.json").read_text())
+    assert report["converted"] is True
+    assert {e for layer in report["layers"] for errors in layer["errors"] for e in errors} == {0.0}
+    page = (tmp_path / "target" / "nvfp4_moe_report.html").read_text()
+    assert "what was NVFP4 in SRC keeps its bits" in page
+    assert ("input scales SRC" in page) == activations
     ignored = set(config["quantization_config"]["ignore"])
     assert ignored.isdisjoint(made.made)
     assert ("lm_head" in ignored) == (way not in SUFFIXES)
