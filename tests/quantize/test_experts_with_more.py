@@ -47,3 +47,48 @@ def test_one_expert_of_a_list() -> None:
         check_product(Expert(norm=True), gate)
     with pytest.raises(MoreThanProductError, match="between"):
         check_product(Expert(), Gate("gelu").apply_stacked)
+
+
+class Declared(nn.Module):
+    """Experts that say of themselves that a norm follows, as Transformers does from 5.20 on."""
+
+    has_post_expert_norm = True
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+        self.gate_up_proj = nn.Parameter(torch.empty(4, 96, 32))
+        self.down_proj = nn.Parameter(torch.empty(4, 32, 48))
+        self.post_expert_norm = nn.RMSNorm(32)
+
+    def forward(
+        self, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        norm, final = self.post_expert_norm, torch.zeros_like(hidden_states)
+        for expert in ids.unique():
+            token, slot = torch.where(ids == expert)
+            both = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
+            gate, up = both.chunk(2, dim=-1)
+            own = nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[expert])
+            weight = weights[token, slot, None]
+            match self.place:
+                case "before the weight":
+                    own = norm(own) * weight
+                case "after the weight":
+                    own = norm(own * weight)
+                case "twice":
+                    own = norm(norm(own)) * weight
+                case _:
+                    own = own * weight
+            final.index_add_(0, token, own)
+        return norm(final) if self.place == "of the sum" else final
+
+
+def test_a_norm_that_is_declared() -> None:
+    check_product(Declared("before the weight"), Gate("silu").apply_stacked)
+
+
+@pytest.mark.parametrize("place", ["after the weight", "twice", "of the sum", "nowhere"])
+def test_a_norm_that_is_declared_and_elsewhere(place: str) -> None:
+    with pytest.raises(MoreThanProductError, match="after the last GEMM"):
+        check_product(Declared(place), Gate("silu").apply_stacked)

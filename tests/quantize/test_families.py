@@ -205,6 +205,8 @@ def test_quantized_and_put_back(
     # All else is there, bit for bit: towers, routers, shared experts.
     before, after = (reference.read_folder(tmp_path / name) for name in ("source", "target"))
     assert {name: after[name] for name in left} == {name: before[name] for name in left}
+    tower = [name for name in left if "vision" in name and ".experts." in name]
+    assert bool(tower) == (family == "dots3_note")  # of the text model's class
 
     tensors = written(tmp_path / "target")
     truth = experts_of(original)
