@@ -196,10 +196,11 @@ def main() -> int:
         if there and not requirement.specifier.contains(there, prereleases=True):
             print(f"vLLM {asked.vllm} asks for {requirement}; {there} is installed", flush=True)
 
-    if asked.tests or asked.quick:
-        return side_by_side(asked.tests or QUICK, [], **environment)
+    if asked.tests:
+        return side_by_side(asked.tests, [], **environment)
     named = {"vllm": asked.vllm, "transformers": asked.transformers}
-    chosen = tests_that_need({package for package, wanted in named.items() if wanted})
+    needed = {package for package, wanted in named.items() if wanted}
+    chosen = QUICK if asked.quick else tests_that_need(needed)
     plugin = [file for file in chosen if file.startswith("tests/plugin/")]
     return side_by_side([file for file in chosen if file not in plugin], plugin, **environment)
 
