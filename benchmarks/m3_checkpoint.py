@@ -211,9 +211,9 @@ def _planned(model: Model, layout: str) -> tuple[Files, dict[str, Any], dict[str
     files = [steps.outputs(i) for i in range(len(steps.shards))]
     config = model.config() | {
         KEY: to_contract(steps.gates.concatenated()) | {FIELD: record_of(steps.options)},
-        "quantization_config": steps.layout.quantization_config(steps.ignore),
+        "quantization_config": steps.layout.quantization_config(steps.ignore, steps.beside),
     }
-    return files, config, steps.layout.extra_files(steps.ignore)
+    return files, config, steps.layout.extra_files(steps.ignore, steps.beside)
 
 
 def _write_file(path: Path, outputs: Sequence[TensorInfo], bits: np.random.SFC64) -> None:

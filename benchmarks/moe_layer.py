@@ -39,8 +39,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.moe_layer_inputs import Batch, Stored, apart, batch, batches, plain, random_weights
+from benchmarks.moe_layer_inputs import (
+    Batch,
+    Biases,
+    Stored,
+    apart,
+    batch,
+    batches,
+    plain,
+    random_biases,
+    random_weights,
+)
 from benchmarks.moe_layer_table import (
+    MORE,
     SHAPES,
     TITLES,
     Shape,
@@ -225,11 +236,16 @@ def measure_row(
 
 
 def check_outputs(
-    shape: Shape, w13: Stored, w2: Stored, layers: Mapping[str, Layer], given: Batch
+    shape: Shape,
+    w13: Stored,
+    w2: Stored,
+    layers: Mapping[str, Layer],
+    given: Batch,
+    biases: Biases | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """Relative errors of all pairs, plain float32 arithmetic among them; which are too large."""
     outs = {name: layer(given).float().clone() for name, layer in layers.items()}
-    outs["plain"] = plain(shape, w13, w2, given)
+    outs["plain"] = plain(shape, w13, w2, given, biases)
     names = list(outs)
     errors = {
         f"{one}/{other}": apart(outs[one], outs[other])
@@ -274,12 +290,13 @@ class Runner:
         where = f"{shape.name} tp{shape.tp}"
         generator = torch.Generator(self.device).manual_seed(0)
         w13, w2 = random_weights(shape, generator)
+        biases = random_biases(shape, generator)
         saved: dict[str, Any] = {"shape": asdict(shape), "kernels": {}, "errors": {}, "rows": []}
         layers: dict[str, Layer] = {}
         for name in self.args.kernels:
             begin = time.monotonic()
             try:
-                layers[name] = build(shape, w13, w2, WAYS[self.device.type][name])
+                layers[name] = build(shape, w13, w2, WAYS[self.device.type][name], biases)
             except Exception as error:
                 self.wrong(f"{where}: {name}: {type(error).__name__}: {str(error)[:1000]}")
                 if name == "ours":
@@ -291,7 +308,7 @@ class Runner:
         self.run["shapes"].append(saved)
         try:
             given = batch(shape, CHECKED, self.args.skewed, generator)
-            saved["errors"], problems = check_outputs(shape, w13, w2, layers, given)
+            saved["errors"], problems = check_outputs(shape, w13, w2, layers, given, biases)
         except Exception as error:
             problems = [f"{type(error).__name__}: {str(error)[:1000]}"]
         for problem in problems:
@@ -354,7 +371,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    every = {**SHAPES, **MORE}
+    parser.add_argument("--shapes", nargs="+", choices=every, default=list(SHAPES))
     parser.add_argument("--tp", nargs="+", type=int, choices=(1, 2, 4, 8), default=[1, 2, 4, 8])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--kernels", nargs="+", choices=TITLES, default=list(TITLES))
@@ -397,7 +415,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for name in args.shapes:
                     if runner.late():
                         break
-                    runner.shape(SHAPES[name].slice(tp))
+                    shape = {**SHAPES, **MORE}[name]
+                    if not shape.divides(tp):
+                        print(f"\n{name} has no slices of whole blocks for {tp} ranks: left out")
+                        continue
+                    runner.shape(shape.slice(tp))
                     gc.collect()
                     if args.device == "cuda":
                         torch.cuda.empty_cache()

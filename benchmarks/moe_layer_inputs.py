@@ -58,7 +58,7 @@ class Stored(NamedTuple):
 
 
 def random_weights(shape: Shape, generator: torch.Generator) -> tuple[Stored, Stored]:
-    """Gate above up, and down: random codes, block scales from 1 to 15.
+    """Gate above up, or without a gate up alone, and down: random codes, block scales from 1 to 15.
 
     What goes into the gate has a standard deviation of about 3, half or twice that for some
     experts; outputs are about as large.
@@ -85,17 +85,40 @@ def random_weights(shape: Shape, generator: torch.Generator) -> tuple[Stored, St
             (round(math.log2(std / unit)) + spread).exp2(),
         )
 
-    w13 = matrices(2 * shape.intermediate, shape.hidden, 3 / math.sqrt(shape.hidden))
+    rows = (shape.matrices - 1) * shape.intermediate
+    w13 = matrices(rows, shape.hidden, 3 / math.sqrt(shape.hidden))
     return w13, matrices(shape.hidden, shape.intermediate, 0.5 / math.sqrt(shape.intermediate))
 
 
-def plain(shape: Shape, w13: Stored, w2: Stored, given: Batch) -> torch.Tensor:
+Biases = tuple[torch.Tensor, torch.Tensor]
+"""Of w13 and of w2: bf16 ``[experts, rows]``."""
+
+
+def random_biases(shape: Shape, generator: torch.Generator) -> Biases | None:
+    """As large as half of what they are added to; None for experts without."""
+    if not shape.biased:
+        return None
+
+    def draw(rows: int, std: float) -> torch.Tensor:
+        noise = torch.randn(shape.experts, rows, device=generator.device, generator=generator)
+        return (std * noise).bfloat16()
+
+    return draw((shape.matrices - 1) * shape.intermediate, 1.5), draw(shape.hidden, 0.5)
+
+
+def plain(
+    shape: Shape, w13: Stored, w2: Stored, given: Batch, biases: Biases | None = None
+) -> torch.Tensor:
     """The routed experts' output in float32, ``[tokens, hidden]``."""
     out = torch.zeros_like(given.x, dtype=torch.float32)
     for expert in given.ids.unique().tolist():
         token, slot = (given.ids == expert).nonzero(as_tuple=True)
-        middle = shape.gate.apply_stacked(given.x[token].float() @ w13.weight(expert).T)
-        result = middle @ w2.weight(expert).T
+        both = given.x[token].float() @ w13.weight(expert).T
+        if biases is not None:
+            both += biases[0][expert].float()
+        result = shape.gate.apply_stacked(both) @ w2.weight(expert).T
+        if biases is not None:
+            result += biases[1][expert].float()
         out.index_add_(0, token, result * given.weights[token, slot].unsqueeze(1))
     return out
 

@@ -28,7 +28,7 @@ SILU = Gate("silu")
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer's sizes on one rank of ``tp``; ``top_k`` experts a token."""
+    """A layer's sizes on one rank of ``tp``; ``top_k`` experts a token, which may have biases."""
 
     name: str
     experts: int
@@ -37,6 +37,11 @@ class Shape:
     top_k: int
     gate: Gate = SILU
     tp: int = 1
+    biased: bool = False
+
+    def divides(self, tp: int) -> bool:
+        """Whether the slices of so many ranks are whole blocks of 16."""
+        return self.intermediate % (16 * tp) == 0
 
     def slice(self, tp: int) -> Shape:
         """One rank's."""
@@ -45,15 +50,31 @@ class Shape:
     @property
     def weights(self) -> int:
         """Of one expert."""
-        return 3 * self.hidden * self.intermediate
+        return self.matrices * self.hidden * self.intermediate
+
+    @property
+    def matrices(self) -> int:
+        """Of one expert: gate, if there is one, up and down."""
+        return 3 if self.gate.gated else 2
 
 
+CLAMPED = Gate("swiglu_oai", 1.702, 1.0, 7.0)
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("minimax-m3", 128, 6144, 3072, 4, Gate("swiglu_oai", 1.702, 1.0, 7.0)),
+        Shape("minimax-m3", 128, 6144, 3072, 4, CLAMPED),
         Shape("qwen3-235b", 128, 4096, 1536, 8),
         Shape("deepseek-v3", 256, 7168, 2048, 8),
+    )
+}
+"""Those that are timed if nobody asks for others."""
+MORE = {
+    shape.name: shape
+    for shape in (
+        Shape("nemotron-3-nano", 128, 2688, 1856, 6, Gate("relu2")),
+        Shape("gpt-oss-120b", 128, 2880, 2880, 4, CLAMPED, biased=True),
+        # What biases cost is the difference.
+        Shape("gpt-oss-120b-unbiased", 128, 2880, 2880, 4, CLAMPED),
     )
 }
 
@@ -192,6 +213,7 @@ def title(shape: Shape) -> str:
     return (
         f"{shape.name}, tensor parallel {shape.tp}: {shape.experts} experts, "
         f"{shape.hidden} x {shape.intermediate}, top {shape.top_k}, {shape.gate}"
+        + (", biases" if shape.biased else "")
     )
 
 

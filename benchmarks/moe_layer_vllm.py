@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.moe_layer_inputs import Batch, Stored
+from benchmarks.moe_layer_inputs import Batch, Biases, Stored
 from benchmarks.moe_layer_table import Shape
 from quantize.experts.gates import Gates
 from quantize.layouts import LAYOUTS
@@ -117,7 +117,7 @@ def one_rank(device: torch.device) -> Iterator[None]:
             destroy_distributed_environment()
 
 
-def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
+def build(shape: Shape, w13: Stored, w2: Stored, way: Way, biases: Biases | None = None) -> Layer:
     """vLLM's layer with these weights, converted for its kernel; quantized by this package's
     method, unless ``way`` is that of bf16.
 
@@ -132,7 +132,10 @@ def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
 
     device, gate = w13.codes.device, shape.gate
-    quantization, told = None, {}
+    quantization: Any = None
+    told: dict[str, Any] = {}
+    if not gate.gated:  # as vLLM's Nemotron-H says it
+        told = {"activation": "relu2_no_mul", "ckpt_names": ("up_proj", "down_proj", None)}
     if way.method != "UnquantizedFusedMoEMethod":
         quantization = NvFp4MoEConfig.from_config(LAYOUTS["modelopt"].quantization_config([]))
         quantization.gates = Gates.uniform(gate)
@@ -155,12 +158,13 @@ def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
             intermediate_size=shape.intermediate,
             params_dtype=torch.bfloat16,
             quant_config=quantization,
+            has_bias=shape.biased,
             prefix="model.layers.0.mlp.experts",
             **told,
         )
         layer = Layer(runner.routed_experts, config)
         layer.check(way)
-        fill(layer.experts, w13, w2)
+        fill(layer.experts, w13, w2, biases)
         if loads := getattr(layer.method, "loads", None):
             # Weights came all at once, not through loaders that count them.
             loads.complete = lambda: None
@@ -168,9 +172,11 @@ def build(shape: Shape, w13: Stored, w2: Stored, way: Way) -> Layer:
     return layer
 
 
-def fill(experts: Any, w13: Stored, w2: Stored) -> None:
+def fill(experts: Any, w13: Stored, w2: Stored, biases: Biases | None = None) -> None:
     """Put the weights where a checkpoint's would be, as they are or dequantized."""
     parameters = dict(experts.named_parameters())
+    for prefix, bias in zip(("w13", "w2"), biases or (), strict=False):
+        parameters[f"{prefix}_bias"].data.copy_(bias)
     for prefix, stored in (("w13", w13), ("w2", w2)):
         weight = parameters[f"{prefix}_weight"].data
         if weight.dtype == torch.bfloat16:

@@ -6,7 +6,8 @@ Compiles every CUDA source of both checkouts for sm_90a, disassembles it, and co
 kernel by kernel: the instructions with their encodings and constant-bank offsets (so that the
 layout of a kernel's parameters counts), and the registers, shared memory and constant memory that
 it takes. A kernel's name does not count: one that has no namesake is paired with one that has its
-code. Exits with 1 if any kernel differs or has no partner.
+code. Exits with 1 if any kernel differs or has no partner. What the first checkout has no source
+for, as a new form of experts, is named and not compared.
 
 Needs nvcc and cuobjdump (of the CUDA toolkit, or Triton's), but no GPU.
 """
@@ -34,6 +35,13 @@ import json
 try:
     from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
     found = {name: kernel.source() for name, kernel in KERNELS.items()}
+    try:
+        from vllm_nvfp4_moe.kernels.hopper.source import Form
+        for form in (Form(gated=False), Form(biased=True), Form(gated=False, biased=True)):
+            for name, kernel in KERNELS.items():
+                found[f"{name}, {form}"] = kernel.source(form)
+    except ImportError:  # before there were forms
+        pass
 except ImportError:  # checkouts of 2026-11-29 and before
     from vllm_nvfp4_moe.kernels import hopper_fp8, hopper_moe
     found = {"bf16": hopper_moe.source(), "fp8": hopper_fp8.source()}
@@ -121,6 +129,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         one, other = (sources(path.resolve()) for path in (options.before, options.after))
         for file in sorted({*one, *other}):
+            if file not in one:
+                print(f"{file}: only in {options.after}")
+                continue
             listings = [
                 kernels(compiled(s[file], folder)) if file in s else {} for s in (one, other)
             ]

@@ -20,7 +20,7 @@ from quantize.errors import QuantizeError
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run.cluster import check_threads, make_shards_on_ray
-from quantize.run.finish import digests, finish, is_finished, written_names
+from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -105,6 +105,7 @@ def execute(
         str(checkpoint.folder),
         {str(file.resolve()): file.stat().st_mtime_ns for file in checkpoint.files},
         names=written_names(plan, others),
+        shards=shard_stamps(plan),
         settings=plan.settings(checkpoint),
         identity=identity,
         work=work_dir,

@@ -63,6 +63,7 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
 def other_rows(checkpoint: Checkpoint, plan: Plan) -> list[OtherRow]:
     """One row for each kind of tensor that stays as it is, largest first."""
     quantized = tensor_names_of(plan.groups) | {name for names in plan.dense for name in names}
+    quantized.update(plan.base)
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         if name not in quantized:
@@ -76,12 +77,15 @@ def as_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     gates = plan.gates
     return {
         "source": str(checkpoint.folder),
-        "gate": asdict(gates.default),
-        "layer_gates": {str(number): asdict(gate) for number, gate in gates.layers.items()},
+        "gate": gates.default.fields(),
+        "layer_gates": {str(number): gate.fields() for number, gate in gates.layers.items()},
         "source_formats": sorted(checkpoint.formats),
         "layers": [group.prefix for group in plan.groups],
         "experts": [asdict(row) for row in expert_rows(checkpoint, plan)],
         "dense_linears": sum(map(len, plan.dense)),
+        "base": plan.options.base,
+        "base_linears": len(plan.base),
+        "kv_cache": plan.options.kv_cache,
         "unchanged": [asdict(row) for row in other_rows(checkpoint, plan)],
         "notes": list(plan.notes),
         "bytes_before": checkpoint.nbytes,

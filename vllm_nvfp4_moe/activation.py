@@ -28,18 +28,25 @@ VLLM_NAME = {
     "swiglu_step": MoEActivation.SWIGLUSTEP,
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
+    "relu2": MoEActivation.RELU2_NO_MUL,
+    "situ": MoEActivation.SITU,
 }
 """vLLM 0.32's activation for each form of gate. w13 is loaded as all of gate, then all of up, and
-these are the variants that read it so."""
+these are the variants that read it so; without a gate, w13 is up alone. vLLM has no ReLU that is
+not squared."""
 
 
 def engine_gate(layer: RoutedExperts) -> str:
     """The gate that ``layer`` is set to, for messages."""
+    config = layer.moe_config
     numbers = {
         "alpha": layer.swiglu_alpha,
         "beta": layer.swiglu_beta,
         "limit": layer.swiglu_limit,
     }
+    if layer.activation == MoEActivation.SITU:
+        numbers["alpha"] = config.activation_situ_beta
+        numbers["limit"] = config.activation_situ_linear_beta
     said = ", ".join(f"{k}={v:g}" for k, v in numbers.items() if v is not None)
     return f"{layer.activation.value}({said})" if said else layer.activation.value
 
@@ -51,12 +58,13 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
 
     Raises:
         ValueError: if vLLM's kernels cannot apply the gate in this layer; the message has the gate
-            and what the layer would have applied. Also if the layer's experts have biases.
+            and what the layer would have applied. Also if a norm follows its experts' second GEMM.
     """
-    if layer.moe_config.has_bias:
+    if gate.post_norm:
         raise ValueError(
-            f"{layer.layer_name}: its experts have biases, which this plugin's kernels do not add "
-            "yet: refusing to serve them without"
+            f"{layer.layer_name}: the checkpoint's experts apply {gate}: a norm follows down_proj, "
+            "before the router's weight, and this plugin's layers have none: refusing to serve it. "
+            "vLLM's own class for the model has (Muse Spark's, from vLLM 0.33 on)"
         )
     before = engine_gate(layer)
     activation = VLLM_NAME.get(gate.form)
@@ -64,7 +72,7 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
         activation is None
         or gate.interleaved
         or not _has_kernel(gate)
-        or not layer.moe_config.is_act_and_mul
+        or activation.is_gated != layer.moe_config.is_act_and_mul
     ):
         raise ValueError(
             f"{layer.layer_name}: the checkpoint's experts apply {gate}, vLLM's layer would apply "
@@ -74,6 +82,9 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
     for owner in (layer, layer.moe_config):
         owner.activation = activation
         owner.swiglu_alpha, owner.swiglu_beta, owner.swiglu_limit = numbers
+    config = layer.moe_config
+    situ = (gate.alpha, gate.limit) if gate.form == "situ" else (None, None)
+    config.activation_situ_beta, config.activation_situ_linear_beta = situ
     if engine_gate(layer) != before:
         logger.info_once(
             "Experts apply the checkpoint's gate, %s, where vLLM's layer would have applied %s",

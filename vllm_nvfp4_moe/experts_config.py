@@ -43,7 +43,7 @@ class ExpertsConfig(Format, QuantizationConfig):
     """
 
     gates: Gates | None = None
-    stored: Stored
+    stored = Stored(None)
     num_layers: int | None = None
     drafts = False
     _watched = False
@@ -88,6 +88,7 @@ class ExpertsConfig(Format, QuantizationConfig):
         from quantize.experts.gates import KEY, from_contract
         from quantize.experts.identify import identify, identify_config
         from vllm_nvfp4_moe import gpu_only
+        from vllm_nvfp4_moe.loading import gpt_oss
 
         super().maybe_update_config(model_name, hf_config, revision)
         online = self.online_quantization_config  # from the user's --quantization-config
@@ -116,7 +117,10 @@ class ExpertsConfig(Format, QuantizationConfig):
                     # vLLM has config classes of its own, MiniMax-M3's among them.
                     gates = identify(model_name)
                 # NVFP4 layouts store gate and up apart; plain floats may be as the class has them.
-                self.gates = gates if self.on_the_fly else gates.concatenated()
+                is_gpt_oss = getattr(text, "model_type", None) == gpt_oss.TYPE
+                self.gates = gates if self.on_the_fly and not is_gpt_oss else gates.concatenated()
+                if is_gpt_oss and self.layout.name == "compressed-tensors":
+                    gpt_oss.doubt(model_name)
                 logger.info("%s has no gate contract; its class applies %s", model_name, self.gates)
         except QuantizeError as error:
             raise ValueError(
@@ -136,6 +140,11 @@ class ExpertsConfig(Format, QuantizationConfig):
             if weight_only is not None:
                 from vllm_nvfp4_moe.backends import choose
 
+                if not layer.moe_config.has_bias and (bias := self.stored.bias(prefix)):
+                    raise RefusedError(
+                        f"{prefix}: the checkpoint has {bias}, and vLLM's class for the model "
+                        "would leave its experts' biases out. Try another --model-impl"
+                    )
                 online = self.online_quantization_config
                 if online is not None and online.resolve_quant_method_cls(type(layer), prefix):
                     raise RefusedError(
@@ -193,12 +202,22 @@ class ExpertsConfig(Format, QuantizationConfig):
 
         method.process_weights_after_loading = process_weights_after_loading
 
+    def _has_its_norm(self, layer: RoutedExperts) -> bool:
+        """Whether its experts have a norm after their second GEMM, and a quantized method of vLLM's
+        class for the model, which alone can apply it."""
+        from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+
+        assert self.gates is not None
+        normed = self.gates.of(layer.layer_name).post_norm
+        return normed and not isinstance(layer.quant_method, UnquantizedFusedMoEMethod)
+
     def _check_methods(self, layers: list[RoutedExperts]) -> None:
         """Refuse the model if one of ``layers``, all that it has, is NVFP4 and not ours."""
         left_out = {
             each.layer_name: type(each.quant_method).__name__
             for each in layers
             if not is_ours(each)
+            and not self._has_its_norm(each)
             and (
                 self.weight_only(each, each.layer_name) is not None
                 or self.stored.below(each.layer_name)

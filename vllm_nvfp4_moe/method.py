@@ -3,12 +3,16 @@
 A backend's method inherits :class:`NvFp4MoEMethod` and adds the kernel. What it finds in a layer
 when ``prepare`` is called is this, whatever the checkpoint's layout was:
 
-* ``w13_weight`` uint8 ``[experts, 2 * intermediate, hidden / 2]``: all of gate, then all of up;
-* ``w13_weight_scale`` float8_e4m3fn ``[experts, 2 * intermediate, hidden / 16]``;
-* ``w13_weight_scale_2`` float32 ``[experts, 2]``: the global scale, which multiplies. Gate's and
-  up's are equal;
-* ``w13_input_scale`` float32 ``[experts, 2]``: absent in weight-only checkpoints;
-* the same with ``w2``, ``[experts, hidden, intermediate]``, without the axis of two.
+* ``w13_weight`` uint8 ``[experts, parts * intermediate, hidden / 2]``: all of gate, then all of up,
+  so that ``parts`` is 2; without a gate, up alone, and 1;
+* ``w13_weight_scale`` float8_e4m3fn ``[experts, parts * intermediate, hidden / 16]``;
+* ``w13_weight_scale_2`` float32 ``[experts, parts]``: the global scale, which multiplies. Gate's
+  and up's are equal;
+* ``w13_input_scale`` float32 ``[experts, parts]``: absent in weight-only checkpoints;
+* the same with ``w2``, ``[experts, hidden, intermediate]``, without the axis of parts;
+* ``w13_bias`` ``[experts, parts * intermediate]`` and ``w2_bias`` ``[experts, hidden]`` in the
+  model's dtype, if vLLM's model has any. Of ranks that share an expert, all but the first have
+  zeros for ``w2_bias``, since the ranks' outputs are added up.
 
 Those are the names that vLLM's ``modelopt_fp4`` uses, and that its conversions for kernels expect.
 """
@@ -31,8 +35,9 @@ from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.context import ModelContext
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.interface import ExpertsBackend
+from vllm_nvfp4_moe.loading import gpt_oss
 from vllm_nvfp4_moe.loading.checks import ExpertLoads, fold_global_scales
-from vllm_nvfp4_moe.loading.loaders import Loader, QuantizingLoader
+from vllm_nvfp4_moe.loading.loaders import BiasLoader, Loader, QuantizingLoader
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 from vllm_nvfp4_moe.reload import Kept
 
@@ -68,7 +73,7 @@ class NvFp4MoEMethod(ExpertsBackend):
         self.weight_only = weight_only
         self.gate = context.gates.of(layer.layer_name)
         self._kinds = tuple(
-            kind for kind in TensorKind if kind != TensorKind.INPUT_SCALE or not weight_only
+            kind for kind in EXPERT_TENSORS if kind != TensorKind.INPUT_SCALE or not weight_only
         )
 
     def uses_weight_scale_2_pattern(self) -> bool:
@@ -101,24 +106,28 @@ class NvFp4MoEMethod(ExpertsBackend):
         on_the_fly = self.context.format.on_the_fly
         summary = self.context.summary
         summary.built()
+        biases = (TensorKind.BIAS,) if layer.moe_config.has_bias else ()
         self.loads = ExpertLoads(
             layer,
             self.layout,
-            (TensorKind.CODES,) if on_the_fly else kinds,
+            (*((TensorKind.CODES,) if on_the_fly else kinds), *biases),
             self.global_input_scales,
             summary.begins,
+            input_scales=self.quantizes_activations,
         )
+        gpt_oss.load_by_parameter(layer)
         loaders = {kind: Loader(self.loads, kind) for kind in kinds}
         quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
 
         unpadded = extra_weight_attrs.get("unpadded_hidden_size") or hidden_size
-        inner = intermediate_size_per_partition
-        for prefix, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
+        inner, parts = intermediate_size_per_partition, layer.moe_config.w13_num_shards
+        sizes = (("w13", parts * inner, hidden_size), ("w2", hidden_size, inner))
+        for prefix, rows, columns in sizes:
             for kind in kinds:
                 tensor = EXPERT_TENSORS[kind]
                 shape = tensor.shape(rows, columns)
                 if tensor.per_matrix and prefix == "w13":
-                    shape = (2,)  # gate's and up's, which are two matrices
+                    shape = (parts,)  # one for each matrix
                 experts = num_experts
                 if kind == TensorKind.INPUT_SCALE and self.global_input_scales:
                     experts = extra_weight_attrs["global_num_experts"]
@@ -136,6 +145,13 @@ class NvFp4MoEMethod(ExpertsBackend):
                     attributes["weight_loader_numel"] = 0
                 elif not tensor.per_matrix:
                     attributes["weight_loader_numel"] = data.numel() * unpadded // hidden_size
+                set_weight_attrs(param, attributes)
+            if biases:
+                data = torch.empty(num_experts, rows, dtype=params_dtype)
+                param = torch.nn.Parameter(data, requires_grad=False)
+                layer.register_parameter(f"{prefix}_bias", param)
+                numel = data.numel() * unpadded // hidden_size if prefix == "w2" else data.numel()
+                attributes = {"weight_loader": BiasLoader(self.loads), "weight_loader_numel": numel}
                 set_weight_attrs(param, attributes)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
@@ -171,10 +187,11 @@ class NvFp4MoEMethod(ExpertsBackend):
                 "--tensor-parallel-size 1, or a layout that vLLM has a model of its own for"
             )
         dummy = self._dummy and not self.reloading
-        if not dummy:
-            self.loads.complete()
+        lacking = [] if dummy else self.loads.complete()
+        if lacking:
+            self.context.summary.lacks_input_scales(f"{layer.layer_name}: {lacking[0]}")
         self._canonicalize(layer)
-        self._complete_made_up(layer, dummy)
+        self._complete_made_up(layer, dummy, bool(lacking))
         self.prepare_router(layer)
         sample = None
         if not dummy:
@@ -188,9 +205,13 @@ class NvFp4MoEMethod(ExpertsBackend):
             kept.restore(layer, self)
         self.context.summary.loaded(layer, self)
 
-    def _complete_made_up(self, layer: RoutedExperts, dummy: bool) -> None:
+    def _complete_made_up(self, layer: RoutedExperts, dummy: bool, lacking: bool) -> None:
         """Fill what did not come from a checkpoint: padding, input scales of weights that were
-        quantized as they loaded, and with ``--load-format dummy`` everything."""
+        quantized as they loaded, and with ``--load-format dummy`` everything.
+
+        Args:
+            lacking: some input scales did not come, and the kernel uses none.
+        """
         config = layer.moe_config
         hidden = config.hidden_dim_unpadded or config.hidden_dim
         if dummy:
@@ -200,7 +221,8 @@ class NvFp4MoEMethod(ExpertsBackend):
                 getattr(layer, f"{prefix}_weight").data.random_(0, 256, generator=fixed)
                 getattr(layer, f"{prefix}_weight_scale").data.fill_(1)
                 getattr(layer, f"{prefix}_weight_scale_2").data.fill_(2**-7)
-        if (dummy or self.context.format.on_the_fly) and not self.weight_only:
+        made_up = dummy or lacking or self.context.format.on_the_fly
+        if made_up and not self.weight_only:
             for prefix in ("w13", "w2"):
                 # With global scales, also those of experts of other ranks.
                 getattr(layer, f"{prefix}_input_scale").data.fill_(NO_RANGE)
@@ -209,6 +231,8 @@ class NvFp4MoEMethod(ExpertsBackend):
             columns = tensor.shape(1, hidden)[1]
             getattr(layer, f"w13_{tensor.canonical}").data[:, :, columns:].fill_(value)
             getattr(layer, f"w2_{tensor.canonical}").data[:, hidden:].fill_(value)
+        if layer.moe_config.has_bias:
+            layer.w2_bias.data[:, hidden:] = 0
 
     def _canonicalize(self, layer: RoutedExperts) -> None:
         """Rename the parameters, and turn scales that divide into scales that multiply."""

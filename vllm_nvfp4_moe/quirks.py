@@ -3,8 +3,8 @@
 Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was seen, and how far
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
-checkpoints, or lasts for one call. The one method of vLLM's that is exchanged, by ``NAMED_NVFP4``,
-answers for our checkpoints alone.
+checkpoints, or lasts for one call. The methods of vLLM's that are exchanged, by ``NAMED_NVFP4``,
+``UNGATED_ON_CPUS`` and ``GPT_OSS``, act for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -161,6 +161,28 @@ NAMED_NVFP4 = Quirk(
     gone_when="vLLM asks the quantization config.",
 )
 
+UNGATED_ON_CPUS = Quirk(
+    name="a layer whose experts have no gate is not even built on a CPU",
+    what="The last thing that FusedMoEConfig does when it is made is to raise NotImplementedError, "
+    "since vLLM's own kernels for CPUs have gates only. No quantization is asked before.",
+    seen_in=("0.32",),
+    undone="That method is exchanged, and lets layers through while a model of ours is built, "
+    "on CPUs only. Those of its experts that are not NVFP4 vLLM refuses later, when none of its "
+    "kernels takes them. All other models get vLLM's own error.",
+    gone_when="vLLM leaves it to the kernels to say what they support.",
+)
+
+GPT_OSS = Quirk(
+    name="GPT-OSS's class passes over experts in NVFP4, and is given them",
+    what="vLLM's own class for GPT-OSS knows no names for an expert's gate and up apart, nor for "
+    "global scales: it drops them without a word. Stacks of plain floats it copies into parameters "
+    "without asking their loaders.",
+    seen_in=("0.32",),
+    undone="The method that the class calls with each tensor first is exchanged. It takes what is "
+    "for parameters of ours, and hands all else to vLLM's (loading/gpt_oss.py).",
+    gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -171,6 +193,8 @@ QUIRKS = (
     SHARED_EXPERTS,
     FLAT_EXCLUDES,
     NAMED_NVFP4,
+    UNGATED_ON_CPUS,
+    GPT_OSS,
 )
 
 
@@ -197,6 +221,30 @@ def count_as_nvfp4() -> None:
         return stock(as_stock)
 
     ModelConfig.is_nvfp4_quantized = is_nvfp4_quantized
+
+
+def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
+    """Have vLLM build layers whose experts have no gate on CPUs, too, in models that are ``ours``
+    (``UNGATED_ON_CPUS``)."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.platforms import current_platform
+
+    stock = FusedMoEConfig.__post_init__
+    if stock.__module__ == __name__:
+        return
+
+    def post_init(self: FusedMoEConfig) -> None:
+        try:
+            stock(self)
+        except NotImplementedError:
+            config = get_current_vllm_config_or_none()
+            refused = not self.is_act_and_mul and current_platform.is_cpu()
+            if not refused or config is None or not ours(config):
+                raise
+            UNGATED_ON_CPUS.log()
+
+    FusedMoEConfig.__post_init__ = post_init
 
 
 def with_ignore(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from vllm_nvfp4_moe import settings, versions
 from vllm_nvfp4_moe.settings import NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.nvfp4_moe")
 """Its name is below that of vLLM's logger, so that vLLM's handlers and level apply."""
@@ -42,6 +46,7 @@ def register() -> None:
     when_imported("vllm.model_executor.layers.quantization", _register_config)
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)
+    when_imported("vllm.model_executor.layers.fused_moe.config", _build_ungated_on_cpus)
     when_imported("vllm.ray.ray_env", _give_settings_to_ray)
 
 
@@ -73,6 +78,17 @@ def _count_as_nvfp4() -> None:
     from vllm_nvfp4_moe import quirks
 
     quirks.count_as_nvfp4()
+
+
+def _build_ungated_on_cpus() -> None:
+    from vllm_nvfp4_moe import quirks
+
+    def ours(config: VllmConfig) -> bool:
+        from vllm_nvfp4_moe.experts_config import ExpertsConfig
+
+        return isinstance(config.quant_config, ExpertsConfig)
+
+    quirks.build_ungated_on_cpus(ours)
 
 
 def _give_settings_to_ray() -> None:

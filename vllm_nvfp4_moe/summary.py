@@ -4,6 +4,7 @@ them, and why not one that vLLM would have preferred."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ class Summary:
         self._storage, self._gates, self._self_check = storage, gates, self_check
         self._built = 0
         self._left: list[str] = []
+        self._lacking: list[str] = []
         self._loaded: list[tuple[RoutedExperts, ExpertsBackend]] = []
         self._begin: float | None = None
 
@@ -43,6 +45,10 @@ class Summary:
     def left(self, name: str) -> None:
         """Note that the layer ``name`` has experts that are not NVFP4, and is left to vLLM."""
         self._left.append(name)
+
+    def lacks_input_scales(self, first: str) -> None:
+        """Note that a layer, whose kernel uses none, lacks input scales; ``first`` names one."""
+        self._lacking.append(first)
 
     def begins(self) -> None:
         """Note that a tensor of an expert has come: the time from the first one is told."""
@@ -57,9 +63,18 @@ class Summary:
         if len(self._loaded) == self._built:
             # By one rank only. With pipeline parallelism it has some of the layers.
             logger.info_once("%s", self.line(), scope="global")
+            if self._lacking:
+                logger.warning(
+                    "Input scales that the checkpoint's config speaks of are missing, or are no "
+                    "scales, in %d of %d layers of NVFP4 experts (first: %s). The kernel does not "
+                    "use them, and the text is right; kernels with 4-bit activations would refuse "
+                    "the checkpoint",
+                    len(self._lacking), len(self._loaded), self._lacking[0],
+                )  # fmt: skip
             self._compare_ranks()
             self._loaded.clear()  # the layers belong to vLLM
             self._left.clear()
+            self._lacking.clear()
             self._begin, self._built = None, 0  # a draft model's layers may follow
 
     def _kernels(self) -> list[str]:
@@ -98,9 +113,9 @@ class Summary:
         """The line, for what has been loaded so far."""
         layers = [layer for layer, _ in self._loaded]
         first = layers[0]
-        experts = f"{first.global_num_experts} experts"
+        experts = f"{_either(layer.global_num_experts for layer in layers)} experts"
         if first.local_num_experts != first.global_num_experts:
-            experts += f" ({first.local_num_experts} on this rank)"
+            experts += f" ({_either(layer.local_num_experts for layer in layers)} on this rank)"
         storage = self._storage
         source = "quantized on the fly" if storage.on_the_fly else f"{storage.layout.name} layout"
         weights = {
@@ -120,3 +135,8 @@ class Summary:
                 self._self_check.told(),
             ]
         )
+
+
+def _either(counts: Iterable[int]) -> str:
+    """Each number once: layers may have different numbers of experts."""
+    return " or ".join(dict.fromkeys(map(str, counts)))

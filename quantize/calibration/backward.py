@@ -140,7 +140,7 @@ class LayerwiseBackward(LayerwiseForward):
         with torch.no_grad():
             self._run_batches(layer, [stand_in], {})
             output = self._compute_experts(
-                layer, group, NullVisitor(), lambda share: progress(share / 3)
+                layer, stand_in, NullVisitor(), lambda share: progress(share / 3)
             )
         grad_output = store.new("grad_output", tuple(output.shape), torch.float32)
         found = ExpertGradients(output)
@@ -155,7 +155,7 @@ class LayerwiseBackward(LayerwiseForward):
             )
         visitor.begin(layer, group, routing)
         for expert in range(group.num_experts):
-            weights = self._expert_weights(group, expert)
+            weights = self._expert_weights(stand_in, expert)
             visitor.expert(expert, weights, routing)
             if input_gradients:
                 _add_input_gradients(weights, routing, expert, found)
@@ -258,7 +258,8 @@ def _add_input_gradients(
     assert found.x is not None and found.weights is not None
     for chunk in routing.of(expert):
         assert chunk.gradient is not None
-        gradients = weights.gate_up_gradients(chunk.x, chunk.gradient * chunk.weights.unsqueeze(1))
+        gradient = chunk.gradient * chunk.weights.unsqueeze(1)
+        gradients = weights.gate_up_gradients(chunk.x, weights.product_gradient(chunk.x, gradient))
         with torch.no_grad():
             grad_x = sum(
                 gradient @ weight.to(gradient.dtype)

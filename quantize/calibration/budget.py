@@ -64,7 +64,8 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     largest = max(layers.values(), default=0)
     hidden = max(group.hidden for group in plan.found)
     inner = max(group.intermediate for group in plan.found)
-    wide = hidden * residual_streams(checkpoint)  # of what layers pass on
+    model = _hidden_of_model(checkpoint, hidden)
+    wide = state_size(checkpoint, hidden)
     # One expert: its weights, in float32 and quantized too; and what rounding gate and up takes.
     expert = hidden * inner * 3 * width
     if method is not None:
@@ -95,12 +96,12 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
         default=0,
     )  # fmt: skip
     after = [size for number, size in layers.items() if number is not None and number > last]
-    end = (beside + vocabulary * hidden + sum(after)) * width + length * vocabulary * 16
+    end = (beside + vocabulary * model + sum(after)) * width + length * vocabulary * 16
     end += len(after) * length * (wide * 16 + inner * 8) * width
     kept = last - min(map(_layer_of, plan.groups)) + 2
     states = total * wide * ((kept + 1) * width + 5 * 4)
     if checkpoint.nbytes <= SMALL_MODEL:
-        proof += vocabulary * (hidden + 2 * compared) * PRECISION.itemsize
+        proof += vocabulary * (model + 2 * compared) * PRECISION.itemsize
     states = max(states, proof_states)
     return Budget(max(memory, end, proof), states, staged_bytes(plan))
 
@@ -110,12 +111,21 @@ STREAMS = ("hc_mult", "hc_count")
 DeepSeek-V4's and its relatives', Qwen4's."""
 
 
-def residual_streams(checkpoint: Checkpoint) -> int:
-    """Return how many hidden states a layer passes on for each token: one without
-    hyper-connections."""
+def state_size(checkpoint: Checkpoint, hidden: int) -> int:
+    """Return how many numbers a layer passes on for each token: the model's hidden size, or a
+    multiple of it with hyper-connections.
+
+    Args:
+        hidden: the experts' hidden size, which may be another than the model's (Muse Spark).
+    """
     config = checkpoint.text_config()
     found = [config[key] for key in STREAMS if isinstance(config.get(key), int)]
-    return max([1, *found])
+    return _hidden_of_model(checkpoint, hidden) * max([1, *found])
+
+
+def _hidden_of_model(checkpoint: Checkpoint, hidden: int) -> int:
+    size = checkpoint.text_config().get("hidden_size")
+    return size if isinstance(size, int) else hidden
 
 
 def _layer_of(group: ExpertGroup) -> int:

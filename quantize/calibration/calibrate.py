@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.input_scales import RangeGatherer
+from quantize.calibration.kv_watch import watching
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
@@ -22,6 +24,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.rounding import METHODS
+from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 
@@ -62,17 +65,21 @@ def calibrate(
     state = CalibrationProgress(plan, model, store, undone, progress)
     visitor: Visitor
     if settings.method is None:
-        visitor = RangeGatherer(Ranges(folder), undone, settings.every_expert)
+        visitor = RangeGatherer(checkpoint, Ranges(folder), undone, settings.every_expert)
     else:
-        visitor = Quantizer(Staged(folder), undone, plan.layout, settings, plan.options.scales)
-    if settings.method is not None and METHODS[settings.method].needs_output_hessian:
-        forward_backward(
-            LayerwiseBackward(checkpoint, plan.gates, model, samples, store), visitor, state
+        visitor = Quantizer(
+            checkpoint, Staged(folder), undone, plan.layout, settings, plan.options.scales
         )
-    else:
-        forward_pass(
-            LayerwiseForward(checkpoint, plan.gates, model, samples, store), visitor, state
-        )
+    caches = [job.attention for jobs in plan.shards for job in jobs if isinstance(job, KvScales)]
+    with watching(model, caches, KvRanges(folder)) if caches else nullcontext():
+        if settings.method is not None and METHODS[settings.method].needs_output_hessian:
+            forward_backward(
+                LayerwiseBackward(checkpoint, plan.gates, model, samples, store), visitor, state
+            )
+        else:
+            forward_pass(
+                LayerwiseForward(checkpoint, plan.gates, model, samples, store), visitor, state
+            )
     if undone := unstaged(plan, folder):
         raise QuantizeError(
             f"{undone[0].prefix}: text does not reach these experts in Transformers' model; leave "
@@ -108,8 +115,9 @@ def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> 
     """The model that a calibration runs. A run builds it before it changes anything.
 
     Raises:
-        QuantizeError: if calibration does not know it.
+        QuantizeError: if calibration does not know it, or weights are NVFP4 already.
     """
+    plan.check_can_calibrate()
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )

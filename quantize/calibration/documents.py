@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def documents(source: Path, tokenizer: Any = None) -> Iterator[str]:
         yield from _text_file(source)
 
 
+def check_there(source: Path) -> None:
+    """See that there is something to read, without reading it.
+
+    Raises:
+        QuantizeError: if there is not.
+    """
+    if not source.exists():
+        raise QuantizeError(f"{source}: there is no such file or folder; give a text that is there")
+    if not os.access(source, os.R_OK):
+        raise QuantizeError(f"{source}: you may not read it; change its permissions")
+    if source.is_dir() and not _is_dataset(source):
+        _files(source)
+
+
 def _text_file(file: Path) -> Iterator[str]:
     """Yield pieces that end with a line, so that the rest of a large file need not be read."""
     try:
@@ -63,16 +78,27 @@ def _json_lines(file: Path, tokenizer: Any) -> Iterator[str]:
 
 
 def _folder(folder: Path, tokenizer: Any) -> Iterator[str]:
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+    if _is_dataset(folder):
         yield from _dataset(folder, tokenizer)
         return
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _SUFFIXES)
-    if not files:
-        raise QuantizeError(f"{folder}: holds no {', '.join(_SUFFIXES)} files and no dataset")
-    for file in files:
+    for file in _files(folder):
         yield from (
             _parquet(file, tokenizer) if file.suffix == ".parquet" else documents(file, tokenizer)
         )
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.suffix in _SUFFIXES)
+    if not files:
+        raise QuantizeError(
+            f"{folder}: holds no {', '.join(_SUFFIXES)} files and no dataset; give a text or such "
+            "a folder"
+        )
+    return files
 
 
 def _dataset(folder: Path, tokenizer: Any) -> Iterator[str]:

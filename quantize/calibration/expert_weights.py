@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from quantize.experts.gates import Gate
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExpertWeights:
@@ -22,11 +26,13 @@ class ExpertWeights:
         down: torch.Tensor,
         biases: tuple[torch.Tensor, ...],
         gate: Gate,
+        post_norm: Norm | None = None,
     ) -> None:
         self.gate_up = gate_up
         self.down = down
         self._biases = biases
         self._gate = gate
+        self._post_norm = post_norm
 
     def intermediate(self, x: torch.Tensor, gate_up: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         """Return down's inputs for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``, in ``x``'s
@@ -41,7 +47,23 @@ class ExpertWeights:
 
     def output(self, intermediate: torch.Tensor) -> torch.Tensor:
         """Return the expert's output ``[n, hidden]`` for the result of :meth:`intermediate`."""
-        return _linear(intermediate, self.down, self._biases[-1] if self._biases else None)
+        product = self._product(intermediate)
+        return product if self._post_norm is None else self._post_norm(product)
+
+    def product_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the loss's gradient with respect to the product of down, ``[n, hidden]``.
+
+        Args:
+            x: tokens, ``[n, hidden]``.
+            gradient: the loss's gradient with respect to :meth:`output`'s result, ``[n, hidden]``.
+        """
+        if self._post_norm is None:
+            return gradient
+        with torch.no_grad():
+            product = self._product(self.intermediate(x))
+        with torch.enable_grad():
+            own = self._post_norm(product.requires_grad_())
+        return torch.autograd.grad(own, product, gradient.to(own.dtype))[0].to(gradient.dtype)
 
     def gate_up_gradients(
         self, x: torch.Tensor, gradient: torch.Tensor
@@ -50,7 +72,7 @@ class ExpertWeights:
 
         Args:
             x: tokens, ``[n, hidden]``.
-            gradient: the loss's gradient with respect to :meth:`output`'s result, ``[n, hidden]``.
+            gradient: the loss's gradient with respect to the product of down, ``[n, hidden]``.
 
         Returns:
             for each of :attr:`gate_up`, ``[n, intermediate]``, in float32 or better.
@@ -65,6 +87,9 @@ class ExpertWeights:
             leaves = [product.requires_grad_() for product in products]
             intermediate = self._gate.apply(*leaves)
         return torch.autograd.grad(intermediate, leaves, intermediate_gradient)
+
+    def _product(self, intermediate: torch.Tensor) -> torch.Tensor:
+        return _linear(intermediate, self.down, self._biases[-1] if self._biases else None)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

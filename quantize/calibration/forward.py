@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from quantize.calibration.chain import check_chain
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.routing import Routing
@@ -69,12 +70,16 @@ class LayerwiseForward:
             visitor: is shown each of its experts.
 
         Raises:
-            QuantizeError: if its experts are routed in a way that calibration does not know.
+            QuantizeError: if its experts are routed in a way that calibration does not know, or if
+                the layer is given more than the output of the one before it.
         """
+        if layer:
+            states = tuple(part[:1] for part in self._store.open_all(states_name(layer)))
+            check_chain(self._model, range(layer, layer + 1), self._samples[:1], states)
         with self._model.loaded(layer) as stand_ins, torch.no_grad():
             outputs: dict[ReplayExperts, torch.Tensor] = {}
             while (waiting := self._run_batches(layer, stand_ins, outputs)) is not None:
-                outputs[waiting] = self._compute_experts(layer, waiting.group, visitor, progress)
+                outputs[waiting] = self._compute_experts(layer, waiting, visitor, progress)
             outputs.clear()
             names = [experts_output_name(layer, stand_in.group) for stand_in in stand_ins]
         for name in ("x", "ids", "weights", *names):
@@ -152,15 +157,16 @@ class LayerwiseForward:
         ]
 
     def _compute_experts(
-        self, layer: int, group: ExpertGroup, visitor: Visitor, progress: ShareDone
+        self, layer: int, stand_in: ReplayExperts, visitor: Visitor, progress: ShareDone
     ) -> torch.Tensor:
         """Compute the experts' outputs for all tokens, ``[tokens, hidden]``."""
+        group = stand_in.group
         routing = self._routing(group)
         shape = tuple(routing.x.shape)
         output = self._store.new(experts_output_name(layer, group), shape, torch.float32)
         visitor.begin(layer, group, routing)
         for expert in range(group.num_experts):
-            weights = visitor.expert(expert, self._expert_weights(group, expert), routing)
+            weights = visitor.expert(expert, self._expert_weights(stand_in, expert), routing)
             for chunk in routing.of(expert):
                 own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
                 output.index_add_(0, chunk.tokens, own.float().cpu())
@@ -178,7 +184,8 @@ class LayerwiseForward:
             )
         return Routing(x, ids, router, group.num_experts, self._model.device, gradient=gradient)
 
-    def _expert_weights(self, group: ExpertGroup, expert: int) -> ExpertWeights:
+    def _expert_weights(self, stand_in: ReplayExperts, expert: int) -> ExpertWeights:
+        group = stand_in.group
         gate, device = self._gates.of(group.prefix), self._model.device
         gate_up = group.gate_up(self._checkpoint, expert, gate.interleaved)
         biases = group.biases(self._checkpoint, expert, gate.interleaved)
@@ -187,4 +194,5 @@ class LayerwiseForward:
             group.down(self._checkpoint, expert).to(device),
             tuple(bias.to(device) for bias in biases.values()),
             gate,
+            stand_in.original.post_expert_norm if gate.post_norm else None,
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.routing import Routing
-from quantize.errors import QuantizeError
+from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX
 from quantize.run.options import MIN_TOKENS
@@ -50,7 +51,10 @@ class RangeGatherer:
         every_expert: each expert is given all tokens, not only those routed to it.
     """
 
-    def __init__(self, ranges: Ranges, groups: list[ExpertGroup], every_expert: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, ranges: Ranges, groups: list[ExpertGroup], every_expert: bool
+    ) -> None:
+        self._checkpoint = checkpoint
         self._ranges = ranges
         self._groups = groups
         self._every_expert = every_expert
@@ -65,7 +69,7 @@ class RangeGatherer:
         """Look at the inputs of one expert's two products.
 
         Raises:
-            QuantizeError: if they are NaN or infinite.
+            DamagedWeightsError: if they are NaN or infinite.
         """
         if self._group is None:
             return weights
@@ -73,10 +77,7 @@ class RangeGatherer:
         for chunk in routing.all() if self._every_expert else routing.of(number):
             found = [float(x.abs().amax()) for x in (chunk.x, weights.intermediate(chunk.x))]
             if not all(map(math.isfinite, found)):
-                raise QuantizeError(
-                    f"{self._group.prefix}: expert {number} makes NaN or infinite numbers of the "
-                    "text; the source is damaged"
-                )
+                raise damaged(self._checkpoint, self._group, number, OF_TEXT)
             tokens += len(chunk.x)
             inputs, intermediates = max(inputs, found[0]), max(intermediates, found[1])
         self._largest.append((inputs, intermediates))

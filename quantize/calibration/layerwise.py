@@ -53,7 +53,7 @@ class LayerwiseModel:
         dtype: to compute in.
 
     Attributes:
-        folder: of the checkpoint.
+        checkpoint, folder: where its weights are.
         device, dtype: as given.
         model: Transformers' model.
         layers: its decoder layers; layers_path: where they are.
@@ -77,6 +77,7 @@ class LayerwiseModel:
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> None:
+        self.checkpoint = checkpoint
         self.folder = checkpoint.folder
         self.device = device
         self.dtype = dtype
@@ -175,12 +176,15 @@ class LayerwiseModel:
 
     def set_input(self, states: States) -> None:
         """Set the current layer's input, in the form that the layer before it returned it in."""
+        self._input.value = self.in_form(self._number - 1, states)
+
+    def in_form(self, layer: int, states: States) -> Any:
+        """Return ``states`` in the form in which ``layer``, which has run, returns its own."""
         parts = iter(part.to(self.device) for part in states)
-        form = self.return_forms[self._number - 1]
+        form = self.return_forms[layer]
         if form is None:
-            self._input.value = next(parts)
-        else:
-            self._input.value = tuple(next(parts) if there else None for there in form)
+            return next(parts)
+        return tuple(next(parts) if there else None for there in form)
 
     def call(self, tokens: torch.Tensor, part: Callable[[Any], Any] = lambda all_: all_) -> Any:
         """Call the model, and return ``part`` of its output.

@@ -5,7 +5,8 @@ then through the layerwise pass. What each layer returns, and what its experts a
 agree. Both compute in float32 on any device, where rounding is far below what is looked for.
 
 A small model is compared to its end. Of a large one, the first layers are, so far that two of them
-have experts and each kind of layer has come.
+have experts and each kind of layer has come. For the rest, ``quantize.calibration.chain`` sees that
+layers are given what the layer before them returned, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantize.calibration.chain import check_chain
+from quantize.calibration.damaged import damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.forward import TOKENS_PER_RUN, LayerwiseForward
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
-from quantize.calibration.quantizer import damaged
 from quantize.calibration.reference import Reference, inputs_name, outputs_name
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store, states_name
@@ -94,6 +96,9 @@ def prove(
             want = store.open_all(outputs_name(layer))
             worst = max(worst, _compare(model, layer, got, want, layer <= first, inputs.agreed))
             run.remove_states(layer)
+        if last < model.last:
+            states = tuple(part[:1] for part in store.open_all(states_name(last + 1)))
+            check_chain(model, range(last + 1, model.last + 1), texts[:1], states)
         if logits is not None:
             end = ModelEnd(model)
             with end.loaded(), torch.no_grad():
@@ -157,7 +162,7 @@ class _Inputs(NullVisitor):
         assert self._group is not None
         for weight in (*weights.gate_up, weights.down):
             if not torch.isfinite(weight).all():
-                raise QuantizeError(damaged(self._group, number))
+                raise damaged(self._model.checkpoint, self._group, number)
         return weights
 
 

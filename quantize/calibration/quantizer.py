@@ -8,13 +8,14 @@ from itertools import chain
 
 import torch
 
+from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.input_scales import input_scales
 from quantize.calibration.product import Product
 from quantize.calibration.routing import Chunk, Routing
 from quantize.calibration.second_moments import SecondMoments
+from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
-from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import Layout, stored_tensors
 from quantize.nvfp4.kernels import for_device
@@ -38,6 +39,7 @@ class Quantizer:
 
     def __init__(
         self,
+        checkpoint: Checkpoint,
         staged: Staged,
         groups: list[ExpertGroup],
         layout: Layout,
@@ -46,6 +48,7 @@ class Quantizer:
     ) -> None:
         assert settings.method is not None
         self._method = settings.method
+        self._checkpoint = checkpoint
         self._staged = staged
         self._groups = groups
         self._layout = layout
@@ -66,7 +69,7 @@ class Quantizer:
         """Quantize one expert; the model goes on with the original.
 
         Raises:
-            QuantizeError: if its weights or intermediate states are NaN or infinite.
+            DamagedWeightsError: if its weights or intermediate states are NaN or infinite.
         """
         if self._group is None:
             return weights
@@ -113,10 +116,7 @@ class Quantizer:
         for chunk in tokens():
             intermediate.add(weights.intermediate(chunk.x, found), chunk.weights)
         if not math.isfinite(intermediate.largest):
-            raise QuantizeError(
-                f"{group.prefix}: expert {number} makes NaN or infinite numbers of the text; the "
-                "source is damaged"
-            )
+            raise damaged(self._checkpoint, group, number, OF_TEXT)
         down = Product([weights.down], intermediate, down_gradients)
         down_results = self._round(group, number, down, rule, kernel)
         if undersampled:
@@ -158,6 +158,7 @@ class Quantizer:
             inputs.add(chunk.x, chunk.weights)
             assert chunk.gradient is not None
             gradient = chunk.gradient * chunk.weights.unsqueeze(1)
+            gradient = weights.product_gradient(chunk.x, gradient)
             down.add(gradient)
             gate_up.add(torch.cat(weights.gate_up_gradients(chunk.x, gradient), 1))
         return inputs, gate_up, down
@@ -170,7 +171,7 @@ class Quantizer:
                 return quantize_weights(product.weights, rule, kernel)
             return product.rounded(rule, kernel)
         except NotFiniteError:
-            raise QuantizeError(damaged(group, number)) from None
+            raise damaged(self._checkpoint, group, number) from None
 
     def _write(self, module: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write some of a module's tensors, by suffix."""
@@ -184,11 +185,3 @@ def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[TensorInfo]:
     for expert in range(group.num_experts):
         for module, shape in zip(group.modules(expert), group.shapes, strict=True):
             yield from stored_tensors(module, shape, layout)
-
-
-def damaged(group: ExpertGroup, number: int) -> str:
-    """Return the message that an expert's weights are NaN or infinite."""
-    return (
-        f"{', '.join(group.weights_of(number))}: expert {number} of {group.prefix} holds NaN or "
-        "infinite weights; the source is damaged"
-    )

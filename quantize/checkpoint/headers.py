@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from quantize.checkpoint.json_files import INDEX, read_json
+from quantize.checkpoint.language import language_config
 from quantize.checkpoint.tensors import BYTES, TensorInfo
 from quantize.errors import QuantizeError
 
@@ -22,6 +23,9 @@ _MAX_HEADER = 100_000_000
 """Most bytes of a header, as the safetensors library has it."""
 
 _NUMBERED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d{1,9})\.safetensors")
+_HEAD = re.compile(r"(?:.*\.)?(?:lm_head|output|embed_out|output_layer)\.weight")
+"""Names of output heads (``quantize.layouts.heads`` has the models)."""
+
 _ABSURD_NUMBER = re.compile(r"\d{19}")
 """A number in a tensor's name that is too long to mean anything. Python refuses to convert strings
 of some thousand digits to integers."""
@@ -153,16 +157,20 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**64 for n in value)
 
 
-def check_index(folder: Path, stored: Mapping[str, TensorInfo]) -> None:
+def check_index(folder: Path, stored: Mapping[str, TensorInfo], config: dict[str, Any]) -> None:
     """Raise QuantizeError if the index names a tensor that its file does not hold.
 
-    A checkpoint without an index passes.
+    A checkpoint without an index passes. The head of a model that says that it is tied
+    (``tie_word_embeddings``) need not be there.
     """
     index = folder / INDEX
     if not os.path.lexists(index):
         return
+    tied = language_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
     for name, file in _weight_map(index).items():
         info = stored.get(name)
+        if info is None and tied is True and _HEAD.fullmatch(name):
+            continue  # some tools list the head, though its weights are the embedding's
         if info is None or info.file.name != file:
             raise QuantizeError(f"{index} says that {name} is in {file}, but it is not there")
 

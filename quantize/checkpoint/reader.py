@@ -23,9 +23,10 @@ from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.language import language_config
 from quantize.checkpoint.memory import Arena
 from quantize.checkpoint.sources.find import find_stored_weights
-from quantize.checkpoint.sources.refusals import undecodable
+from quantize.checkpoint.sources.stored_weight import StoredWeight
 from quantize.checkpoint.tensors import BYTES, DTYPES, TensorInfo
 from quantize.errors import QuantizeError
+from quantize.nvfp4.format import NvFp4
 
 _MAX_OPEN = 256
 """Most files that stay open. Further files are opened for each read, so that a checkpoint of many
@@ -69,7 +70,7 @@ class Checkpoint:
                     other = self.stored[info.name].file.name
                     raise QuantizeError(f"{info.name} is in both {other} and {file.name}")
                 self.stored[info.name] = info
-        check_index(folder, self.stored)
+        check_index(folder, self.stored, self.config)
         check_counts(folder / "config.json", self.config, self.stored.values())
         self._stored_weights = find_stored_weights(self.stored, self.config) if decode else {}
         self.tensors = self._decoded_view()
@@ -88,9 +89,8 @@ class Checkpoint:
 
     @property
     def formats(self) -> set[str]:
-        """Names of all quantized formats that occur in the files, decoded ones and others."""
-        decoded = {weight.format for weight in self._stored_weights.values()}
-        return decoded | undecodable(self.stored)
+        """Names of all quantized formats that occur in the files."""
+        return {weight.format for weight in self._stored_weights.values()}
 
     def parts(self, name: str) -> tuple[str, ...]:
         """Names of the stored tensors that make up ``tensors[name]``.
@@ -99,6 +99,30 @@ class Checkpoint:
         """
         weight = self._stored_weights.get(name)
         return weight.parts if weight else (name,)
+
+    def is_nvfp4(self, name: str) -> bool:
+        """Whether ``tensors[name]`` is stored as NVFP4."""
+        weight = self._stored_weights.get(name)
+        return weight is not None and weight.nvfp4 is not None
+
+    def has_input_scale(self, name: str) -> bool:
+        """Whether ``tensors[name]`` is stored as NVFP4 with an input scale."""
+        weight = self._stored_weights.get(name)
+        return weight is not None and weight.input_scale is not None
+
+    def load_nvfp4(
+        self, name: str, expert: int | None = None, arena: Arena | None = None
+    ) -> tuple[NvFp4, torch.Tensor | None]:
+        """Read a weight that is stored as NVFP4, or one of its stacked experts, as what it is.
+
+        Returns:
+            The weight, ``[out, in]`` however it is stored, and its input scale (float32 scalar,
+            None if there is none), on the CPU.
+        """
+        weight = self._stored_weights[name]
+        assert weight.nvfp4 is not None
+        which = None if expert is None else (expert, None)
+        return weight.nvfp4(*self._parts(name, which, arena))
 
     def stored_bytes(self, name: str) -> int:
         """Number of bytes that ``tensors[name]`` takes in the files."""
@@ -166,8 +190,9 @@ class Checkpoint:
         The call returns at once. ``expert`` and ``experts`` are as for :meth:`load_expert`.
         """
         which = None if expert is None else (expert, experts)
+        weight = self._stored_weights.get(name)
         for info in (self.stored[part] for part in self.parts(name)):
-            start, size, _ = _extent(info, which)
+            start, size, _ = _extent(info, _slice(weight, info, which))
             descriptor, keep = self._descriptor(info.file)
             if hasattr(os, "posix_fadvise"):
                 with suppress(OSError):  # it is only advice; the read itself reports errors
@@ -178,7 +203,7 @@ class Checkpoint:
     def _load(
         self, name: str, expert: _Expert | None, arena: Arena | None, device: torch.device | None
     ) -> torch.Tensor:
-        parts = [self._read(self.stored[part], expert, arena) for part in self.parts(name)]
+        parts = self._parts(name, expert, arena)
         if device is not None and device.type != "cpu":
             parts = [part.to(device, non_blocking=True) for part in parts]
         weight = self._stored_weights.get(name)
@@ -189,6 +214,11 @@ class Checkpoint:
             count = math.prod(weight.shape if expert is None else weight.shape[1:])
             out = arena.take(4 * count).view(torch.float32)
         return weight.decode(*parts, out=out)
+
+    def _parts(self, name: str, expert: _Expert | None, arena: Arena | None) -> list[torch.Tensor]:
+        weight = self._stored_weights.get(name)
+        infos = [self.stored[part] for part in self.parts(name)]
+        return [self._read(info, _slice(weight, info, expert), arena) for info in infos]
 
     def _read(self, info: TensorInfo, expert: _Expert | None, arena: Arena | None) -> torch.Tensor:
         start, size, shape = _extent(info, expert)
@@ -248,6 +278,16 @@ def read_fully(descriptor: int, buffer: torch.Tensor, info: TensorInfo, start: i
 _Expert = tuple[int, int | None]
 """An expert's number, and the number of experts if the tensor holds them one after another along
 its first dimension (None if it has a dimension of experts)."""
+
+
+def _slice(weight: StoredWeight | None, info: TensorInfo, expert: _Expert | None) -> _Expert | None:
+    """Which slice of the part ``info`` belongs to ``expert`` of ``weight``; None: all of it."""
+    if weight is None or expert is None:
+        return expert
+    if info.name in weight.shared:
+        return None
+    flat = info.shape[:1] != weight.shape[:1]
+    return expert[0], weight.shape[0] if flat else expert[1]
 
 
 def _extent(info: TensorInfo, expert: _Expert | None) -> tuple[int, int, tuple[int, ...]]:

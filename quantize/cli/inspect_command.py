@@ -8,15 +8,20 @@ from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
+    KEPT,
     MODELOPT,
+    BaseOption,
     ExcludeOption,
     GateOption,
     IncludeOption,
     JsonOption,
+    KvCache,
+    KvCacheOption,
     LayoutOption,
     LinearsOption,
     Source,
     TrustOption,
+    stated_base,
     stated_gate,
 )
 from quantize.cli.output import out, plain, print_json, table
@@ -29,6 +34,8 @@ def inspect(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
+    base: BaseOption = KEPT,
+    kv_cache: KvCacheOption = KvCache.AUTO,
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -41,6 +48,8 @@ def inspect(
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             linears=all_linears,
+            base=stated_base(base, all_linears),
+            kv_cache=None if kv_cache is KvCache.AUTO else kv_cache.value,
             trust_remote_code=trust_remote_code,
         )
         folder = resolve(source)
@@ -77,4 +86,6 @@ def inspect(
                 out.print(plain(note), highlight=False, soft_wrap=True)
             if steps.dense:
                 out.print(f"Linears quantized too: {sum(map(len, steps.dense))}")
+            if steps.base:
+                out.print(f"Linears in {steps.options.base}: {len(steps.base)}")
             out.print(f"Whole checkpoint: {decimal(checkpoint.nbytes)} -> {decimal(steps.nbytes)}")

@@ -18,6 +18,7 @@ from quantize.cli.errors import UsageError
 from quantize.errors import QuantizeError
 from quantize.experts.gates import Gate
 from quantize.layouts import LAYOUTS
+from quantize.layouts.base import BASES
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
 
@@ -30,6 +31,18 @@ LayoutName = StrEnum("LayoutName", dict(zip(LAYOUTS, LAYOUTS, strict=True)))  # 
 RuleName = StrEnum("RuleName", dict(zip(RULES, RULES, strict=True)))  # type: ignore[misc]
 MethodName = StrEnum("MethodName", dict(zip(METHODS, METHODS, strict=True)))  # type: ignore[misc]
 
+KEEP = "keep"
+"""What ``--base`` says of linears that stay."""
+
+BaseName = StrEnum("BaseName", {name: name for name in (KEEP, *BASES)})  # type: ignore[misc]
+
+
+class KvCache(StrEnum):
+    """How engines are asked to keep keys and values."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
+
 
 class Activations(StrEnum):
     """What a checkpoint says of activations at its quantized weights."""
@@ -39,6 +52,7 @@ class Activations(StrEnum):
 
 
 MODELOPT, MAX, DESCENT = LayoutName("modelopt"), RuleName("max"), MethodName("descent")
+KEPT = BaseName(KEEP)
 
 Source = Annotated[
     str, typer.Argument(metavar="SRC", help="Folder or hub id of the original checkpoint.")
@@ -95,6 +109,23 @@ LinearsOption = Annotated[
         "--exclude '*.self_attn.*'.",
     ),
 ]
+BaseOption = Annotated[
+    BaseName,
+    typer.Option(
+        "--base",
+        help="What becomes of attention, shared experts and dense linears of the decoder beside "
+        "NVFP4 experts: keep; fp8, with a scale for 128 x 128 weights; or mxfp8, as NVIDIA "
+        "publishes MiniMax-M3; e.g. --base mxfp8.",
+    ),
+]
+KvCacheOption = Annotated[
+    KvCache,
+    typer.Option(
+        "--kv-cache",
+        help="fp8: config.json asks engines to keep keys and values in FP8, e.g. --kv-cache fp8. "
+        "auto: as they like.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of tables, e.g. --json > result.json.")
 ]
@@ -117,6 +148,21 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise QuantizeError(f"{text!r}: a shard must be larger than nothing")
     return size
+
+
+def stated_base(base: BaseName, all_linears: bool) -> str | None:
+    """The key of ``BASES`` that ``--base`` says; None: linears stay.
+
+    Raises:
+        UsageError: if ``--all-linears`` puts them in NVFP4.
+    """
+    if base is KEPT:
+        return None
+    if all_linears:
+        raise UsageError(
+            f"--base {base.value} and --all-linears (NVFP4) are for the same linears; leave one out"
+        )
+    return str(base.value)
 
 
 def shard_size(text: str) -> int:

@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
+from quantize.calibration.documents import check_there
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     DESCENT,
+    KEPT,
     MAX,
     MODELOPT,
     Activations,
+    BaseOption,
     ExcludeOption,
     GateOption,
     IncludeOption,
+    KvCache,
+    KvCacheOption,
     LayoutOption,
     LinearsOption,
     MethodName,
@@ -32,6 +37,7 @@ from quantize.cli.options import (
     check_device,
     device_of,
     shard_size,
+    stated_base,
     stated_gate,
 )
 from quantize.cli.output import err, out, plain, progress_bar
@@ -61,6 +67,8 @@ def quantize(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
+    base: BaseOption = KEPT,
+    kv_cache: KvCacheOption = KvCache.AUTO,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -180,6 +188,8 @@ def quantize(
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         _check_text(context, text, input_scales, activations, all_linears)
+        if (read := text or input_scales) is not None:
+            check_there(read)
         found = text is not None or input_scales is not None
         # Calibration sees the inputs of experts alone.
         default = Activations.NVFP4 if found and not all_linears else Activations.BF16
@@ -187,12 +197,16 @@ def quantize(
         options = Options(
             layout=layout.value,
             scales=scales.value,
-            activations=chosen is Activations.NVFP4,
+            # Without either, an NVFP4 source decides.
+            activations=chosen is Activations.NVFP4 if activations or found else None,
             max_shard_size=shard_size(max_shard_size),
             gate=stated_gate(gate),
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             linears=all_linears,
+            base=stated_base(base, all_linears),
+            kv_cache=None if kv_cache is KvCache.AUTO else kv_cache.value,
+            kv_scales=kv_cache is KvCache.FP8 and found,
             trust_remote_code=trust_remote_code,
         )
         for name in device or ():
@@ -207,11 +221,15 @@ def quantize(
             from quantize.run.cluster import connected
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
-            from quantize.run.target import FOLDER, check_folder, check_target
+            from quantize.run.target import FOLDER, check_folder, check_target, check_writable
+            from quantize.run.work_dir import WorkDir
             from quantize.run.workers import all_devices
 
         devices = [device_of(name) for name in device] if device else None
         check_folder(target)  # all of this before hours of downloading
+        check_writable(target, "DST")
+        if work_dir is not None:
+            WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
         check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
@@ -219,17 +237,17 @@ def quantize(
             err.print(_summary(steps), highlight=False)
             for note in steps.notes:
                 err.print(plain(note), highlight=False, soft_wrap=True)
-            _say_activations(options, found, activations is None)
+            _say_activations(steps, found, activations is None)
             tokens = None
-            read = text or input_scales
             if read is not None:
+                steps.check_can_calibrate()
                 shape = calibration_rows or (128 if text else 32), calibration_length
                 tokens = load_samples(read, checkpoint.folder, *shape, trust_remote_code)
                 method = rounding.value if text else None
                 calibration = Calibration(
                     str(read), *shape, digest_of(tokens), method, every_expert
                 )
-                steps = replace(steps, options=replace(options, calibration=calibration))
+                steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
                 needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
                 err.print(f"Calibration: {needs}", highlight=False)
@@ -263,7 +281,12 @@ def _summary(steps: Plan) -> str:
     experts = sum(g.num_experts for g in steps.groups)
     linears = sum(map(len, steps.dense))
     also = f", {linears} dense linears" if linears else ""
-    return f"{len(steps.groups)} MoE layers, {experts} experts{also}, gate {plain(steps.gates)}"
+    if steps.base:
+        also = f", {len(steps.base)} linears in {steps.options.base}"
+    bits = ", NVFP4 in SRC: bits are kept" if steps.converts else ""
+    return (
+        f"{len(steps.groups)} MoE layers, {experts} experts{also}{bits}, gate {plain(steps.gates)}"
+    )
 
 
 def _check_text(
@@ -301,8 +324,11 @@ def _check_text(
             raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
 
 
-def _say_activations(options: Options, found: bool, by_default: bool) -> None:
+def _say_activations(steps: Plan, found: bool, by_default: bool) -> None:
     """Say what may surprise about activations."""
+    options = steps.options
+    if not steps.quantizes:
+        return
     if options.activations and not (found and not options.linears):
         of = "the dense linears" if found else "all that is quantized"
         advice = "" if found else "; --input-scales TEXT finds them in minutes"

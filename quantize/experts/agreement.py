@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.fp8_block import without_scale
 from quantize.checkpoint.tensors import PLAIN
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
-from quantize.experts.stated import stated
+from quantize.experts.stated import Stated, stated
 from quantize.nvfp4.format import BLOCK
 
 
@@ -46,6 +47,12 @@ def check_group(group: ExpertGroup, checkpoint: Checkpoint, config: dict[str, An
     """
     for name in group.tensor_names:
         info = checkpoint.tensors[name]
+        if without_scale([info]):
+            raise QuantizeError(
+                f"{info.file.name}: {name} is {info.dtype}, but has no scale that is known "
+                f"({name}_scale_inv, {name}_scale); without one, its values mean nothing; download "
+                "the checkpoint again, or start from the original one"
+            )
         if info.dtype not in PLAIN:
             raise QuantizeError(
                 f"{info.file.name}: {name} has dtype {info.dtype}; only {', '.join(PLAIN)} sources "
@@ -64,6 +71,10 @@ def check_group(group: ExpertGroup, checkpoint: Checkpoint, config: dict[str, An
             f"{group.prefix} has {group.num_experts} experts; config.json: {said}; download the "
             "checkpoint again, or correct its config"
         )
+    if problem := per_token_problem(said, group.num_experts):
+        raise QuantizeError(
+            f"config.json: {group.prefix} has {group.num_experts} experts, but {problem}"
+        )
     if not said.fits(group.hidden, group.intermediate):
         exchanged = said.fits(group.intermediate, group.hidden)
         raise QuantizeError(
@@ -78,3 +89,14 @@ def check_group(group: ExpertGroup, checkpoint: Checkpoint, config: dict[str, An
             raise QuantizeError(
                 f"{group.prefix}: {what} size {size} is not a multiple of {BLOCK}, NVFP4's block"
             )
+
+
+def per_token_problem(said: Stated, num_experts: int) -> str | None:
+    """What is wrong with how many of a layer's experts the config says a token goes to."""
+    for key, values in said.per_token.items():
+        if all(not 1 <= value <= num_experts for value in values):
+            return (
+                f"{key} is {' or '.join(map(str, values))}, expected 1 to {num_experts}; correct "
+                "it, or download the checkpoint again"
+            )
+    return None

@@ -110,7 +110,7 @@ class ExpertGroup:
                 gate, up, gate, up, ... The group's own ``interleaved`` wins, unless it is None.
         """
         parts = [self._read(source, name, expert) for name in self.weights_of(expert)[:-1]]
-        return self._split(parts[0], interleaved) if self.joined else tuple(parts)
+        return self.split(parts[0], interleaved) if self.joined else tuple(parts)
 
     def down(self, source: TensorReader, expert: int) -> torch.Tensor:
         """Read one expert's down: ``[hidden, intermediate]``, in the source's dtype."""
@@ -130,7 +130,7 @@ class ExpertGroup:
             return {}
         parts = [source.load_expert(n, expert) if self.fused else source.load(n) for n in names]
         if self.joined:
-            parts = [*self._split(parts[0], interleaved), parts[1]]
+            parts = [*self.split(parts[0], interleaved), parts[1]]
         return dict(zip(self.modules(expert), parts, strict=True))
 
     def check_gate(self, gate: Gate) -> None:
@@ -157,8 +157,11 @@ class ExpertGroup:
         tensor = source.load_expert(name, expert, self.num_experts if self.flat else None)
         return tensor.T.contiguous() if self.transposed else tensor
 
-    def _split(self, both: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate and up from one tensor that holds both along its first dimension."""
+    def split(self, both: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up from one tensor that holds both along its first dimension.
+
+        ``interleaved`` is as for :meth:`gate_up`.
+        """
         if interleaved if self.interleaved is None else self.interleaved:
             return both[0::2].contiguous(), both[1::2].contiguous()
         gate, up = both.chunk(2)

@@ -13,12 +13,13 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
 
 from quantize.errors import QuantizeError, first_line
 from quantize.experts.gates import FORMS, Gate, Gates
@@ -28,8 +29,10 @@ from quantize.experts.gates.drive import (
     MoreThanProductError,
     check_product,
     drive,
+    has_post_norm,
 )
 from quantize.experts.gates.probe import FAR, Probe
+from quantize.experts.layers import what_chooses
 from quantize.experts.model import (
     TooLargeError,
     build,
@@ -81,7 +84,8 @@ def identify(
     except Exception as error:  # Transformers raises many kinds here
         raise QuantizeError(
             f"{source}/config.json: Transformers does not know this model, so its gate is "
-            f"unknown ({first_line(error)}). {remote}{_HELP}"
+            f"unknown ({first_line(error)}). {remote}A newer Transformers than {__version__} may "
+            f"know it. {_HELP}"
         ) from error
     return identify_config(config, trust_remote_code, other_parts)
 
@@ -99,8 +103,8 @@ def identify_config(
             sites = _alone(config)
             if not sites:
                 raise QuantizeError(f"{error}, so its gate is unknown. {_HELP}") from error
+    raw = config.to_dict()
     if not other_parts:
-        raw = config.to_dict()
         sites = [site for site in sites if other_part(site[0], raw) is None] or sites
     layers: dict[int, Gate] = {}
     first: dict[int, str] = {}
@@ -118,6 +122,12 @@ def identify_config(
             )
         first.setdefault(number, path)
     if not layers:
+        if _has_experts_elsewhere(config):
+            raise QuantizeError(
+                f"config.json: no layer of the model has experts by it ({what_chooses(raw)}), but "
+                "the checkpoint has tensors of experts; correct the config, or download the "
+                "checkpoint again"
+            )
         raise QuantizeError(
             f"model type {config.model_type!r}: its Transformers class has no '…Experts' module, "
             f"so the gate is unknown. {_HELP}"
@@ -179,13 +189,7 @@ def _alone(config: PreTrainedConfig) -> list[tuple[str, torch.nn.Module]]:
     differ from layer to layer.
     """
     text = config.get_text_config()
-    models = (*model_classes(text, False), *model_classes(config, False))
-    found: list[tuple[str, Any]] = [
-        (name, cls)
-        for file in {sys.modules[model.__module__] for model in models}
-        for name, cls in inspect.getmembers(file, inspect.isclass)
-        if name.endswith("Experts") and hasattr(cls, "_apply_gate")
-    ]
+    found = [(name, cls) for name, cls in _classes(config) if hasattr(cls, "_apply_gate")]
     if any(set(inspect.signature(cls).parameters) != {"config"} for _, cls in found):
         return []
     try:
@@ -193,6 +197,20 @@ def _alone(config: PreTrainedConfig) -> list[tuple[str, torch.nn.Module]]:
             return [(name, cls(copy.deepcopy(text))) for name, cls in found]
     except Exception:  # the caller then reports why the whole model could not be built
         return []
+
+
+def _has_experts_elsewhere(config: PreTrainedConfig) -> bool:
+    """Whether the model's file has a class of experts, though no layer is built with it."""
+    return any(True for _ in _classes(config))
+
+
+def _classes(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    """The classes of experts in the model's file, with their names."""
+    models = (*model_classes(config.get_text_config(), False), *model_classes(config, False))
+    for file in {sys.modules[model.__module__] for model in models}:
+        for name, cls in inspect.getmembers(file, inspect.isclass):
+            if name.endswith("Experts"):
+                yield name, cls
 
 
 def _gate_of(module: torch.nn.Module) -> Gate:
@@ -220,7 +238,7 @@ def _gate_of(module: torch.nn.Module) -> Gate:
                 f"{where}: its gating code fails on plain numbers ({first_line(error)}). {_HELP}"
             ) from error
         if found is not None:
-            gate = Gate(found.form, found.alpha, found.beta, found.limit, interleaved)
+            gate = replace(found, interleaved=interleaved, post_norm=has_post_norm(module))
             _check_product(module, gate, where)
             return gate
     known = ", ".join(name for name, form in FORMS.items() if form.gated == driven.gated)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import PLAIN, TensorInfo
@@ -33,13 +34,20 @@ MiniMax-M3) but cannot load in NVFP4."""
 _LAYER = re.compile(r"(?P<stack>(?:.*\.)?layers)\.(?P<number>\d+)\.")
 
 
-def find(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> list[tuple[str, ...]]:
+def find(
+    checkpoint: Checkpoint,
+    groups: list[ExpertGroup],
+    fits: Callable[[int, int], bool] = lambda rows, columns: not (rows % BLOCK or columns % BLOCK),
+) -> list[tuple[str, ...]]:
     """Names of the dense weights ``[out, in]``, in sets whose members share one global scale.
 
     Engines fuse projections of the same input into one linear with one global scale: query, key
     and value, or gate and up. Each engine decides which ones it fuses. So all projections with the
     same parent module and the same ``in`` share a global scale here; the range of E4M3 block scales
     is wide enough for that. If one member of a set cannot be quantized, the whole set is left out.
+
+    Args:
+        fits: whether the format can store a weight of so many rows and columns; by default NVFP4.
     """
     stacks = {match["stack"] for group in groups if (match := _LAYER.match(group.prefix))}
     layers = checkpoint.text_config().get("num_hidden_layers")
@@ -64,13 +72,16 @@ def find(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> list[tuple[str, .
     return [
         tuple(names)
         for names in sets.values()
-        if all(_can_be_quantized(checkpoint.tensors[name]) for name in names)
+        if all(_can_be_quantized(checkpoint.tensors[name], fits) for name in names)
     ]
 
 
-def _can_be_quantized(info: TensorInfo) -> bool:
+def _can_be_quantized(info: TensorInfo, fits: Callable[[int, int], bool]) -> bool:
+    rows, columns = info.shape
+    if info.name.endswith("gate_up_proj.weight"):  # engines cut it into gate and up
+        rows //= 2
     return (
         info.name.split(".")[-2] not in _NOT_FUSED_IN_NVFP4
         and info.dtype in PLAIN
-        and all(size % BLOCK == 0 for size in info.shape)
+        and fits(rows, columns)
     )

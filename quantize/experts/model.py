@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,22 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
 )
 
+from quantize.checkpoint.language import language_config
 from quantize.errors import QuantizeError, first_line
 
 _MODELS = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+_NAMES: tuple[dict[str, Any], ...] = (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 _IMPLEMENTATION = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")
 """Keys with which a config chooses kernels. A value may name any repository of the hub."""
@@ -44,25 +54,63 @@ Place = Callable[[], AbstractContextManager[Any]]
 def config_of(source: Path | str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of the checkpoint ``source``, a folder or a hub id.
 
+    If Transformers does not know the model, and its own code is not to run, this is the config of
+    the language model in it, if Transformers knows that one.
+
     A config that Transformers does not know raises an error of Transformers, of any type.
     """
     raw, _ = PreTrainedConfig.get_config_dict(source)
     if trust_remote_code and is_foreign(raw):
         return AutoConfig.from_pretrained(source, trust_remote_code=True)
+    if _known_type(raw) is None:
+        raw = language_config(raw)
+    known = _with_known_types(raw) | {"model_type": _known_type(raw) or raw.get("model_type")}
     # Not AutoConfig: in a process of vLLM it returns vLLM's own class for some models.
-    cls = getattr(transformers, CONFIG_MAPPING_NAMES[raw.get("model_type")])
+    cls = getattr(transformers, CONFIG_MAPPING_NAMES[known["model_type"]])
     with offline():
-        config: PreTrainedConfig = cls.from_dict(_without_implementations(raw))
+        config: PreTrainedConfig = cls.from_dict(_without_implementations(known))
     return config
 
 
 def is_foreign(raw: dict[str, Any]) -> bool:
-    """Whether Transformers lacks the model and the checkpoint has its own code for it.
+    """Whether Transformers lacks the model, by its ``model_type`` and by its ``architectures``, and
+    the checkpoint has its own code for it.
 
     Args:
         raw: the contents of ``config.json``.
     """
-    return CONFIG_MAPPING_NAMES.get(raw.get("model_type")) is None and "auto_map" in raw
+    return _known_type(raw) is None and "auto_map" in raw
+
+
+def _known_type(raw: dict[str, Any]) -> str | None:
+    """The ``model_type`` by which Transformers knows the model; None if it does not.
+
+    Kimi-K2's is ``kimi_k2``, which only its own code knows, but its ``architectures`` say
+    ``DeepseekV3ForCausalLM``. Engines go by those, too.
+    """
+    if (own := raw.get("model_type")) in CONFIG_MAPPING_NAMES:
+        return str(own)
+    for name in raw.get("architectures") or ():
+        if name in _architectures():
+            return str(getattr(transformers, name).config_class.model_type)
+    return None
+
+
+@cache
+def _architectures() -> frozenset[str]:
+    """The names of the classes of Transformers that :func:`build` may build."""
+    names: set[str] = set()
+    for mapping in _NAMES:
+        for found in mapping.values():
+            names.update((found,) if isinstance(found, str) else found)
+    return frozenset(names)
+
+
+def _with_known_types(raw: dict[str, Any]) -> dict[str, Any]:
+    """``raw`` with each ``model_type`` as Transformers knows it, at any depth."""
+    parts = {k: _with_known_types(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    known = _known_type(raw) if "model_type" in raw else None
+    return parts | {"model_type": known} if known else parts
 
 
 @contextmanager

@@ -18,14 +18,18 @@ _NUM_EXPERTS = (
     *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     *("num_routed_experts", "num_moe_experts"),
 )
-_LATENT = ("moe_latent_size",)
+_PER_TOKEN = (
+    *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk"),
+    *("moe_top_k", "moe_k", "moe_router_topk", "top_k_experts", "num_selected_experts"),
+)
+_LATENT = ("moe_latent_size", "moe_hidden_size")
 _HIDDEN = ("hidden_size", "d_model", "n_embd")
 _EXPERTS_OWN = (
     *("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),
     *("expert_intermediate_size", "moe_ffn_dim"),
 )
 _INTERMEDIATE = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "d_ff")
-_KINDS = (_NUM_EXPERTS, _LATENT, _HIDDEN, _EXPERTS_OWN, _INTERMEDIATE)
+_KINDS = (_NUM_EXPERTS, _PER_TOKEN, _LATENT, _HIDDEN, _EXPERTS_OWN, _INTERMEDIATE)
 
 _BLOCKS = ("block_configs", "per_layer_config")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -41,11 +45,13 @@ class Stated:
 
     Attributes:
         num_experts: number of experts.
+        per_token: how many of them the router chooses for a token.
         hidden: number of inputs of gate and up.
         intermediate: number of outputs of gate and up.
     """
 
     num_experts: Values
+    per_token: Values
     hidden: Values
     intermediate: Values
 
@@ -80,6 +86,7 @@ def stated(config: dict[str, Any], prefix: str) -> Stated:
     }
     return Stated(
         {key: values[key] for key in _NUM_EXPERTS if key in values},
+        {key: values[key] for key in _PER_TOKEN if key in values},
         _first(values, _LATENT, _HIDDEN),
         _first(values, _EXPERTS_OWN, _INTERMEDIATE),
     )
@@ -91,6 +98,15 @@ def number_of_layers(config: dict[str, Any]) -> int | None:
         if _is_number(config.get(key)):
             return int(config[key])
     return next((len(v) for k in _LISTS_OF_LAYERS if isinstance(v := config.get(k), list)), None)
+
+
+def least_number_of_layers(config: dict[str, Any]) -> int:
+    """The least of the numbers of layers that a language model's config states; 0 if none.
+
+    LongCat counts pairs of layers in one key, and layers in another.
+    """
+    said = [int(config[key]) for key in _LAYERS if _is_number(config.get(key))]
+    return min(said, default=number_of_layers(config) or 0)
 
 
 def modalities(config: dict[str, Any]) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from quantize.layouts.beside import NOTHING, Beside
 from quantize.nvfp4.format import NvFp4
 
-_FORMAT = "nvfp4-pack-quantized"
-"""The library's ``CompressionFormat.nvfp4_pack_quantized``, repeated since its import is slow."""
+_FORMAT, _MIXED = "nvfp4-pack-quantized", "mixed-precision"
+"""The library's ``CompressionFormat``, repeated since its import is slow."""
 
 
 class CompressedTensors:
@@ -56,8 +57,9 @@ class CompressedTensors:
         weight = NvFp4(codes, block_scale, global_scale.reshape(()).reciprocal())
         return weight, None if input_scale is None else input_scale.reshape(()).reciprocal()
 
-    def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
+    def quantization_config(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, Any]:
         from compressed_tensors.quantization import (  # takes seconds to import
+            QuantizationArgs,
             QuantizationConfig,
             QuantizationStatus,
             preset_name_to_scheme,
@@ -66,15 +68,22 @@ class CompressedTensors:
         preset = "NVFP4" if self._activations else "NVFP4A16"
         scheme = preset_name_to_scheme(preset, ["Linear"])
         scheme.format = _FORMAT
+        groups = {"group_0": scheme}
+        if beside.base:
+            # Readers look for a module's name before its class, so these are not the first group's.
+            groups["group_1"] = preset_name_to_scheme(beside.base.preset, sorted(beside.linears))
+            groups["group_1"].format = beside.base.format
+        fp8 = QuantizationArgs(num_bits=8, type="float", strategy="tensor")
         config = QuantizationConfig(
-            config_groups={"group_0": scheme},
-            format=_FORMAT,
+            config_groups=groups,
+            format=_MIXED if beside.base else _FORMAT,
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=ignore,
+            kv_cache_scheme=fp8 if beside.kv_cache else None,
         )
         return config.model_dump(mode="json")
 
-    def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
+    def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:
         return {}
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:

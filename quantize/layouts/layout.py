@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from quantize.checkpoint.tensors import DTYPE_NAMES, TensorInfo
+from quantize.layouts.beside import NOTHING, Beside
 from quantize.nvfp4.format import BLOCK, NvFp4
 
 INPUT_SCALE = 1.0
@@ -58,15 +59,16 @@ class Layout(Protocol):
                 checkpoints of other tools.
         """
 
-    def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
+    def quantization_config(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``.
 
         Args:
             ignore: the module paths of the linears that are not quantized.
+            beside: what is quantized in another format.
         """
 
-    def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
-        """The contents of ``config_files``, by name. ``ignore`` is as above."""
+    def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:
+        """The contents of ``config_files``, by name. The arguments are as above."""
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         """Whether a checkpoint with this ``quantization_config`` is NVFP4 in this layout.

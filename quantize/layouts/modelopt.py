@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from quantize.layouts.beside import NOTHING, Beside
 from quantize.nvfp4.format import BLOCK, NvFp4
 
 MIXED = "MIXED_PRECISION"
@@ -31,6 +32,10 @@ def settings(quantization_config: dict[str, Any]) -> dict[str, Any]:
 def algorithm(entry: dict[str, Any]) -> str:
     """``quant_algo``, in upper case, of ModelOpt's fields for a checkpoint or for one module."""
     return str(entry.get("quant_algo")).upper()
+
+
+_KV_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
+"""ModelOpt's ``kv_cache_scheme`` of config.json for FP8."""
 
 
 class ModelOpt:
@@ -72,7 +77,18 @@ class ModelOpt:
         weight = NvFp4(codes, block_scale, global_scale.reshape(()))
         return weight, None if input_scale is None else input_scale.reshape(())
 
-    def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
+    def quantization_config(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, Any]:
+        cache = {"kv_cache_scheme": _KV_CACHE} if beside.kv_cache else {}
+        producer = {"producer": {"name": "vllm-nvfp4-moe"}}
+        if beside.base:
+            return {
+                "quant_method": "modelopt",
+                "quant_algo": MIXED,
+                **cache,
+                "quantized_layers": self._layers(beside),
+                "ignore": ignore,
+                **producer,
+            }
         arguments = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
         return {
             "quant_method": "modelopt",
@@ -85,16 +101,19 @@ class ModelOpt:
                     "targets": ["Linear"],
                 }
             },
+            **cache,
             "ignore": ignore,
-            "producer": {"name": "vllm-nvfp4-moe"},
+            **producer,
         }
 
-    def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
+    def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:
+        mixed = {"quantized_layers": self._layers(beside)} if beside.base else {}
         quantization = {
-            "quant_algo": self._algorithm,
-            "kv_cache_quant_algo": None,
-            "group_size": BLOCK,
+            "quant_algo": MIXED if mixed else self._algorithm,
+            "kv_cache_quant_algo": beside.kv_cache.upper() if beside.kv_cache else None,
+            **({} if mixed else {"group_size": BLOCK}),
             "exclude_modules": ignore,
+            **mixed,
         }
         return {
             "hf_quant_config.json": {
@@ -102,6 +121,14 @@ class ModelOpt:
                 "quantization": quantization,
             }
         }
+
+    def _layers(self, beside: Beside) -> dict[str, dict[str, Any]]:
+        """``quantized_layers``: each module with an algorithm, as ModelOpt writes it."""
+        assert beside.base is not None
+        ours = {"quant_algo": self._algorithm, "group_size": BLOCK}
+        return dict.fromkeys(beside.nvfp4, ours) | dict.fromkeys(
+            beside.linears, beside.base.modelopt
+        )
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         method = str(quantization_config.get("quant_method", "modelopt")).lower()
@@ -113,9 +140,9 @@ class ModelOpt:
             # A mixed checkpoint without its map of layers may hold NVFP4: the map may be in
             # hf_quant_config.json.
             return algorithm(fields) in (self._algorithm, *[MIXED] * self._activations)
-        return self._activations and any(
-            algorithm(entry) in WEIGHT_ONLY for entry in layers.values() if isinstance(entry, dict)
-        )
+        every = {algorithm(entry) for entry in layers.values() if isinstance(entry, dict)}
+        weights_only = {WEIGHT_ONLY[name] for name in every & WEIGHT_ONLY.keys()}
+        return bool(weights_only) and all(weights_only) is not self._activations
 
 
 MODELOPT = ModelOpt()

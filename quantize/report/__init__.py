@@ -7,6 +7,7 @@ was never interrupted. This room may import ``run`` and what is below it, and no
 """
 
 from quantize.report.data import (
+    BaseReport,
     CalibrationReport,
     ExpertStats,
     LayerReport,
@@ -17,6 +18,7 @@ from quantize.report.data import (
 from quantize.report.page import render
 
 __all__ = [
+    "BaseReport",
     "CalibrationReport",
     "ExpertStats",
     "LayerReport",

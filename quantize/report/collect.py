@@ -7,13 +7,15 @@ from importlib.metadata import version
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
+from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
-from quantize.report.data import CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.staged import Staged
-from quantize.run.version import package_version
+from quantize.run.version import PACKAGE, VERSIONS, package_version
 from quantize.run.weight_error import WeightError
 
 
@@ -30,6 +32,7 @@ def collect(
     rounded = settings if settings and settings.method is not None else None
     ranges = settings if plan.options.activations else None
     staged = Staged(record.calibration) if rounded else None
+    caches = [job.attention for jobs in plan.shards for job in jobs if isinstance(job, KvScales)]
     return RunReport(
         source=record.source,
         target=record.target.name,
@@ -37,8 +40,8 @@ def collect(
         layout=plan.layout.name,
         scales=plan.options.scales,
         versions={
-            "vllm-nvfp4-moe": package_version(),
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+            PACKAGE: package_version(),
+            **{name: version(name) for name in VERSIONS},
         },
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,
@@ -47,6 +50,9 @@ def collect(
         calibration=_settings(rounded) if rounded else None,
         activations="nvfp4" if plan.options.activations else "bf16",
         input_scales=_settings(ranges) if ranges else None,
+        base=_base(checkpoint, plan, lost) if plan.base else None,
+        kv_cache=plan.options.kv_cache,
+        kv_scales={a: list(KvRanges(record.calibration).scales(a)) for a in caches},
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,
@@ -74,6 +80,7 @@ def _layer(
         for module, shape in zip(group.modules(0), group.shapes, strict=True)
         for out in stored_tensors(module, shape, plan.layout)
     )
+    biases = sum(checkpoint.tensors[name].nbytes for name in group.bias_names)  # kept as they are
     return LayerReport(
         prefix=group.prefix,
         gate=str(plan.gates.of(group.prefix)),
@@ -81,7 +88,7 @@ def _layer(
         errors=[tuple(map(_relative, weights)) for weights in experts],
         scale_counts=_total([weight for weights in experts for weight in weights]),
         bytes_before=sum(checkpoint.stored_bytes(name) for name in group.tensor_names),
-        bytes_after=written * group.num_experts,
+        bytes_after=written * group.num_experts + biases,
         calibration=_stats(staged, group) if staged else None,
     )
 
@@ -111,6 +118,25 @@ def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> 
         bytes_before=sum(checkpoint.stored_bytes(name) for name in names),
         bytes_after=written,
         names=tuple(modules),
+    )
+
+
+def _base(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> BaseReport:
+    beside = plan.beside
+    assert beside.base is not None
+    written = 0
+    for name, module in zip(plan.base, beside.linears, strict=True):
+        rows, columns = checkpoint.tensors[name].shape
+        written += sum(
+            out.nbytes
+            for out in stored_base(module, (rows, columns), beside.base, plan.layout.name)
+        )
+    return BaseReport(
+        beside.base.name,
+        list(beside.linears),
+        [_relative(lost[module]) for module in beside.linears],
+        sum(checkpoint.stored_bytes(name) for name in plan.base),
+        written,
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import types
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 from quantize.errors import QuantizeError
 
@@ -70,7 +71,7 @@ class LayerReport:
         errors: ``[experts][projections]``, ``norm(dequantized - weight) / norm(weight)``; NaN if
             the weight is all zero.
         scale_counts: ``[127]``, how many block scales have each E4M3 bit pattern.
-        bytes_before: size of the weights in the source.
+        bytes_before: size of the weights in the source, and of the experts' biases.
         bytes_after: size of all that is written for them.
         names: module paths of the linears, if they are not experts 0, 1, ...
         calibration: what calibration found, if there was any.
@@ -94,6 +95,31 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BaseReport:
+    """The linears beside the experts that were rounded to 8 bits.
+
+    Attributes:
+        format: a key of ``quantize.layouts.base.BASES``.
+        names: their module paths.
+        errors: of each, ``norm(dequantized - weight) / norm(weight)``; NaN if it is all zero.
+        bytes_before, bytes_after: of all of them.
+    """
+
+    format: str
+    names: list[str]
+    errors: list[float]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def worst(self) -> int:
+        """The number of the one with the largest error."""
+        return max(
+            range(len(self.errors)), key=lambda i: -1 if math.isnan(e := self.errors[i]) else e
+        )
+
+
+@dataclass(frozen=True)
 class RunReport:
     """A whole run.
 
@@ -112,6 +138,9 @@ class RunReport:
         activations: ``nvfp4`` if the checkpoint says that activations are quantized too; ``bf16``
             if only weights are.
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
+        base: the linears in 8 bits, if there are any.
+        kv_cache: ``fp8`` if the config asks for keys and values in FP8.
+        kv_scales: by attention, the scales of its keys and values, if calibration has found any.
     """
 
     source: str
@@ -130,6 +159,19 @@ class RunReport:
     digests: dict[str, str] = field(default_factory=dict)
     activations: str = "bf16"
     input_scales: CalibrationReport | None = None
+    base: BaseReport | None = None
+    kv_cache: str | None = None
+    kv_scales: dict[str, list[float]] = field(default_factory=dict)
+
+
+_LATER: dict[str, Any] = {
+    "files": [],
+    "digests": {},
+    "base": None,
+    "kv_cache": None,
+    "kv_scales": {},
+}
+"""What older reports do not have."""
 
 
 def dumps(run: RunReport) -> str:
@@ -151,15 +193,39 @@ def loads(text: str | bytes) -> RunReport:
                 f"the report has version {value['version']!r} and this package reads {VERSION}; "
                 "read it with the package that wrote it"
             )
-        parts = _fields(RunReport, {"files": [], "digests": {}} | value)  # older ones have neither
+        parts = _fields(RunReport, _LATER | value)
         parts["layers"] = [_layer(layer) for layer in parts["layers"]]
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):
             if parts[name]:
                 parts[name] = CalibrationReport(**_fields(CalibrationReport, parts[name]))
-        return RunReport(**parts)
+        if parts["base"]:
+            base = _fields(BaseReport, parts["base"])
+            parts["base"] = BaseReport(**base | {"errors": _floats(base["errors"])})
+        run = RunReport(**parts)
+        if not _fits(run, RunReport) or any(len(x.scale_counts) != 127 for x in run.layers):
+            raise TypeError("a value of another type")
+        return run
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise QuantizeError(f"not a report of nvfp4-moe ({error!r})") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value, and all that it holds, is of the type that a class announces."""
+    inner = get_args(kind)
+    match get_origin(kind):
+        case types.UnionType:
+            return any(_fits(value, one) for one in inner)
+        case origin if origin in (list, tuple):
+            return isinstance(value, origin) and all(_fits(item, inner[0]) for item in value)
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return isinstance(value, kind) and all(  # type: ignore[arg-type]
+            _fits(getattr(value, name), hint) for name, hint in hints.items()
+        )
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _layer(value: dict[str, Any]) -> LayerReport:

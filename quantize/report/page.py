@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from quantize.nvfp4.rounding import METHODS
 from quantize.report import heatmap, histogram
 from quantize.report.calibration import findings
-from quantize.report.data import RunReport
+from quantize.report.data import RunReport, dumps
 from quantize.report.findings import FAR, NAMES, Kind, root_mean_square
 from quantize.report.grid import of_experts, of_linears
 from quantize.report.verdict import judge
@@ -45,7 +45,7 @@ def render(run: RunReport) -> str:
         _context(run),
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         js=Markup((folder / "page.js").read_text(encoding="utf-8")),
-        mark=Markup(mark(run.fingerprint)),
+        mark=Markup(mark(run.fingerprint, dumps(run).encode())),
     )
     return page.encode("utf-8", "replace").decode()
 
@@ -86,6 +86,9 @@ def _sizes(run: RunReport) -> list[tuple[str, int, int]]:
         (name, sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers))
         for name, layers in parts.items()
     ]
+    if run.base:
+        name = f"linears in {run.base.format.upper()}"
+        sizes.append((name, run.base.bytes_before, run.base.bytes_after))
     before = run.bytes_before - sum(size for _, size, _ in sizes)
     after = run.bytes_after - sum(size for *_, size in sizes)
     return [*sizes, ("all else", max(before, 0), max(after, 0))]

@@ -18,12 +18,13 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, to_contract
 from quantize.run import report_files
-from quantize.run.files import json_bytes, replacing, write_json
+from quantize.run.files import json_bytes, replacing
 from quantize.run.made import FIELD, record_of
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
-from quantize.run.shards import is_complete
+from quantize.run.shards import header, is_complete
+from quantize.run.stamps import shard_stamp_of, stamp, stamp_of
 from quantize.run.target import CONFIG
 
 
@@ -45,38 +46,49 @@ def finish(
     """
     record.check_ours()
     target, partial = record.target, record.partial("other")
-    for name in others:
-        # Resolved: a link was checked to lead to the checkpoint's own files.
-        file, place = (checkpoint.folder / name).resolve(), record.place(name)
+    # Resolved: a link was checked to lead to the checkpoint's own files.
+    copied = {name: (checkpoint.folder / name).resolve() for name in others}
+    config = json_bytes(config_of(checkpoint, plan))
+    made = {n: json_bytes(v) for n, v in plan.layout.extra_files(plan.ignore, plan.beside).items()}
+    made |= reports
+    if INDEX in record.names:
+        made[INDEX] = json_bytes(_index(plan))
+    stamps = {name: stamp(file) for name, file in copied.items()}
+    record.announce(stamps | {n: stamp_of(c) for n, c in (made | {CONFIG: config}).items()})
+    for name, file in copied.items():
+        place = record.place(name)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("rb") as copied, replacing(place, partial) as copy:
-                shutil.copyfileobj(copied, copy)
+            with file.open("rb") as original, replacing(place, partial) as copy:
+                shutil.copyfileobj(original, copy)
         except OSError as error:
             raise QuantizeError(
                 f"{checkpoint.folder / name} cannot be copied to {target}: "
                 f"{error.strerror or error}"
             ) from error
-    for name, value in plan.layout.extra_files(plan.ignore).items():
-        write_json(record.place(name), value, partial)
-    for name, content in reports.items():
-        with replacing(record.place(name), partial) as page:
-            page.write(content)
-    if INDEX in record.names:
-        weight_map = {
-            out.name: name for i, name in enumerate(plan.file_names) for out in plan.outputs(i)
-        }
-        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        write_json(record.place(INDEX), index, partial)
-    config = config_of(checkpoint, plan)
-    record.publish(lambda place: write_json(place, config, partial))
+    for name, content in made.items():
+        _write(record.place(name), content, partial)
+    record.publish(lambda place: _write(place, config, partial))
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    weight_map = {
+        out.name: name for i, name in enumerate(plan.file_names) for out in plan.outputs(i)
+    }
+    return {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+
+
+def _write(place: Path, content: bytes, partial: Path) -> None:
+    with replacing(place, partial) as file:
+        file.write(content)
 
 
 def config_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The target's ``config.json``."""
     return without_descriptions(checkpoint.config) | {
-        KEY: to_contract(plan.gates.concatenated()) | {FIELD: record_of(plan.options)},
-        "quantization_config": plan.layout.quantization_config(plan.ignore),
+        KEY: to_contract(plan.gates.concatenated())
+        | {FIELD: record_of(plan.options, plan.converts)},
+        "quantization_config": plan.layout.quantization_config(plan.ignore, plan.beside),
     }
 
 
@@ -91,6 +103,14 @@ def written_names(plan: Plan, others: Sequence[str]) -> list[str]:
     extra = plan.layout.extra_files(plan.ignore)
     index = [INDEX] if len(plan.shards) > 1 else []
     return [*plan.file_names, *others, *extra, REPORT, REPORT_DATA, *index, CONFIG]
+
+
+def shard_stamps(plan: Plan) -> dict[str, str]:
+    """The stamps of the shards, by name."""
+    return {
+        name: shard_stamp_of(header(plan.outputs(shard)))
+        for shard, name in enumerate(plan.file_names)
+    }
 
 
 def is_finished(record: Record, plan: Plan, others: Sequence[str]) -> bool:

@@ -312,9 +312,11 @@ class Biases:
         biases = self.group.biases(worker, self.expert, self.interleaved)
         for module, bias in biases.items():
             if not torch.isfinite(bias).all():
+                files = worker.checkpoint.files_of(self.tensor_names)
                 raise DamagedWeightsError(
-                    f"{module}.bias holds NaN or infinite values",
-                    worker.checkpoint.files_of(self.tensor_names),
+                    f"{', '.join(sorted(files))}: {module}.bias holds NaN or infinite values; the "
+                    "source is damaged: get it again, and go on with --resume",
+                    files,
                 )
             writer.write(f"{module}.bias", worker.to_host(bias))
         return []
@@ -331,10 +333,11 @@ def _quantize(
     try:
         results = quantize_weights(weights, job.rule, worker.kernel)
     except NotFiniteError:
+        files = worker.checkpoint.files_of(tensor_names)
         raise DamagedWeightsError(
-            f"{' and '.join(modules)} ({', '.join(tensor_names)}) hold NaN or infinite weights; "
-            "the source is damaged",
-            worker.checkpoint.files_of(tensor_names),
+            f"{', '.join(sorted(files))}: {' and '.join(modules)} ({', '.join(tensor_names)}) hold "
+            "NaN or infinite weights; the source is damaged: get it again, and go on with --resume",
+            files,
         ) from None
     lost = []
     for module, result in zip(modules, results, strict=True):

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantize.errors import QuantizeError
+from quantize.run.target import cannot_be_written
 
 LOCK = "lock"
 """The file's name."""
@@ -33,11 +34,13 @@ def locked(folder: Path) -> Iterator[None]:
     Where no run was begun in the context, what this has made goes again.
 
     Raises:
-        QuantizeError: if another process holds it.
-        OSError: if the folder cannot be written to.
+        QuantizeError: if another process holds it, or the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, made = _acquire(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, made = _acquire(folder)
+    except OSError as error:
+        raise cannot_be_written(folder.parent, "DST", error) from error
     try:
         yield
     finally:

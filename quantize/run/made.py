@@ -5,12 +5,14 @@
     {"nvfp4_moe": {"version": 1, "gate": {...},
                    "made": {"version": "0.1.0", "arithmetic": 1, "layout": "modelopt",
                             "scales": "max", "activations": false, "rounding": null,
-                            "text": false, "include": [], "exclude": [], "linears": false}}}
+                            "text": false, "include": [], "exclude": [], "linears": false,
+                   "base": null, "kv_cache": null, "kv_scales": false,
+                   "converted": false}}}
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from quantize.errors import QuantizeError
@@ -32,10 +34,12 @@ class Made:
     Attributes:
         version: of this package.
         arithmetic: see ``ARITHMETIC``.
-        layout, scales, activations, include, exclude, linears: as in ``Options``.
+        layout, scales, activations, include, exclude, linears, base, kv_cache, kv_scales: as in
+            ``Options``.
         rounding: a key of ``quantize.nvfp4.rounding.METHODS``; None if experts were rounded to
             nearest, without calibration.
-        text: input scales are those of a text; else all are 1.0, where there are any.
+        converted: some weights were NVFP4 in the source, and keep their bits and input scales.
+        text: other input scales are those of a text; else all are 1.0, where there are any.
     """
 
     version: str
@@ -48,16 +52,27 @@ class Made:
     include: list[str]
     exclude: list[str]
     linears: bool
+    base: str | None = None
+    kv_cache: str | None = None
+    kv_scales: bool = False
+    converted: bool = False
 
     def selection(self) -> Options:
         """What was chosen to be quantized, as options."""
         return Options(
-            include=tuple(self.include), exclude=tuple(self.exclude), linears=self.linears
+            include=tuple(self.include),
+            exclude=tuple(self.exclude),
+            linears=self.linears,
+            base=self.base,
         )
 
 
-def record_of(options: Options) -> dict[str, Any]:
-    """The value of ``made`` for a run with these options."""
+def record_of(options: Options, converted: bool = False) -> dict[str, Any]:
+    """The value of ``made`` for a run with these options.
+
+    Args:
+        converted: as in ``Made``.
+    """
     calibration = options.calibration
     return asdict(
         Made(
@@ -65,12 +80,16 @@ def record_of(options: Options) -> dict[str, Any]:
             ARITHMETIC,
             options.layout,
             options.scales,
-            options.activations,
+            bool(options.activations),
             calibration.method if calibration else None,
-            options.activations and calibration is not None,
+            bool(options.activations) and calibration is not None,
             list(options.include),
             list(options.exclude),
             options.linears,
+            options.base,
+            options.kv_cache,
+            options.kv_scales,
+            converted,
         )
     )
 
@@ -92,6 +111,8 @@ def made(config: dict[str, Any], where: str) -> Made | None:
         "str": str, "int": int, "bool": bool, "list[str]": list, "str | None": str | None,
     }  # fmt: skip
     problem = f"{where}: {KEY}.{FIELD} cannot be read"
+    if isinstance(value, dict):  # an earlier version did not write what has a default
+        value = {f.name: f.default for f in fields(Made) if f.default is not MISSING} | value
     if not isinstance(value, dict) or set(value) != {field.name for field in fields(Made)}:
         raise QuantizeError(f"{problem}: its fields are not those of this version; update it")
     for field in fields(Made):

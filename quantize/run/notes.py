@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from quantize.checkpoint.descriptions import are_plain, descriptions
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.fp8_block import without_scale
 from quantize.experts.parts import other_part
 
 
@@ -18,6 +19,17 @@ def left_over(checkpoint: Checkpoint) -> tuple[str, ...]:
         f"{checkpoint.folder / 'config.json'}: {', '.join(paths)} is left over: no tensor is "
         "quantized. It is dropped.",
     )
+
+
+def bare_fp8(checkpoint: Checkpoint) -> Iterator[str]:
+    """A note about FP8 tensors without a scale. Experts that are quantized have none."""
+    if bare := without_scale(checkpoint.tensors.values()):
+        more = f" and {len(bare) - 1} more" * (len(bare) > 1)
+        yield (
+            f"Warning: {bare[0].file.name}: {bare[0].name}{more} {'are' if more else 'is'} FP8 "
+            "without a scale. Copied as stored; engines take such values as they are, which is "
+            "wrong if a scale was lost."
+        )
 
 
 def other_parts(checkpoint: Checkpoint, stays: Sequence[str]) -> Iterator[str]:

@@ -44,7 +44,9 @@ class Options:
         layout: a key of ``quantize.layouts.LAYOUTS``.
         scales: a key of ``quantize.nvfp4.scales.RULES``.
         activations: the checkpoint says that activations are quantized to NVFP4 too, and has input
-            scales: those that calibration finds, else 1.0, by which kernels lose small inputs.
+            scales: those that calibration finds, else 1.0, by which kernels lose small inputs. Of
+            weights that are NVFP4 already, it keeps theirs. None: as a source that is all NVFP4 has
+            it, and else not.
         max_shard_size: bytes; a shard exceeds it only if a single tensor does.
         gate: the experts' gate, if the user states it; else it is identified.
         include: patterns of module paths (``fnmatch``); if there are any, only layers' experts and
@@ -52,18 +54,25 @@ class Options:
             quantized only if one names the part of the model that they are in.
         exclude: patterns of module paths that are not quantized, though included.
         linears: quantize dense linears too (``quantize.experts.linears``).
+        base: a key of ``quantize.layouts.base.BASES``: the format of dense linears beside the
+            experts; None: they stay.
+        kv_cache: ``fp8`` if the config asks engines to keep keys and values in FP8.
+        kv_scales: the scales of that cache are found by calibration, and written.
         trust_remote_code: run a checkpoint's own Python code to identify its gate.
         calibration: how experts are calibrated; None: not at all.
     """
 
     layout: str = "modelopt"
     scales: str = "max"
-    activations: bool = False
+    activations: bool | None = None
     max_shard_size: int = 5 * 10**9
     gate: Gate | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     linears: bool = False
+    base: str | None = None
+    kv_cache: str | None = None
+    kv_scales: bool = False
     trust_remote_code: bool = False
     calibration: Calibration | None = None
 

@@ -23,14 +23,30 @@ from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates, to_contract
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.identify import identify
-from quantize.experts.layers import check_layer_count
+from quantize.experts.layers import (
+    check_layer_count,
+    check_layers_are_there,
+    check_layers_of_class,
+)
 from quantize.experts.names import ignored_modules
 from quantize.experts.parts import other_part
 from quantize.layouts import LAYOUTS
+from quantize.layouts.base import BASES
+from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
+from quantize.run.base_job import RoundBase
+from quantize.run.convert import (
+    ConvertExpert,
+    ConvertLinear,
+    Converts,
+    convertible_linears,
+    is_converted,
+    with_activations,
+)
 from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
-from quantize.run.notes import left_over, other_parts
+from quantize.run.kv_scales import KvRanges, KvScales, attentions
+from quantize.run.notes import bare_fp8, left_over, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
@@ -44,7 +60,9 @@ class Plan:
     Attributes:
         found: all routed experts.
         groups: those that are quantized.
-        dense: the linears that are, in sets that share a global scale.
+        dense: the linears that are, in sets that share a global scale. Those that are NVFP4 in the
+            source have sets of their own.
+        base: the linears that are rounded to ``options.base``, by their weights' names.
         ignore: modules with a weight of two or more dimensions that stay, and the head, which may
             have none.
         notes: what the user should know about the source, a sentence each.
@@ -55,6 +73,7 @@ class Plan:
     found: list[ExpertGroup]
     groups: list[ExpertGroup]
     dense: list[tuple[str, ...]]
+    base: list[str]
     gates: Gates
     layout: Layout
     ignore: list[str]
@@ -62,9 +81,43 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def converts(self) -> bool:
+        """Whether some weights are NVFP4 in the source, and keep their bits."""
+        return any(isinstance(job, Converts) for jobs in self.shards for job in jobs)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether some weights are not, and get theirs."""
+        return any(
+            isinstance(job, QuantizeExpert | QuantizeLinears) and not isinstance(job, Converts)
+            for jobs in self.shards
+            for job in jobs
+        )
+
+    def check_can_calibrate(self) -> None:
+        """Raise QuantizeError if some weights are NVFP4 in the source."""
+        if self.converts:
+            raise QuantizeError(
+                "--calibrate, --input-scales: the checkpoint is already NVFP4; quantizing 4-bit "
+                "values again only loses accuracy; start from the original one"
+            )
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensors in the output."""
         return sum(job.written for jobs in self.shards for job in jobs)
+
+    @property
+    def beside(self) -> Beside:
+        """What the config must say of what is not in NVFP4."""
+        nvfp4 = [m for g in self.groups for e in range(g.num_experts) for m in g.modules(e)]
+        nvfp4 += [name.removesuffix(".weight") for names in self.dense for name in names]
+        return Beside(
+            BASES[self.options.base] if self.base and self.options.base else None,
+            tuple(name.removesuffix(".weight") for name in self.base),
+            tuple(nvfp4),
+            self.options.kv_cache,
+        )
 
     @property
     def file_names(self) -> list[str]:
@@ -130,7 +183,11 @@ class Plan:
         with_ranges = self.options.calibration.method is None
         scales = {g.prefix: Ranges(folder).of(g) for g in self.groups} if with_ranges else {}
 
+        kept = KvRanges(folder)
+
         def carried_out(job: Job) -> Job:
+            if isinstance(job, KvScales):
+                return replace(job, scales=kept.scales(job.attention))
             if not isinstance(job, QuantizeExpert):
                 return job
             if not with_ranges:
@@ -157,7 +214,7 @@ def plan(
     leftover = left_over(checkpoint)
     where = str(checkpoint.folder / "config.json")
     if not leftover:
-        check_config(checkpoint.config, checkpoint.formats, where)
+        check_config(checkpoint.config, where)
 
     def asked(prefix: str) -> bool:
         return options.asks_for(prefix, checkpoint.config)
@@ -165,43 +222,66 @@ def plan(
     found = find(checkpoint, asked)
     of_language = [group for group in found if not other_part(group.prefix, checkpoint.config)]
     check_layer_count(checkpoint.config, of_language, where)
+    language, prefixes = checkpoint.text_config(), [group.prefix for group in of_language]
+    check_layers_are_there(language, prefixes, checkpoint.tensors, where)
     gates = gates or _gates(checkpoint, options, found)
+    if gates.of_class is not None and of_language == found:
+        check_layers_of_class(language, gates.of_class, prefixes, where)
     for group in found:
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
-    candidates = linears.find(checkpoint, found)
-    if options.linears and not candidates:
+    base = BASES[options.base] if options.base else None
+    converted = convertible_linears(checkpoint, found, options.takes)
+    candidates = [
+        names
+        for names in linears.find(checkpoint, found, *([base.fits] if base else []))
+        if not any(map(checkpoint.is_nvfp4, names))
+    ]
+    if (options.linears or base) and not candidates and not converted:
         raise QuantizeError(
-            "--all-linears: no linears besides the experts that can be quantized; known are "
+            f"{f'--base {options.base}' if base else '--all-linears'}: no linears besides the "
+            "experts that can be quantized; known are "
             f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers"
         )
-    _check_patterns(checkpoint, options, found, candidates)
+    _check_patterns(checkpoint, options, found, candidates, converted)
     # Siblings stay together: an engine that fuses them needs all of them in one format.
-    dense = [
+    taken = [
         names
         for names in candidates
-        if options.linears and all(options.takes(name.removesuffix(".weight")) for name in names)
+        if all(options.takes(name.removesuffix(".weight")) for name in names)
     ]
+    dense = list(taken) if options.linears else []
+    rounded = [name for names in taken for name in names] if base else []
+    dense += [(name,) for name in converted]
     if not groups and not dense:
         raise QuantizeError(
             "--include and --exclude leave nothing to quantize; linears that engines fuse (query, "
             "key and value; gate and up) are quantized only if all of them are included"
         )
     quantized = tensor_names_of(groups) | {name for names in dense for name in names}
-    left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - quantized}
+    changed = quantized.union(rounded)
+    left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - changed}
     unquantized = [group.prefix for group in found if group not in groups]
     stays = left_as_is(checkpoint, asked)
     for prefix in (*unquantized, *stays):
-        left |= ignored_modules(prefix)
+        if not any(name.startswith(f"{prefix}.") for name in converted):
+            left |= ignored_modules(prefix)
     prefixes = [group.prefix for group in groups]
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
-    layout = LAYOUTS[options.layout]
-    layout = layout if options.activations else layout.weights_only
-    jobs = _jobs(checkpoint, groups, dense, gates, layout, options.scales)
-    shards = _into_shards(jobs, options.max_shard_size)
+    decided, of_scales = with_activations(checkpoint, options, groups, dense)
+    layout = LAYOUTS[decided.layout]
+    layout = layout if decided.activations else layout.weights_only
+    jobs = _jobs(checkpoint, groups, dense, rounded, gates, layout, decided)
+    shards = _into_shards(jobs, decided.max_shard_size)
     _check_unique(shards)
-    notes = (*leftover, *other_parts(checkpoint, stays))
-    return Plan(options, found, groups, dense, gates, layout, sorted(left), shards, notes)
+    notes = (*leftover, *of_scales, *other_parts(checkpoint, stays), *bare_fp8(checkpoint))
+    made = Plan(decided, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes)
+    if not made.quantizes and decided.scales != Options.scales:
+        raise QuantizeError(
+            f"--scales {decided.scales}: {checkpoint.folder} is NVFP4 already, and its scales are "
+            "kept; leave --scales out"
+        )
+    return made
 
 
 def _gates(checkpoint: Checkpoint, options: Options, found: list[ExpertGroup]) -> Gates:
@@ -236,13 +316,16 @@ def _check_patterns(
     options: Options,
     groups: list[ExpertGroup],
     candidates: list[tuple[str, ...]],
+    converted: list[str],
 ) -> None:
     """A pattern that changes nothing is a mistake, unless it excludes what stays anyway."""
     prefixes = {group.prefix for group in groups}
     dense = {name.removesuffix(".weight") for names in candidates for name in names}
     others = checkpoint.tensors.keys() - tensor_names_of(groups)
+    kept = {name.removesuffix(".weight") for name in converted}
+    included = prefixes | kept | (dense if options.linears or options.base else set())
     what = {
-        "--include": (options.include, prefixes | dense if options.linears else prefixes),
+        "--include": (options.include, included),
         "--exclude": (options.exclude, prefixes | {name.rpartition(".")[0] for name in others}),
     }
     for option, (patterns, modules) in what.items():
@@ -252,7 +335,7 @@ def _check_patterns(
             if any(matches(module, (pattern,)) for module in dense):
                 raise QuantizeError(
                     f"{option} {pattern!r} matches only linears, and these are quantized only with "
-                    "--all-linears"
+                    "--all-linears or --base"
                 )
             raise QuantizeError(
                 f"{option} {pattern!r} matches nothing; patterns are compared with module paths "
@@ -272,11 +355,19 @@ def _jobs(
     checkpoint: Checkpoint,
     groups: list[ExpertGroup],
     dense: list[tuple[str, ...]],
+    base: list[str],
     gates: Gates,
     layout: Layout,
-    rule: str,
+    options: Options,
 ) -> Iterator[Job]:
     """Yield all jobs in the order of the source's files and tensors: reading stays sequential."""
+    rule = options.scales
+    rounded = set(base)
+    caches = {}
+    if options.kv_cache and options.kv_scales:
+        caches = {
+            f"{a}.v_proj.weight": a for a in attentions(checkpoint.tensors, checkpoint.config)
+        }
     first = {group.tensor_names[0]: group for group in groups}
     sets = {names[0]: names for names in dense}
     done = tensor_names_of(groups) | {name for names in dense for name in names}
@@ -286,6 +377,10 @@ def _jobs(
             interleaved = gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
                 yield from expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
+        elif name in sets and checkpoint.is_nvfp4(name):
+            rows, columns = info.shape
+            nbytes = checkpoint.stored_bytes(name)
+            yield ConvertLinear(sets[name], ((rows, columns),), layout, rule, nbytes, False)
         elif name in sets:
             shapes = tuple(checkpoint.tensors[n].shape for n in sets[name])
             yield QuantizeLinears(
@@ -296,10 +391,17 @@ def _jobs(
                 sum(checkpoint.stored_bytes(n) for n in sets[name]),
                 any(len(checkpoint.parts(n)) > 1 for n in sets[name]),
             )
+        elif name in rounded:
+            assert options.base is not None
+            rows, columns = info.shape
+            size = checkpoint.stored_bytes(name)
+            yield RoundBase(name, (rows, columns), options.base, layout.name, size)
         elif name not in done:
             decoded = checkpoint.parts(name) != (name,)
             output = TensorInfo(name, info.dtype, info.shape)
             yield Copy(output, checkpoint.stored_bytes(name), decoded)
+        if name in caches:
+            yield KvScales(caches[name], layout.name)
 
 
 def expert_jobs(
@@ -314,7 +416,8 @@ def expert_jobs(
     share = group.num_experts if group.fused else 1
     weights = group.weights_of(expert)
     for gate_up, read in ((True, weights[:-1]), (False, weights[-1:])):
-        yield QuantizeExpert(
+        job = ConvertExpert if is_converted(checkpoint, group, read) else QuantizeExpert
+        yield job(
             group,
             expert,
             gate_up,

@@ -1,15 +1,16 @@
 """What a run leaves in its target while it is not finished, so that another can go on with it.
 
-``DST/.nvfp4_moe/`` holds ``run.json`` (which run this is), files that are being written, and for
-each finished shard one with what its weights lost, for the report. A run lasts as long as
-``run.json`` is there; the folder goes when it is complete.
+``DST/.nvfp4_moe/`` holds ``run.json`` (``run_file``), files that are being written, and for each
+finished shard one with what its weights lost (``shard_records``), for the report. A run lasts as
+long as ``run.json`` is there; the folder goes when it is complete.
 
 Where there is an old checkpoint, and room beside it, new files come into ``DST/.nvfp4_moe/new/``
 and the old ones stay until all of them are there. Else new files come into ``DST`` itself.
 
 At any moment the run may be killed, or the machine lose its power. So every file gets its name in
 one step, ``run.json`` comes before anything is changed and goes after everything is done, and what
-a record says is believed only if it is whole.
+a record says is believed only if it is whole. And anyone may have written it: in the target itself
+only those of the files that it names are removed that have the stamps it gives (``stamps``).
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from quantize.checkpoint.identity import Identity, differences, read_identity
+from quantize.checkpoint.identity import Identity
 from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import DamagedWeightsError, QuantizeError
 from quantize.run.files import sync, write_json
+from quantize.run.leftovers import SOURCE, repaired, replaced_by_new, replaced_by_same
 from quantize.run.lock import LOCK
 from quantize.run.plan import Plan
-from quantize.run.replaced import Replaced, plain, survey
+from quantize.run.replaced import Replaced
+from quantize.run.run_file import NAME, RunFile
+from quantize.run.shard_records import PATTERN, ShardRecords
 from quantize.run.shards import is_complete
 from quantize.run.target import CONFIG, check_links, check_target, is_free
 from quantize.run.target import FOLDER as FOLDER
-from quantize.run.weight_error import WeightError, read_errors
+from quantize.run.weight_error import WeightError
 from quantize.run.work_dir import WorkDir
 
 
@@ -49,6 +51,7 @@ class Record:
         files: the source's files with their times of modification, in nanoseconds.
         names: relative paths of all files that the run writes; the index only if there are several
             shards, see :attr:`names`.
+        shards: stamps of the shards, by name.
         settings, identity: ``Plan.settings`` and ``identity_of`` the source.
         work: the folder of ``--work-dir``.
 
@@ -56,6 +59,7 @@ class Record:
         names: relative paths of all files that the finished target has of this run.
         cleared: whether the target holds nothing any more of the checkpoint that is replaced.
         replaced: what that is.
+        stamps: of the files beside the shards, once they are announced (:meth:`announce`).
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Record:
         files: Mapping[str, int] | None = None,
         *,
         names: Sequence[str] = (),
+        shards: Mapping[str, str] | None = None,
         settings: str = "",
         identity: Identity | None = None,
         work: Path | None = None,
@@ -78,6 +83,7 @@ class Record:
         self.source = source
         self.files = dict(files or {})
         self.names = list(names)
+        self.shards = dict(shards or {})
         self.settings = settings
         self.identity = identity
         self.work = WorkDir(work, target) if work else None
@@ -86,8 +92,10 @@ class Record:
         self.damaged: set[str] = set()
         self.cleared = True
         self.replaced = Replaced()
+        self.stamps: dict[str, str] = {}
         self._adopts: bool | None = None
-        self._run = self.folder / "run.json"
+        self._shards = ShardRecords(self.folder)
+        self._run = self.folder / NAME
         self._new = self.folder / "new"
 
     @property
@@ -156,6 +164,11 @@ class Record:
         sync(self.folder)
         self._move()
 
+    def announce(self, stamps: Mapping[str, str]) -> None:
+        """Note the stamps of all files beside the shards, before the first of them is written."""
+        self.stamps = dict(stamps)
+        self._write()
+
     def publish(self, write_config: Callable[[Path], None]) -> None:
         """Give the new checkpoint its place, all of whose other files are written, and end the run.
 
@@ -212,7 +225,7 @@ class Record:
         for file in self.calibration.iterdir() if self.calibration.exists() else ():
             shutil.rmtree(file) if file.is_dir() else file.unlink()
         for shard in self.voided(checkpoint, plan):
-            self._errors(plan.file_names[shard]).unlink(missing_ok=True)
+            self._shards.file(plan.file_names[shard]).unlink(missing_ok=True)
             self.place(plan.file_names[shard]).unlink(missing_ok=True)
         self._write()
 
@@ -224,7 +237,7 @@ class Record:
         """Whether a shard is there, with the record of what its weights lost."""
         return (
             is_complete(self.place(plan.file_names[shard]), plan.outputs(shard))
-            and self._read_errors(plan, shard) is not None
+            and self._shards.read(plan, shard) is not None
         )
 
     def partial(self, name: str) -> Path:
@@ -234,16 +247,17 @@ class Record:
 
     def save_errors(self, name: str, errors: list[WeightError]) -> None:
         """Keep what the weights of shard ``name`` lost; before the shard gets its name."""
-        # Sorted: the order in which threads finish is chance.
-        write_json(self._errors(name), sorted(errors), self.partial(f"{name}.json"))
+        self._shards.save(name, errors, self.partial(f"{name}.json"))
 
     def errors(self, plan: Plan) -> dict[str, WeightError]:
         """What all weights lost, by module path; for a run that misses nothing."""
         every: dict[str, WeightError] = {}
         for shard, name in enumerate(plan.file_names):
-            found = self._read_errors(plan, shard)
+            found = self._shards.read(plan, shard)
             if found is None:
-                raise QuantizeError(f"{self._errors(name)} was changed; pass --resume to repair it")
+                raise QuantizeError(
+                    f"{self._shards.file(name)} was changed; pass --resume to repair it"
+                )
             every.update(found)
         return every
 
@@ -254,7 +268,7 @@ class Record:
         """
         with suppress(OSError, QuantizeError):  # what went wrong before is what matters
             self.check_ours()
-            begun = any(self.folder.glob("*.safetensors.json"))
+            begun = any(self.folder.glob(PATTERN))
             begun = begun or (self.calibration / "next.json").exists()
             if self.cleared:
                 begun = begun or {file.name for file in self.target.iterdir()} != {FOLDER}
@@ -279,59 +293,33 @@ class Record:
 
     def _adopt(self) -> None:
         try:
-            found = read_json(self._run)
+            found = RunFile.read(self.folder, self.target)
         except QuantizeError as error:
             raise QuantizeError(f"{error}; start again with --overwrite") from None
-        if found.get("fingerprint") != self.fingerprint:
-            self._check_repaired(found)
-        work, ours = found.get("work"), str(self.work.given) if self.work else None
-        if isinstance(work, str) and ours in (None, work):
-            self.work = WorkDir(Path(work), self.target)
-        elif work != ours:
-            where = f"--work-dir {work}" if work else "without --work-dir"
+        if found.fingerprint != self.fingerprint:
+            self.repaired = repaired(self.folder, found, self.settings, self.identity)
+        ours = str(self.work.given) if self.work else None
+        if found.work is not None and ours in (None, found.work):
+            self.work = WorkDir(Path(found.work), self.target)
+        elif found.work != ours:
+            where = f"--work-dir {found.work}" if found.work else "without --work-dir"
             raise QuantizeError(
                 f"{self._run}: the interrupted run was started {where}; go on so, or start again "
                 "with --overwrite"
             )
-        before = found.get("files")
-        before = before if isinstance(before, dict) else {}
-        self.changed = {file for file, time in self.files.items() if before.get(file) != time}
-        self.damaged = set(found.get("damaged") or ())
-        self.command = str(found.get("command", self.command))
-        self.source = str(found.get("source", self.source))
-        self.cleared = found.get("cleared") is not False
-        self.replaced = Replaced.loads(found.get("replaced"))
+        self.changed = {f for f, time in self.files.items() if found.files.get(f) != time}
+        self.damaged = found.damaged
+        self.command = found.command or self.command
+        self.source = found.source or self.source
+        self.cleared = found.cleared
+        self.stamps = found.stamps
+        found.shards = self.shards  # of the same plan, and surely ours
         check_links(self.target)
+        self.replaced = replaced_by_same(self.target, self.names, found)
         self._adopts = True
 
-    def _check_repaired(self, found: dict[str, Any]) -> None:
-        """Whether the source differs from an interrupted run's only in files that stopped it."""
-        before = read_identity(self.folder / "source.json")
-        if found.get("settings") != self.settings or before is None or self.identity is None:
-            raise QuantizeError(
-                f"{self._run}: the interrupted run had another source, options or version of this "
-                "package; use the same ones, or start again with --overwrite"
-            )
-        repaired, strange = differences(before, self.identity, set(found.get("damaged") or ()))
-        if strange or not repaired:
-            raise QuantizeError(
-                f"{self._run}: the interrupted run had another source: {', '.join(strange[:3])} "
-                "changed since; use the same one, or start again with --overwrite"
-            )
-        self.repaired = repaired
-
     def _survey(self) -> None:
-        """What is replaced: of a checkpoint, or of an interrupted run."""
-        # Each finished shard has a record; older versions of this package listed no names.
-        left = [file.name.removesuffix(".json") for file in self.folder.glob("*.safetensors.json")]
-        with suppress(QuantizeError):
-            found = read_json(self._run)
-            old = Replaced.loads(found.get("replaced"))
-            left += old.delete
-            if found.get("cleared") is not False:
-                left += plain(found.get("names"))
-        if self.target.exists():
-            self.replaced = survey(self.target, self.names, left)
+        self.replaced = replaced_by_new(self.target, self.folder, self.names)
         # Without an old checkpoint there is nothing to keep.
         self.cleared = not (self.replaced.delete or self.replaced.aside)
         self._adopts = False
@@ -362,7 +350,7 @@ class Record:
         sync(self.target)
         self._new.mkdir(exist_ok=True)
         if self.identity:
-            write_json(self.folder / "source.json", self.identity._asdict())
+            write_json(self.folder / SOURCE, self.identity._asdict())
 
     def _tidy(self) -> None:
         """Remove what an interrupted run has left and this one makes again; first what would make
@@ -371,9 +359,10 @@ class Record:
         if self.work:
             self.work.make()
         if self.cleared:
+            self.replaced.clear(self.target)
             self._move()
         for name in (CONFIG, INDEX, *self.names):
-            if not name.endswith(".safetensors") or not self._errors(name).exists():
+            if not name.endswith(".safetensors") or not self._shards.file(name).exists():
                 for place in {self._new, self.place(name).parent} if "/" not in name else ():
                     (place / name).unlink(missing_ok=True)
         for file in (*self.folder.glob("*.partial"), *self.folder.glob("*.stop")):
@@ -387,42 +376,34 @@ class Record:
                 (self._new / name).replace(self.target / name)
 
     def _write(self) -> None:
-        run = {
-            "fingerprint": self.fingerprint,
-            "settings": self.settings,
-            "command": self.command,
-            "source": self.source,
-            "files": self.files,
-            "names": self.names,
-            "cleared": self.cleared,
-            "replaced": asdict(self.replaced),
-            "damaged": sorted(self.damaged),
-            "work": str(self.work.given) if self.work else None,
-        }
-        write_json(self._run, run)
+        RunFile(
+            self.fingerprint,
+            self.settings,
+            self.command,
+            self.source,
+            self.files,
+            self.names,
+            self.cleared,
+            self.replaced,
+            self.damaged,
+            str(self.work.given) if self.work else None,
+            self.stamps,
+            self.shards,
+        ).write(self.folder, self.target)
 
     def _void(self) -> None:
         """Remove what runs make in the record's folder, all but ``run.json`` and the lock."""
         for folder in ("new", "calibration"):
             if (self.folder / folder).exists():
                 shutil.rmtree(self.folder / folder)
-        for pattern in ("*.safetensors.json", "*.partial", "*.stop", "source.json"):
+        for pattern in (PATTERN, "*.partial", "*.stop", SOURCE):
             for file in self.folder.glob(pattern):
                 file.unlink()
 
     def _void_earlier_work(self) -> None:
         """Remove what an earlier run has left in its ``--work-dir``."""
         with suppress(QuantizeError):
-            if isinstance(found := read_json(self._run).get("work"), str):
+            if (found := RunFile.read(self.folder, self.target).work) is not None:
                 WorkDir(Path(found), self.target).remove()
         if self.work:
             self.work.make()
-
-    def _errors(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-    def _read_errors(self, plan: Plan, shard: int) -> dict[str, WeightError] | None:
-        """What the weights of a shard lost; None if that is not known of each of them."""
-        found = read_errors(self._errors(plan.file_names[shard]))
-        made = [module for job in plan.shards[shard] for module in job.modules]
-        return found if found is not None and sorted(found) == sorted(made) else None

@@ -61,29 +61,24 @@ class Replaced:
                     (target / name).unlink()
                 else:
                     place = target / self.folder / name
+                    if os.path.lexists(place):  # somebody's
+                        place = target / free_name(target) / name
                     place.parent.mkdir(parents=True, exist_ok=True)
                     (target / name).replace(place)
         for name in {name.rpartition("/")[0] for name in self.delete + self.aside} - {""}:
             with suppress(OSError):  # not empty
                 (target / name).rmdir()
 
-    @classmethod
-    def loads(cls, value: Any) -> Replaced:
-        """From the record's JSON, which nobody should have changed."""
-        value = value if isinstance(value, dict) else {}
-        folder = value.get("folder")
-        return cls(
-            tuple(plain(value.get("delete"))),
-            tuple(plain(value.get("aside"))),
-            folder if isinstance(folder, str) and list(plain([folder])) else _ASIDE,
-        )
 
-
-def survey(target: Path, new: Sequence[str], left: Iterable[str] = ()) -> Replaced:
+def survey(
+    target: Path, new: Sequence[str], left: Iterable[str] = (), named: Iterable[str] = ()
+) -> Replaced:
     """What a checkpoint of the files ``new`` replaces in ``target``; nothing is changed.
 
     Args:
-        left: files that an interrupted run has left there, or would have replaced.
+        left: files that an interrupted run has left there, or would have replaced, each proven to
+            be what that run wrote or saw.
+        named: others that its record names. In the way of new ones they are moved aside.
 
     Raises:
         QuantizeError: if there are links, or a file has one of the names and is nothing that a run
@@ -98,14 +93,15 @@ def survey(target: Path, new: Sequence[str], left: Iterable[str] = ()) -> Replac
     recorded = {name: same for name, same in _recorded(target) if (target / name).is_file()}
     delete |= {name for name, same in recorded.items() if same}
     delete |= {name for name in _weights(target) if (target / name).is_file()}
-    aside = (recorded.keys() | set(_read_with_it(target, new))) - delete
+    in_the_way = {name for name in named if name in new and (target / name).is_file()}
+    aside = (recorded.keys() | set(_read_with_it(target, new)) | in_the_way) - delete
     for name in new:
         if os.path.lexists(target / name) and name not in delete | aside:
             raise QuantizeError(
                 f"{target / name} is there already and is not known to be of the checkpoint that "
                 "is replaced; move it away, or choose another folder"
             )
-    return Replaced(tuple(sorted(delete)), tuple(sorted(aside)), _free_name(target))
+    return Replaced(tuple(sorted(delete)), tuple(sorted(aside)), free_name(target))
 
 
 def _recorded(target: Path) -> Iterator[tuple[str, bool]]:
@@ -176,7 +172,8 @@ def plain(names: Any) -> Iterator[str]:
                 yield name
 
 
-def _free_name(target: Path) -> str:
+def free_name(target: Path) -> str:
+    """A name for a new folder in ``target`` that files are moved to."""
     number, name = 1, _ASIDE
     while os.path.lexists(target / name):
         number += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 from pathlib import Path
 
@@ -13,16 +14,22 @@ REPORT_DATA = "nvfp4_moe_report.json"
 """What ``REPORT`` shows; its ``fingerprint`` is the run's."""
 
 
-def mark(fingerprint: str) -> str:
-    """What the page of a run ends with."""
-    return f"<!-- run {html.escape(fingerprint)} -->\n"
+def mark(fingerprint: str, data: bytes) -> str:
+    """What the page of a run ends with.
+
+    Args:
+        data: ``REPORT_DATA``'s contents.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    return f"<!-- run {html.escape(fingerprint)} data {digest} -->\n"
 
 
 def are_of(target: Path, fingerprint: str) -> bool:
     """Whether ``target`` holds both files, and they are of the run with this fingerprint."""
     try:
         page = (target / REPORT).read_text(encoding="utf-8")
-        data = read_json(target / REPORT_DATA)
+        data = (target / REPORT_DATA).read_bytes()
+        said = read_json(target / REPORT_DATA).get("fingerprint")
     except (OSError, ValueError, QuantizeError):
         return False
-    return page.endswith(mark(fingerprint)) and data.get("fingerprint") == fingerprint
+    return page.endswith(mark(fingerprint, data)) and said == fingerprint

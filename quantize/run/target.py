@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +21,39 @@ def check_folder(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise QuantizeError(f"{target} is a file; the target must be a folder")
     check_links(target, [FOLDER])
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """See that files can be made in ``folder``, or that it can be made; nothing is left there.
+
+    Permissions do not tell: root has all, but /proc and /sys take no files.
+
+    Args:
+        what: the folder's name in the message, such as ``DST``.
+
+    Raises:
+        QuantizeError: if they cannot.
+    """
+    try:
+        if os.path.lexists(folder):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        above = folder.absolute().parent
+        while not above.exists():
+            above = above.parent
+        # Not the folder itself: another run may be about to make it.
+        Path(tempfile.mkdtemp(prefix=".nvfp4_moe-", dir=above)).rmdir()
+    except OSError as error:
+        raise cannot_be_written(folder, what, error) from error
+
+
+def cannot_be_written(folder: Path, what: str, error: OSError) -> QuantizeError:
+    """The error that ``folder`` takes no files."""
+    return QuantizeError(
+        f"{folder}: {error.strerror or error}; {what} must be a folder that you can write to: "
+        "choose another one, or change its permissions"
+    )
 
 
 def check_target(target: Path, overwrite: bool, resume: bool) -> None:

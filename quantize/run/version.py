@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+PACKAGE = "vllm-nvfp4-moe"
+VERSIONS = ("torch", "transformers", "safetensors")
+"""What decides beside this package what a run computes."""
+
 
 def package_version() -> str:
     """This package's version."""
     try:
-        return version("vllm-nvfp4-moe")
+        return version(PACKAGE)
     except PackageNotFoundError:  # run from a folder that was never installed
         return "unknown"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -23,13 +21,13 @@ class WeightError(NamedTuple):
     counts: list[int]
 
 
-def read_errors(file: Path) -> dict[str, WeightError] | None:
-    """What ``write_json`` has written of weights, by module path; None if the file is not whole."""
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        return {entry[0]: _weight_error(*entry) for entry in entries}
-    except (OSError, ValueError, TypeError, LookupError):
-        return None
+def weight_errors(entries: Any) -> dict[str, WeightError]:
+    """What JSON says of weights, by module path.
+
+    Raises:
+        ValueError, TypeError, LookupError: if it does not.
+    """
+    return {entry[0]: _weight_error(*entry) for entry in entries}
 
 
 def _weight_error(module: Any, noise: Any, signal: Any, counts: Any) -> WeightError:

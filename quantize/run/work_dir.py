@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from quantize.errors import QuantizeError
-from quantize.run.target import check_links
+from quantize.run.target import check_links, check_writable
 
 
 class WorkDir:
@@ -32,10 +32,11 @@ class WorkDir:
         """Whether the folder may be used; nothing is changed.
 
         Raises:
-            QuantizeError: if it is a link, holds links, or is another user's.
+            QuantizeError: if it is a link, holds links, is another user's, or takes no files.
         """
         if self.given.exists() and not self.given.is_dir():
             raise QuantizeError(f"--work-dir {self.given} is a file; give a folder")
+        check_writable(self.given, "--work-dir")
         if not os.path.lexists(self.folder):
             return
         if self.folder.is_symlink() or not self.folder.is_dir():

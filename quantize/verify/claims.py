@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.sources.nvfp4 import NVFP4
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
-from quantize.report.data import LayerReport, RunReport, loads
+from quantize.report import RunReport, dumps, loads, render
+from quantize.report.data import LayerReport
 from quantize.run.made import ARITHMETIC, FIELD, Made, made
 from quantize.run.report_files import REPORT, REPORT_DATA, mark
-from quantize.run.version import package_version
+from quantize.run.version import PACKAGE, VERSIONS, package_version
 from quantize.verify.blocks import COLUMNS, ROWS, Bounds
 from quantize.verify.results import Lost, Report
 
-DENSE = "dense linears"
+CONFIG = "config.json"
+DENSE, BASE = "dense linears", "linears in 8 bits"
 _TOLERANCE = 1e-5
 """Of the report's errors: they have six digits, and devices sum in different orders."""
 
@@ -32,22 +36,35 @@ class Claims:
     Attributes:
         made: how it was made; None if it does not say.
         run: its report; None if it has none.
+        foreign: it was converted from NVFP4, and is not compared with that: how its weights were
+            rounded, and their scales found, is not known.
     """
 
     made: Made | None
     run: RunReport | None
+    foreign: bool = False
     _layers: dict[str, list[LayerReport]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.run:
             dense = [self.run.dense] if self.run.dense else []
+            if self.run.base:
+                errors: list[tuple[float, ...]] = [(error,) for error in self.run.base.errors]
+                names = tuple(self.run.base.names)
+                dense.append(LayerReport(BASE, "", ("weight",), errors, [], 0, 0, names))
             for layer in (*self.run.layers, *dense):  # experts of several sizes have one prefix
                 self._layers.setdefault(layer.prefix, []).append(layer)
 
     @property
     def known(self) -> bool:
         """Whether this package knows the arithmetic that made the checkpoint."""
-        return self.made is not None and self.made.arithmetic == ARITHMETIC
+        made = self.made
+        return made is not None and made.arithmetic == ARITHMETIC and not self.foreign
+
+    @property
+    def text(self) -> bool:
+        """Whether input scales may be others than 1.0."""
+        return self.made is None or self.made.text or self.foreign
 
     def rule(self, prefix: str, expert: int | None) -> str | None:
         """The scale rule that alone decides an expert's bits, or without an expert those of the
@@ -69,7 +86,7 @@ class Claims:
     @property
     def bounds(self) -> Bounds:
         """What the rounding of experts may lose."""
-        rounding = self.made.rounding if self.made else ""
+        rounding = self.made.rounding if self.made and not self.foreign else ""
         if rounding is None or (rounding in METHODS and not METHODS[rounding].needs_output_hessian):
             return COLUMNS
         return ROWS
@@ -77,6 +94,8 @@ class Claims:
     def problems(self, prefix: str, weights: list[Lost]) -> Iterable[str]:
         """What the report says otherwise of a layer's weights, in their order there."""
         layers = self._layers.get(prefix, [])
+        if self.foreign:  # the report knows what was lost since NVFP4: nothing
+            return
         if not layers:
             if self.run is not None:
                 yield f"{REPORT_DATA} does not have {prefix}; quantize again"
@@ -107,9 +126,13 @@ class Claims:
             )
 
 
-def read_claims(target: Checkpoint, report: Report) -> Claims:
-    """Read what the target says of itself; note in ``report`` where it contradicts itself."""
-    where = target.folder / "config.json"
+def read_claims(source: Checkpoint | None, target: Checkpoint, report: Report) -> Claims:
+    """Read what the target says of itself; note in ``report`` where it contradicts itself.
+
+    Args:
+        source: what it is compared with, if anything.
+    """
+    where = target.folder / CONFIG
     said = None
     try:
         said = made(target.config, str(where))
@@ -122,8 +145,14 @@ def read_claims(target: Checkpoint, report: Report) -> Claims:
         )
     if said and run:
         _agree(said, run, report)
-    claims = Claims(said, run)
-    if said is None or not claims.known:
+    converted = said is not None and said.converted
+    claims = Claims(said, run, converted and (source is None or NVFP4.name not in source.formats))
+    if claims.foreign:
+        report.notes.append(
+            "converted from NVFP4: how that was made is not known, so weights are compared with "
+            "what rounding can lose, if with anything"
+        )
+    elif said is None or not claims.known:
         other = "does not say" if said is None else f"was made by version {said.version}"
         report.notes.append(
             f"{where}: how it was made is not known here ({other}), so weights are not compared "
@@ -153,23 +182,50 @@ def _run(target: Checkpoint, report: Report, expected: bool) -> RunReport | None
         if expected and data.exists():
             report.problems.append(f"{data}: {error}")
         return None
-    if expected and page.exists():
-        text = page.read_text(encoding="utf-8", errors="replace")
-        if not text.endswith(mark(run.fingerprint)):
-            report.problems.append(f"{page} and {REPORT_DATA} are not of the same run")
+    if expected:
+        report.problems += _page_problems(run, data, page)
     return run
+
+
+def _page_problems(run: RunReport, data: Path, page: Path) -> Iterator[str]:
+    """That data and page are as they were written, of one run.
+
+    The page says at its end of which data it is. What stands above follows from the data too, if
+    this version made it.
+    """
+    content = data.read_bytes()
+    if content != dumps(run).encode():
+        yield f"{data}: it was changed since it was written; quantize again"
+    if not page.exists():
+        return
+    text = page.read_bytes()
+    if not text.endswith(mark(run.fingerprint, content).encode()):
+        yield f"{page} and {REPORT_DATA} are not of the same run, or one was changed"
+    elif run.versions.get(PACKAGE) == package_version():
+        try:
+            same = text == render(run).encode()
+        except Exception:  # of a report that was changed anything may come
+            same = False
+        if not same:
+            yield f"{page} was changed since it was made of {REPORT_DATA}; quantize again"
 
 
 def _agree(said: Made, run: RunReport, report: Report) -> None:
     """That ``config.json`` and the report say the same of how the checkpoint was made."""
     pairs = {
-        "version": (said.version, run.versions.get("vllm-nvfp4-moe")),
+        "version": (said.version, run.versions.get(PACKAGE)),
         "layout": (said.layout, run.layout),
         "scales": (said.scales, run.scales),
-        "activations": (said.activations, run.activations == "nvfp4"),
+        "activations": ("nvfp4" if said.activations else "bf16", run.activations),
         "rounding": (said.rounding, run.calibration.method if run.calibration else None),
         "text": (said.text, run.input_scales is not None),
-        "linears": (said.linears, said.linears if run.dense is None else True),
+        "base": (said.base, run.base.format if run.base else None),
+        "kv_cache": (said.kv_cache, run.kv_cache),
+        "kv_scales": (said.kv_scales, bool(run.kv_scales)),
+        "linears": (
+            said.linears,
+            said.linears if run.dense is None or said.converted else True,
+        ),
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
@@ -177,6 +233,15 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
                 f"config.json: {KEY}.{FIELD}.{name} is {ours!r}, {REPORT_DATA} says {theirs!r}; "
                 "one of them was changed, or is of another run"
             )
+    if set(run.versions) != {PACKAGE, *VERSIONS}:
+        report.problems.append(
+            f"{REPORT_DATA}: versions names {', '.join(run.versions)}; quantize again"
+        )
+    if run.calibration and run.input_scales and run.calibration != run.input_scales:
+        report.problems.append(
+            f"{REPORT_DATA}: calibration and input_scales are of one text, but say different "
+            "things; quantize again"
+        )
     if said.version == package_version() and said.arithmetic != ARITHMETIC:
         report.problems.append(
             f"config.json: {KEY}.{FIELD}.arithmetic is {said.arithmetic}, but version "

@@ -6,6 +6,7 @@ cannot judge; docs/users/verifying.md lists what cannot be seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,18 +14,24 @@ from functools import partial
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
-from quantize.checkpoint.tensors import TensorInfo
+from quantize.checkpoint.tensors import PLAIN, TensorInfo
 from quantize.experts import linears
 from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.layouts.base import BASES
+from quantize.layouts.base.base_format import BaseFormat, stored_base
 from quantize.layouts.layout import INPUT_SCALE, Layout
+from quantize.run.convert import ConvertExpert, ConvertLinear, convertible_linears
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
+from quantize.run.kv_scales import KvScales, attentions
 from quantize.run.plan import expert_jobs
 from quantize.run.worker import Worker
+from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.blocks import COLUMNS
-from quantize.verify.claims import DENSE, Claims
-from quantize.verify.weights import Part, Weights
+from quantize.verify.claims import BASE, DENSE, Claims
+from quantize.verify.kv_scales import kv_scales_of
+from quantize.verify.weights import Part, Weights, same_bits
 
 Task = Callable[[Worker], tuple[Part, int]]
 """Checks something; also says how many bytes of the source it was."""
@@ -39,7 +46,10 @@ class Comparison:
         expected: names of all tensors that the target must have, once :meth:`tasks` is through.
         memory: the most bytes that a task takes.
         problems: what is wrong with all of it.
+        base: the linears in 8 bits.
+        kv_scales: the scales of a key-value cache.
         experts_left: module paths of the experts that are not quantized.
+        before: bytes in the source of what is quantized, by the prefix of a layer.
     """
 
     source: Checkpoint
@@ -51,7 +61,10 @@ class Comparison:
     expected: set[str] = field(default_factory=set)
     memory: int = 0
     problems: list[str] = field(default_factory=list)
+    base: list[BaseLinear] = field(default_factory=list)
+    kv_scales: list[KvScales] = field(default_factory=list)
     experts_left: set[str] = field(default_factory=set)
+    before: dict[str, int] = field(default_factory=dict)
 
     def tasks(self) -> Iterator[Task]:
         """Everything that is to be done."""
@@ -62,9 +75,22 @@ class Comparison:
         dense = [
             names
             for names in linears.find(self.source, groups)
-            if self._are_quantized([name.removesuffix(".weight") for name in names], names)
+            if not any(map(self.source.is_nvfp4, names))
+            and self._are_quantized([name.removesuffix(".weight") for name in names], names)
         ]
+        converted = convertible_linears(self.source, groups, self._is_converted)
+        self.experts_left = {
+            prefix
+            for prefix in self.experts_left
+            if not any(name.startswith(f"{prefix}.") for name in converted)
+        }
         biases: list[Task] = []
+        for prefix, names in (
+            *((group.prefix, group.tensor_names) for group in quantized),
+            *((DENSE, names) for names in (*dense, *((name,) for name in converted))),
+        ):
+            stored = sum(map(self.source.stored_bytes, names))
+            self.before[prefix] = self.before.get(prefix, 0) + stored
         for group in quantized:
             interleaved = self.gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
@@ -77,6 +103,8 @@ class Comparison:
                         self._add(self._expert(job))
         for names in dense:
             self._add(self._linears(names))
+        for name in converted:
+            self._add(self._converted(name))
         if not self.weights:
             self.problems.append(
                 f"{self.target.folder}: none of the source's experts is quantized; its "
@@ -85,7 +113,21 @@ class Comparison:
         for weights in self.weights:
             yield partial(weights.check, self.target, self.layout)
         yield from biases
+        self.kv_scales = kv_scales_of(
+            attentions(self.source.tensors, self.source.config), self.layout, self.claims
+        )
+        self.expected.update(out.name for job in self.kv_scales for out in job.outputs)
+        self.base = list(self._base(groups))
+        for linear in self.base:
+            assert linear.source is not None
+            self.before[BASE] = self.before.get(BASE, 0) + linear.nbytes
+            outputs = stored_base(linear.module, linear.source[1], linear.base, self.layout.name)
+            self.expected.update(out.name for out in outputs)
+            self.memory = max(self.memory, 32 * math.prod(linear.source[1]))
+            yield partial(linear.check, self.target, self.layout)
         done = tensor_names_of(quantized) | {name for names in dense for name in names}
+        done.update(linear.source[0] for linear in self.base if linear.source)
+        done.update(converted)
         for name, info in self.source.tensors.items():
             if name not in done:
                 self.expected.add(name)
@@ -128,9 +170,13 @@ class Comparison:
 
     def _are_quantized(self, modules: list[str], names: tuple[str, ...]) -> bool:
         made = self.claims.made
-        if made is not None:
+        if made is not None and not self.claims.foreign:
             return made.linears and all(map(made.selection().takes, modules))
         return self._has_nvfp4(modules)
+
+    def _is_converted(self, module: str) -> bool:
+        made = self.claims.made
+        return made.selection().takes(module) if made is not None else self._has_nvfp4([module])
 
     def _has_nvfp4(self, modules: Iterable[str]) -> bool:
         """Whether the target has any tensor of these modules in NVFP4; else they should be copies.
@@ -143,6 +189,35 @@ class Comparison:
                 return True
         return False
 
+    def _base(self, groups: list[ExpertGroup]) -> Iterator[BaseLinear]:
+        """The linears that the target has, or should have, in 8 bits."""
+        made, stored = self.claims.made, base_modules(self.target)
+        if made is not None and made.base not in BASES:
+            return
+        chosen: dict[str, BaseFormat] = {}
+        if made is not None and made.base is not None:
+            base, options = BASES[made.base], made.selection()
+            for names in linears.find(self.source, groups, base.fits):
+                modules = [name.removesuffix(".weight") for name in names]
+                if all(map(options.takes, modules)):
+                    chosen |= dict.fromkeys(modules, base)
+        else:
+            names_of = {name.removesuffix(".weight") for name in self.source.tensors}
+            chosen = {
+                module: base
+                for module, base in stored.items()
+                if module in names_of and self.source.tensors[f"{module}.weight"].dtype in PLAIN
+            }
+        for module, base in chosen.items():
+            info = self._info(f"{module}.weight")
+            yield BaseLinear(
+                module,
+                base,
+                (info.name, (info.shape[0], info.shape[1])),
+                self.claims.known,
+                self.source.stored_bytes(info.name),
+            )
+
     def _expert(self, job: QuantizeExpert) -> Weights:
         group = job.group
         shape = group.shapes[0 if job.gate_up else -1]
@@ -152,12 +227,28 @@ class Comparison:
             (shape,) * len(job.modules),
             self.claims.rule(group.prefix, group.first + job.expert),
             self.claims.global_rule,
-            self.claims.made is None or self.claims.made.text,
+            self.claims.text,
             self.claims.bounds,
             job.weights,
             job.nbytes,
             # The blocks' errors, and the weight in float32.
             2 * job.memory + 5 * len(job.modules) * shape[0] * shape[1],
+            job.stored if isinstance(job, ConvertExpert) else None,
+            self.claims.foreign,
+        )
+
+    def _converted(self, name: str) -> Weights:
+        rows, columns = self._info(name).shape
+        nbytes = self.source.stored_bytes(name)
+        job = ConvertLinear((name,), ((rows, columns),), self.layout, "max", nbytes, False)
+        return Weights(
+            DENSE,
+            job.modules,
+            job.shapes,
+            load=lambda worker: [worker.load(name)],
+            nbytes=nbytes,
+            memory=2 * job.memory + 5 * rows * columns,
+            carried=job.stored,
         )
 
     def _linears(self, names: tuple[str, ...]) -> Weights:
@@ -169,11 +260,12 @@ class Comparison:
             self.claims.rule(DENSE, None),
             None,
             # Text is for experts.
-            self.claims.made is None,
+            self.claims.made is None or self.claims.foreign,
             COLUMNS,
             lambda worker: [worker.load(name) for name in names],
             sum(map(self.source.stored_bytes, names)),
             10 * sum(rows * columns for rows, columns in shapes),
+            foreign=self.claims.foreign,
         )
 
     def _info(self, name: str) -> TensorInfo:
@@ -189,7 +281,7 @@ class Comparison:
         return part, job.nbytes
 
     def _same_bias(self, bias: torch.Tensor, copy: TensorInfo) -> bool:
-        return _same_bits(self.target.load(copy.name), bias)
+        return same_bits(self.target.load(copy.name), bias)
 
     def _copy(self, info: TensorInfo, worker: Worker) -> tuple[Part, int]:
         problems = self._copy_problems(info, lambda copy: self._same(info, copy, worker))
@@ -213,8 +305,7 @@ class Comparison:
     def _same(self, info: TensorInfo, copy: TensorInfo, worker: Worker) -> bool:
         if self.source.parts(info.name) != (info.name,):
             return all(
-                _same_bits(ours, decoded.bfloat16())
-                for ours, decoded in self._decoded(info, worker)
+                same_bits(ours, decoded.bfloat16()) for ours, decoded in self._decoded(info, worker)
             )
         size = min(PIECE, info.nbytes)
         left, right = worker.arena.take(size), worker.arena.take(size)
@@ -237,8 +328,3 @@ class Comparison:
             worker.arena.reset()
             copy = self.target.load_expert(info.name, expert, arena=worker.arena)
             yield copy, worker.load_expert(info.name, expert).contiguous()
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    left, right = (x.contiguous().reshape(-1).view(torch.uint8) for x in (left, right))
-    return torch.equal(left, right)

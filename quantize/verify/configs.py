@@ -18,12 +18,12 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, Gates, from_contract, to_contract
 from quantize.experts.names import ignored_modules
 from quantize.layouts import LAYOUTS
+from quantize.layouts.base.base_format import BaseFormat
+from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
 from quantize.run.made import FIELD
-from quantize.verify.claims import Claims
-
-CONFIG = "config.json"
+from quantize.verify.claims import CONFIG, Claims
 
 
 class Modules(NamedTuple):
@@ -32,11 +32,13 @@ class Modules(NamedTuple):
     Attributes:
         quantized: those with a weight in NVFP4.
         experts_left: routed experts that are not.
+        base: the format of those in 8 bits.
         known: others that an ignore list may name.
     """
 
     quantized: set[str]
     experts_left: set[str]
+    base: dict[str, BaseFormat]
     known: set[str]
 
 
@@ -86,6 +88,13 @@ def quantization_problems(
     """What is wrong with ``quantization_config``, and with the layout's files beside it."""
     where = target.folder / CONFIG
     config = target.config["quantization_config"]
+    bases = list(modules.base.values())
+    beside = Beside(
+        bases[0] if bases else None,
+        tuple(modules.base),
+        tuple(modules.quantized),
+        claims.made.kv_cache if claims.made else None,
+    )
     lists = {"ignore": config.get("ignore", config.get("exclude_modules"))}
     for name in layout.config_files:
         try:
@@ -96,9 +105,11 @@ def quantization_problems(
         lists[name] = _excluded(found)
         if claims.made is None or not _strings(lists[name]):
             continue
-        wanted = layout.extra_files(lists[name])[name]
+        wanted = layout.extra_files(lists[name], beside)[name]
         for path, ours, theirs in _differences(found, wanted, ""):
             yield f"{target.folder / name}: {path} is {ours}, expected {theirs}; quantize again"
+    if claims.made is not None and len({json.dumps(names) for names in lists.values()}) > 1:
+        yield f"{where}: its ignore list is not that of {name}; quantize again"
     for file, ignore in lists.items():
         place = f"{where}: quantization_config" if file == "ignore" else target.folder / file
         if not _strings(ignore):
@@ -118,7 +129,7 @@ def quantization_problems(
             f"{claims.made.layout!r} with activations {claims.made.activations}; quantize again"
         )
     for path, ours, theirs in _differences(
-        config, layout.quantization_config(lists["ignore"]), "quantization_config."
+        config, layout.quantization_config(lists["ignore"], beside), "quantization_config."
     ):
         yield f"{where}: {path} is {ours}, expected {theirs}; quantize again"
 
@@ -143,7 +154,8 @@ def _ignore_problems(
                 return path
         return next((entry for entry in patterns if _matches(entry, module)), None)
 
-    for module in sorted(modules.quantized):
+    quantized = modules.quantized | modules.base.keys()
+    for module in sorted(quantized):
         if (entry := covering(module)) is not None:
             yield f"the ignore list has {entry!r}, but {module} is quantized"
             return
@@ -151,7 +163,7 @@ def _ignore_problems(
         name.removesuffix(".weight")
         for name, info in target.tensors.items()
         if name.endswith(".weight") and len(info.shape) >= 2
-    } - modules.quantized
+    } - quantized
     needed = stays.union(*map(ignored_modules, modules.experts_left))
     outputs = heads(target.tensors, modules.quantized)
     if ours:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.experts.agreement import per_token_problem
+from quantize.experts.layers import check_layers_are_there
 from quantize.experts.names import PROJECTIONS
+from quantize.experts.parts import config_of_part, other_part
+from quantize.experts.stated import Stated, stated
 from quantize.layouts import LAYOUTS
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.nvfp4.format import BLOCK
+from quantize.verify.base import base_modules
 from quantize.verify.claims import DENSE, Claims
 from quantize.verify.weights import Weights
 
@@ -20,7 +25,6 @@ _EXPERT = re.compile(
     rf"(?P<kind>{'|'.join(name for names in PROJECTIONS for name in names)})"
 )
 _DOWN = {names[-1] for names in PROJECTIONS}
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Structure:
@@ -49,11 +53,12 @@ class Structure:
                 sets[DENSE, module, False].append(module)
         for prefix, found in experts.items():
             self.problems += self._counted(prefix, found, claims)
-        text = claims.made is None or claims.made.text
+        foreign = claims.foreign
         return [
             Weights(
                 prefix, tuple(modules), tuple(map(self._shape, modules)),
-                text=(text and prefix != DENSE) or claims.made is None,
+                text=(claims.text and prefix != DENSE) or claims.made is None or foreign,
+                foreign=foreign,
             )
             for (prefix, _, _), modules in sets.items()
         ]  # fmt: skip
@@ -71,7 +76,6 @@ class Structure:
 
     def _counted(self, prefix: str, found: dict[int, set[str]], claims: Claims) -> Iterator[str]:
         """That no expert and no projection is missing."""
-        config = self._target.text_config()
         count = max(found) + 1
         missing = sorted(set(range(count)) - set(found))
         every = set.union(*found.values())
@@ -81,7 +85,8 @@ class Structure:
         elif partial:
             lacking = sorted(every - found[partial[0]])[0]
             yield f"{prefix}.{partial[0]}.{lacking} is missing; complete the download"
-        said = {v for key in _COUNTS for v in _numbers(config.get(key))}
+        stated = _stated(self._target, prefix).num_experts
+        said = {count for counts in stated.values() for count in counts}
         for layer in claims.run.layers if claims.run else ():
             if layer.prefix == prefix:
                 said = {len(layer.errors)}
@@ -119,8 +124,30 @@ def quantized_modules(target: Checkpoint, layout: Layout) -> set[str]:
         module, _, suffix = name.rpartition(".")
         if suffix in scales or (suffix == codes and info.dtype in ("U8", "I8")):
             found.add(module)
-    return found
+    return found - base_modules(target).keys()
 
 
-def _numbers(value: Any) -> list[int]:
-    return [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+def count_problems(target: Checkpoint, quantized: Iterable[str]) -> Iterator[str]:
+    """Numbers of layers, and of experts for a token, in the config that the tensors contradict.
+
+    Args:
+        quantized: module paths.
+    """
+    where = str(target.folder / "config.json")
+    experts: dict[str, int] = {}
+    for match in filter(None, map(_EXPERT.fullmatch, quantized)):
+        prefix, count = match["prefix"], int(match["expert"]) + 1
+        experts[prefix] = max(count, experts.get(prefix, 0))
+    for prefix, count in experts.items():
+        if problem := per_token_problem(_stated(target, prefix), count):
+            yield f"{where}: {prefix} has {count} experts, but {problem}"
+            break
+    language = [prefix for prefix in experts if other_part(prefix, target.config) is None]
+    try:
+        check_layers_are_there(target.text_config(), language, target.tensors, where)
+    except QuantizeError as error:
+        yield str(error)
+
+
+def _stated(target: Checkpoint, prefix: str) -> Stated:
+    return stated(config_of_part(other_part(prefix, target.config), target.config), prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from threading import local
@@ -12,19 +13,24 @@ from threading import local
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
-from quantize.experts.gates import Gate, Gates
+from quantize.errors import QuantizeError
+from quantize.experts.gates import KEY, Gate, Gates, from_contract
 from quantize.experts.identify import identify
 from quantize.layouts import detect
 from quantize.layouts.layout import Layout
 from quantize.nvfp4.format import BLOCK
+from quantize.run.kv_scales import attentions
 from quantize.run.worker import Worker
 from quantize.run.workers import cores, threads_of_our_own
-from quantize.verify.claims import Claims, read_claims
+from quantize.verify.base import BaseLinear, base_modules
+from quantize.verify.claims import BASE, Claims, read_claims
 from quantize.verify.compare import Comparison, Task
 from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
 from quantize.verify.files import file_problems
+from quantize.verify.kv_scales import kv_problems, kv_scales_of
+from quantize.verify.report import edited, report_problems
 from quantize.verify.results import LayerError, Lost, Report, Worst
-from quantize.verify.structure import Structure, missing_layers, quantized_modules
+from quantize.verify.structure import Structure, count_problems, missing_layers, quantized_modules
 from quantize.verify.weights import Part, Weights
 
 
@@ -60,7 +66,7 @@ def verify(
             "take the config.json that the quantizer wrote"
         )
         return report
-    claims = read_claims(target, report)
+    claims = read_claims(source, target, report)
     gates = None
     if source is not None:
         gates = Gates.uniform(gate) if gate else identify(source.folder, trust_remote_code)
@@ -72,7 +78,9 @@ def verify(
     else:
         comparison = Comparison(source, target, layout, gates, claims)
         modules = _against(comparison, progress, report)
+    report.problems += count_problems(target, modules.quantized)
     report.problems += quantization_problems(target, layout, claims, modules)
+    report.problems += edited(target, claims, report.problems)
     return report
 
 
@@ -81,6 +89,7 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
     tasks = list(comparison.tasks())
     report.problems += comparison.problems
     lost: dict[str, list[Lost]] = {weights.prefix: [] for weights in comparison.weights}
+    lost |= {BASE: []} if comparison.base else {}
     before = len(report.problems)
     for part, nbytes in _in_threads(comparison.source, tasks, cores(comparison.memory)):
         report.problems += part.problems
@@ -97,16 +106,30 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
         if any(math.isnan(w.noise) for w in weights) or not weights:
             relative = math.nan
         report.layers.append(LayerError(prefix, relative, worst))
+    report.problems += kv_problems(comparison.target, comparison.kv_scales, comparison.claims)
     report.problems += comparison.too_many()
+    report.problems += report_problems(
+        comparison.target,
+        comparison.layout,
+        comparison.claims,
+        comparison.weights,
+        comparison.gates,
+        comparison.before,
+        comparison.source.nbytes,
+        not report.problems,
+    )
     return Modules(
         {module for weights in comparison.weights for module in weights.modules},
         comparison.experts_left,
+        {linear.module: linear.base for linear in comparison.base},
         {name.rpartition(".")[0] for name in comparison.source.tensors},
     )
 
 
 def _worst(comparison: Comparison, prefix: str, lost: list[Lost]) -> Worst | None:
     """The weight of a layer that lost most, and its worst block, for which it is read again."""
+    if prefix == BASE:
+        return None
     finite = [weight for weight in lost if math.isfinite(weight.noise)]
     if not finite:
         return None
@@ -129,12 +152,22 @@ def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -
     report.problems += structure.problems
     report.problems += missing_layers(structure, claims)
     tasks: list[Task] = [partial(w.check, target, layout) for w in weights]
+    base = base_modules(target)
+    tasks += [partial(BaseLinear(m, b).check, target, layout) for m, b in base.items()]
     memory = max((_memory(w) for w in weights), default=0)
     for part, _ in _in_threads(target, tasks, cores(memory)):
         report.problems += part.problems
+    caches = kv_scales_of(attentions(target.tensors, target.config), layout, claims)
+    report.problems += kv_problems(target, caches, claims)
+    gates = None
+    with suppress(QuantizeError, LookupError):  # then it is a problem already
+        gates = from_contract(target.config[KEY])
+    report.problems += report_problems(
+        target, layout, claims, weights, gates, {}, None, not report.problems
+    )
     report.notes.append("without the source, only the checkpoint's own parts were compared")
     known = {name.rpartition(".")[0] for name in target.tensors}
-    return Modules(quantized_modules(target, layout), set(), known)
+    return Modules(quantized_modules(target, layout), set(), base, known)
 
 
 def _memory(weights: Weights) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from quantize.checkpoint.tensors import TensorInfo
 from quantize.layouts.layout import INPUT_SCALE, Layout, stored_tensors
 from quantize.nvfp4.format import BLOCK, IMPLAUSIBLE, NvFp4, bad_scales
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights, shared_scale
+from quantize.run.convert import Stored, nothing_lost, stored_tensors_of
 from quantize.run.worker import Worker
 from quantize.verify.blocks import ROWS, Blocks, Bounds, compare_blocks, place
 from quantize.verify.results import Lost
@@ -43,6 +44,8 @@ class Weights:
         text: input scales are those of a text.
         bounds: what rounding may lose, where there is no ``rule``.
         load: reads the source's weights, each ``[out, in]``; None if there is no source.
+        carried: reads what they are in the source, if that is NVFP4: they must be the same.
+        foreign: another tool may have made them, which decided on their scales.
         nbytes: of the source.
         memory: how many bytes checking them takes, about.
     """
@@ -57,6 +60,8 @@ class Weights:
     load: Callable[[Worker], list[torch.Tensor]] | None = None
     nbytes: int = 0
     memory: int = 0
+    carried: Callable[[Worker], list[Stored]] | None = None
+    foreign: bool = False
 
     def outputs(self, layout: Layout) -> list[tuple[TensorInfo, ...]]:
         """The tensors that must store each of them."""
@@ -67,6 +72,9 @@ class Weights:
         """Check their tensors; return what was found and ``nbytes``."""
         part = Part(self.prefix)
         stored = [_load(target, outs, worker, part) for outs in self.outputs(layout)]
+        if self.carried is not None:
+            self._check_carried(self.carried(worker), target, layout, stored, part)
+            return part, self.nbytes
         self._check_input_scales(target, layout, stored, part)
         if self.load is None:
             self._check_shared(target, layout, stored, part)
@@ -95,6 +103,30 @@ class Weights:
         if stored is None or self.load is None:
             return None
         return compare_blocks(self.load(worker)[number], layout.restore(stored)[0])
+
+    def _check_carried(
+        self,
+        weights: list[Stored],
+        target: Checkpoint,
+        layout: Layout,
+        stored: list[dict[str, torch.Tensor] | None],
+        part: Part,
+    ) -> None:
+        """Compare with the source's own NVFP4 weights, bit by bit."""
+        for module, weight, found in zip(self.modules, weights, stored, strict=True):
+            if found is None:
+                continue
+            before = len(part.problems)
+            try:
+                wanted = stored_tensors_of(weight, layout)
+            except ArithmeticError as error:
+                part.problems.append(f"{module}: {error} in the source; get it again")
+                continue
+            for suffix, tensor in wanted.items():
+                _compare(target, module, suffix, found[suffix], tensor, None, part)
+            lost = nothing_lost(module, weight[0])
+            noise = lost.noise if len(part.problems) == before else math.nan
+            part.lost.append(Lost(module, noise, lost.signal, torch.tensor(lost.counts)))
 
     def _check_bits(
         self,
@@ -192,7 +224,7 @@ class Weights:
                     "has inputs; quantize again"
                 )
         alike = {float(scale) for scale in scales if scale is not None}
-        if len(alike) > 1 and self.text and self.fused and not part.problems:
+        if len(alike) > 1 and self.text and self.fused and not (part.problems or self.foreign):
             part.problems.append(
                 f"{' and '.join(self.modules)} have the same inputs, but input scales of "
                 f"{' and '.join(f'{scale:.6g}' for scale in sorted(alike))}; quantize again"
@@ -210,7 +242,9 @@ class Weights:
         stored: list[dict[str, torch.Tensor] | None],
         part: Part,
     ) -> None:
-        """Weights that engines fuse have one global scale."""
+        """Weights that engines fuse have one global scale, if this package chose it."""
+        if self.foreign:
+            return
         scales = {
             float(layout.restore(found)[0].global_scale) for found in stored if found is not None
         }
@@ -227,15 +261,7 @@ def _load(
 ) -> dict[str, torch.Tensor] | None:
     """A weight's tensors by suffix; None, with the problems noted, if they are not sane."""
     before = len(part.problems)
-    for name, dtype, dims, *_ in wanted:
-        info = target.tensors.get(name)
-        if info is None:
-            part.problems.append(f"{name} is missing; complete the download, or quantize again")
-        elif (info.dtype, info.shape) != (dtype, dims):
-            part.problems.append(
-                f"{info.file.name}: {name} is {info.dtype} {list(info.shape)}, "
-                f"expected {dtype} {list(dims)}; quantize again"
-            )
+    part.problems += misfits(target, wanted)
     if len(part.problems) > before:
         return None
     loaded = {out.name.rpartition(".")[2]: target.load(out.name, worker.arena) for out in wanted}
@@ -246,16 +272,39 @@ def _load(
     return None if len(part.problems) > before else loaded
 
 
+def misfits(target: Checkpoint, wanted: tuple[TensorInfo, ...]) -> Iterator[str]:
+    """Which tensors are missing, or of another dtype or shape."""
+    for name, dtype, dims, *_ in wanted:
+        info = target.tensors.get(name)
+        if info is None:
+            yield f"{name} is missing; complete the download, or quantize again"
+        elif (info.dtype, info.shape) != (dtype, dims):
+            yield (
+                f"{info.file.name}: {name} is {info.dtype} {list(info.shape)}, "
+                f"expected {dtype} {list(dims)}; quantize again"
+            )
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes, whatever their shapes."""
+    left, right = (x.contiguous().reshape(-1).view(torch.uint8) for x in (left, right))
+    return torch.equal(left, right)
+
+
 def _compare(
     target: Checkpoint,
     module: str,
     suffix: str,
     found: torch.Tensor,
     wanted: torch.Tensor,
-    rule: str,
+    rule: str | None,
     part: Part,
 ) -> None:
-    """Note where a tensor's bits are not those that it must have."""
+    """Note where a tensor's bits are not those that it must have.
+
+    Args:
+        rule: the scale rule that makes them; None if they are the source's own.
+    """
     size = found.element_size()
     ours, theirs = (
         tensor.contiguous().reshape(-1).view(torch.uint8).view(-1, size)
@@ -266,15 +315,17 @@ def _compare(
     name = f"{module}.{suffix}"
     where = f"{target.tensors[name].file.name}: {name}"
     if found.numel() == 1:
+        but = f"the rule {rule!r} makes" if rule else "the source's own is"
+        of = " of the source's weights" if rule else ""
         part.problems.append(
-            f"{where} is {float(found):.9g}, but the rule {rule!r} makes {float(wanted):.9g} of "
-            "the source's weights; quantize again"
+            f"{where} is {float(found):.9g}, but {but} {float(wanted):.9g}{of}; quantize again"
         )
         return
     wrong = (ours != theirs).any(1).nonzero().flatten()
     row, column = divmod(int(wrong[0]), found.shape[-1])
     block = column * 2 // BLOCK if found.dtype == torch.uint8 else column
+    whose = f"what the rule {rule!r} makes of the source's weights" if rule else "the source's"
     part.problems.append(
-        f"{where}: {len(wrong)} of {found.numel()} bytes are not what the rule {rule!r} makes of "
-        f"the source's weights, first in row {row}, {place(block)}: an error; quantize again"
+        f"{where}: {len(wrong)} of {found.numel()} bytes are not {whose}, first in row {row}, "
+        f"{place(block)}: an error; quantize again"
     )

@@ -23,9 +23,11 @@ from benchmarks.moe_layer_inputs import (
     batch,
     batches,
     plain,
+    random_biases,
     random_weights,
 )
 from benchmarks.moe_layer_table import (
+    MORE,
     SHAPES,
     Floor,
     Row,
@@ -37,6 +39,7 @@ from benchmarks.moe_layer_table import (
     table,
 )
 from benchmarks.moe_layer_vllm import Layer, WrongKernelError, build
+from quantize.experts.gates import Gate
 from tests.conftest import ROOT
 
 M3 = SHAPES["minimax-m3"]
@@ -71,8 +74,16 @@ def test_both_numbers_of_the_floor_are_options() -> None:
     assert floor(M3, 1, 4, 2.15, 790).ms == pytest.approx(2 * 0.0296, abs=2e-4)
 
 
-def test_every_slice_can_be_stored_in_blocks() -> None:
-    assert all(shape.slice(8).intermediate % 16 == 0 for shape in SHAPES.values())
+def test_slices_are_of_whole_blocks() -> None:
+    assert all(shape.divides(8) for shape in SHAPES.values())
+    for name in ("nemotron-3-nano", "gpt-oss-120b"):
+        assert [tp for tp in (1, 2, 4, 8) if MORE[name].divides(tp)] == [1, 2, 4]
+
+
+def test_experts_without_a_gate_have_two_matrices() -> None:
+    nano = MORE["nemotron-3-nano"]
+    assert nano.weights == 2 * 2688 * 1856
+    assert floor(nano, 1, 6, 4.3, 790).ms == pytest.approx(0.0078, abs=1e-4)
 
 
 # Routing.
@@ -143,6 +154,34 @@ def test_plain_arithmetic_of_one_expert() -> None:
     pre = 32 * 0.125 * 2
     middle = pre * pre / (1 + 2.718281828**-pre)
     assert torch.allclose(found, torch.full((1, 32), 0.5 * 2 * 16 * middle))
+
+
+def test_plain_arithmetic_without_a_gate_and_with_biases() -> None:
+    """Before the activation, and before the router's weight."""
+    shape = Shape("ones", 2, 32, 16, 1, Gate("relu2"), biased=True)
+    two = torch.full((2,), 2.0)
+
+    def ones(rows: int, columns: int) -> Stored:
+        codes = torch.full((2, rows, columns // 2), 0x22, dtype=torch.uint8)
+        return Stored(codes, torch.ones(2, rows, columns // 16).to(torch.float8_e4m3fn), two)
+
+    x = torch.tensor([0.125, -0.125]).repeat_interleave(32).view(2, 32).bfloat16()
+    given = Batch(x, torch.full((2, 1), 0.5), torch.tensor([[0], [1]]))
+    biases = (torch.tensor([[-3.0], [7.0]]).repeat(1, 16), torch.tensor([[10.0], [4.0]]))
+    found = plain(shape, ones(16, 32), ones(32, 16), given, biases)
+    assert found[0].tolist() == [0.5 * (16 * 2 * (8 - 3) ** 2 + 10)] * 32
+    assert found[1].tolist() == [0.5 * 4] * 32  # 7 - 8 is below zero
+
+
+def test_biases_are_of_the_sizes_that_they_are_added_to() -> None:
+    shape = Shape("biased", 4, 32, 48, 1, Gate("relu2"), biased=True)
+    for given, rows in ((shape, 48), (Shape("gated", 4, 32, 48, 1, biased=True), 96)):
+        found = random_biases(given, random())
+        assert found is not None
+        assert [tuple(b.shape) for b in found] == [(4, rows), (4, 32)]
+        assert {b.dtype for b in found} == {torch.bfloat16}
+    assert random_biases(TINY, random()) is None
+    assert random_weights(shape, random())[0].codes.shape == (4, 48, 16)
 
 
 def test_gates_get_what_matters_to_them() -> None:

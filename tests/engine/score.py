@@ -11,6 +11,12 @@ import sys
 from pathlib import Path
 
 
+def prompts() -> list[list[int]]:
+    """Four of a hundred tokens of a vocabulary of 256."""
+    draw = random.Random(0)
+    return [[draw.randrange(256) for _ in range(100)] for _ in range(4)]
+
+
 def main(model: str, out: str, settings: str) -> None:
     from vllm import LLM, SamplingParams
 
@@ -18,8 +24,7 @@ def main(model: str, out: str, settings: str) -> None:
         model, quantization="nvfp4_moe", skip_tokenizer_init=True, max_model_len=128,
         **json.loads(settings),
     )  # fmt: skip
-    draw = random.Random(0)
-    rows = [[draw.randrange(256) for _ in range(100)] for _ in range(4)]
+    rows = prompts()
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     answers = llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
     values = [

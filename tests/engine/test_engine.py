@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from examples.perplexity import held_out_rows, model_perplexity
 from tests.conftest import ROOT
+from tests.engine.score import prompts
 from tests.plugin.reference import experts_of
 from tests.trained import NANO, OWN, Sizes, nano
 
@@ -128,3 +130,90 @@ def test_experts_are_sharded(tmp_path: Path) -> None:
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=1e-4, atol=1e-4)
     assert scores[0].std() > 0.5  # not a constant that any weights would give
+
+
+def test_experts_without_a_gate(tmp_path: Path) -> None:
+    """A random Nemotron-H with all its kinds of layers, latent experts among them: vLLM's
+    log-probabilities are those of Transformers' class with the dequantized weights. In bf16 vLLM
+    has no kernels for these experts on a CPU."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    from tests.plugin.reference import dequantize
+    from tests.quantize.checkpoints import convert
+
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        vocab_size=256, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
+        layers_block_type=["linear_attention", "moe", "full_attention", "moe", "mlp"],
+        intermediate_size=96, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=80, moe_latent_size=64, routed_scaling_factor=2.5,
+        mamba_num_heads=4, mamba_head_dim=32, n_groups=2, ssm_state_size=16, chunk_size=16,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    model = NemotronHForCausalLM(config).bfloat16().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "conv1d" not in name:
+            parameter.data.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "nvfp4")
+    file = tmp_path / "scores.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"), str(file),
+         json.dumps(EXACT | {"enable_prefix_caching": False})],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = torch.tensor(json.loads(file.read_text()))
+
+    def theirs() -> torch.Tensor:
+        found = []
+        with torch.inference_mode():
+            for row in map(torch.tensor, prompts()):
+                logits = model(row.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
+                found.append(logits.gather(1, row[1:, None]).flatten())
+        return torch.cat(found)
+
+    model.float()
+    original = theirs()
+    tensors = load_file(tmp_path / "nvfp4" / "model.safetensors")
+    for number in (1, 3):
+        experts = model.model.layers[number].mixer.experts
+        for expert in range(8):
+            for name in ("up_proj", "down_proj"):
+                stem = f"backbone.layers.{number}.mixer.experts.{expert}.{name}.weight"
+                weight = dequantize(
+                    tensors[stem], tensors[f"{stem}_scale"], tensors[f"{stem}_scale_2"]
+                )
+                getattr(experts, name).data[expert] = weight
+    torch.testing.assert_close(scores, theirs(), rtol=1e-4, atol=1e-4)
+    assert (scores - original).abs().max() > 0.05  # the experts matter
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gpt_oss(tmp_path: Path, ranks: int) -> None:
+    """vLLM's own class, with attention sinks, sliding windows and experts that have biases."""
+    from quantize.checkpoint.reader import Checkpoint
+    from quantize.execute import execute
+    from quantize.run.plan import plan
+    from tests.engine.score import prompts
+    from tests.plugin import biased
+
+    biased.save(
+        tmp_path / "bf16", layers=2, head_dim=64, vocab_size=256, max_position_embeddings=128
+    )
+    with Checkpoint(tmp_path / "bf16") as source:
+        execute(source, plan(source), tmp_path / "nvfp4")
+    more = {"tensor_parallel_size": 2} if ranks == 2 else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"),
+         str(tmp_path / "out.json"), json.dumps(EXACT | more)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        | ({"VLLM_CPU_OMP_THREADS_BIND": "0|0"} if more else {}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = torch.tensor(json.loads((tmp_path / "out.json").read_text()))
+    theirs = biased.log_probabilities(tmp_path / "nvfp4", "modelopt", prompts()).flatten()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert theirs.std() > 0.5  # not a constant that any weights would give

@@ -162,14 +162,17 @@ def build(
     backend: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     stock: bool = False,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Layer:
     """A layer with these weights, converted for ``backend``.
 
     Args:
-        w13, w2: NVFP4, or plain floats ``[experts, out, in]``, which are quantized as they load.
+        w13, w2: NVFP4, or plain floats ``[experts, out, in]``, which are quantized as they load. Of
+            a gate that is none, the first half of w13 is up, and the other is not loaded.
         backend: vLLM's ``moe_backend``, or ``hopper`` or ``hopper fp8``: this package's kernels.
         gate: a key of ``tests.gpu.reference.GATES``; the router is that of :func:`route`.
         stock: with vLLM's own ``modelopt_fp4`` method in place of this package's.
+        biases: of w13 ``[experts, rows]`` and of w2, if the experts have any.
     """
     from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
     from vllm.config.kernel import KernelConfig
@@ -179,7 +182,9 @@ def build(
     from quantize.experts.gates import Gate, Gates
     from quantize.layouts import LAYOUTS
     from vllm_nvfp4_moe.config import NvFp4MoEConfig
+    from vllm_nvfp4_moe.registration import register
 
+    register()  # as vLLM does in each of its processes
     plain = isinstance(w13, torch.Tensor)
     device = w13.device if isinstance(w13, torch.Tensor) else w13.codes.device
     numbers = (1.702, 1.0, 7.0) if gate == "swiglu_oai" else ()
@@ -199,12 +204,15 @@ def build(
     else:
         quantization = NvFp4MoEConfig() if plain else NvFp4MoEConfig.from_config(stored)
         quantization.gates = Gates.uniform(Gate(gate, *numbers))
+    if gate == "relu2":
+        told = {"activation": "relu2_no_mul", "ckpt_names": ("up_proj", "down_proj", None)}
     ours = backend.startswith("hopper")
     wanted = KernelConfig(moe_backend="auto" if ours else backend)
     activations = mock.patch.dict(
         os.environ, {"NVFP4_MOE_ACTIVATIONS": "fp8" if "fp8" in backend else "bf16"}
     )
     config = VllmConfig(load_config=LoadConfig(), kernel_config=wanted)
+    config.quant_config = quantization
     sigmoid = gate == "swiglu_oai"
     with activations, set_current_vllm_config(config), torch.device(device):
         runner = FusedMoEFactory(
@@ -220,6 +228,7 @@ def build(
             apply_routed_scale_to_output=True,
             router_logits_dtype=torch.float32,
             quant_config=quantization,
+            has_bias=biases is not None,
             **told,
             prefix="model.layers.0.mlp.experts",
         )
@@ -227,12 +236,17 @@ def build(
         layer = Layer(runner, config)
         method = layer.experts.quant_method
         assert not ours or method.kernel.startswith(f"{backend.upper()} ("), method.passed_over
-        load(layer.experts, w13, w2)
+        load(layer.experts, w13, w2, biases)
         method.process_weights_after_loading(layer.experts)
     return layer
 
 
-def load(experts: Any, w13: Stored | torch.Tensor, w2: Stored | torch.Tensor) -> None:
+def load(
+    experts: Any,
+    w13: Stored | torch.Tensor,
+    w2: Stored | torch.Tensor,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
     """Every tensor of every expert through its parameter's weight loader, as from a checkpoint."""
     parameters = dict(experts.named_parameters())
 
@@ -244,12 +258,15 @@ def load(experts: Any, w13: Stored | torch.Tensor, w2: Stored | torch.Tensor) ->
             parameter, tensor, f"experts.{name}", shard_id=shard, expert_id=expert
         )
 
-    for shard, stored, prefix in (("w1", w13, "w13"), ("w3", w13, "w13"), ("w2", w2, "w2")):
+    shards = [("w1", w13, "w13"), ("w3", w13, "w13"), ("w2", w2, "w2")]
+    for shard, stored, prefix in shards if experts.moe_config.is_act_and_mul else shards[::2]:
         whole = stored if isinstance(stored, torch.Tensor) else stored.codes
         half = whole.shape[1] // 2
         rows = {"w1": slice(half), "w3": slice(half, None), "w2": slice(None)}[shard]
         for expert in range(len(whole)):
             put(f"{prefix}_weight", shard, expert, whole[expert, rows])
+            if biases is not None:
+                put(f"{prefix}_bias", shard, expert, biases[prefix == "w2"][expert, rows])
             if isinstance(stored, torch.Tensor):
                 continue
             put(f"{prefix}_weight_scale", shard, expert, stored.block_scale[expert, rows])

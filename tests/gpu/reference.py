@@ -51,7 +51,16 @@ def clamped_swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (up.clamp(-7.0, 7.0) + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-GATES: dict[str, GateFunction] = {"silu": silu_gate, "swiglu_oai": clamped_swiglu_oai}
+def relu2(up: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Nemotron-H's, which has no gate: the first half of w13 is up, and there is no other."""
+    return up.clamp(min=0) ** 2
+
+
+GATES: dict[str, GateFunction] = {
+    "silu": silu_gate,
+    "swiglu_oai": clamped_swiglu_oai,
+    "relu2": relu2,
+}
 
 
 def nearest_nvfp4(x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +82,14 @@ def nearest_nvfp4(x: torch.Tensor) -> torch.Tensor:
     return (values[code] * scaled.sign() * scale).flatten(-2)
 
 
+Biases = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of the two products, float ``[experts, out]``; None for none."""
+
+
+def with_bias(product: torch.Tensor, biases: torch.Tensor | None, expert: int) -> torch.Tensor:
+    return product if biases is None else product + biases[expert].to(product)
+
+
 def routed(
     x: torch.Tensor,
     w13: Stored,
@@ -82,12 +99,14 @@ def routed(
     gate: str,
     dtype: torch.dtype = torch.float32,
     emulated: bool = False,
+    biases: Biases = (None, None),
 ) -> torch.Tensor:
     """Output of the routed experts, ``[tokens, hidden]`` in ``dtype``, an expert at a time.
 
     Args:
         x: ``[tokens, hidden]``.
         weights: the router's, ``[tokens, k]``; ids: ``[tokens, k]``.
+        biases: added before the activation, and before the router's weight.
         emulated: what goes into each product is first rounded to NVFP4, and weights and what
             comes out of a product or gate to bfloat16, as vLLM's emulation does.
     """
@@ -95,15 +114,16 @@ def routed(
     def bf16(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.bfloat16().to(dtype) if emulated else tensor
 
-    def product(inputs: torch.Tensor, stored: Stored) -> torch.Tensor:
+    def product(inputs: torch.Tensor, stored: Stored, bias: torch.Tensor | None) -> torch.Tensor:
         inputs = nearest_nvfp4(inputs).to(dtype) if emulated else inputs
-        return inputs @ bf16(stored.weight(expert, dtype)).T
+        return with_bias(inputs @ bf16(stored.weight(expert, dtype)).T, bias, expert)
 
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        middle = GATES[gate](*bf16(product(x[token].to(dtype), w13)).chunk(2, -1))
-        result = product(bf16(middle), w2) * weights[token, slot].to(dtype).unsqueeze(1)
+        both = bf16(product(x[token].to(dtype), w13, biases[0]))
+        middle = GATES[gate](*both.chunk(2, -1))
+        result = product(bf16(middle), w2, biases[1]) * weights[token, slot].to(dtype).unsqueeze(1)
         out.index_add_(0, token, bf16(result))
     return out
 

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from tests.gpu.reference import GATES, MAGNITUDES, Stored
+from tests.gpu.reference import GATES, MAGNITUDES, Biases, Stored, with_bias
 
 
 def e4m3(values: torch.Tensor) -> torch.Tensor:
@@ -61,6 +61,8 @@ def routed(
     weights: torch.Tensor,
     ids: torch.Tensor,
     gate: str,
+    *,
+    biases: Biases = (None, None),
 ) -> torch.Tensor:
     """As ``reference.routed``, in float32."""
     out = torch.zeros(x.shape, device=x.device)
@@ -68,11 +70,15 @@ def routed(
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
 
-        def product(rows: torch.Tensor, stored: Stored, expert: int = expert) -> torch.Tensor:
+        def product(
+            rows: torch.Tensor, stored: Stored, bias: torch.Tensor | None, expert: int = expert
+        ) -> torch.Tensor:
             matrix = rounded(stored.codes[expert], stored.block_scale[expert])
-            return rows @ matrix.T * stored.global_scale[expert].float()
+            found = rows @ matrix.T * stored.global_scale[expert].float()
+            return with_bias(found, bias, expert)
 
-        middle = GATES[gate](*product(inputs[token], w13).chunk(2, -1)).bfloat16()
-        result = product(quantized(middle), w2).bfloat16().float()
+        both = product(inputs[token], w13, biases[0])
+        middle = GATES[gate](*both.chunk(2, -1)).bfloat16()
+        result = product(quantized(middle), w2, biases[1]).bfloat16().float()
         out.index_add_(0, token, result * weights[token, slot].float().unsqueeze(1))
     return out

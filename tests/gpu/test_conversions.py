@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.plugin.blackwell import RELU2
 from tests.plugin.conversions import (
     EXPERTS,
     Experts,
@@ -61,6 +62,24 @@ def test_trtllm(sizes: tuple[int, int]) -> None:
     config = layer.moe_config
     assert (config.hidden_dim, config.intermediate_size_per_partition) == (hidden, inner)
     assert config.hidden_dim_unpadded == sizes[0]
+
+
+@pytest.mark.parametrize("sizes", [(256, 128), (320, 96), (1024, 48)], ids=str)
+def test_trtllm_without_a_gate(sizes: tuple[int, int]) -> None:
+    """Rows shuffled, but none alternate; padded to multiples of 128 of the intermediate size."""
+    needed("flashinfer.fused_moe.core")
+    experts = Experts.random(*sizes, device="cuda")
+    layer, tensors = experts.converted("FLASHINFER_TRTLLM", RELU2)
+    w13, w13_scale, _, _, w2, w2_scale, _, _ = tensors
+    hidden, inner = up(sizes[0], 256), up(sizes[1], 128)
+    assert torch.equal(unshuffled(w13), padded(experts.up, inner, hidden // 2))
+    want = padded(experts.up_scale, inner, hidden // 16)
+    assert torch.equal(unshuffled(unswizzled(w13_scale)), want)
+    assert torch.equal(unshuffled(w2), padded(experts.down, hidden, inner // 2))
+    want = padded(experts.down_scale, hidden, inner // 16)
+    assert torch.equal(unshuffled(unswizzled(w2_scale)), want)
+    config = layer.moe_config
+    assert (config.hidden_dim, config.intermediate_size_per_partition) == (hidden, inner)
 
 
 @pytest.mark.parametrize("sizes", [(256, 128), (320, 208)], ids=str)

@@ -7,6 +7,7 @@ import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 
 ASKING = (
     "vllm.platforms",
+    f"{FUSED_MOE}.config",
     f"{FUSED_MOE}.modular_kernel",
     f"{FUSED_MOE}.activation",
     f"{FUSED_MOE}.b12x",
@@ -48,6 +50,8 @@ SILU = Gate("silu")
 STEP = Gate("swiglu_step", limit=7.0)
 GELU = Gate("gelu")
 GELU_TANH = Gate("gelu_tanh")
+RELU2 = Gate("relu2")
+SITU = Gate("situ", alpha=4.0, limit=25.0)  # Kimi-K3, Inkling 2
 
 ACTIVATION = {
     "silu": MoEActivation.SILU,
@@ -55,6 +59,8 @@ ACTIVATION = {
     "swiglu_step": MoEActivation.SWIGLUSTEP,
     "gelu": MoEActivation.GELU,
     "gelu_tanh": MoEActivation.GELU_TANH,
+    "relu2": MoEActivation.RELU2_NO_MUL,
+    "situ": MoEActivation.SITU,
 }
 
 _ALONE = {
@@ -152,28 +158,34 @@ def moe_config(
     hidden: int = 256,
     inner: int = 128,
 ) -> FusedMoEConfig:
-    """What a MiniMax-M3 layer of these sizes gives vLLM, with its gate already set to ``gate``."""
+    """What a MiniMax-M3 layer of these sizes gives vLLM, with its gate already set to ``gate``: on
+    a GPU, since on a CPU vLLM gives none without a gate."""
     modes = {**_ALONE, **PARALLEL[parallel]}
     ranks = {f"{name}_rank": 0 for name in ("tp", "pcp", "dp", "ep")}
     numbers: tuple[float | None, ...] = (None,) * 3
     if gate.form == "swiglu_oai":  # as activation.apply_contract does
         numbers = (gate.alpha, gate.beta, gate.limit)
     alpha, beta, limit = numbers
-    return FusedMoEConfig(
-        num_experts=experts,
-        num_logical_experts=experts,
-        num_local_experts=experts // modes["ep_size"],
-        experts_per_token=4,
-        hidden_dim=hidden,
-        intermediate_size=inner,
-        activation=ACTIVATION[gate.form],
-        device="cpu",
-        routing_method=RoutingMethodType.MiniMax2,
-        moe_parallel_config=FusedMoEParallelConfig(**modes, **ranks),
-        in_dtype=torch.bfloat16,
-        router_logits_dtype=torch.float32,
-        moe_backend=moe_backend,
-        swiglu_alpha=alpha,
-        swiglu_beta=beta,
-        swiglu_limit=limit,
-    )
+    situ = (gate.alpha, gate.limit) if gate.form == "situ" else (None, None)
+    gpu = SimpleNamespace(is_cuda_alike=lambda: True)
+    with mock.patch(f"{FUSED_MOE}.config.current_platform", gpu):
+        return FusedMoEConfig(
+            num_experts=experts,
+            num_logical_experts=experts,
+            num_local_experts=experts // modes["ep_size"],
+            experts_per_token=4,
+            hidden_dim=hidden,
+            intermediate_size=inner,
+            activation=ACTIVATION[gate.form],
+            device="cpu",
+            routing_method=RoutingMethodType.MiniMax2,
+            moe_parallel_config=FusedMoEParallelConfig(**modes, **ranks),
+            in_dtype=torch.bfloat16,
+            router_logits_dtype=torch.float32,
+            moe_backend=moe_backend,
+            swiglu_alpha=alpha,
+            swiglu_beta=beta,
+            swiglu_limit=limit,
+            activation_situ_beta=situ[0],
+            activation_situ_linear_beta=situ[1],
+        )

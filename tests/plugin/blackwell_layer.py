@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
 from quantize.experts.gates import Gate
-from tests.plugin.blackwell import ACTIVATION, M3, moe_config
+from tests.plugin.blackwell import ACTIVATION, M3, SITU, moe_config
 from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
 EXPERTS, HIDDEN, INNER, TOKENS, TOPK = 4, 256, 128, 3, 4
@@ -18,10 +17,16 @@ OTHER = Gate("swiglu_oai", alpha=1.3, beta=0.5, limit=3.0)
 CLAMPED_SILU = Gate("swiglu_oai", alpha=1.0, beta=0.0, limit=10.0)
 UNLIMITED = Gate("swiglu_oai", alpha=1.702, beta=1.0)
 NUMBERED = (M3, OTHER, CLAMPED_SILU)
+SITU_OTHER = Gate("situ", alpha=2.0, limit=10.0)
+SITU_UNCAPPED = Gate("situ", alpha=1.5)
+SOFT = (SITU, SITU_OTHER)
 
 
 def applied(gate: Gate, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """``swiglu_oai``, as docs/users/families.md has it."""
+    """``swiglu_oai`` and ``situ``, as docs/users/families.md has them."""
+    if gate.form == "situ":
+        up = u if gate.limit is None else gate.limit * torch.tanh(u / gate.limit)
+        return gate.alpha * torch.tanh(g / gate.alpha) / (1 + torch.exp(-g)) * up
     if gate.limit is not None:
         g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
     return (u + gate.beta) * g / (1 + torch.exp(-gate.alpha * g))
@@ -38,7 +43,7 @@ def layer_of(gate: Gate) -> Any:
         )
     else:
         layer.swiglu_alpha = layer.swiglu_beta = layer.swiglu_limit = None
-    shapes = {"w13": (2 * INNER, HIDDEN), "w2": (HIDDEN, INNER)}
+    shapes = {"w13": ((1 + gate.gated) * INNER, HIDDEN), "w2": (HIDDEN, INNER)}
     for name, (rows, columns) in shapes.items():
         tensors = {
             "weight": torch.zeros(EXPERTS, rows, columns // 2, dtype=torch.uint8),
@@ -55,10 +60,9 @@ def layer_of(gate: Gate) -> Any:
 def experts_of(backend: str, experts_cls: Any, gate: Gate) -> Any:
     """vLLM's class with the config that the plugin's method gives it, after loading."""
     layer = layer_of(gate)
-    method: Any = SimpleNamespace(
-        nvfp4_backend=NvFp4MoeBackend(backend), use_a16=backend == "MARLIN"
-    )
-    quant_config = VllmKernelsMethod.get_fused_moe_quant_config(method, layer)
+    method: Any = VllmKernelsMethod.__new__(VllmKernelsMethod)
+    method.nvfp4_backend, method.weight_only = NvFp4MoeBackend(backend), backend == "MARLIN"
+    quant_config = method.get_fused_moe_quant_config(layer)
     config = moe_config(gate, experts=EXPERTS, hidden=HIDDEN, inner=INNER)
     experts = experts_cls(moe_config=config, quant_config=quant_config)
     experts.process_weights_after_loading(layer)

@@ -64,8 +64,11 @@ class Experts:
     def converted(
         self, backend: str, gate: Gate = M3, weight_only: bool = False
     ) -> tuple[Any, tuple[Any, ...]]:
-        """The layer, and vLLM's eight tensors of it, from the arguments that the plugin passes."""
+        """The layer, and vLLM's eight tensors of it, from the arguments that the plugin passes. Of
+        a layer without a gate, ``up`` is all of w13."""
         config = moe_config(gate, experts=EXPERTS, hidden=self.hidden, inner=self.inner)
+        w13 = (self.gate, self.up)[not gate.gated :]
+        w13_scale = (self.gate_scale, self.up_scale)[not gate.gated :]
         layer = SimpleNamespace(
             activation=ACTIVATION[gate.form],
             moe_config=config,
@@ -74,19 +77,19 @@ class Experts:
             intermediate_size_per_partition=self.inner,
             params_dtype=torch.bfloat16,
         )
-        inputs = torch.tensor([[0.5, 0.5], [2.0, 2.0], [0.25, 0.25]], device=self.gate.device)
+        inputs = torch.tensor([[0.5], [2.0], [0.25]], device=self.gate.device).repeat(1, len(w13))
         tensors: Any = convert_to_nvfp4_moe_kernel_format(
             nvfp4_backend=NvFp4MoeBackend(backend),
             layer=layer,
-            w13=torch.cat((self.gate, self.up), 1),
-            w13_scale=_cat(self.gate_scale, self.up_scale),
+            w13=torch.cat(w13, 1),
+            w13_scale=_cat(*w13_scale),
             w13_scale_2=self.w13_global.clone(),
             a13_scale=None if weight_only else inputs,
             w2=self.down.clone(),
             w2_scale=self.down_scale.clone(),
             w2_scale_2=self.down_global.clone(),
             a2_scale=None if weight_only else inputs[:, 0].clone(),
-            is_act_and_mul=True,
+            is_act_and_mul=gate.gated,
             use_a16=weight_only,
         )
         return layer, tensors

@@ -20,17 +20,17 @@ import torch
 
 from vllm_nvfp4_moe.kernels.hopper import launch
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
-from vllm_nvfp4_moe.kernels.hopper.source import inlined
+from vllm_nvfp4_moe.kernels.hopper.source import ORDINARY, Form, inlined
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 HEADER = Path(__file__).with_name("cuda_emulation.h")
 CPU = torch.device("cpu")
 
 
-def body(kernel: HopperKernel) -> str:
+def body(kernel: HopperKernel, form: Form = ORDINARY) -> str:
     """The CUDA source of ``kernel``, without what only a GPU can do."""
     # One OS thread runs all: dynamic shared memory is the header's, by its plain name.
-    return inlined(kernel.file).replace("extern __shared__", "extern")
+    return inlined(kernel.file, form).replace("extern __shared__", "extern")
 
 
 def compiled(folder: Path, source: str, kernel: HopperKernel) -> ctypes.CDLL:
@@ -71,9 +71,13 @@ class Emulated:
     may not touch; those that it makes begin as NaN, or as no index of anything."""
 
     def __init__(
-        self, library: ctypes.CDLL, kernel: HopperKernel, monkeypatch: pytest.MonkeyPatch
+        self,
+        library: ctypes.CDLL,
+        kernel: HopperKernel,
+        monkeypatch: pytest.MonkeyPatch,
+        form: Form = ORDINARY,
     ) -> None:
-        self.library, self.kernel, self.patch = library, kernel, monkeypatch
+        self.library, self.kernel, self.patch, self.form = library, kernel, monkeypatch, form
 
     def allocate(self, count: int, dtype: torch.dtype, name: str) -> torch.Tensor:
         """``[count]``, there until the next run, and poisoned."""
@@ -118,9 +122,9 @@ class Emulated:
         if out is x:
             copies["out"] = copies["x"]
         of_experts = {
-            field.name: self.copied(getattr(experts, field.name), field.name)
+            field.name: self.copied(value, field.name)
             for field in dataclasses.fields(experts)
-            if field.name != "hidden"
+            if isinstance(value := getattr(experts, field.name), torch.Tensor)
         }
 
         def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -133,7 +137,7 @@ class Emulated:
             error_text=self.library.error_text,
         )
         with self.patch.context() as patch:
-            patch.setattr(self.kernel, "library", lambda device: library)
+            patch.setattr(self.kernel, "library", lambda device, form: self._of(form, library))
             patch.setattr(torch, "empty", empty)
             patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
             patch.setattr(torch.cuda, "current_stream", lambda: stream)
@@ -149,6 +153,10 @@ class Emulated:
                     raise AssertionError(failure) from None
                 raise
         return found.clone() if out is None else out.copy_(found)
+
+    def _of(self, form: Form, library: Any) -> Any:
+        assert form == self.form, f"{form} was asked for, and the library is for {self.form}"
+        return library
 
     def twice(self, *args: Any, **options: Any) -> torch.Tensor:
         """What both of two orders of events give."""

@@ -21,13 +21,20 @@ def dequantize(
     return values * scale
 
 
-def experts_of(folder: Path, prefix: str, layout: str, experts: int) -> list[list[torch.Tensor]]:
-    """[gate, up, down] in float64 for each expert of a layer in a quantized folder."""
+def experts_of(
+    folder: Path,
+    prefix: str,
+    layout: str,
+    experts: int,
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
+) -> list[list[torch.Tensor]]:
+    """[gate, up, down] in float64 for each expert of a layer in a quantized folder; without a gate,
+    whose ``projections`` are two, [up, down]."""
     tensors = load_file(folder / "model.safetensors")
     found = []
     for expert in range(experts):
         weights = []
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        for name in projections:
             base = f"{prefix}.{expert}.{name}."
             if layout == "modelopt":
                 codes, glob = tensors[base + "weight"], tensors[base + "weight_scale_2"]
@@ -45,6 +52,11 @@ def m3_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (up.clamp(-7.0, 7.0) + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
+def relu2(up: torch.Tensor) -> torch.Tensor:
+    """Nemotron-H's ReLU², which has no gate."""
+    return up.clamp(min=0) ** 2
+
+
 def routed(
     x: torch.Tensor,
     experts: list[list[torch.Tensor]],
@@ -52,11 +64,13 @@ def routed(
     ids: torch.Tensor,
     gate_of: object = m3_gate,
 ) -> torch.Tensor:
-    """float64 output of routed experts, one token and expert at a time."""
+    """float64 output of routed experts, one token and expert at a time. ``gate_of`` gets what all
+    matrices of an expert but the last give."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(len(x)):
         for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
-            gate, up, down = experts[expert]
+            *first, down = experts[expert]
             row = x[token].double()
-            out[token] += weight.double() * (down @ gate_of(gate @ row, up @ row))  # type: ignore[operator]
+            middle = gate_of(*(matrix @ row for matrix in first))  # type: ignore[operator]
+            out[token] += weight.double() * (down @ middle)
     return out

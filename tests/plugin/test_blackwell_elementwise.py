@@ -25,6 +25,7 @@ from tests.plugin.blackwell import (
     GELU_TANH,
     M3,
     SILU,
+    SITU,
     STEP,
     moe_config,
 )
@@ -33,6 +34,8 @@ from tests.plugin.blackwell_layer import (
     INNER,
     NUMBERED,
     OTHER,
+    SITU_UNCAPPED,
+    SOFT,
     TOKENS,
     TOPK,
     applied,
@@ -53,6 +56,7 @@ class Operators:
             "silu_and_mul_with_clamp",
             "gelu_and_mul",
             "gelu_tanh_and_mul",
+            "situ_and_mul",
         ):
             record = self._named(name)
             monkeypatch.setattr(torch.ops._C, name, record, raising=False)
@@ -79,7 +83,8 @@ class Operators:
 
 
 # vLLM's elementwise operators, with the numbers that they take after their tensors:
-# silu_and_mul_with_clamp(limit, alpha, beta), as in vllm/model_executor/layers/activation.py:249.
+# silu_and_mul_with_clamp(limit, alpha, beta), as in vllm/model_executor/layers/activation.py:249;
+# situ_and_mul(beta, linear_beta), :162.
 OPERATOR: dict[Gate, tuple[Any, ...]] = {
     M3: ("silu_and_mul_with_clamp", 7.0, 1.702, 1.0),
     OTHER: ("silu_and_mul_with_clamp", 3.0, 1.3, 0.5),
@@ -87,6 +92,8 @@ OPERATOR: dict[Gate, tuple[Any, ...]] = {
     GELU: ("gelu_and_mul",),
     GELU_TANH: ("gelu_tanh_and_mul",),
     STEP: ("swiglustep", 7.0),
+    SITU: ("situ_and_mul", 4.0, 25.0),
+    SITU_UNCAPPED: ("situ_and_mul", 1.5, -1.0),  # not above 0: up goes through
 }
 
 
@@ -149,7 +156,7 @@ def evaluated(impl: str, a: float, b: float) -> float:
     """The value of a CUDA expression or lambda of Humming's, in Python."""
     code = re.sub(r"(\d+\.\d*)f\b", r"\1", impl)
     names: dict[str, Any] = {"a": a, "b": b, "fminf": min, "fmaxf": max}
-    names |= {"expf": math.exp, "erff": math.erf}
+    names |= {"expf": math.exp, "erff": math.erf, "tanhf": math.tanh}
     if not code.startswith("["):
         return eval(code, names)
     for statement in code[code.index("{") + 1 : code.rindex("}")].split(";"):
@@ -166,7 +173,7 @@ def step(g: float, u: float) -> float:
     return min(g / (1 + math.exp(-g)), 7.0) * max(min(u, 7.0), -7.0)
 
 
-@pytest.mark.parametrize("gate", [SILU, *NUMBERED, GELU, STEP], ids=str)
+@pytest.mark.parametrize("gate", [SILU, *NUMBERED, GELU, STEP, *SOFT, SITU_UNCAPPED], ids=str)
 def test_humming(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     """Its kernels are compiled from an expression; that is the gate, numbers and all."""
     module = importlib.import_module(f"{FUSED_MOE}.experts.fused_humming_moe")

@@ -26,6 +26,8 @@ from tests.plugin.blackwell_layer import (
     EXPERTS,
     HIDDEN,
     NUMBERED,
+    SITU_UNCAPPED,
+    SOFT,
     TOKENS,
     UNLIMITED,
     applied,
@@ -138,6 +140,24 @@ def test_trtllm(monkeypatch: pytest.MonkeyPatch, name: str, gate: Gate) -> None:
     assert (limit is None) == (gate.limit is None)
 
 
+@pytest.mark.parametrize("name", TRTLLM_CLASSES)
+@pytest.mark.parametrize("gate", SOFT, ids=str)
+def test_trtllm_situ(monkeypatch: pytest.MonkeyPatch, name: str, gate: Gate) -> None:
+    """Of values that have their scales (FlashInfer's core.py:6306): up is x0, the gate x1."""
+    seen = trtllm(monkeypatch, name, TRTLLM_CLASSES[name], gate).seen
+    assert seen["activation_type"] == FlashInferActivation.Situ
+    assert seen["gemm1_clamp_limit"] is None
+    g, u = grid()
+    for expert, weight_scale in enumerate((0.5, 0.02, 3.0, 0.125)):
+        to_real = weight_scale * 0.25
+        scale = float(seen["output1_scale_gate_scalar"][expert])
+        x0, x1 = u / to_real * scale, g / to_real * scale
+        alpha, beta = (float(seen[f"gemm1_{n}"][expert]) for n in ("alpha", "beta"))
+        got = beta * torch.tanh(x0 / beta) * alpha * torch.tanh(x1 / alpha) * torch.sigmoid(x1)
+        got = float(seen["output1_scale_scalar"][expert]) * got
+        torch.testing.assert_close(got, applied(gate, g, u) / 0.5, rtol=1e-5, atol=1e-5)
+
+
 def test_trtllm_has_one_geglu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why exact GELU is withheld from it: vLLM asks for the same thing in both cases."""
     name, kernel = next(iter(TRTLLM_CLASSES.items()))
@@ -181,9 +201,7 @@ def test_flashinfer_cutlass_is_asked_for_exact_gelu(monkeypatch: pytest.MonkeyPa
     assert all(silu[f"swiglu_{n}"] is None for n in ("alpha", "beta", "limit"))
 
 
-@pytest.mark.parametrize("gate", [SILU, *NUMBERED, UNLIMITED], ids=str)
-def test_cutedsl(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
-    """It takes numbers; left out, they are 1, 0 and float32's largest (tllm_enums.py:102)."""
+def cutedsl(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> dict[str, Any]:
     pretend_flashinfer(monkeypatch)
     oracle = importlib.import_module(f"{FUSED_MOE}.oracle.nvfp4")
     monkeypatch.setattr(oracle, "nvfp4_swizzled_scale_to_cutedsl_mma_view", lambda scale: scale)
@@ -192,9 +210,26 @@ def test_cutedsl(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     monkeypatch.setattr(module, "flashinfer_cute_dsl_fused_moe_nvfp4", recorder)
     run(experts_of("FLASHINFER_CUTEDSL", module.FlashInferCuteDSLExperts, gate), gate)
     assert recorder.seen["activation_type"] == FlashInferActivation.Swiglu
+    return recorder.seen
+
+
+@pytest.mark.parametrize("gate", [SILU, *NUMBERED, UNLIMITED], ids=str)
+def test_cutedsl(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+    """It takes numbers; left out, they are 1, 0 and float32's largest (tllm_enums.py:102)."""
+    seen = cutedsl(monkeypatch, gate)
     default = (1.0, 0.0, torch.finfo(torch.float32).max)
     got = [
-        recorder.seen.get(f"swiglu_{name}", otherwise)
+        seen.get(f"swiglu_{name}", otherwise)
         for name, otherwise in zip(("alpha", "beta", "limit"), default, strict=True)
     ]
     assert got == [gate.alpha, gate.beta, default[2] if gate.limit is None else gate.limit]
+    assert "situ_beta" not in seen
+
+
+@pytest.mark.parametrize("gate", [*SOFT, SITU_UNCAPPED], ids=str)
+def test_cutedsl_situ(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+    """``situ_beta`` selects SiTU, and no ``situ_linear_beta`` leaves up alone
+    (blockscaled_contiguous_gather_grouped_gemm_act_fusion.py:2805-2886)."""
+    seen = cutedsl(monkeypatch, gate)
+    assert (seen["situ_beta"], seen.get("situ_linear_beta")) == (gate.alpha, gate.limit)
+    assert not {"swiglu_alpha", "swiglu_beta", "swiglu_limit"} & set(seen)

@@ -21,7 +21,9 @@ from tests.plugin.blackwell import (
     GELU_TANH,
     M3,
     PARALLEL,
+    RELU2,
     SILU,
+    SITU,
     STEP,
     moe_config,
     pretend,
@@ -59,6 +61,8 @@ FAMILY_100 = {
     STEP: ALL_CUTLASS,
     GELU: ALL_CUTLASS,
     GELU_TANH: TRTLLM,
+    RELU2: TRTLLM,
+    SITU: TRTLLM,
 }
 # On 12.x: no TRT-LLM, no CuteDSL; FlashInfer's CUTLASS would do exact GELU for GELU by tanh.
 FAMILY_120 = {
@@ -67,6 +71,8 @@ FAMILY_120 = {
     STEP: ALL_CUTLASS,
     GELU: ALL_CUTLASS,
     GELU_TANH: ALL_CUTLASS,
+    RELU2: ALL_FI_CUTLASS,
+    SITU: ALL_CUTLASS,
 }
 GATES = tuple(FAMILY_100)
 
@@ -141,17 +147,20 @@ CLAMPED_SILU = Gate("swiglu_oai", alpha=1.0, beta=0.0, limit=10.0)
 UNLIMITED = Gate("swiglu_oai", alpha=1.702, beta=1.0)
 STEP_5 = Gate("swiglu_step", limit=5.0)
 STEP_UNLIMITED = Gate("swiglu_step")
+SITU_OTHER = Gate("situ", alpha=2.0, limit=10.0)
+SITU_UNCAPPED = Gate("situ", alpha=4.0)
+SITUS = {SITU, SITU_OTHER, SITU_UNCAPPED}
 
 # Of each backend, the gates it was read to apply (docs/operators/backends.md has the lines).
-ELEMENTWISE = {SILU, M3, CLAMPED_SILU, STEP, GELU, GELU_TANH}
+ELEMENTWISE = {SILU, M3, CLAMPED_SILU, STEP, GELU, GELU_TANH, RELU2, *SITUS}
 APPLIED = {
-    "FLASHINFER_TRTLLM": {SILU, M3, CLAMPED_SILU, UNLIMITED, GELU_TANH},
-    "FLASHINFER_CUTEDSL": {SILU, M3, CLAMPED_SILU, UNLIMITED},
+    "FLASHINFER_TRTLLM": {SILU, M3, CLAMPED_SILU, UNLIMITED, GELU_TANH, RELU2, SITU, SITU_OTHER},
+    "FLASHINFER_CUTEDSL": {SILU, M3, CLAMPED_SILU, UNLIMITED, RELU2, *SITUS},
     "FLASHINFER_CUTEDSL_BATCHED": {SILU},
-    "FLASHINFER_CUTLASS": {SILU, M3, CLAMPED_SILU, UNLIMITED},
-    "FLASHINFER_B12X": {SILU, GELU_TANH},
+    "FLASHINFER_CUTLASS": {SILU, M3, CLAMPED_SILU, UNLIMITED, RELU2},
+    "FLASHINFER_B12X": {SILU, GELU_TANH, RELU2},
     "FLASHINFER_MOE_EP_CUTEDSL": {SILU},
-    "B12X": {SILU},
+    "B12X": {SILU, RELU2, SITU},
     "VLLM_CUTLASS": ELEMENTWISE,
     "MARLIN": ELEMENTWISE,
     "HUMMING": ELEMENTWISE,
@@ -180,7 +189,10 @@ def test_a_gate_that_the_requested_backend_does_not_apply_is_refused(
     parallel = "EP2" if backend == "FLASHINFER_MOE_EP_CUTEDSL" else "single"
     pretend(monkeypatch, (12, 0) if "B12X" in backend else (10, 0))
     accepted = set()
-    gates = (SILU, M3, CLAMPED_SILU, UNLIMITED, STEP, STEP_5, STEP_UNLIMITED, GELU, GELU_TANH)
+    gates = (
+        *(SILU, M3, CLAMPED_SILU, UNLIMITED, STEP, STEP_5, STEP_UNLIMITED, GELU, GELU_TANH, RELU2),
+        *SITUS,
+    )
     for gate, activation in itertools.product(gates, ACTIVATIONS):
         with set_current_vllm_config(vllm_config):
             try:
@@ -195,7 +207,7 @@ def test_a_gate_that_the_requested_backend_does_not_apply_is_refused(
 
 def test_of_auto_selection_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In no mode anything is chosen for a gate that it was not read to apply."""
-    gates = (CLAMPED_SILU, UNLIMITED, STEP_5, STEP_UNLIMITED)
+    gates = (CLAMPED_SILU, UNLIMITED, STEP_5, STEP_UNLIMITED, SITU_OTHER, SITU_UNCAPPED)
     for capability in CHOICES:
         pretend(monkeypatch, capability)
         for gate, parallel, activation in itertools.product(gates, PARALLEL, ACTIVATIONS):

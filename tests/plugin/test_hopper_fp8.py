@@ -24,6 +24,7 @@ from tests.gpu.reference_fp8 import rounded
 from tests.plugin.emulated_cases import SHAPES, Cases
 from tests.plugin.emulation import CPU, Emulated, body, build
 from vllm_nvfp4_moe.kernels.hopper import fp8_weights
+from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
 from vllm_nvfp4_moe.kernels.hopper.fp8 import TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
@@ -151,7 +152,7 @@ def test_nothing_but_zeros() -> None:
 def test_gate_and_up_meet_in_a_thread(intermediate: int) -> None:
     """Row g of a warp's 16 is gate's, row g + 8 the same row of up; padding gives nothing."""
     matrix = stored(2 * intermediate, 128)
-    packed, factors = fp8_weights.pack_experts(matrix.codes, matrix.block_scale, True)
+    packed, factors = fp8_weights.pack_experts(matrix.codes, matrix.block_scale, Rows.GATE_AND_UP)
     truth = rounded(matrix.codes[0], matrix.block_scale[0])
     warps = read(packed[0], factors[0]).unflatten(0, (-1, 2, 8))
     gate, up = warps[:, 0].flatten(0, 1), warps[:, 1].flatten(0, 1)
@@ -168,7 +169,7 @@ def test_experts_are_shifted_apart() -> None:
     codes = torch.cat([first.codes, second.codes])
     scales = torch.cat([m.block_scale.view(torch.uint8) for m in (first, second)])
     scales = scales.view(torch.float8_e4m3fn)
-    packed, factors = fp8_weights.pack_experts(codes, scales, False)
+    packed, factors = fp8_weights.pack_experts(codes, scales, Rows.DOWN)
     assert factors[0] != factors[1]
     assert torch.equal(factors.log2(), factors.log2().round())
     for expert in range(2):

@@ -22,10 +22,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from quantize.experts.gates import Gate
 from tests.plugin.blackwell import M3, SILU
 from tests.plugin.emulation import Emulated, body, build
-from tests.plugin.reference import experts_of, routed
+from tests.plugin.reference import experts_of, m3_gate, routed
 from tests.plugin.test_layer import relative, routing
 from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
+from vllm_nvfp4_moe.kernels.hopper.source import Form
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 LAYER = "model.layers.1.mlp.experts"
@@ -175,6 +176,64 @@ def test_load_balancing_moves_experts(load: Load, shallow: dict[str, Path], kern
         tensor.data.copy_(tensor.data[order])
     assert not torch.equal(out(ids), before)
     assert torch.equal(out(order.argsort().int()[ids]), before)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_biases_with_and_without_a_gate(
+    load: Load,
+    shallow: dict[str, Path],
+    gated: bool,
+    tmp_path: Path,
+    monkeypatch: MonkeyPatch,
+) -> None:
+    """As loading leaves them to the method: in the model's dtype, in the rows' order. Without a
+    gate w13 is up alone, here the checkpoint's gate. Load balancing moves biases too."""
+    form = Form(gated, biased=True)
+    kernel: Any = copy.copy(KERNELS["bf16"])
+    library = build(tmp_path, body(kernel, form), kernel)
+    kernel.run = Emulated(library, KERNELS["bf16"], monkeypatch, form).run
+    monkeypatch.setitem(KERNELS, "bf16", kernel)
+    monkeypatch.setattr(HopperMethod, "unsupported", classmethod(lambda cls, layer: None))
+    monkeypatch.setenv("NVFP4_MOE_SELF_CHECK", "0")  # its reference is of the checkpoint
+    prepare, given = HopperMethod.prepare, {}
+
+    def prepare_others(self: HopperMethod, layer: Any) -> None:
+        self.moe.has_bias = True
+        if not gated:
+            self.gate = Gate("relu2")
+            for name, rows in (("weight", 128), ("weight_scale", 128), ("weight_scale_2", 1)):
+                parameter = getattr(layer, f"w13_{name}")
+                parameter.data = parameter.data[:, :rows].contiguous()
+        for name, of in (("w13_bias", layer.w13_weight), ("w2_bias", layer.w2_weight)):
+            biases = torch.randn(of.shape[:2]).bfloat16()
+            given[layer.layer_name, name] = biases.double()
+            layer.register_parameter(name, torch.nn.Parameter(biases, requires_grad=False))
+        prepare(self, layer)
+
+    monkeypatch.setattr(HopperMethod, "prepare", prepare_others)
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    bias13, bias2 = given[layer.layer_name, "w13_bias"], given[layer.layer_name, "w2_bias"]
+    experts = experts_of(shallow["modelopt"], LAYER, "modelopt", 32)
+    x, weights, ids = batch(5)
+    truth = torch.zeros(x.shape, dtype=torch.float64)
+    for token, chosen in enumerate(ids.tolist()):
+        for place, expert in enumerate(chosen):
+            gate, up, down = experts[expert]
+            first = gate @ x[token].double() + bias13[expert, :128]
+            if gated:
+                middle = m3_gate(first, up @ x[token].double() + bias13[expert, 128:])
+            else:
+                middle = first.clamp(min=0) ** 2
+            truth[token] += weights[token, place].double() * (down @ middle + bias2[expert])
+    out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    assert relative(out, truth) < ERROR["bf16"]
+    order = torch.randperm(32)
+    moved = list(layer.get_expert_weights())
+    assert len(moved) == 6
+    for tensor in moved:
+        tensor.data.copy_(tensor.data[order])
+    ids = order.argsort().int()[ids]
+    assert torch.equal(layer.quant_method.apply(layer, x, weights, ids, None, None), out)
 
 
 def test_experts_of_other_ranks(load: Load, shallow: dict[str, Path], kernel: Any) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from tests.gpu import reference_fp8
 from tests.gpu.layer import Shape, error
 from tests.gpu.packed import BOUND, GATES, Packed
 from tests.plugin.emulation import CPU, Emulated, body, build
+from tests.plugin.mutants import OUTSIDE, Mutant, with_switches
 from vllm_nvfp4_moe.kernels.hopper import bf16, fp8
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
@@ -31,31 +31,7 @@ SEEDS = range(1, 7)
 TINY = Shape("tiny", 4, 256, 128, 2)
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A part of a source, and what is in its place.
-
-    Attributes:
-        part: an expression, or statements that end with a semicolon.
-        of: how often the source has it.
-        number: which of those it is.
-        tokens: of the batch that shows it.
-        said: a regular expression for what must be said with one of the seeds; by default that the
-            output is wrong.
-        map: whether there is a map of experts.
-    """
-
-    part: str
-    instead: str
-    of: int = 1
-    number: int = 0
-    tokens: int = 4
-    said: str = "wrong output"
-    map: bool = False
-
-
 WAIT, TRIGGER, SYNC = "wait_for_previous_kernel();", "trigger_next_kernel();", "__syncthreads();"
-OUTSIDE = "reads or writes|from outside of any tensor|wrote beside"
 
 BOTH = {
     # Barriers of a CTA: mbarriers made, experts' counts cleared, all counted, tiles' rows known.
@@ -72,7 +48,9 @@ BOTH = {
     "places": Mutant("places[pair] = place;", "places[pair + 1] = place;", said=OUTSIDE),
     "ids": Mutant("ids[pair] >= 0", "ids[pair + 1] >= 0", map=True, said=OUTSIDE),
     "local": Mutant("local[ids[pair]]", "local[ids[pair] + 1]", map=True, said=OUTSIDE),
-    "router-weights": Mutant("router_weights[pair]", "router_weights[pair + 1]", said=OUTSIDE),
+    "router-weights": Mutant(
+        "router_weights[pair]", "router_weights[pair + 1]", of=2, number=1, said=OUTSIDE
+    ),
 }  # fmt: skip
 
 COMMIT = "mma_commit();\n" + 16 * " " + "mma_wait<1>();\n" + 16 * " "
@@ -124,27 +102,6 @@ MUTANTS = {
     },
 }  # fmt: skip
 CASES = [(kernel, name) for kernel, mutants in MUTANTS.items() for name in mutants]
-
-
-def with_switches(source: str, mutants: Iterable[Mutant]) -> str:
-    """``source`` with all of the mutants in it, each behind the switch of its number."""
-    places: dict[tuple[int, str], list[tuple[int, str]]] = {}
-    for switch, mutant in enumerate(mutants):
-        assert source.count(mutant.part) == mutant.of, mutant
-        start = [found.start() for found in re.finditer(re.escape(mutant.part), source)]
-        places.setdefault((start[mutant.number], mutant.part), []).append((switch, mutant.instead))
-    end = len(source)
-    for (start, part), choices in sorted(places.items(), reverse=True):
-        assert start + len(part) <= end, f"{part} is part of another"
-        end = start
-        text = part if part.endswith(";") else f"({part})"
-        for switch, instead in choices:
-            if part.endswith(";"):
-                text = f"if (mutated({switch})) {{ {instead} }} else {{ {text} }}"
-            else:
-                text = f"(mutated({switch}) ? ({instead}) : {text})"
-        source = source[:start] + text + source[start + len(part) :]
-    return source
 
 
 class Bench:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from quantize.experts.gates import Gate, Gates
 from quantize.layouts import LAYOUTS
@@ -21,6 +22,7 @@ from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 from vllm_nvfp4_moe.config import NvFp4MoEConfig
 from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
+from vllm_nvfp4_moe.kernels.hopper.source import Form
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 LAYER = "model.layers.1.mlp.experts"
@@ -79,7 +81,7 @@ def hopper(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for kernel in KERNELS.values():
-        monkeypatch.setattr(kernel, "library", lambda device: None)
+        monkeypatch.setattr(kernel, "library", lambda device, form: None)
     support.missing.cache_clear()
     yield config
     support.missing.cache_clear()
@@ -93,6 +95,27 @@ def test_hopper_takes_our_kernel(hopper: VllmConfig, gate: Gate) -> None:
     assert method.passed_over == []
     assert (method.quantizes_activations, method.activation_bits) == (False, 16)
     assert method.supports_eplb
+
+
+def as_ungated(layer: Any) -> None:
+    layer.activation = layer.moe_config.activation = MoEActivation.RELU2_NO_MUL
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_kernel_is_built_for_the_experts_form(
+    hopper: VllmConfig, monkeypatch: MonkeyPatch, gated: bool, biased: bool
+) -> None:
+    """And for no other: nobody waits for nvcc to compile what the model does not have."""
+    built: list[tuple[int, Form]] = []
+    monkeypatch.setattr(KERNELS["bf16"], "library", lambda *asked: built.append(asked))
+    layer = layer_of(SILU)
+    layer.moe_config.has_bias = biased
+    if not gated:
+        as_ungated(layer)
+    for _ in range(2):
+        assert support.unsupported(layer) is None
+    assert built == [(0, Form(gated, biased))]
 
 
 def test_fp8_activations_are_for_who_asks(
@@ -130,7 +153,7 @@ def test_the_kernel_that_was_asked_for_is_built(
     hopper: VllmConfig, warnings: list[str], monkeypatch: MonkeyPatch
 ) -> None:
     """Where it cannot be, the other does not step in: it runs, or vLLM's kernels do."""
-    monkeypatch.setattr(KERNELS["fp8"], "library", lambda device: no_nvcc(Path()))
+    monkeypatch.setattr(KERNELS["fp8"], "library", lambda device, form: no_nvcc(Path()))
     assert warnings == []
     assert choose(layer_of()).kernel == NAME
     monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "fp8")
@@ -197,7 +220,7 @@ def setting(name: str, value: Any) -> Callable[[Any], None]:
 REASONS: dict[str, tuple[Callable[[Any], None], Gate]] = {
     "float16, and the kernel is for bfloat16": (attribute("params_dtype", torch.float16), M3),
     "float32, and the kernel is for bfloat16": (setting("in_dtype", torch.float32), M3),
-    "the experts have biases": (setting("has_bias", True), M3),
+    "does not apply silu_no_mul": (attribute("activation", MoEActivation.SILU_NO_MUL), SILU),
     "does not apply swiglustep": (lambda layer: None, STEP),
     "does not apply gelu": (lambda layer: None, GELU),
     "for the experts' input": (attribute("apply_router_weight_on_input", True), M3),
@@ -270,7 +293,13 @@ def test_load_balancing_wants_one_layout_in_all_layers(hopper: VllmConfig) -> No
     assert support.unsupported(layer) is None
     layer.quant_config.gates = Gates(SILU, {3: STEP})
     assert "other layers apply swiglu_step" in str(support.unsupported(layer))
+    layer.quant_config.gates = Gates(SILU, {3: Gate("relu2")})
+    assert "other layers apply relu2" in str(support.unsupported(layer))
     parallel(layer, enable_eplb=False)
+    assert support.unsupported(layer) is None
+    layer.quant_config.gates = Gates.uniform(Gate("relu2"))
+    as_ungated(layer)
+    parallel(layer, enable_eplb=True)
     assert support.unsupported(layer) is None
 
 
@@ -314,7 +343,7 @@ def test_without_a_compiler(
     monkeypatch.setenv(settings.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(jit, "nvcc", lambda: compiler(tmp_path))
     source = "int nothing;"
-    monkeypatch.setattr(KERNELS["bf16"], "library", lambda device: jit.load(source, "90a"))
+    monkeypatch.setattr(KERNELS["bf16"], "library", lambda device, form: jit.load(source, "90a"))
     for _ in range(2):
         method = choose(layer_of())
         assert method.kernel.startswith("HUMMING")
@@ -357,7 +386,7 @@ def test_ranks_that_exchange_weights_agree(
     if mine:
         monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", mine)
     else:
-        monkeypatch.setattr(KERNELS["bf16"], "library", lambda device: no_nvcc(Path()))
+        monkeypatch.setattr(KERNELS["bf16"], "library", lambda device, form: no_nvcc(Path()))
     layer = layer_of()
     parallel(layer, ep_size=2, use_ep=True, enable_eplb=True)
     reason = support.unsupported(layer)

@@ -17,8 +17,10 @@ from tests.gpu.reference import Stored
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights
+from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
+from vllm_nvfp4_moe.kernels.hopper.source import Form
 
 
 def bf16(bits: torch.Tensor) -> torch.Tensor:
@@ -106,7 +108,7 @@ def test_every_scale_and_code() -> None:
 def test_gate_and_up_meet_in_a_thread(intermediate: int) -> None:
     """Row g of a warp's 16 is gate's, row g + 8 the same row of up; padding gives nothing."""
     matrix = stored(2 * intermediate, 128)
-    found = read(bf16_weights.pack_experts(matrix.codes, matrix.block_scale, True)[0])
+    found = read(bf16_weights.pack_experts(matrix.codes, matrix.block_scale, Rows.GATE_AND_UP)[0])
     truth = matrix.weight(0, torch.float64)
     warps = found.unflatten(0, (-1, 2, 8))
     gate, up = warps[:, 0].flatten(0, 1), warps[:, 1].flatten(0, 1)
@@ -124,7 +126,7 @@ def test_experts_stay_apart() -> None:
     scales = torch.cat(
         [m.view(torch.uint8) for m in (first.block_scale, second.block_scale[:, 64:])]
     )
-    packed = bf16_weights.pack_experts(codes, scales.view(torch.float8_e4m3fn), False)
+    packed = bf16_weights.pack_experts(codes, scales.view(torch.float8_e4m3fn), Rows.DOWN)
     for expert in range(2):
         matrix = Stored(codes, scales.view(torch.float8_e4m3fn), torch.ones(2))
         weight = matrix.weight(expert, torch.float64)
@@ -134,13 +136,13 @@ def test_experts_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_rank_without_experts(kernel: HopperKernel, gated: bool) -> None:
+@pytest.mark.parametrize("rows", Rows)
+def test_a_rank_without_experts(kernel: HopperKernel, rows: Rows) -> None:
     """As with more ranks than experts: shapes are those of a rank that has some."""
     codes = torch.zeros(2, 96, 40, dtype=torch.uint8)
     scales = torch.ones(2, 96, 5).to(torch.float8_e4m3fn)
-    some, some_scales = kernel.pack_matrix(codes, scales, torch.ones(2), gated)
-    none, no_scales = kernel.pack_matrix(codes[:0], scales[:0], torch.ones(0), gated)
+    some, some_scales = kernel.pack_matrix(codes, scales, torch.ones(2), rows)
+    none, no_scales = kernel.pack_matrix(codes[:0], scales[:0], torch.ones(0), rows)
     assert none.shape == (0, *some.shape[1:])
     assert no_scales.shape == (0,) and some_scales.shape == (2,)
 
@@ -153,13 +155,15 @@ def compiler() -> Path:
         pytest.skip(f"CUDA sources cannot be compiled here: {error}")
 
 
+# Of each epilogue; experts with biases and without a gate have parts of both.
+@pytest.mark.parametrize("form", [Form(), Form(gated=False), Form(biased=True)], ids=str)
 @pytest.mark.parametrize(("name", "count"), [("bf16", 9), ("fp8", 12)])
 def test_the_kernels_compile_without_spills(
-    name: str, count: int, compiler: Path, tmp_path: Path
+    name: str, count: int, form: Form, compiler: Path, tmp_path: Path
 ) -> None:
     """Nor does ptxas run MMAs one after another, as it does where registers get in their way."""
     file = tmp_path / "kernel.cu"
-    file.write_text(KERNELS[name].source())
+    file.write_text(KERNELS[name].source(form))
     target = "arch=compute_90a,code=sm_90a"
     done = subprocess.run(
         [compiler, "-std=c++17", "-O3", "-gencode", target, "-Xptxas", "-v", "-cubin",

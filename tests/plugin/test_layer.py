@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,20 +168,30 @@ def test_expert_map_and_weight_on_input() -> None:
             assert relative(out, truth) < 1e-5, (tokens, on_input)
 
 
-@pytest.mark.parametrize("form", ["silu", "gelu", "gelu_tanh", "swiglu_step"])
-def test_other_gates(form: str) -> None:
+def capped(value: torch.Tensor, cap: float) -> torch.Tensor:
+    return cap * torch.tanh(value / cap)
+
+
+OTHER_GATES: dict[tuple[str, float, float | None], Any] = {
+    ("silu", 1.0, None): lambda g, u: torch.nn.functional.silu(g) * u,
+    ("gelu", 1.0, None): lambda g, u: torch.nn.functional.gelu(g) * u,
+    ("gelu_tanh", 1.0, None): lambda g, u: torch.nn.functional.gelu(g, approximate="tanh") * u,
+    ("swiglu_step", 1.0, 7.0): lambda g, u: (
+        torch.nn.functional.silu(g).clamp(max=7.0) * u.clamp(-7.0, 7.0)
+    ),
+    ("situ", 4.0, 25.0): lambda g, u: capped(g, 4.0) * torch.sigmoid(g) * capped(u, 25.0),
+    ("situ", 2.0, 3.0): lambda g, u: capped(g, 2.0) * torch.sigmoid(g) * capped(u, 3.0),
+    ("situ", 4.0, None): lambda g, u: capped(g, 4.0) * torch.sigmoid(g) * u,
+}
+"""By form, alpha and limit."""
+
+
+@pytest.mark.parametrize(("form", "alpha", "limit"), OTHER_GATES)
+def test_other_gates(form: str, alpha: float, limit: float | None) -> None:
     from tests.plugin.reference import dequantize
     from tests.quantize.plain import plainly
     from vllm_nvfp4_moe.backends.cpu import forward
 
-    function = {
-        "silu": torch.nn.functional.silu,
-        "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
-        "swiglu_step": lambda v: torch.nn.functional.silu(v).clamp(max=7.0),
-    }[form]
-    limit = 7.0 if form == "swiglu_step" else None
-    widest = limit or torch.inf
     torch.manual_seed(3)
     w13, w2 = plainly([torch.randn(64, 48)])[0], plainly([torch.randn(48, 32)])[0]
     gate, up = dequantize(*w13).chunk(2)
@@ -189,9 +200,9 @@ def test_other_gates(form: str) -> None:
         x = torch.randn(tokens, 48)
         ones, ids = torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32)
         out = forward.experts_forward(
-            x, *(t[None] for t in (*w13, *w2)), ones, ids, None, form, 1.0, 0.0, limit, False
+            x, *(t[None] for t in (*w13, *w2)), ones, ids, None, form, alpha, 0.0, limit, False
         )
-        truth = routed(x, plain, ones, ids, lambda g, u: function(g) * u.clamp(-widest, widest))
+        truth = routed(x, plain, ones, ids, OTHER_GATES[form, alpha, limit])
         assert relative(out, truth) < 1e-5, tokens
 
 

@@ -70,7 +70,7 @@ def test_in_float32_nothing_is_rounded(gate: str, tmp_path) -> None:
 
 def test_a_wrong_gate_is_far_outside_the_bounds(case: Case) -> None:
     for name in case.batches:
-        silu, clamped = (case.truth(gate, name) for gate in GATES)
+        silu, clamped = (case.truth(gate, name) for gate in ("silu", "swiglu_oai"))
         assert error(silu, clamped).whole > 0.3
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEMethodBase,
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+)
 
 from tests.plugin import others
 from tests.plugin.others import LAYERS
@@ -49,6 +53,48 @@ def test_a_model_that_chooses_by_itself(
     with pytest.raises(ValueError, match=rf"{count} of 2 layers are not served by") as caught:
         load(folder)
     assert f"gave {name} the method UnquantizedFusedMoEMethod without asking" in str(caught.value)
+
+
+class OwnMethod(FusedMoEMethodBase):
+    """Stands for the quantized method of vLLM's class for Muse Spark."""
+
+    def create_weights(self, *args: Any, **more: Any) -> None:
+        UnquantizedFusedMoEMethod(self.moe).create_weights(*args, **more)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        return None
+
+    def apply(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("method", [OwnMethod, UnquantizedFusedMoEMethod, None])
+def test_experts_with_a_norm_after_down(
+    load: Load, bf16: Path, tmp_path: Path, monkeypatch, method: Any
+) -> None:
+    """Only a method of the model's own class may run them; ours has no such norm, and a method that
+    reads codes as floats is none."""
+    folder = others.quantized(bf16, tmp_path / "nvfp4")
+    config = json.loads((folder / "config.json").read_text())
+    config["nvfp4_moe"] |= {"version": 3, "gate": {"form": "silu", "post_norm": True}}
+    (folder / "config.json").write_text(json.dumps(config))
+    if method is None:
+        with pytest.raises(ValueError, match=rf"{LAYERS[0]}: .*silu\(post_norm\): a norm follows"):
+            load(folder)
+        return
+    monkeypatch.setattr(
+        RoutedExperts, "_get_quant_method", lambda self, prefix, quant, moe: method(moe)
+    )
+    monkeypatch.setattr(
+        "vllm.model_executor.model_loader.default_loader.DefaultModelLoader.load_weights",
+        lambda *args: None,
+    )
+    if method is OwnMethod:
+        runners = load(folder)
+        assert type(runners[LAYERS[0]].routed_experts.quant_method) is OwnMethod
+        return
+    with pytest.raises(ValueError, match="2 of 2 layers are not served by"):
+        load(folder)
 
 
 def spoil(folder: Path, layout: str, names: list[str]) -> None:

@@ -70,5 +70,6 @@ def test_values_of_other_ranks_experts(
             loads.check(TensorKind.BLOCK_SCALE, "w1", 16, wrong)
     # Some kernels take the input scales of all.
     monkeypatch.setattr(loads, "global_input_scales", True)
+    monkeypatch.setattr(loads, "uses_input_scales", True)
     with pytest.raises(ValueError, match=r"expert 16, .* input_scale: "):
         loads.check(TensorKind.INPUT_SCALE, "w1", 16, torch.tensor(0.0))

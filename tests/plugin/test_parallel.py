@@ -15,9 +15,10 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import execute
 from quantize.run.plan import plan
 from tests.conftest import ROOT
+from tests.plugin import biased, nemotron, others
 from tests.plugin.conftest import Damage
 from tests.plugin.rank import batch
-from tests.plugin.reference import experts_of, routed
+from tests.plugin.reference import experts_of, relu2, routed
 from tests.plugin.test_layer import relative
 from tests.quantize import checkpoints
 
@@ -59,6 +60,15 @@ def results(whole: Path) -> Results:
     with Checkpoint(whole / "narrow-bf16") as source:
         execute(source, plan(source), narrow)
 
+    # Without a gate, each rank has a part of up alone; and of latent experts.
+    ungated = nemotron.write(whole / "ungated-bf16", moe_intermediate_size=64)
+    for layout in ("modelopt", "compressed-tensors"):
+        nemotron.quantized(ungated, whole / f"ungated {layout}", layout)
+
+    biased.save(whole / "biased-bf16", layers=2)
+    others.quantized(whole / "biased-bf16", whole / "biased")
+    gpt_oss = str(whole / "biased")
+
     expert = {"enable_expert_parallel": True}
     nvfp4, bf16 = str(whole / "nvfp4"), str(whole / "bf16")
     lost = damaged("lost", "3.up_proj.weight_scale", drop)
@@ -76,6 +86,14 @@ def results(whole: Path) -> Results:
         ("lost, tensor", lost, False, {}),
         ("lost, expert", lost, False, expert),
         ("short, tensor", short, False, {}),
+        ("ungated modelopt", str(whole / "ungated modelopt"), False, {}),
+        ("ungated compressed-tensors", str(whole / "ungated compressed-tensors"), False, {}),
+        ("ungated, expert", str(whole / "ungated modelopt"), False, expert),
+        ("ungated, on the fly", str(ungated), False, {}),  # whose class says which gate
+        ("biased, tensor", gpt_oss, False, {}),
+        ("biased, expert", gpt_oss, False, expert),
+        ("biased, on the fly", str(whole / "biased-bf16"), False, {}),
+        ("biased, expert, on the fly", str(whole / "biased-bf16"), False, expert),
     ]
     jobs = whole / "jobs.json"
     jobs.write_text(
@@ -121,6 +139,38 @@ def test_the_ranks_outputs_add_up(results: Results, whole: Path, job: str) -> No
     for rank in results:
         assert rank[job]["skipped"] is None
         assert 0 < rank[job]["worst"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "job",
+    ["ungated modelopt", "ungated compressed-tensors", "ungated, expert", "ungated, on the fly"],
+)
+def test_experts_without_a_gate(results: Results, whole: Path, job: str) -> None:
+    experts = experts_of(
+        whole / "ungated modelopt", nemotron.STORED, "modelopt", nemotron.EXPERTS,
+        ("up_proj", "down_proj"),
+    )  # fmt: skip
+    x, weights, ids = batch(nemotron.LATENT, nemotron.EXPERTS, nemotron.TOP_K)
+    want = routed(x, experts, weights, ids, relu2)
+    first, second = (rank[job]["outputs"][nemotron.LAYER] for rank in results)
+    assert relative(first + second, want) < 1e-5
+    assert relative(first, want) > 0.1 and relative(second, want) > 0.1  # neither has it all
+    for rank in results:
+        assert rank[job]["skipped"] is None and 0 < rank[job]["worst"] < 1e-5
+
+
+@pytest.mark.parametrize("job", ["tensor", "expert", "on the fly", "expert, on the fly"])
+def test_biases_are_added_once(results: Results, whole: Path, job: str) -> None:
+    """Each rank has its rows of w13's; w2's, which are for the sum, only one of those that share an
+    expert."""
+    first, second = (rank[f"biased, {job}"]["outputs"] for rank in results)
+    for layer in LAYERS:
+        x, weights, ids = batch(biased.HIDDEN, biased.EXPERTS, TOP_K)
+        want = biased.plainly(whole / "biased", layer, "modelopt", x, weights, ids)
+        assert relative(first[layer] + second[layer], want) < 1e-5, layer
+    for rank in results:
+        assert rank[f"biased, {job}"]["skipped"] is None
+        assert 0 < rank[f"biased, {job}"]["worst"] < 1e-5
 
 
 def test_an_intermediate_size_that_experts_share_whole(results: Results, whole: Path) -> None:

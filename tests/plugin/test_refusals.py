@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,17 @@ GLOBAL = {"modelopt": "weight_scale_2", "compressed-tensors": "weight_global_sca
 INPUT = {"modelopt": "input_scale", "compressed-tensors": "input_global_scale"}
 
 
+@pytest.fixture
+def four_bit_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that runs here says of itself that it quantizes activations by input scales."""
+    from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
+
+    monkeypatch.setattr(CpuMethod, "quantizes_activations", property(lambda self: True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["codes", "block", "global", "input"])
+@pytest.mark.usefixtures("four_bit_activations")
 def test_missing_tensor(load, damage, layout: str, which: str) -> None:
     suffix = {
         "codes": CODES[layout],
@@ -28,6 +38,58 @@ def test_missing_tensor(load, damage, layout: str, which: str) -> None:
     with pytest.raises(ValueError, match="missing") as caught:
         load(folder)
     assert f"{LAYER}: missing from the checkpoint: expert 5, up (w3), {suffix}" in str(caught.value)
+    remedy = "use a --moe-backend that does not, or leave input scales out"
+    assert (remedy in str(caught.value)) == (which == "input")
+
+
+@pytest.mark.parametrize(
+    ("layout", "which"),
+    [*(("modelopt", which) for which in ("one", "all", "zero")), ("compressed-tensors", "NaN")],
+)
+def test_input_scales_that_the_kernel_does_not_use(
+    load,
+    damage,
+    shallow: dict[str, Path],
+    layout: str,
+    which: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Missing or broken ones are said once, and what the layer computes is not affected."""
+    from vllm_nvfp4_moe import summary
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        names = [n for n in tensors if n.endswith(f".{INPUT[layout]}")]
+        one = f"{LAYER}.5.up_proj.{INPUT[layout]}"
+        for name in names if which == "all" else [one]:
+            if which in ("one", "all"):
+                del tensors[name]
+            else:
+                tensors[name].fill_(0.0 if which == "zero" else float("nan"))
+
+    folder = damage(layout).tensors(change)
+    warnings: list[str] = []
+    monkeypatch.setattr(summary.logger, "warning", lambda text, *args: warnings.append(text % args))
+    changed = load(folder)[LAYER].routed_experts
+    [said] = warnings
+    first = "expert 0, gate (w1)" if which == "all" else "expert 5, up (w3)"
+    layers = re.search(r"in (\d+) of (\d+) layers", said)
+    assert layers is not None
+    assert f"{LAYER}: {first}, {INPUT[layout]}" in said
+    assert layers[1] == (layers[2] if which == "all" else "1")
+    same = load(shallow[layout])[LAYER].routed_experts
+    assert warnings == [said]
+    for name, parameter in same.named_parameters():
+        if "input_scale" not in name:
+            assert torch.equal(
+                parameter.view(torch.uint8), changed.get_parameter(name).view(torch.uint8)
+            )
+    x = torch.randn(8, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights, ids = torch.rand(8, 4), torch.arange(32).view(8, 4).int()
+    outputs = [
+        layer.quant_method.apply(layer, x, weights, ids, None, None) for layer in (changed, same)
+    ]
+    assert outputs[0].abs().max() > 0
+    assert torch.equal(*outputs)
 
 
 def test_missing_expert_names_the_first_and_counts_the_rest(load, damage) -> None:
@@ -63,6 +125,7 @@ def test_bad_block_scale(load, damage, bits: int, word: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
+@pytest.mark.usefixtures("four_bit_activations")
 def test_bad_input_scale(load, damage, value: float) -> None:
     name = f"{LAYER}.2.gate_proj.input_scale"
     with pytest.raises(ValueError, match=r"expert 2, gate \(w1\), input_scale: 1 of 1 scales are"):
@@ -192,17 +255,6 @@ def test_experts_without_a_gate(load, damage) -> None:
     folder = damage("modelopt").config(lambda c: c["nvfp4_moe"].update(gate={"form": "relu2"}))
     with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint's experts apply relu2, vLLM's"):
         load(folder)
-
-
-def test_experts_with_biases(load, shallow: dict[str, Path]) -> None:
-    """vLLM's own GPT-OSS layers say so of themselves."""
-    from quantize.experts.gates import Gate
-    from vllm_nvfp4_moe.activation import apply_contract
-
-    layer = load(shallow["modelopt"])[LAYER].routed_experts
-    layer.moe_config.has_bias = True
-    with pytest.raises(ValueError, match=rf"{LAYER}: its experts have biases.*refusing"):
-        apply_contract(layer, Gate("silu"))
 
 
 @pytest.mark.parametrize(("limit", "runs"), [(7.0, True), (5.0, False)])

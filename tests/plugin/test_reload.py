@@ -6,6 +6,7 @@ process on the CPU. The second checkpoint has other weights in every tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +85,8 @@ def experts(model: torch.nn.Module) -> Any:
 def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All tensors that a forward pass may read, by name: of modules, methods and kernels.
 
-    Without attention's, which vLLM keeps itself: its copies of scales for the host move.
+    Without attention's, which vLLM keeps itself: its copies of scales for the host move, and 0.32
+    does not load GPT-OSS's sinks again.
     """
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -111,7 +113,9 @@ def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 walk(f"{path}.{name}", part)
 
     walk("", model)
-    return {name: tensor for name, tensor in found.items() if ".self_attn." not in name}
+    return {
+        name: tensor for name, tensor in found.items() if not re.search(r"\.(self_)?attn\.", name)
+    }
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -102,8 +102,7 @@ def trained(layers: int) -> transformers.PreTrainedConfig:
 
 def gpt_oss(**more: Any) -> transformers.PreTrainedConfig:
     return transformers.GptOssConfig(
-        **SIZES | {"intermediate_size": 48, "num_local_experts": 4} | more,
-        head_dim=16,
+        **SIZES | {"intermediate_size": 48, "num_local_experts": 4, "head_dim": 16} | more,
         num_experts_per_tok=2,
         pad_token_id=0,
         eos_token_id=2,

@@ -1,5 +1,6 @@
 """Fixtures of tests/quantize: tiny random models, saved by Transformers."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,3 +39,11 @@ def stacked(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
         return folders[name]
 
     return get
+
+
+@pytest.fixture
+def source(saved: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint with a tokenizer and a template of its own, to be changed."""
+    folder = Path(shutil.copytree(saved("qwen3_moe"), tmp_path / "source"))
+    (folder / "tokenizer.json").write_text('{"of": "the source"}')
+    return folder

@@ -76,7 +76,8 @@ def test_the_config_settles_the_orientation(transposed: bool, where: str, tmp_pa
         "text_config": {"text_config": CONFIG, "vision_config": {"hidden_size": INTERMEDIATE}},
         "list": CONFIG | {"num_hidden_layers": 2, "moe_intermediate_size": [INTERMEDIATE, 48]},
     }[where]
-    stored = {n: t.mT for n, t in tensors.items()} if transposed else tensors
+    stored = {n: t.mT for n, t in tensors.items()} if transposed else dict(tensors)
+    stored["model.layers.1.input_layernorm.weight"] = torch.ones(HIDDEN)
     source = checkpoints.save(tmp_path / "source", stored, config)
     checkpoints.convert(source, tmp_path / "target", gate=SILU)
     restored = written(tmp_path / "target")
@@ -299,5 +300,75 @@ def test_excluded_experts_of_gpt_oss_in_mxfp4(square: bool, tmp_path: Path) -> N
         with torch.no_grad():
             logits.append(model(tokens).logits)
     assert torch.equal(*logits)
+    written_config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert written_config["quantization_config"]["quant_method"] == "modelopt"
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp8"])
+@pytest.mark.parametrize("stored", ["single", "stacked"])
+def test_excluded_experts_in_fp8_and_mxfp8(
+    stored: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and logits of Transformers' class, which dequantizes the source itself on loading."""
+    # It asks for accelerate, which spreads models over devices, and does not use it here.
+    module = "transformers.quantizers.quantizer_finegrained_fp8"
+    monkeypatch.setattr(f"{module}.is_accelerate_available", lambda: True)
+    model = checkpoints.build("qwen3_moe", moe_intermediate_size=64, hidden_size=64)
+    if stored == "single":
+        model.save_pretrained(tmp_path / "plain")
+        tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    else:
+        tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    rows, columns = (16, 32) if form == "fp8" else (1, 32)
+    torch.manual_seed(5)
+    for name in [n for n in tensors if ".experts." in n or n.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        grid = (*weight.shape[:-2], weight.shape[-2] // rows, weight.shape[-1] // columns)
+        if form == "fp8":
+            scale = torch.rand(grid) * 1e-3 + 1e-4
+        else:
+            scale = torch.exp2(torch.randint(-12, -6, grid).float()).to(torch.float8_e8m0fnu)
+        tensors[name] = (torch.randn(weight.shape) * 50).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    described = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    described["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [rows, columns],
+        "scale_fmt": "float" if form == "fp8" else "ue8m0",
+    }
+    source = checkpoints.save(tmp_path / "source", tensors, described)
+    theirs = transformers.Qwen3MoeForCausalLM.from_pretrained(
+        source,
+        quantization_config=transformers.FineGrainedFP8Config(
+            weight_block_size=(rows, columns), dequantize=True
+        ),
+        dtype="bfloat16",
+    ).eval()
+    checkpoints.convert(source, tmp_path / "target", exclude=("*layers.1.*",))
+    output = load_file(tmp_path / "target" / "model.safetensors")
+    assert any(name.endswith("layers.0.mlp.experts.0.down_proj.weight_scale") for name in output)
+    assert not any(name.endswith("_scale_inv") for name in output)
+    excluded = {n: t for n, t in output.items() if "layers.0.mlp.experts" not in n}
+    if stored == "single":
+        stem = "model.layers.1.mlp.experts"
+
+        def stack(kind: str) -> torch.Tensor:
+            return torch.stack([excluded.pop(f"{stem}.{e}.{kind}.weight") for e in range(4)])
+
+        excluded[f"{stem}.gate_up_proj"] = torch.cat((stack("gate_proj"), stack("up_proj")), 1)
+        excluded[f"{stem}.down_proj"] = stack("down_proj")
+    state = theirs.state_dict()
+    assert set(state) - set(excluded) == {n for n in state if "layers.0.mlp.experts" in n}
+    for name, tensor in excluded.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, state[name]), name
+    tokens = torch.arange(12)[None]
+    logits = []
+    for weights in (state, state | excluded):
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    assert torch.equal(*logits)
+    assert logits[0].isfinite().all()
     written_config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert written_config["quantization_config"]["quant_method"] == "modelopt"

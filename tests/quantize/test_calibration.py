@@ -488,7 +488,7 @@ def verified(source: Path, target: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (("--calibrate", "nowhere.txt"), "nowhere.txt: cannot be read as text"),
+        (("--calibrate", "nowhere.txt"), "nowhere.txt: there is no such file or folder"),
         (("--rounding", "gptq"), "--rounding needs --calibrate"),
         (("--input-scales", "few.txt", "--rounding", "gptq"), "--rounding needs --calibrate"),
         (("--input-scales", "few.txt"), "tokens, 32 rows of 2048 need 65536; give more text"),

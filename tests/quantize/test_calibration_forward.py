@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantize.calibration.budget import residual_streams
+from quantize.calibration.budget import state_size
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.layerwise import LayerwiseModel
@@ -27,17 +27,7 @@ CPU = torch.device("cpu")
 FAMILIES = {family for name, family in families.classes().items()
             if name not in families.UNSUPPORTED}  # fmt: skip
 
-NOT_RUN = {
-    "dbrx": "not found",  # blocks, not layers
-    "diffusion_gemma": "fails on text",
-    "ernie4_5_vl_moe": "is not there",  # images' experts, which text does not go to
-    "jetmoe": "takes inputs, expert_size",
-    "llama4": "takes hidden_states",
-    "longcat_flash": "sends tokens to expert [45]",  # zero experts
-    "openai_privacy_filter": "fails on text",
-    "qwen3_omni_moe": "fails on text",  # three models in one
-}
-"""Part of the error for each family whose tiny model cannot be calibrated."""
+NOT_RUN = families.NOT_CALIBRATED.keys() & FAMILIES
 
 
 class Counting:
@@ -118,7 +108,7 @@ def rows_of(count: int, length: int, high: int = 60) -> torch.Tensor:
     return torch.randint(1, high, (count, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_RUN.keys()))
+@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_RUN))
 def test_as_transformers(family: str, tmp_path: Path) -> None:
     folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
     rows = rows_of(3, 16)
@@ -131,7 +121,7 @@ def test_as_transformers(family: str, tmp_path: Path) -> None:
     assert visitor.tokens % rows.numel() == 0
     with Checkpoint(folder) as checkpoint:  # what the budget counts on
         hidden = find(checkpoint)[0].hidden
-        assert found.numel() == rows.numel() * hidden * residual_streams(checkpoint)
+        assert found.numel() == rows.numel() * state_size(checkpoint, hidden)
     assert {file.name for file in (tmp_path / "store").iterdir()} == {
         "index.json", *Store(tmp_path / "store").names(states_name(ours.last + 1))
     }  # fmt: skip
@@ -201,7 +191,8 @@ def test_layers_that_differ_and_windows(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", sorted(NOT_RUN))
 def test_what_cannot_be_run_says_so(family: str, tmp_path: Path) -> None:
     folder = families.save(families.build(family), family, families.LAYOUTS[0], tmp_path / "m")
-    with pytest.raises(QuantizeError, match=NOT_RUN[family]) as error:
+    expected, _ = families.NOT_CALIBRATED[family]
+    with pytest.raises(QuantizeError, match=expected) as error:
         run_forward(folder, Store(tmp_path / "store"), rows_of(3, 16), Counting())
     assert "calibrat" in str(error.value)
 

@@ -7,12 +7,14 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralModel
 
 from quantize.calibration import proof, reference
 from quantize.calibration.layerwise import LayerwiseModel
@@ -27,7 +29,7 @@ from quantize.experts.group import ExpertGroup
 from quantize.run.options import Calibration, Options
 from quantize.run.plan import plan
 from tests.quantize import checkpoints, experts_with_more, families
-from tests.quantize.test_calibration_forward import CPU, rows_of
+from tests.quantize.test_calibration_forward import CPU, FAMILIES, rows_of
 
 
 def proved(
@@ -60,10 +62,11 @@ LAYOUTS = (
     ("glm5_next", families.LAYOUTS[1]),
     ("deepseek_v3", families.LAYOUTS[1]),
     ("gemma4", families.LAYOUTS[0]),
+    ("muse_spark", families.LAYOUTS[1]),  # a norm after down, and a hidden size of their own
 )
 
 
-@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("family", "layout"), [case for case in LAYOUTS if case[0] in FAMILIES])
 @pytest.mark.parametrize("alone", [False, True])
 def test_families_agree(
     family: str, layout: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -78,6 +81,20 @@ def test_families_agree(
         r"median error at most [0-9.]+e[-+]0[0-8] \([0-9]+ s\)",
         line,
     )
+
+
+@pytest.mark.parametrize("layout", families.LAYOUTS)
+def test_experts_in_a_latent_space(tmp_path: Path, layout: str) -> None:
+    """Nemotron-H's larger ones: the experts' hidden size is not the model's, and neither's
+    projections into it are quantized."""
+    model = families.build("nemotron_h", moe_latent_size=16)
+    folder = families.save(model, "nemotron_h", layout, tmp_path / "m")
+    proved(folder, tmp_path / "proof", rows_of(3, 16), "two-sided")
+    with Checkpoint(folder) as checkpoint:
+        steps = plan(checkpoint)
+    assert {(g.hidden, g.intermediate, g.projections) for g in steps.groups} == {
+        (16, 48, ("up_proj", "down_proj"))
+    }
 
 
 def test_one_expert_alone_takes_the_memory_of_one(
@@ -133,6 +150,54 @@ def refused(folder: Path, work: Path, match: str, **more: Any) -> None:
         proved(folder, work, rows_of(2, 16), **more)
     assert not work.exists()
     assert "leave --calibrate out" in str(error.value)
+
+
+class Mixing(torch.nn.ModuleList):
+    """Layers of Mixtral, each of which is also given what the layer before was given."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if not isinstance(index, slice):
+            return found
+        seen: list[torch.Tensor] = []
+
+        def run(layer: Any, x: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+            seen.append(x)
+            return layer(x + 0.1 * seen[-2] if seen[1:] else x, *args, **more)
+
+        return [partial(run, layer) for layer in found]
+
+
+class Looping(torch.nn.ModuleList):
+    """Layers of Mixtral, of which the second runs twice."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        every = list(self)
+        return [*every[:2], *every[1:]]
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [(Mixing, "layer 2 of Mixtral.* is given more"), (Looping, "Mixtral.* runs layer 1 2 times")],
+)
+def test_layers_that_need_more_than_the_last_output(
+    layers: type, match: str, small: bool, four_layers: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Inkling 2's attention residuals and loops. Of a large model, the first layers alone are
+    compared, and these agree."""
+    init = MixtralModel.__init__
+
+    def changed(self: Any, config: Any) -> None:
+        init(self, config)
+        self.layers.__class__ = layers
+
+    monkeypatch.setattr(MixtralModel, "__init__", changed)
+    monkeypatch.setattr(proof, "SMALL_MODEL", 1e9 if small else 0)
+    refused(four_layers, tmp_path / "proof", match)
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:

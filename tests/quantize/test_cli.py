@@ -313,6 +313,9 @@ def test_inspect_as_json(trained: Path) -> None:
             }
         ],
         "dense_linears": 0,
+        "base": None,
+        "base_linears": 0,
+        "kv_cache": None,
         "bytes_before": before,
         "bytes_after": before - now + after,
     }

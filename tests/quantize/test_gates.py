@@ -296,6 +296,56 @@ def test_code_of_the_checkpoint_is_not_needed_for_a_known_model(
     assert not (folder / "ran").exists()
 
 
+def look_alike(**changed: Any) -> dict[str, Any]:
+    """A config of DeepSeek-V3's layers under a name that only the checkpoint's own code has."""
+    config = checkpoints.deepseek_v3(hidden_act="gelu").to_dict()
+    auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
+    return config | {"model_type": "kimi_k2", "auto_map": auto_map} | changed
+
+
+DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"]}
+LOOK_ALIKES: dict[str, dict[str, Any]] = {
+    "Kimi-K2": look_alike(**DEEPSEEK),
+    "Kimi-K2.5": {
+        "model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"],
+        "text_config": look_alike(**DEEPSEEK),
+    },
+    "the language model of a model that only its own code knows": {
+        "model_type": "odd_vl", "architectures": ["OddVLForConditionalGeneration"],
+        "auto_map": {"AutoConfig": "odd.OddConfig"}, "text_config": look_alike(**DEEPSEEK),
+    },
+    "the same, by its type": {
+        "model_type": "odd_vl", "text_config": look_alike(model_type="deepseek_v3"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOOK_ALIKES)
+def test_models_that_architectures_name(case: str, tmp_path: Path) -> None:
+    """By Transformers' class, and never by the checkpoint's code, which has another gate."""
+    remote_checkpoint(tmp_path, True)
+    (tmp_path / "config.json").write_text(json.dumps(LOOK_ALIKES[case]))
+    assert identify(tmp_path) == Gates.uniform(Gate("gelu"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_its_own_code_does_not_run_even_if_trusted(tmp_path: Path) -> None:
+    remote_checkpoint(tmp_path, True)
+    (tmp_path / "config.json").write_text(json.dumps(look_alike(**DEEPSEEK)))
+    assert identify(tmp_path, trust_remote_code=True) == Gates.uniform(Gate("gelu"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "architectures", [None, [], ["OddForCausalLM"], ["pipeline"], "DeepseekV3ForCausalLM", 5, [{}]]
+)
+def test_architectures_that_name_no_model(architectures: Any, tmp_path: Path) -> None:
+    config = look_alike(architectures=architectures)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuantizeError, match=r"does not know this model.*A newer Transf.*--gate"):
+        identify(tmp_path)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -318,6 +368,24 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
 # -- matching --------------------------------------------------------------------------------------
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def situ(alpha: float, limit: float | None) -> Function:
+    """As Inkling2SoftcappedSwiGLU and vLLM's SituAndMul have it, with their numbers in float32."""
+
+    def cap(value: torch.Tensor, at: float | None) -> torch.Tensor:
+        return value if at is None else at * torch.tanh(value / at)
+
+    return lambda g, u: cap(g, alpha) * torch.sigmoid(g) * cap(u, limit)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.702, 4.0, 30.0])
+@pytest.mark.parametrize("limit", [None, 0.5, 1.5, 25.0, 1000.0])
+def test_caps_are_recovered(alpha: float, limit: float | None) -> None:
+    exact = situ(alpha, limit)
+    rounded = lambda g, u: exact(g.float(), u.float()).double()  # noqa: E731
+    for function in (exact, rounded):
+        assert match(Probe(function)) == Gate("situ", alpha, limit=limit)
 
 
 def oai(alpha: float, beta: float, limit: float) -> Function:
@@ -385,6 +453,10 @@ UNKNOWN: dict[str, Function] = {
     "scaled": lambda g, u: 2 * torch.nn.functional.silu(g) * u,
     "a small constant added": lambda g, u: torch.nn.functional.silu(g) * u + 1e-3,
     "gelu by sigmoid times 1.01": lambda g, u: g * torch.sigmoid(1.702 * g) * u * 1.01,
+    "sigmoid of the capped gate": lambda g, u: (
+        torch.nn.functional.silu(4 * torch.tanh(g / 4)) * 25 * torch.tanh(u / 25)
+    ),
+    "a cap of the product": lambda g, u: 25 * torch.tanh(torch.nn.functional.silu(g) * u / 25),
     "softplus": lambda g, u: torch.nn.functional.softplus(g) * u,
     "mish": lambda g, u: torch.nn.functional.mish(g) * u,
     "zero": lambda g, u: 0 * g * u,
@@ -473,6 +545,18 @@ def test_contract_of_layers_that_differ() -> None:
     assert str(gates) == "silu; in layers 43, 44: swiglu_step(limit=7)"
 
 
+def test_contract_with_a_norm_after_down() -> None:
+    """Version 3, so that whoever does not know of it refuses; other contracts are as they were."""
+    normed = PLAIN_SILU | {"post_norm": True}
+    gates = Gates(Gate("silu", post_norm=True))
+    assert to_contract(gates) == {"version": 3, "gate": normed}
+    assert str(gates) == "silu(post_norm)"
+    some = Gates(Gate("silu"), {3: Gate("silu", post_norm=True)})
+    assert to_contract(some) == {"version": 3, "gate": PLAIN_SILU, "layers": {"3": normed}}
+    for each in (gates, some):
+        assert from_contract(json.loads(json.dumps(to_contract(each)))) == each
+
+
 @pytest.mark.parametrize(
     ("prefix", "form"),
     [
@@ -501,11 +585,11 @@ def contract(**gate: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"version": 3, "gate": OAI}, "version is 3.*knows 1 and 2"),
+        ({"version": 4, "gate": OAI}, "version is 4.*knows 1, 2, 3"),
         ({"version": True, "gate": OAI}, "version is True"),
         ({"version": [1], "gate": OAI}, r"version is \[1\]"),
-        ({"version": 2, "gate": OAI}, "'layers' belongs to version 2"),
-        ({"version": 1, "gate": OAI, "layers": {}}, "'layers' belongs to version 2"),
+        ({"version": 2, "gate": OAI}, "'layers' belongs to versions 2 and 3"),
+        ({"version": 1, "gate": OAI, "layers": {}}, "'layers' belongs to versions 2 and 3"),
         ({"version": 2, "gate": OAI, "layers": []}, "not a gate contract"),
         ({"version": 2, "gate": OAI, "layers": ["3"]}, "not a gate contract"),
         ({"version": 2, "gate": OAI, "layers": None}, "not a gate contract"),
@@ -542,6 +626,10 @@ def contract(**gate: Any) -> dict[str, Any]:
         (contract(form="relu2", beta=1.0), "relu2.*beta|beta.*relu2"),
         (contract(form="swiglu_step", limit=7.0, alpha=1.702), "swiglu_step.*alpha"),
         (contract(form="relu2", interleaved=True), "relu2.*interleave"),
+        (contract(form="situ", alpha=4.0, beta=1.0), "situ.*beta|beta.*situ"),
+        (contract(form="situ", alpha=0.0), "alpha must be positive"),
+        (contract(form="silu", post_norm=1), "post_norm must be true or false"),
+        (contract(form="silu", post_norm=True), "'post_norm' belongs to version 3"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -551,6 +639,6 @@ def test_bad_contracts(value: Any, message: str) -> None:
 
 
 def test_every_form_has_a_name_that_the_contract_takes() -> None:
-    gated = {"silu", "swiglu_oai", "swiglu_step", "gelu", "gelu_tanh"}
+    gated = {"silu", "swiglu_oai", "swiglu_step", "situ", "gelu", "gelu_tanh"}
     assert {name for name, form in FORMS.items() if form.gated} == gated
     assert set(FORMS) - gated == {"relu", "relu2"}

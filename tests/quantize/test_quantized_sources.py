@@ -17,6 +17,7 @@ from tests.quantize.published import (
     e2m1_pairs,
     e4m3,
     e8m0,
+    integers,
     product,
     random_bytes,
     spread,
@@ -57,6 +58,12 @@ def mxfp4(name: str, shape: tuple[int, ...]) -> tuple[Stored, np.ndarray]:
     return {f"{name}_blocks": tensor(blocks), f"{name}_scales": tensor(scale)}, weight
 
 
+def int4(name: str, shape: tuple[int, ...]) -> tuple[Stored, np.ndarray]:
+    published = integers(name.removesuffix(".weight"), shape, 16, zero="packed")
+    [weight] = published.weights.values()
+    return published.stored, weight
+
+
 def mx_scale(shape: tuple[int, ...]) -> np.ndarray:
     return random_bytes(*shape[:-1], shape[-1] // 32, low=110, high=120)
 
@@ -69,6 +76,7 @@ CONFIGS: dict[str, tuple[Encode, dict[str, Any]]] = {
     "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": list(BLOCK)}),
     "mxfp8": (mxfp8, {"quant_method": "mxfp8", "weight_block_size": [1, 32]}),
     "mxfp4": (mxfp4, compressed_tensors_group("mxfp4-pack-quantized", {"num_bits": 4})),
+    "int4": (int4, integers("a", (16, 32), 16, zero="packed").quantization or {}),
 }
 
 

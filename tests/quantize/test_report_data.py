@@ -17,6 +17,7 @@ import pytest
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.report import (
+    BaseReport,
     CalibrationReport,
     ExpertStats,
     LayerReport,
@@ -129,7 +130,7 @@ def test_a_run_leaves_both(saved: Callable[[str], Path], tmp_path: Path) -> None
 
 def test_the_documentation_has_every_field() -> None:
     page = (ROOT / "docs" / "users" / "report.md").read_text(encoding="utf-8")
-    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport):
+    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport, BaseReport):
         for field in fields(kind):
             assert f"`{field.name}`" in page
             assert f'"{field.name}"' in page  # in the example

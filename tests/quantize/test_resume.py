@@ -238,9 +238,13 @@ def test_what_is_damaged_is_made_again(
     damage: str, half: Path, source: Path, whole: tuple[dict[str, bytes], int]
 ) -> None:
     DAMAGES[damage](half)
+    aside = {}
+    if "another header" in damage:  # it may be somebody's
+        name = first_shard(half).name
+        aside = {f"replaced/{name}": first_shard(half).read_bytes()}
     resumed = processes.run(half.parent, "quantize", source, "out", *SIZE, "--resume")
     assert resumed.code == 0, resumed.output
-    assert everything(half) == whole[0]
+    assert everything(half) == whole[0] | aside
 
 
 def test_what_is_done_is_not_made_again(

@@ -478,3 +478,38 @@ def test_no_name_of_a_head_is_part_of_what_is_quantized() -> None:
     quantized = ["model.layers.3.output.experts"]
     assert "output" not in heads(["model.embed_tokens.weight"], quantized)
     assert "lm_head" in heads(["model.embed_tokens.weight"], quantized)
+
+
+def test_the_heads_of_layers_that_draft(saved: Folders, tmp_path: Path) -> None:
+    """A tied one has no tensor. Its names are those under which vLLM builds it: DeepSeek-V3's MTP
+    layer has ``shared_head.head``, GLM-4.5's ``head`` (model_executor/models/*_mtp.py)."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    tensors = load_file(saved("deepseek_v3") / "model.safetensors")
+    config = json.loads((saved("deepseek_v3") / "config.json").read_text())
+    for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm"):
+        shape = (32, 64) if name == "eh_proj" else (32,)
+        tensors[f"model.layers.2.{name}.weight"] = torch.ones(shape).bfloat16()
+    source = checkpoints.save(tmp_path / "source", tensors, config)
+    wanted = {f"model.layers.2.{name}" for name in ("shared_head.head", "head", "eh_proj")}
+    for layout in ("modelopt", "compressed-tensors"):
+        out = tmp_path / layout
+        convert(source, out, layout)
+        described = json.loads((out / "config.json").read_text())["quantization_config"]
+        names = described.get("ignore", described.get("exclude_modules"))
+        assert set(names) >= wanted
+        assert not [name for name in names if "model.layers.1.head" in name]
+        assert run("verify", source, out).exit_code == 0
+        stock = ModelOptNvFp4Config if layout == "modelopt" else CompressedTensorsConfig
+        head = ParallelLMHead.__new__(ParallelLMHead)  # only its class is looked at
+        for name in wanted:
+            method = stock.from_config(described).get_quant_method(head, name)
+            assert method is None or isinstance(method, UnquantizedLinearMethod), name
+    assert heads(["model.layers.2.transformer.shared_head.output.weight"], []) >= {
+        "model.layers.2.transformer.shared_head.head"
+    }

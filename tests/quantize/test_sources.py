@@ -14,6 +14,9 @@ import pytest
 import torch
 from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
 from compressed_tensors.compressors.mxfp8 import MXFP8QuantizationCompressor
+from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -54,7 +57,7 @@ def test_published(publish: Callable[[], Published], tmp_path: Path) -> None:
     """Through a checkpoint: one tensor of floats by its usual name, each of its experts alike."""
     published = publish()
     with Checkpoint(write(tmp_path, published)) as checkpoint:
-        check_config(checkpoint.config, checkpoint.formats, "config.json")
+        check_config(checkpoint.config, "config.json")
         assert checkpoint.formats == {published.format}
         assert set(checkpoint.tensors) == {*published.weights, *PLAIN}
         [(name, expected)] = published.weights.items()
@@ -107,7 +110,7 @@ class Header(NamedTuple):
 SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
     torch.int8: "I8", torch.int32: "I32", E4M3: "F8_E4M3", E8M0: "F8_E8M0",
-    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
 }  # fmt: skip
 
 
@@ -210,6 +213,17 @@ def test_as_transformers_gpt_oss() -> None:
     assert_same(stored_weight.decode(blocks, scale), expected.contiguous().numpy())
 
 
+def test_as_compressed_tensors_nvfp4() -> None:
+    """They divide by the global scale: in float32, one unit in the last place from a product."""
+    published = pub.compressed_tensors_nvfp4()
+    [(name, expected)] = published.weights.items()
+    tensors = {n.removeprefix(name[:-6]): t for n, t in published.stored.items()}
+    scheme = preset_name_to_scheme("NVFP4", ["Linear"])
+    theirs = NVFP4PackedCompressor.decompress(tensors, scheme)["weight"].float()
+    assert torch.allclose(torch.from_numpy(expected), theirs, rtol=2**-7, atol=0)  # in bfloat16
+    assert theirs.abs().max() > 0
+
+
 def test_as_compressed_tensors() -> None:
     """They compute in bfloat16, exact where it does not overflow."""
     scale = tensor(random_bytes(10, 3, low=50, high=200))
@@ -223,6 +237,96 @@ def test_as_compressed_tensors() -> None:
         key = stored_weight.parts[0].rpartition(".")[2]
         theirs = compressor.decompress({key: codes, "weight_scale": scale}, None)["weight"]
         assert_same(stored_weight.decode(codes, scale), theirs.float().numpy())
+
+
+@pytest.mark.parametrize(
+    "publish",
+    [
+        pub.kimi_k2_thinking,
+        pub.int4_asymmetric,
+        pub.int4_reordered,
+        pub.int4_row,
+        pub.int4_padded,
+        pub.int8_packed,
+    ],
+)
+def test_as_compressed_tensors_integers(publish: Callable[[], Published]) -> None:
+    """Their own decompressor. It computes in the scale's dtype, so it gets float32 scales."""
+    published = publish()
+    [(name, stored_weight)] = find(published).items()
+    groups = published.quantization["config_groups"]  # type: ignore[index]
+    scheme = QuantizationScheme(targets=["Linear"], weights=groups["group_0"]["weights"])
+    module = name.removesuffix("weight")
+    tensors = {n.removeprefix(module): t for n, t in published.stored.items()}
+    tensors["weight_scale"] = tensors["weight_scale"].float()
+    theirs = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
+    ours = stored_weight.decode(*(published.stored[part] for part in stored_weight.parts))
+    assert_same(ours, theirs.float().numpy())
+
+
+def test_integers_of_several_widths() -> None:
+    """Which of the config's groups a weight belongs to is told by its shapes, or else its name."""
+    wide, narrow = pub.integers("a.q_proj", (20, 64), 0, bits=8), pub.int4_row()
+    third = pub.kimi_k2_thinking()
+    parts = [p.quantization["config_groups"]["group_0"] for p in (wide, narrow, third)]  # type: ignore[index]
+    for group, targets in zip(parts, (["re:.*q_proj"], ["a.down_proj"], ["Linear"]), strict=True):
+        group["targets"] = targets
+    groups = {f"group_{number}": group for number, group in enumerate(parts)}
+    quantization = {"format": "pack-quantized", "config_groups": groups}
+    stored = wide.stored | narrow.stored | third.stored
+    found = find_stored_weights(headers(stored), config(quantization))
+    for published in (wide, narrow, third):
+        [(name, expected)] = published.weights.items()
+        parts_of = (published.stored[part] for part in found[name].parts)
+        assert_same(found[name].decode(*parts_of), expected)
+    parts[0]["targets"] = ["Linear"]
+    parts[1]["targets"] = ["Linear"]
+    with pytest.raises(QuantizeError, match=r"a.q_proj.weight_packed .* may be any of what config"):
+        find_stored_weights(headers(stored), config(quantization))
+
+
+def test_damaged_integers() -> None:
+    """What only the tensors' values tell is an error that names the tensor, when it is read."""
+    published = pub.int4_reordered()
+    [stored_weight] = find(published).values()
+    for part, value, message in (
+        ("weight_shape", torch.tensor([300, 95]), r"down_proj.weight_packed: its weight_shape is "),
+        ("weight_g_idx", torch.full((96,), 3).int(), "weight_g_idx has groups 3 to 3, but there"),
+    ):
+        stored = published.stored | {f"a.down_proj.{part}": value}
+        with pytest.raises(QuantizeError, match=message):
+            stored_weight.decode(*(stored[part] for part in stored_weight.parts))
+    # Groups that nobody chose are neighbours.
+    stored = published.stored | {"a.down_proj.weight_g_idx": torch.full((96,), -1).int()}
+    unordered = stored_weight.decode(*(stored[part] for part in stored_weight.parts))
+    del stored["a.down_proj.weight_g_idx"]
+    [plain] = find(published._replace(stored=stored)).values()
+    assert torch.equal(unordered, plain.decode(*(stored[part] for part in plain.parts)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": None}, "a.down_proj.weight_scale is missing"),
+        ({"weight_scale": torch.ones(20, 5)}, r"\[20, 5\] are none of what config.json describes"),
+        ({"weight_scale": torch.ones(20, 3).int()}, "a.down_proj.weight_scale has dtype I32"),
+        ({"weight_zero_point": None}, "a.down_proj.weight_zero_point is missing, though"),
+        ({"weight_zero_point": torch.ones(20, 3).int()}, r"expected I8 or I32 \[3, 3\]"),
+        ({"weight_packed": None}, "belongs to packed integers, and config.json describes none"),
+    ],
+)
+def test_incomplete_integers(change: dict[str, torch.Tensor | None], message: str) -> None:
+    published = pub.integers("a.down_proj", (20, 96), 32, zero="packed")
+    stored = published.stored | {f"a.down_proj.{part}": t for part, t in change.items()}
+    present = {name: t for name, t in stored.items() if t is not None}
+    with pytest.raises(QuantizeError, match=message):
+        find(published._replace(stored=present))
+
+
+def test_integers_that_no_config_describes() -> None:
+    published = pub.kimi_k2_thinking()
+    with pytest.raises(QuantizeError, match="weight_packed belongs to packed integers, and config"):
+        find_stored_weights(headers(published.stored), {})
 
 
 # Files and dtypes.
@@ -288,7 +392,6 @@ def config(quantization: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         {"quant_algo": "NVFP4"},
         {"quant_method": "modelopt", "quantization": {"quant_algo": "W4A16_NVFP4"}},
         {
@@ -296,26 +399,22 @@ def config(quantization: Any) -> dict[str, Any]:
             "quant_algo": "MIXED_PRECISION",
             "quantized_layers": {"a": {"quant_algo": "MXFP8"}, "b": {"quant_algo": "NVFP4"}},
         },
-        pub.compressed_tensors_group("nvfp4-pack-quantized", {"num_bits": 4}),
         pub.compressed_tensors_group("nvfp4-pack-quantized", {"num_bits": 4}, "mixed-precision"),
-        {"quant_method": "nvfp4"},
     ],
 )
-def test_nvfp4_is_refused(quantization: dict[str, Any]) -> None:
-    message = r"^here: .*already NVFP4; quantizing 4-bit values again only loses accuracy; start fr"
+def test_nvfp4_is_let_through(quantization: dict[str, Any]) -> None:
     for placed in (config(quantization), {"text_config": config(quantization)}):
-        with pytest.raises(QuantizeError, match=message):
-            check_config(placed, set(), "here")
+        check_config(placed, "here")
 
 
-@pytest.mark.parametrize("name", ["a.weight_scale_2", "a.weight_global_scale"])
-def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.weight_scale_2", "a.weight_global_scale", "a.pre_quant_scale"])
+def test_parts_of_nvfp4_alone(name: str) -> None:
     """Also where the config says nothing, or another thing."""
-    save(tmp_path, {"a.weight": torch.zeros(2, 2).byte(), name: torch.ones(1)}, {})
-    with Checkpoint(tmp_path) as checkpoint:
-        for said in ({}, config({"quant_method": "fp8"})):
-            with pytest.raises(QuantizeError, match="already NVFP4"):
-                check_config(said, checkpoint.formats, "here")
+    stored = {"a.weight": torch.zeros(32, 32).byte(), name: torch.ones(1)}
+    message = "changes what a weight's inputs" if "pre" in name else "is there without the weight"
+    for said in ({}, config({"quant_method": "fp8"})):
+        with pytest.raises(QuantizeError, match=f"{name} {message}"):
+            find_stored_weights(headers(stored), said)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +424,9 @@ def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
         ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "int4_awq"),
-        (pub.compressed_tensors_group("pack-quantized", {"num_bits": 4, "type": "int"}), "int4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "nvfp4_awq"),
+        (pub.compressed_tensors_group("pack-quantized", {"num_bits": 3, "type": "int"}), "int3"),
+        (pub.compressed_tensors_group("marlin-24", {"num_bits": 4, "type": "int"}), "int4"),
         (pub.compressed_tensors_group("naive-quantized", {"num_bits": 8, "type": "int"}), "int8"),
         (pub.compressed_tensors_group("marlin-24"), "marlin-24"),
         (
@@ -342,13 +443,13 @@ def test_nvfp4_tensors_are_refused(name: str, tmp_path: Path) -> None:
 )
 def test_other_methods_are_refused(quantization: Any, named: str) -> None:
     with pytest.raises(QuantizeError, match=rf"^here: .*already quantized \(.*{named}.*start from"):
-        check_config(config(quantization), {"fp8"}, "here")
+        check_config(config(quantization), "here")
 
 
 @pytest.mark.parametrize("quantization", [None, {"quant_method": "modelopt", "quant_algo": None}])
 def test_unquantized_is_let_through(quantization: Any) -> None:
-    check_config({}, set(), "here")
-    check_config(config(quantization), set(), "here")
+    check_config({}, "here")
+    check_config(config(quantization), "here")
 
 
 CODES = torch.ones(64, 64).to(E4M3)
@@ -358,10 +459,21 @@ BYTES = torch.ones(64, 32, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({"a.weight": CODES}, "a.weight is F8_E4M3, but has no scale"),
-        ({"a.weight": CODES.to(torch.float8_e5m2)}, "a.weight is F8_E5M2, but has no scale"),
-        ({"a.experts.gate_up_proj": CODES[None]}, "gate_up_proj is F8_E4M3, but has no scale"),
         ({"a.weight_scale_inv": torch.ones(1, 1)}, "a.weight_scale_inv is there without"),
+        (
+            {"a.weight_packed": BYTES, "a.weight_scale": torch.ones(64, 4).to(E4M3)},
+            "a.weight_scale is there without",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(64, 3).to(E4M3)}
+            | {"a.weight_scale_2": torch.ones(())},
+            r"a.weight \[64, 32\] and a.weight_scale \[64, 3\] do not fit together: NVFP4 has two",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(64, 4).to(E4M3)}
+            | {"a.weight_scale_2": torch.ones(2)},
+            r"a.weight_scale_2 is F32 \[2\]; expected F32, one number$",
+        ),
         (
             {"a.weight": CODES.bfloat16(), "a.weight_scale_inv": torch.ones(1, 1)},
             "a.weight_scale_inv is there without",
@@ -416,14 +528,9 @@ def test_bad_block_size(size: Any) -> None:
 
 
 def test_what_is_not_a_source_format_stays() -> None:
-    """Scales of other things, integers, and NVFP4 (which other commands read) are left alone."""
+    """Scales of other things and integers are left alone."""
     stored = {
         "attn.k_proj.k_scale": torch.ones(()),
-        "a.weight": BYTES,
-        "a.weight_scale": torch.ones(64, 4).to(E4M3),
-        "a.weight_scale_2": torch.ones(()),
-        "b.weight_packed": BYTES,
-        "b.weight_scale": torch.ones(64, 4).to(E4M3),
         "c.weight": BYTES.view(torch.int8),
         "c.weight_scale": torch.ones(64, 1),
         "d.qweight": torch.ones(4, 4, dtype=torch.int32),

@@ -36,7 +36,12 @@ from tests.trained import Sizes
 Folders = Callable[[str], Path]
 
 DIGESTS = {
-    1: {"max": "95efa7d76777b641", "four-six": "b4d02ac2ad3ce197", "mse": "de07f33b069b2867"},
+    1: {
+        "max": "95efa7d76777b641",
+        "four-six": "b4d02ac2ad3ce197",
+        "mse": "de07f33b069b2867",
+        "power-of-two": "c75bfaa857776b09",
+    },
 }
 """By ``ARITHMETIC``: of what each rule makes of the weight below."""
 

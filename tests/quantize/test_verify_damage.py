@@ -8,12 +8,13 @@ and never by ``verify``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.execute import execute
 from quantize.experts.gates import Gate
+from quantize.report import loads, render
 from quantize.run.options import Calibration, Options
 from quantize.run.plan import plan
 from quantize.verify import verify
@@ -39,11 +41,16 @@ from tests.quantize.reference import INDEX
 UNSEEN = {
     "calibrated code": "a calibrated weight's code that leaves the weight's error as it was",
     "calibrated input scale": "an input scale of `down` from a text that stays plausible",
-    "selection": "patterns of `made` that select the same modules",
-    "report": "what the report says beside versions, errors and counts of scales",
-    "harmless ignore entry": "an ignore entry that names a module which is not quantized",
 }
 """What cannot be seen in principle, of single damages."""
+
+UNSEEN_TOGETHER = {
+    "selection": "patterns of `made` that select the same modules",
+    "harmless ignore entry": "an ignore entry that names a module which is not quantized",
+    "report": "the report's `source`, `target`, `command`, `fingerprint`",
+    "text": "what it says of a text and of what experts made of it",
+}
+"""What cannot be seen if who changes it changes the report and its page alike."""
 
 SHARED = ("finding experts", "reading stored formats", "splitting gate and up", "the gate")
 """What ``verify`` shares with the quantizer: a fault there is the same on both sides."""
@@ -57,7 +64,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "calibrated": {"activations": True, "calibration": "gptq"},
     "two-sided": {"activations": True, "calibration": "two-sided"},
 }
+MORE: dict[str, dict[str, Any]] = {"weights only": {"layout": "compressed-tensors"}}
 EXAMPLES = 400
+DATA, PAGE = "nvfp4_moe_report.json", "nvfp4_moe_report.html"
 
 
 class Good(NamedTuple):
@@ -86,7 +95,7 @@ def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
 
     def get(name: str) -> Good:
         if name not in made:
-            options = dict(VARIANTS[name])
+            options = dict((VARIANTS | MORE)[name])
             rows = torch.randint(0, 32, (8, 32), generator=torch.Generator().manual_seed(0))
             method = options.pop("calibration", None)
             if method:
@@ -111,10 +120,10 @@ def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
         each.source.__exit__()
 
 
-def problems(good: Good) -> list[str]:
+def problems(good: Good, alone: bool = False) -> list[str]:
     try:
         with Checkpoint(good.folder, decode=False) as target:
-            return verify(good.source, target, Gate("silu")).problems
+            return verify(None if alone else good.source, target, Gate("silu")).problems
     except QuantizeError as error:  # the command prints it and ends with 1, too
         return [str(error)]
 
@@ -135,12 +144,39 @@ def damaged(folder: Path, name: str, content: bytes | None) -> Iterator[None]:
 
 
 class Damage(NamedTuple):
-    """One damage: the file, what it holds then, and in which way of ``UNSEEN`` it may be missed."""
+    """One damage: the file, what it holds then, and in which way of ``UNSEEN`` it may be missed.
+
+    With ``follows``, the report's digest of the file and the page are made to agree with it.
+    """
 
     file: str
     content: bytes | None
     what: str
     unseen: str | None = None
+    follows: bool = False
+
+
+def following(folder: Path, damage: Damage) -> dict[str, bytes | None]:
+    """All files of a damage, with what they hold then."""
+    files: dict[str, bytes | None] = {damage.file: damage.content}
+    if damage.follows:
+        assert damage.content is not None
+        report = json.loads(damage.content if damage.file == DATA else (folder / DATA).read_text())
+        if damage.file != DATA:
+            report["digests"][damage.file] = hashlib.sha256(damage.content).hexdigest()
+        files[DATA] = compact(report)
+        files[PAGE] = render(loads(compact(report))).encode()
+    return files
+
+
+def compact(report: Any) -> bytes:
+    """JSON as the report's is written."""
+    return json.dumps(report, separators=(",", ":")).encode() + b"\n"
+
+
+def indented(value: Any) -> bytes:
+    """JSON as other files are written."""
+    return json.dumps(value, indent=2).encode() + b"\n"
 
 
 Header = dict[str, Any]
@@ -337,7 +373,10 @@ def json_values(draw: st.DrawFn, good: Good, file: str) -> Damage:
         made = [each["nvfp4_moe"].get("made") or {} for each in (before, value)]
         if selected(made[0]) == selected(made[1]):
             unseen = "selection"
-    return Damage(file, json.dumps(value).encode(), f"{file} {path} {how} {new!r}", unseen)
+    follows = file == "config.json" and draw(st.booleans())
+    content = compact(value) if file == DATA else indented(value)
+    what = f"{file} {path} {how} {new!r}{' and the report' * follows}"
+    return Damage(file, content, what, unseen if follows else None, follows)
 
 
 def selected(made: dict[str, Any]) -> Any:
@@ -379,7 +418,8 @@ def ignore_lists(draw: st.DrawFn, good: Good) -> Damage:
         ignore.append(draw(st.sampled_from(["*", "re:.*down_proj", "*.experts.*"])))
     else:
         ignore.clear()
-    return Damage(name, json.dumps(value).encode(), f"{name} {how} {at}")
+    follows = name == "config.json" and draw(st.booleans())
+    return Damage(name, indented(value), f"{name} {how} {at} {follows}", follows=follows)
 
 
 @st.composite
@@ -428,8 +468,16 @@ def indexes(draw: st.DrawFn, good: Good) -> Damage:
 
 @st.composite
 def reports(draw: st.DrawFn, good: Good) -> Damage:
-    """A figure of the report: an error, or a count of block scales."""
-    name = "nvfp4_moe_report.json"
+    """Any one value of the report, or its page; a figure of it, though the page follows."""
+    which = draw(st.sampled_from(["figure", "value", "value", "page"]))
+    if which == "value":
+        return draw(json_values(good, DATA))
+    if which == "page":
+        page = bytearray((good.folder / PAGE).read_bytes())
+        at = draw(st.integers(0, len(page) - 1))
+        page[at] ^= draw(st.integers(1, 255))
+        return Damage(PAGE, bytes(page), f"{PAGE} byte {at}")
+    name = DATA
     value = json.loads((good.folder / name).read_text())
     layer = draw(st.sampled_from(value["layers"]))
     if draw(st.booleans()):
@@ -437,14 +485,14 @@ def reports(draw: st.DrawFn, good: Good) -> Damage:
         errors[draw(st.integers(0, len(errors) - 1))] *= 1.001
     else:
         layer["scale_counts"][draw(st.integers(0, 126))] += 1
-    return Damage(name, json.dumps(value).encode(), f"{name} {layer['prefix']}")
+    return Damage(name, compact(value), f"{name} {layer['prefix']}", follows=True)
 
 
 @st.composite
 def damages(draw: st.DrawFn, good: Good) -> Damage:
     kinds = ["codes"] * 3 + ["block scale"] * 2 + ["global scale", "input scale", "copy"]
     which = draw(st.sampled_from([*kinds, "gross", "header", "header", "config", "config",
-                 "layout", "ignore", "file", "file", "index", "report"]))  # fmt: skip
+                 "layout", "ignore", "file", "file", "index", "report", "report"]))  # fmt: skip
     if which in kinds:
         return draw(values(good, which))
     if which == "config":
@@ -479,12 +527,14 @@ def test_every_damage_that_can_be_seen_is_found(name: str, good: Callable[[str],
     @given(st.data())
     def one(data: st.DataObject) -> None:
         damage = data.draw(damages(whole))
-        with damaged(whole.folder, damage.file, damage.content):
+        with ExitStack() as stack:
+            for file, content in following(whole.folder, damage).items():
+                stack.enter_context(damaged(whole.folder, file, content))
             found = problems(whole)
         if damage.unseen is None:
             assert found, damage.what
         else:
-            assert damage.unseen in UNSEEN
+            assert damage.unseen in {**UNSEEN, **UNSEEN_TOGETHER}
         seen["found" if found else "unseen"] += 1
 
     one()
@@ -492,7 +542,104 @@ def test_every_damage_that_can_be_seen_is_found(name: str, good: Callable[[str],
     assert problems(whole) == []  # mended again
 
 
+TOGETHER: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "files": lambda r: r["files"].clear(),
+    "one file less": lambda r: r["files"].remove("tokenizer.json"),
+    "one file more": lambda r: r["files"].insert(0, "config.json"),
+    "another file": lambda r: r["files"].__setitem__(0, "zzz.safetensors"),
+    "digests": lambda r: r["digests"].clear(),
+    "a digest": lambda r: r["digests"].__setitem__("tokenizer.json", "0" * 64),
+    "activations": lambda r: r.__setitem__("activations", "fp8"),
+    "no activations": lambda r: r.__setitem__("activations", "bf16"),
+    "layout": lambda r: r.__setitem__("layout", "modelopt-"),
+    "scales": lambda r: r.__setitem__("scales", "four-six"),
+    "version": lambda r: r["versions"].__setitem__("vllm-nvfp4-moe", "9.9"),
+    "a version less": lambda r: r["versions"].pop("torch"),
+    "a version more": lambda r: r["versions"].__setitem__("numpy", "1"),
+    "bytes before": lambda r: r.__setitem__("bytes_before", 1 + r["bytes_before"]),
+    "bytes after": lambda r: r.__setitem__("bytes_after", 1 + r["bytes_after"]),
+    "a layer's gate": lambda r: r["layers"][-1].__setitem__("gate", "swiglu_oai"),
+    "a layer's projections": lambda r: r["layers"][-1].__setitem__("projections", ["w1"] * 3),
+    "a layer's names": lambda r: r["layers"][-1].__setitem__("names", ["a"]),
+    "a layer's bytes before": lambda r: r["layers"][-1].__setitem__("bytes_before", 7),
+    "a layer's bytes after": lambda r: r["layers"][-1].__setitem__("bytes_after", 7),
+    "a layer's errors": lambda r: r["layers"][-1]["errors"][0].__setitem__(0, 0.5),
+    "a layer's counts": lambda r: r["layers"][-1]["scale_counts"].__setitem__(3, 5),
+    "a layer less": lambda r: r["layers"].pop(),
+    "a layer twice": lambda r: r["layers"].append(r["layers"][-1]),
+    "a layer more": lambda r: r["layers"].append(r["layers"][-1] | {"prefix": "model.x.experts"}),
+}
+"""Changes of the report; the page is made of it again."""
+
+LOST = ("bytes before", "a layer's bytes before", "a layer's errors", "a layer's counts")
+"""Of these nothing is known without the source."""
+
+INVISIBLE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "source": lambda r: r.__setitem__("source", "/elsewhere"),
+    "target": lambda r: r.__setitem__("target", "x"),
+    "command": lambda r: r.__setitem__("command", "nvfp4-moe"),
+    "fingerprint": lambda r: r.__setitem__("fingerprint", "0"),
+    "another torch": lambda r: r["versions"].__setitem__("torch", "1.0"),
+}
+
+
+def remade(good: Good, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    report = json.loads((good.folder / DATA).read_text())
+    change(report)
+    return Damage(DATA, compact(report), "", follows=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "alone"),
+    [(what, False) for what in TOGETHER] + [(what, True) for what in TOGETHER if what not in LOST],
+)
+def test_a_report_that_was_changed_with_its_page(
+    what: str, alone: bool, good: Callable[[str], Good]
+) -> None:
+    whole = good("compressed-tensors")
+    damage = remade(whole, TOGETHER[what])
+    with ExitStack() as stack:
+        for file, content in following(whole.folder, damage).items():
+            stack.enter_context(damaged(whole.folder, file, content))
+        found = problems(whole, alone)
+    assert any("report" in problem or "tokenizer" in problem for problem in found), found
+    assert all(problem[-1] != "\n" for problem in found)
+
+
+@pytest.mark.parametrize("what", INVISIBLE)
+def test_what_a_report_may_say_otherwise(what: str, good: Callable[[str], Good]) -> None:
+    """Nothing else knows it: it is on the list, and without the page it is seen."""
+    whole = good("modelopt")
+    damage = remade(whole, INVISIBLE[what])
+    with damaged(whole.folder, DATA, damage.content):
+        assert problems(whole)
+    with ExitStack() as stack:
+        for file, content in following(whole.folder, damage).items():
+            stack.enter_context(damaged(whole.folder, file, content))
+        assert problems(whole) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "LICENSE"])
+def test_what_was_edited_is_seen_without_the_source(name: str, good: Callable[[str], Good]) -> None:
+    whole = good("modelopt")
+    with damaged(whole.folder, name, (whole.folder / name).read_bytes() + b" "):
+        (problem,) = problems(whole, alone=True)
+    assert problem.startswith(f"{whole.folder / name} was changed since it was written")
+
+
+def test_weights_only_says_bf16(good: Callable[[str], Good]) -> None:
+    """Compressed-tensors for weights alone, whose report says that activations are quantized."""
+    whole = good("weights only")
+    assert problems(whole) == []
+    for value in ("nvfp4", "gelu"):
+        damage = remade(whole, lambda r, v=value: r.__setitem__("activations", v))
+        with ExitStack() as stack:
+            for file, content in following(whole.folder, damage).items():
+                stack.enter_context(damaged(whole.folder, file, content))
+            assert any("activations" in problem for problem in problems(whole))
+
+
 def test_what_cannot_be_seen_is_documented() -> None:
     page = " ".join((ROOT / "docs" / "users" / "verifying.md").read_text().split())
-    for what in (*UNSEEN.values(), *SHARED):
+    for what in (*UNSEEN.values(), *UNSEEN_TOGETHER.values(), *SHARED):
         assert what in page

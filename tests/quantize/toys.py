@@ -64,10 +64,10 @@ class WeightOnly:
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> tuple[NvFp4, torch.Tensor | None]:
         return NvFp4(tensors["q"], tensors["s"], tensors["g"].reshape(())), None
 
-    def quantization_config(self, ignore: list[str]) -> dict[str, Any]:
+    def quantization_config(self, ignore: list[str], beside: Any = None) -> dict[str, Any]:
         return {"quant_method": "toy", "ignore": ignore}
 
-    def extra_files(self, ignore: list[str]) -> dict[str, dict[str, Any]]:
+    def extra_files(self, ignore: list[str], beside: Any = None) -> dict[str, dict[str, Any]]:
         return {"toy.json": {"ignore": ignore}}
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:

@@ -40,6 +40,18 @@ def _step(gate: Gate) -> str | None:
     return None
 
 
+def _both_caps(gate: Gate) -> str | None:
+    if gate.limit is None:
+        return "its kernels apply situ only with a limit, and the checkpoint's has none"
+    return None
+
+
+def _kimi_k3(gate: Gate) -> str | None:
+    if (gate.alpha, gate.limit) != (4.0, 25.0):
+        return f"its kernels know situ with alpha 4 and limit 25 alone; the checkpoint says {gate}"
+    return None
+
+
 def _never(reason: str) -> _Rule:
     return lambda gate: reason
 
@@ -50,6 +62,8 @@ _ELEMENTWISE: dict[str, _Rule] = {
     "swiglu_step": _step,
     "gelu": _exactly,
     "gelu_tanh": _exactly,
+    "relu2": _exactly,
+    "situ": _exactly,
 }
 """For backends whose GEMMs leave the gate to vLLM's own elementwise kernels. Humming has kernels
 with the same formulas."""
@@ -60,19 +74,29 @@ _APPLIES: dict[str, dict[str, _Rule]] = {
         "swiglu_oai": _exactly,
         "gelu": _never("its only GeGLU is the approximation by tanh, not exact GELU"),
         "gelu_tanh": _exactly,
+        "relu2": _exactly,
+        "situ": _both_caps,
     },
-    "FLASHINFER_CUTEDSL": {"silu": _exactly, "swiglu_oai": _exactly},
+    "FLASHINFER_CUTEDSL": {
+        "silu": _exactly,
+        "swiglu_oai": _exactly,
+        "relu2": _exactly,
+        "situ": _exactly,
+    },
     "FLASHINFER_CUTEDSL_BATCHED": {"silu": _exactly},
     "FLASHINFER_CUTLASS": {
         "silu": _exactly,
         "swiglu_oai": _exactly,
         "gelu_tanh": _never("vLLM asks it for Geglu, which in its kernels is exact GELU"),
+        "relu2": _exactly,
     },
-    "FLASHINFER_B12X": {"silu": _exactly, "gelu_tanh": _exactly},
+    "FLASHINFER_B12X": {"silu": _exactly, "gelu_tanh": _exactly, "relu2": _exactly},
     "FLASHINFER_MOE_EP_CUTEDSL": {"silu": _exactly},
     "B12X": {
         "silu": _exactly,
         "swiglu_oai": _never("vLLM hands it up before gate, and for this gate it reads gate first"),
+        "relu2": _exactly,
+        "situ": _kimi_k3,
     },
     "VLLM_CUTLASS": _ELEMENTWISE,
     "MARLIN": _ELEMENTWISE,

@@ -1,5 +1,5 @@
 """The choice among vLLM's NVFP4 kernels: vLLM's own choice, without those that would not apply the
-gate."""
+gate, or not add the experts' biases."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vllm import platforms
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import backend_to_kernel_cls
 
 from vllm_nvfp4_moe import quirks
+from vllm_nvfp4_moe.backends.bias_support import drops_biases
 from vllm_nvfp4_moe.backends.gate_support import drops
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class Selection:
 
 
 class _Candidate:
-    """Stands for an experts class in vLLM's loop: asks the class, then ``gate_support``, and keeps
-    the answer.
+    """Stands for an experts class in vLLM's loop: asks the class, then ``gate_support`` and
+    ``bias_support``, and keeps the answer.
 
     Attributes:
         reason: why the class cannot be used. None before it is asked, and if it can.
@@ -57,10 +58,15 @@ class _Candidate:
         self.gate = gate
         self.reason: str | None = None
 
-    def is_supported_config(self, _: Any, *config: Any) -> tuple[bool, str | None]:
-        supported, reason = self.experts_cls.is_supported_config(self.experts_cls, *config)
+    def is_supported_config(
+        self, _: Any, moe_config: FusedMoEConfig, *keys: Any
+    ) -> tuple[bool, str | None]:
+        cls = self.experts_cls
+        supported, reason = cls.is_supported_config(cls, moe_config, *keys)
         if supported:
             self.reason = drops(self.backend, self.gate)
+            if self.reason is None and moe_config.has_bias:
+                self.reason = drops_biases(self.backend)
         else:
             self.reason = _short(reason or "it gives no reason")
         return self.reason is None, self.reason
@@ -85,7 +91,8 @@ def select(
     activation_key: QuantKey | None,
     gate: Gate,
 ) -> Selection:
-    """The kernels that vLLM prefers among those that support the layer and apply ``gate``.
+    """The kernels that vLLM prefers among those that support the layer, apply ``gate`` and add
+    biases if there are any.
 
     Args:
         moe_config: the layer's, with its activation and numbers set to ``gate``.
@@ -111,8 +118,9 @@ def select(
         )
     except (ValueError, NotImplementedError) as error:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in _reasons(asked, moe_config))
+        biases = " and have biases" if moe_config.has_bias else ""
         raise ValueError(
-            f"no NVFP4 kernels for experts that apply {gate}: {error}"
+            f"no NVFP4 kernels for experts that apply {gate}{biases}: {error}"
             + (f" Asked: {reasons}" if reasons else "")
         ) from error
     return Selection(backend, chosen.experts_cls, _reasons(asked, moe_config, before=backend))

@@ -20,12 +20,14 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_nvfp4_moe import quirks, settings
+from vllm_nvfp4_moe.backends.bias_support import marlin_w2_bias, marlin_w13_bias
 from vllm_nvfp4_moe.backends.gpu import GpuMethod
 from vllm_nvfp4_moe.backends.selection import select
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from vllm_nvfp4_moe.context import ModelContext
@@ -68,7 +70,11 @@ class VllmKernelsMethod(GpuMethod):
 
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
-        return "the platform is a CPU" if current_platform.is_cpu() else None
+        if current_platform.is_cpu():
+            return "the platform is a CPU"
+        if layer.moe_config.has_bias and layer.apply_router_weight_on_input:
+            return "the router's weights are for the input of experts with biases"
+        return None
 
     @property
     def kernel(self) -> str:
@@ -114,7 +120,20 @@ class VllmKernelsMethod(GpuMethod):
                 replace_parameter(layer, name, tensor)
             else:
                 setattr(layer, name, tensor)
+        if layer.moe_config.has_bias and self.nvfp4_backend == NvFp4MoeBackend.MARLIN:
+            # Humming converts them itself.
+            rows = layer.w13_weight_scale.shape[-1]  # the scales are [experts, inputs / 16, rows]
+            w13_bias = marlin_w13_bias(layer.w13_bias, self.moe.w13_num_shards, rows)
+            replace_parameter(layer, "w13_bias", w13_bias)
+            w2_bias = marlin_w2_bias(layer.w2_bias, layer.w2_weight_scale_2)
+            replace_parameter(layer, "w2_bias", w2_bias)
         self._build_moe_kernel(layer)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        config = super().get_fused_moe_quant_config(layer)
+        if hasattr(layer, "w13_bias"):  # vLLM's config for NVFP4 has no arguments for them
+            config._w1.bias, config._w2.bias = layer.w13_bias, layer.w2_bias
+        return config
 
     def apply_monolithic(
         self,

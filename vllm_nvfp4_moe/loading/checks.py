@@ -18,7 +18,7 @@ from vllm.distributed.eplb.eplb_state import EplbState
 
 from quantize.nvfp4.format import BLOCK, E4M3_MIN, bad_scales, round_to_e4m3
 from vllm_nvfp4_moe.errors import RefusedError
-from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind, name_of
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -27,10 +27,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.nvfp4_moe.checks")
 
-_SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
-"""The matrices of an expert, by vLLM's names for them."""
+_MATRICES = {"w1": "gate", "w3": "up", "w2": "down"}
+_UNGATED = {"w1": "up", "w2": "down"}
+"""The matrices of an expert, by vLLM's names for them; without a gate, w1 is up."""
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
-"""Types of weights that are quantized as they load."""
+"""Types of weights that are quantized as they load, and of biases."""
+
+_NEEDED = (
+    ". The chosen kernel quantizes activations by them; use a --moe-backend that does not, or "
+    "leave input scales out: nvfp4-moe quantize THIS NEW --activations bf16"
+)
+"""What else helps than another checkpoint, if input scales are the problem."""
 
 
 class ExpertLoads:
@@ -43,6 +50,11 @@ class ExpertLoads:
         global_input_scales: the kernels take the input scales of all experts, so those of other
             ranks' experts must come too.
         on_tensor: is called whenever a tensor has come.
+        input_scales: whether the kernel uses them. If not, one that is missing, or is no scale, is
+            no reason to refuse the layer.
+
+    Attributes:
+        matrices: of an expert: what each is, by vLLM's name for it.
 
     Raises:
         RefusedError: if the experts cannot be split over the ranks.
@@ -55,6 +67,7 @@ class ExpertLoads:
         kinds: tuple[TensorKind, ...],
         global_input_scales: bool,
         on_tensor: Callable[[], None],
+        input_scales: bool = True,
     ) -> None:
         # Weakly: vLLM keeps weight loaders for reloading, and they must not keep the weights.
         self._layer = weakref.ref(layer)
@@ -65,6 +78,7 @@ class ExpertLoads:
         self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
         """By expert, gate or up in plain floats until the other comes, and which of them."""
         self.on_tensor = on_tensor
+        self.uses_input_scales = input_scales
         config = layer.moe_config
         # Sizes of the whole model, before tensor parallelism slices and before any padding.
         hidden = config.hidden_dim_unpadded or config.hidden_dim
@@ -78,8 +92,8 @@ class ExpertLoads:
         self._logical = EplbState.build_initial_global_physical_to_logical_map(
             layer.global_num_experts - redundant, redundant
         )
-        up = (inner, hidden)
-        self._sizes = {"w1": up, "w3": up, "w2": (hidden, inner)}
+        self.matrices = _MATRICES if config.is_act_and_mul else _UNGATED
+        self._sizes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
 
     @property
     def layer(self) -> RoutedExperts:
@@ -87,6 +101,11 @@ class ExpertLoads:
         layer = self._layer()
         assert layer is not None
         return layer
+
+    @property
+    def experts(self) -> int:
+        """How many the checkpoint has."""
+        return sum(each == logical for each, logical in enumerate(self._logical))
 
     def copies(self, expert: int) -> list[int]:
         """The experts that begin as the checkpoint's ``expert``: itself, and with EPLB its
@@ -115,8 +134,7 @@ class ExpertLoads:
 
     def name(self, kind: TensorKind, shard: str, expert: int) -> str:
         """What messages call a tensor."""
-        suffix = EXPERT_TENSORS[kind].suffix(self.layout)
-        return f"expert {expert}, {_SHARDS[shard]} ({shard}), {suffix}"
+        return f"expert {expert}, {self.matrices[shard]} ({shard}), {name_of(kind, self.layout)}"
 
     def check(
         self,
@@ -137,7 +155,8 @@ class ExpertLoads:
                 came before: a reload begins.
 
         Raises:
-            RefusedError: if its dtype or shape is another, or a scale is not positive and finite.
+            RefusedError: if its dtype or shape is another, or a scale that the kernel uses is not
+                positive and finite. One that it does not use counts as missing.
         """
         name = self.name(kind, shard, expert)
         stored = EXPERT_TENSORS[kind]
@@ -152,7 +171,12 @@ class ExpertLoads:
                 self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
         loaded = not announced and self._needs(kind, expert)
         if loaded and kind != TensorKind.CODES and (problem := bad_scales(tensor)):
-            self.refuse(f"{name}: {problem}")
+            if kind != TensorKind.INPUT_SCALE:
+                self.refuse(f"{name}: {problem}")
+            if self.uses_input_scales:
+                self.refuse(f"{name}: {problem}{_NEEDED}")
+            self.on_tensor()
+            return
         self._count(kind, shard, expert, announced)
 
     def check_plain(
@@ -170,6 +194,21 @@ class ExpertLoads:
             self.refuse(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
         self._count(TensorKind.CODES, shard, expert, announced)
 
+    def check_bias(
+        self, shard: str, expert: int, tensor: torch.Tensor, announced: bool = False
+    ) -> None:
+        """As :meth:`check`, for a matrix's biases ``[out]``; they must be finite floats."""
+        name = self.name(TensorKind.BIAS, shard, expert)
+        if tensor.dtype not in _PLAIN:
+            self.refuse(f"{name}: dtype {tensor.dtype}, floats are expected")
+        rows = self._sizes[shard][0]
+        if tuple(tensor.shape) != (rows,):
+            self.refuse(f"{name}: shape {list(tensor.shape)}, expected {[rows]}")
+        loaded = not announced and self._needs(TensorKind.BIAS, expert)
+        if loaded and not tensor.isfinite().all():
+            self.refuse(f"{name}: some are NaN or infinite; the checkpoint is damaged")
+        self._count(TensorKind.BIAS, shard, expert, announced)
+
     def _count(self, kind: TensorKind, shard: str, expert: int, announced: bool) -> None:
         self.on_tensor()
         if announced:
@@ -178,8 +217,12 @@ class ExpertLoads:
         else:
             self.seen.add((kind, shard, expert))
 
-    def complete(self) -> None:
+    def complete(self) -> list[str]:
         """Refuse the layer if a tensor that this rank needs has not come.
+
+        Returns:
+            What messages call the input scales that have not come, or were none, though the
+            checkpoint's config speaks of them. The kernel does not use them.
 
         Raises:
             RefusedError: naming the first three that are missing; or if one came twice, so that a
@@ -188,20 +231,26 @@ class ExpertLoads:
         seen, waiting = self.seen, self.waiting
         self.seen, self.waiting = set(), {}  # a reload is counted anew
         missing = [
-            self.name(kind, shard, expert)
+            (kind, self.name(kind, shard, expert))
             for expert in range(self.layer.global_num_experts)
-            for shard in _SHARDS
+            for shard in self.matrices
             for kind in self.kinds
             if (kind, shard, expert) not in seen and self._needs(kind, expert)
         ]
+        input_scales = [name for kind, name in missing if kind == TensorKind.INPUT_SCALE]
+        if not self.uses_input_scales:
+            missing = [each for each in missing if each[0] != TensorKind.INPUT_SCALE]
         if missing:
-            more = f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""
-            self.refuse(f"missing from the checkpoint: {'; '.join(missing[:3])}{more}")
+            names = [name for _, name in missing]
+            more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+            needed = _NEEDED if names == input_scales else ""
+            self.refuse(f"missing from the checkpoint: {'; '.join(names[:3])}{more}{needed}")
         for expert, (shard, _) in waiting.items():
             self.refuse(
                 f"{self.name(TensorKind.CODES, shard, expert)} came twice, and quantized with "
                 "which of the other matrix's is not certain; load the whole checkpoint again"
             )
+        return input_scales
 
     def _needs(self, kind: TensorKind, expert: int) -> bool:
         """Whether this rank needs that tensor of the expert with this global number."""
@@ -218,7 +267,8 @@ def fold_global_scales(layer: Any) -> None:
 
     Args:
         layer: with ``w13_weight_scale`` e4m3 ``[experts, 2 * n, hidden / 16]`` and
-            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both are changed in place.
+            ``w13_weight_scale_2`` float32 ``[experts, 2]``; both are changed in place. Without a
+            gate there is but one scale, and nothing to do.
 
     Raises:
         RefusedError: if two differ by more than block scales can take.

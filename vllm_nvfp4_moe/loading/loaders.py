@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantize.nvfp4.kernels.kernel import Quantized
 
 
-class _WeightLoader(ABC):
+class WeightLoader(ABC):
     """A ``weight_loader``, as vLLM calls it with one tensor of a checkpoint.
 
     Args:
@@ -77,7 +77,7 @@ class _WeightLoader(ABC):
         """
 
 
-class Loader(_WeightLoader):
+class Loader(WeightLoader):
     """Checks a tensor of an NVFP4 weight, and passes it to vLLM's own loader.
 
     vLLM's loader chooses its branch by words in the method's class name. For single numbers that
@@ -124,15 +124,37 @@ class Loader(_WeightLoader):
         return True
 
 
-class QuantizingLoader(_WeightLoader):
+class BiasLoader(WeightLoader):
+    """Checks a matrix's biases, and passes them to vLLM's own loader.
+
+    Ranks that share an expert add up what each makes of it, and vLLM's loader gives w2's biases to
+    all of them. So here only the first rank gets them, as in vLLM's own GPT-OSS.
+    """
+
+    def load(
+        self,
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard: str,
+        expert: int,
+    ) -> bool:
+        self.loads.check_bias(shard, expert, tensor, announced=param.is_meta)
+        layer = self.loads.layer
+        if shard == "w2" and layer.moe_config.tp_rank > 0:
+            tensor = torch.zeros_like(tensor)
+        return layer.weight_loader(param, tensor, name, shard, expert, True)
+
+
+class QuantizingLoader(WeightLoader):
     """The loader of the parameter for codes, where the checkpoint has weights in plain floats.
 
     vLLM's reloading calls it twice with each weight: first with a parameter on the meta device, to
     count how much of the layer has come, and once all has, to load it.
 
-    Gate and up share a global scale, so the first of them to come waits for the other, in the
-    host's memory. Weights are quantized whole, before they are sliced for ranks, on the parameter's
-    device.
+    Gate and up share a global scale, so where there are both, the first of them to come waits for
+    the other, in the host's memory. Weights are quantized whole, before they are sliced for ranks,
+    on the parameter's device.
 
     Args:
         loaders: those of the NVFP4 tensors, by kind; they get what the quantization gives.
@@ -166,7 +188,7 @@ class QuantizingLoader(_WeightLoader):
         self, device: torch.device, tensor: torch.Tensor, name: str, shard: str, expert: int
     ) -> None:
         parts = {shard: tensor}
-        if shard != "w2":
+        if shard != "w2" and "w3" in self.loads.matrices:
             waiting = self.loads.waiting
             if waiting.get(expert, (shard,))[0] == shard:
                 # Some of vLLM's loaders hand out pieces of a GPU buffer that they use again.

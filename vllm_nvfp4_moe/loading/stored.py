@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 _HEAD = re.compile(r"(?:^|\.)(?:\w*head|output|output_layer|proj_out|embed_out)$")
 """Module paths of output heads, in all checkpoints that vLLM serves."""
+_BIAS = re.compile(
+    r"\d+\.\w+[._]bias|\d+\.w(?:2|13)_bias|(?:gate|up|gate_up|down)_proj_bias|w(?:2|13)_bias"
+)
+"""Biases of experts, behind their module path: one expert's, or all of them."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """In module paths of one expert's weights."""
 
@@ -19,32 +23,47 @@ class Stored:
     """The modules of a checkpoint that are stored as NVFP4. Headers are read when it is asked.
 
     Args:
-        model: the checkpoint's folder or its name on the hub.
+        model: the checkpoint's folder or its name on the hub; None if there is none to be read.
         revision: of the model on the hub.
         suffix: the layout's name for global scales.
     """
 
-    def __init__(self, model: str, revision: str | None, suffix: str) -> None:
+    def __init__(self, model: str | None, revision: str | None = None, suffix: str = "") -> None:
         self._model, self._revision, self._suffix = model, revision, f".{suffix}"
         self._mapper: WeightsMapper | None = None
 
     def rename(self, mapper: WeightsMapper) -> None:
         """Take ``mapper`` for the checkpoint's names from now on: it gives vLLM's."""
         self._mapper = mapper
-        self.__dict__.pop("_modules", None)
+        for known in ("_modules", "_biases"):
+            self.__dict__.pop(known, None)
+
+    @cached_property
+    def _stored(self) -> list[str] | None:
+        """Names in the headers of what is asked about here; None if they cannot be read."""
+        from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+        if self._model is None:
+            return None
+        found = get_safetensors_params_metadata(self._model, revision=self._revision)
+        asked = (self._suffix, "bias")
+        return [name for name in found if name.endswith(asked)] if found else None
+
+    def _named(self, ending: str) -> list[str]:
+        """Names with this ending, as vLLM has them."""
+        names = [name for name in self._stored or () if name.endswith(ending)]
+        return names if self._mapper is None else self._mapper.apply_list(names)
 
     @cached_property
     def _modules(self) -> frozenset[str] | None:
         """Module paths as vLLM has them; None if the headers cannot be read."""
-        from vllm.transformers_utils.config import get_safetensors_params_metadata
-
-        found = get_safetensors_params_metadata(self._model, revision=self._revision)
-        if not found:
+        if self._stored is None:
             return None
-        names = [name for name in found if name.endswith(self._suffix)]
-        if self._mapper is not None:
-            names = self._mapper.apply_list(names)
-        return frozenset(name.removesuffix(self._suffix) for name in names)
+        return frozenset(name.removesuffix(self._suffix) for name in self._named(self._suffix))
+
+    @cached_property
+    def _biases(self) -> list[str]:
+        return self._named("bias")
 
     def has_head(self) -> bool:
         """Whether an output head is NVFP4, or may be."""
@@ -58,3 +77,10 @@ class Stored:
         """A module below ``prefix`` that is NVFP4; None if there is none, or nobody knows."""
         start = f"{prefix}."
         return next((m for m in sorted(self._modules or ()) if m.startswith(start)), None)
+
+    def bias(self, experts: str) -> str | None:
+        """The name of a bias of the experts at the module path ``experts``; None if there is none,
+        or nobody knows."""
+        start = f"{experts}."
+        names = (name for name in self._biases if name.startswith(start))
+        return next((name for name in names if _BIAS.fullmatch(name.removeprefix(start))), None)

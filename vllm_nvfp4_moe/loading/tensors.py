@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 class TensorKind(Enum):
-    """Which of a weight's tensors one is, in the order of ``Layout.suffixes``. A layout for weights
-    alone has no input scale."""
+    """Which of a matrix's tensors one is: first those of its NVFP4 weight, in the order of
+    ``Layout.suffixes``. A layout for weights alone has no input scale."""
 
     CODES = "codes"
     BLOCK_SCALE = "block scale"
     GLOBAL_SCALE = "global scale"
     INPUT_SCALE = "input scale"
+    BIAS = "bias"
+    """Floats, and no part of the weight: one for each of its rows. Few models have any."""
 
 
 @dataclass(frozen=True)
@@ -74,4 +76,9 @@ EXPERT_TENSORS = {
         ExpertTensor(TensorKind.INPUT_SCALE, "input_scale", torch.float32, "tensor", None),
     )
 }
-"""By kind, in the order of :class:`TensorKind`."""
+"""An NVFP4 weight's, by kind, in the order of :class:`TensorKind`."""
+
+
+def name_of(kind: TensorKind, layout: Layout) -> str:
+    """What a tensor is called in ``layout``, after its module's path."""
+    return kind.value if kind == TensorKind.BIAS else EXPERT_TENSORS[kind].suffix(layout)

@@ -104,7 +104,7 @@ class SelfCheck:
         kind = (
             method.kernel, method.gate, layer.w13_weight.shape, layer.w2_weight.shape,
             layer.params_dtype, layer.top_k, layer.apply_router_weight_on_input,
-            method.weight_only, method.is_monolithic,
+            method.weight_only, method.is_monolithic, layer.moe_config.has_bias,
         )  # fmt: skip
         if kind in self._seen:
             return None

@@ -29,6 +29,7 @@ _ACTIVE = 4
 """Experts whose router weight is not zero. On CPUs half of them: there the reference takes long."""
 _UNLIMITED = 3.0
 """Standard deviation of what goes into a gate without a limit."""
+_UNBIASED = "experts without w13's biases", "experts without w2's biases"
 
 
 @dataclass
@@ -42,14 +43,14 @@ class Sample:
         logits: float32 ``[TOKENS, experts]``, from which the layer's router chooses ``ids``. None
             unless the kernel routes by itself.
         truth: the output of this rank's experts, float32 ``[TOKENS, hidden]``, under the contract's
-            gate and under each of some others.
+            gate, under each of some others, and without the biases that they have.
     """
 
     x: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
     logits: torch.Tensor | None = None
-    truth: dict[Gate, torch.Tensor] = field(default_factory=dict)
+    truth: dict[Gate | str, torch.Tensor] = field(default_factory=dict)
 
     def batches(self) -> Iterator[Sample]:
         """One token alone, all, and a large batch of the same ones: kernels choose by their
@@ -68,6 +69,9 @@ class Sample:
 
 def _others(gate: Gate) -> Iterator[Gate]:
     """Gates that an engine may apply by mistake in place of ``gate``."""
+    if not gate.gated:
+        yield Gate("relu")
+        return
     yield Gate("silu")
     yield Gate("gelu_tanh")
     yield Gate("swiglu_oai", 1.702, 1.0, gate.limit or 7.0)
@@ -116,15 +120,25 @@ def make_sample(layer: RoutedExperts, method: ExpertsBackend) -> Sample:
     on_input = layer.apply_router_weight_on_input
     for gate in dict.fromkeys([method.gate, *_others(method.gate)]):
         sample.truth[gate] = torch.zeros(TOKENS, hidden, device=device)
+    for without in _UNBIASED if layer.moe_config.has_bias else ():
+        sample.truth[without] = torch.zeros(TOKENS, hidden, device=device)
     for number in sorted({int(e) for e in ids[weights > 0]} & local.keys()):
         expert = experts.get(number) or _Expert(layer, method, local[number], hidden)
         tokens, slots = (ids == number).nonzero(as_tuple=True)
         factor = weights[tokens, slots].to(device).unsqueeze(1)
         tokens = tokens.to(device)
         pre = expert.hidden(x[tokens] * factor.to(x.dtype) if on_input else x[tokens])
-        for gate, truth in sample.truth.items():
-            result = expert.output(gate.apply_stacked(pre))
-            truth.index_add_(0, tokens, result if on_input else result * factor)
+        results: dict[Gate | str, torch.Tensor] = {
+            name: expert.output(name.apply_stacked(pre))
+            for name in sample.truth
+            if isinstance(name, Gate)
+        }
+        if expert.w13_bias is not None and expert.w2_bias is not None:
+            unbiased = expert.output(method.gate.apply_stacked(pre - expert.w13_bias))
+            pairs = zip(_UNBIASED, (unbiased, results[method.gate] - expert.w2_bias), strict=True)
+            results |= dict(pairs)
+        for name, result in results.items():
+            sample.truth[name].index_add_(0, tokens, result if on_input else result * factor)
     return sample
 
 
@@ -164,6 +178,10 @@ class _Expert:
         scale = layer.w2_weight_scale_2[index]
         down = dequantize(layer.w2_weight[index], layer.w2_weight_scale[index], scale)
         self.w13, self.w2 = both[:, :hidden], down[:hidden]
+        self.w13_bias = self.w2_bias = None
+        if layer.moe_config.has_bias:
+            self.w13_bias = layer.w13_bias[index].float()
+            self.w2_bias = layer.w2_bias[index, :hidden].float()
         self.input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
         if method.quantizes_activations:
             w13, w2 = layer.w13_input_scale, layer.w2_input_scale
@@ -172,12 +190,12 @@ class _Expert:
             self.input_scales = w13.max(), w2.max()
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """What goes into the gate, float32 ``[tokens, 2 * intermediate]``."""
-        return self._seen(x.float(), 0) @ self.w13.T
+        """What goes into the gate, float32 ``[tokens, rows of w13]``."""
+        return torch.nn.functional.linear(self._seen(x.float(), 0), self.w13, self.w13_bias)
 
     def output(self, middle: torch.Tensor) -> torch.Tensor:
         """The expert's output float32 ``[tokens, hidden]``, from what the gate gave."""
-        return self._seen(middle, 1) @ self.w2.T
+        return torch.nn.functional.linear(self._seen(middle, 1), self.w2, self.w2_bias)
 
     def _seen(self, values: torch.Tensor, gemm: int) -> torch.Tensor:
         if self.input_scales is None:

@@ -1,4 +1,4 @@
-"""Quantized formats of source checkpoints (FP8, MXFP8, MXFP4), which are dequantized when read.
+"""Quantized formats of source checkpoints (FP8, MXFP8, MXFP4, NVFP4, INT4), dequantized when read.
 
 A weight in such a format is stored as several tensors: codes and scales. ``find`` finds them by
 their names, dtypes and shapes, and ``quantize.checkpoint.reader`` presents them to the rest of the
@@ -23,6 +23,8 @@ FORMATS: Registry[SourceFormat] = Registry(
         "fp8": "quantize.checkpoint.sources.fp8_block:FP8_BLOCK",
         "mxfp8": "quantize.checkpoint.sources.mxfp8:MXFP8",
         "mxfp4": "quantize.checkpoint.sources.mxfp4:MXFP4",
+        "nvfp4": "quantize.checkpoint.sources.nvfp4:NVFP4",
+        "pack-quantized": "quantize.checkpoint.sources.pack_quantized:PACK_QUANTIZED",
     }
 )
 """All formats, by name; see ``quantize.checkpoint.sources.source_format.SourceFormat``."""

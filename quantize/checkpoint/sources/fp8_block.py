@@ -1,11 +1,14 @@
 """FP8 (E4M3) with one scale for each block of weights, as DeepSeek-V3 publishes it.
 
 ``weight`` is F8_E4M3 ``[..., out, in]``, and ``weight_scale_inv`` is ``[..., ceil(out / 128),
-ceil(in / 128)]``. The weight's value is ``e4m3(code) * scale``: despite its name, the scale
-multiplies. Sources: DeepSeek-V3's ``inference/kernel.py`` (``weight_dequant``) and Transformers 5's
-``Fp8Dequantize``. The block's size is ``weight_block_size`` of the config, or 128 by 128 if the
-config does not say. Scales are F32, BF16, F16 or, in DeepSeek-V4 (``scale_fmt: ue8m0``), powers of
-two.
+ceil(in / 128)]`` (ModelOpt's ``FP8_PB_WO``: ``weight_scale``, with a 1 after each of the two). The
+weight's value is ``e4m3(code) * scale``: despite its name, the scale multiplies. Sources:
+DeepSeek-V3's ``inference/kernel.py`` (``weight_dequant``) and Transformers 5's ``Fp8Dequantize``.
+The block's size is ``weight_block_size`` of the config, or 128 by 128 if the config does not say.
+Scales are F32, BF16, F16 or, in DeepSeek-V4 (``scale_fmt: ue8m0``), powers of two.
+
+E4M3 and E5M2 without a scale are left as they are stored: what is only copied keeps its bytes, and
+is named to the user (:func:`without_scale`); experts cannot be quantized from them.
 
 One scale per tensor or one per row (ModelOpt, compressed-tensors, Quark) is the same format with a
 larger block. A stacked ``gate_up_proj`` holds two weights, gate and up, and each is cut into blocks
@@ -15,7 +18,7 @@ and ``Fp8Dequantize`` takes a block's height from the number of rows of weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -64,15 +67,16 @@ class Fp8Block:
         return found
 
     def complaint(self, info: TensorInfo) -> str | None:
-        if info.dtype in ("F8_E4M3", "F8_E5M2") and not is_scale(info.name):
-            return (
-                f"is {info.dtype}, but has no scale that is known ({info.name}_scale_inv, "
-                f"{info.name}_scale); without one, its values mean nothing"
-            )
+        # Codes without a scale are no error here: parts that are only copied may be stored so.
         return ALONE if info.name.endswith("_scale_inv") else None
 
 
 FP8_BLOCK = Fp8Block()
+
+
+def without_scale(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Those of a checkpoint's ``tensors``, as they are presented, that are FP8 without a scale."""
+    return [t for t in tensors if t.dtype in ("F8_E4M3", "F8_E5M2") and not is_scale(t.name)]
 
 
 def decode(
@@ -135,7 +139,8 @@ def _cut(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> dict[
     *lead, rows, columns = weight.shape
     groups = 2 if weight.name.endswith("gate_up_proj") and rows % 2 == 0 else 1
     grid = (groups * -(-rows // groups // block[0]), -(-columns // block[1]))
-    if scale.shape == (*lead, *grid):
+    modelopt = (*lead, grid[0], 1, grid[1], 1)  # its FP8_PB_WO
+    if scale.shape in ((*lead, *grid), modelopt):
         return {"block": block, "groups": groups}
     if scale.shape in ((*lead, rows), (*lead, rows, 1)):
         return {"block": (1, columns)}

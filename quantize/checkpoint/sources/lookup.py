@@ -25,6 +25,14 @@ E2M1_PAIRS = torch.tensor(_E2M1)[unpack(_BYTES[:, None]).int()]
 """float32 ``[256, 2]``: the value of the low nibble, then that of the high nibble."""
 
 
+INTEGERS = {
+    4: torch.stack(((_BYTES & 15).float(), (_BYTES >> 4).float()), -1) - 8,
+    8: _BYTES.float()[:, None] - 128,
+}
+"""By number of bits: float32 ``[256, 2]`` or ``[256, 1]``, the signed integers that a byte holds,
+each stored plus ``2 ** (bits - 1)``, the low nibble first."""
+
+
 def lookup(
     codes: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from quantize.checkpoint.descriptions import descriptions
 from quantize.checkpoint.sources import FORMATS
-from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 
-NVFP4 = "nvfp4"
-_NVFP4_SUFFIXES = ("scale_2", "weight_global_scale")
-
-_ORIGINAL = "start from the original one (bfloat16, float16, float32, FP8, MXFP8 or MXFP4)"
+_ORIGINAL = (
+    "start from the original one (bfloat16, float16, float32, FP8, MXFP8, MXFP4, packed INT4), or "
+    "from plain NVFP4"
+)
 
 _UNQUANTIZED = {"none", "dense"}
 """What ModelOpt (``none``) and compressed-tensors (``dense``) write into a config when only the KV
 cache is quantized."""
 
 
-def undecodable(stored: Mapping[str, TensorInfo]) -> set[str]:
-    """Formats that some tensors have, judging by their names, and that are not decoded: NVFP4."""
-    return {NVFP4} if any(name.endswith(_NVFP4_SUFFIXES) for name in stored) else set()
-
-
-def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
+def check_config(config: dict[str, Any], where: str) -> None:
     """Raise if a source is quantized in a format that cannot, or should not, be read.
 
     The config's list of modules that are not quantized (``ignore``, ``modules_to_not_convert``) is
@@ -33,7 +26,6 @@ def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
 
     Args:
         config: the contents of the source's ``config.json``.
-        formats: the formats of its tensors, ``Checkpoint.formats``.
         where: the path of the config, for the message.
 
     Raises:
@@ -41,12 +33,6 @@ def check_config(config: dict[str, Any], formats: set[str], where: str) -> None:
     """
     described = [value for _, value in descriptions(config)]
     schemes = {scheme.lower() for value in described for scheme in _schemes(value)}
-    schemes |= formats & {NVFP4}
-    if any(NVFP4 in scheme for scheme in schemes):
-        raise QuantizeError(
-            f"{where}: the checkpoint is already NVFP4; quantizing 4-bit values again only loses "
-            f"accuracy; {_ORIGINAL}"
-        )
     readable = _UNQUANTIZED.union(*(fmt.config_names for fmt in FORMATS.values()))
     if unreadable := sorted(schemes - readable):
         methods = ", ".join(dict.fromkeys(map(_method, described)))
@@ -91,11 +77,12 @@ def _method(quantization: Any) -> str:
 
 
 def _group_scheme(group: dict[str, Any], overall: Any) -> str:
-    """The format of one of compressed-tensors' config groups; ``int4``, ``int8`` for integers."""
+    """The format of one of compressed-tensors' config groups, for integers with their bits."""
     weights = group.get("weights")
+    form = str(group.get("format") or overall)
     if isinstance(weights, dict) and weights.get("type") == "int":
-        return f"int{weights.get('num_bits')}"
-    return str(group.get("format") or overall)
+        return f"int{weights.get('num_bits')} ({form})"
+    return form
 
 
 def _quark_dtype(member: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from quantize.checkpoint.descriptions import descriptions
 from quantize.checkpoint.tensors import TensorInfo
+from quantize.nvfp4.format import NvFp4
 
 _SCALE = re.compile(r"(?:.*[._])?scales?(?:_inv|_2)?")
 _INPUT_SCALES = ("input_scale", "activation_scale")
@@ -37,6 +38,12 @@ class StoredWeight:
         decode: a function that takes the parts in that order, or one expert's slice of each, and
             returns the float32 weight. Its keyword ``out`` is memory for the result, with as many
             float32 values; without it, memory is allocated.
+            An expert's slice of a part that has fewer dimensions than the weight is its share of
+            the first dimension, in which experts lie one after another.
+        shared: names of the parts that are the same for all stacked experts, and are not sliced.
+        nvfp4: of a weight that is NVFP4, a function that takes the parts as ``decode`` does and
+            returns what they are: ``[out, in]``, and the input scale, if there is one.
+        input_scale: the name of the part that is an NVFP4 weight's input scale.
     """
 
     format: str
@@ -44,6 +51,9 @@ class StoredWeight:
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     decode: Callable[..., torch.Tensor]
+    shared: frozenset[str] = frozenset()
+    nvfp4: Callable[..., tuple[NvFp4, torch.Tensor | None]] | None = None
+    input_scale: str | None = None
 
 
 def is_scale(name: str) -> bool:

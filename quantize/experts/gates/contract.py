@@ -8,7 +8,9 @@ layer for the model would apply another::
                                           "limit": 7.0, "interleaved": false}}}
 
 If layers differ, the contract has version 2: ``gate`` is the gate of most layers, and ``layers``
-maps the number of each other layer to its gate. ``made`` beside it is no part of the contract (see
+maps the number of each other layer to its gate. Version 3 is the same, with ``layers`` or without,
+where gates say ``post_norm``: engines that know no such norm then refuse the checkpoint. ``made``
+beside it is no part of the contract (see
 ``quantize.run.made``).
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.errors import QuantizeError
@@ -26,7 +28,7 @@ from quantize.experts.gates.gate import Gate
 
 KEY = "nvfp4_moe"
 
-_VERSIONS = (1, 2)
+_VERSIONS = (1, 2, 3)
 _NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?:\.|$)")
 
 
@@ -37,10 +39,13 @@ class Gates:
     Attributes:
         default: the gate of every layer that is not in ``layers``.
         layers: the gates that differ from ``default``, by layer number.
+        of_class: the layers that have experts where the model's class is built from the config;
+            None if that is not known.
     """
 
     default: Gate
     layers: Mapping[int, Gate] = field(default_factory=dict)
+    of_class: frozenset[int] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         different = {n: gate for n, gate in sorted(self.layers.items()) if gate != self.default}
@@ -53,8 +58,10 @@ class Gates:
 
     @classmethod
     def of_layers(cls, gates: Mapping[int, Gate]) -> Gates:
-        """From the gate of each layer, by its number. The most frequent one becomes the default."""
-        return cls(Counter(gates.values()).most_common(1)[0][0], gates)
+        """From the gate of each layer, by its number (-1: it has none). The most frequent one
+        becomes the default."""
+        numbered = None if -1 in gates else frozenset(gates)
+        return cls(Counter(gates.values()).most_common(1)[0][0], gates, numbered)
 
     def of(self, prefix: str) -> Gate:
         """The gate of the experts at a module path such as ``model.layers.3.mlp.experts``."""
@@ -90,10 +97,11 @@ def first_number(path: str) -> int | None:
 
 def to_contract(gates: Gates) -> dict[str, Any]:
     """The value of ``config.json``'s ``nvfp4_moe`` key."""
-    if not gates.layers:
-        return {"version": 1, "gate": asdict(gates.default)}
-    layers = {str(number): asdict(gate) for number, gate in gates.layers.items()}
-    return {"version": 2, "gate": asdict(gates.default), "layers": layers}
+    every = [gates.default, *gates.layers.values()]
+    version = 3 if any(gate.post_norm for gate in every) else 2 if gates.layers else 1
+    layers = {str(number): gate.fields() for number, gate in gates.layers.items()}
+    contract = {"version": version, "gate": gates.default.fields()}
+    return contract | {"layers": layers} if layers else contract
 
 
 def from_contract(value: Any, where: str = "config.json") -> Gates:
@@ -111,12 +119,15 @@ def from_contract(value: Any, where: str = "config.json") -> Gates:
         if version not in _VERSIONS or isinstance(version, bool):
             raise QuantizeError(
                 f"{where}: {KEY}.version is {version!r}, this package knows "
-                f"{' and '.join(map(str, _VERSIONS))}; update vllm-nvfp4-moe"
+                f"{', '.join(map(str, _VERSIONS))}; update vllm-nvfp4-moe"
             )
-        if ("layers" in value) != (version == 2):
-            raise QuantizeError("'layers' belongs to version 2, and only to it")
+        if version < 3 and ("layers" in value) != (version == 2):
+            raise QuantizeError("'layers' belongs to versions 2 and 3, and only to them")
         layers = {_layer(key): Gate(**gate) for key, gate in value.get("layers", {}).items()}
-        return Gates(Gate(**dict(value["gate"])), layers)
+        gate = Gate(**dict(value["gate"]))
+        if version < 3 and any(each.post_norm for each in (gate, *layers.values())):
+            raise QuantizeError("'post_norm' belongs to version 3, and only to it")
+        return Gates(gate, layers)
     except QuantizeError as error:
         raise QuantizeError(f"{where}: {KEY}: {error}") from None
     except (TypeError, KeyError, ValueError, AttributeError) as error:

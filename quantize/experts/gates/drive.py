@@ -86,8 +86,19 @@ def drive(module: torch.nn.Module) -> Driven:
     return Driven(forward.gated, forward.joined, run)
 
 
+def has_post_norm(module: torch.nn.Module) -> bool:
+    """Whether ``module`` says of itself that a norm, ``post_expert_norm``, comes after its second
+    GEMM. :func:`check_product` sees where it is.
+
+    Source: ``transformers.integrations.moe``, since Transformers 5.20.
+    """
+    return getattr(module, "has_post_expert_norm", False) is True
+
+
 def check_product(module: torch.nn.Module, gate: Row) -> None:
     """See that ``forward`` is GEMM, gate, GEMM, times the router's weight, and nothing else.
+
+    With :func:`has_post_norm`, the norm must come before the router's weight.
 
     Args:
         module: a layer's experts, or one expert.
@@ -110,7 +121,7 @@ def check_product(module: torch.nn.Module, gate: Row) -> None:
         raise MoreThanProductError("between the first GEMM and the last")
     if gemms.others:
         raise MoreThanProductError("in another GEMM")
-    if not _same(output, forward.weight * _numbers(output.shape[-1])):
+    if not _same(output, forward.weight * forward.after(_numbers(output.shape[-1]))):
         raise MoreThanProductError("after the last GEMM, or to the router's weight")
 
 
@@ -208,6 +219,12 @@ class _Forward:
         if not self.joined and len(seen.widths) > 2 * experts:
             raise CannotDriveError(f"it has {len(seen.widths)} GEMMs before the last")
         self.gated = self.joined or len(seen.widths) == 2 * experts
+
+    def after(self, row: torch.Tensor) -> torch.Tensor:
+        """What becomes of one token's output of the second GEMM, ``[hidden]``."""
+        norm: Any = getattr(self._module, "post_expert_norm", None)
+        with torch.no_grad():
+            return norm(row) if has_post_norm(self._module) else row
 
     def run(self, row: torch.Tensor) -> tuple[_Gemms, torch.Tensor]:
         """Run it with ``row`` (see :class:`Driven`) for the first GEMM; return what was seen and

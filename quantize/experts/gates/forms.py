@@ -42,6 +42,7 @@ FORMS: Registry[type[Form]] = Registry(
         "silu": "quantize.experts.gates.silu:Silu",
         "swiglu_oai": "quantize.experts.gates.swiglu_oai:SwigluOai",
         "swiglu_step": "quantize.experts.gates.swiglu_step:SwigluStep",
+        "situ": "quantize.experts.gates.situ:Situ",
         "gelu": "quantize.experts.gates.gelu:Gelu",
         "gelu_tanh": "quantize.experts.gates.gelu:GeluTanh",
         "relu": "quantize.experts.gates.relu:Relu",

@@ -57,6 +57,8 @@ def experts_forward(
     beta: float,
     limit: float | None,
     weight_on_input: bool,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The routed experts' output ``[tokens, hidden]``, in x's dtype.
 
@@ -71,6 +73,8 @@ def experts_forward(
             rank's. None if local numbers are the global ones.
         form, alpha, beta, limit: the gate's.
         weight_on_input: multiply by the router's weight before the experts instead of after.
+        w13_bias, w2_bias: float32 ``[experts, 2 * intermediate]`` and ``[experts, hidden]``; None
+            if the experts have none.
     """
     gate = Gate(form, alpha, beta, limit)
     ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
@@ -85,7 +89,7 @@ def experts_forward(
     if gate.form in kernels.FORMS and loops:
         few = kernels.forward(
             x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, weights, ids, gate,
-            weight_on_input,
+            weight_on_input, w13_bias, w2_bias,
         )  # fmt: skip
         return few.to(dtype)
     output = torch.zeros(x.shape, dtype=torch.float32)
@@ -96,8 +100,11 @@ def experts_forward(
         if weight_on_input:
             inputs = inputs * factor.to(x.dtype)
         hidden = inputs @ _expand(w13[expert], w13_scale[expert], inputs.dtype).T
-        middle = gate.apply_stacked(hidden.float() * w13_global[expert]).to(x.dtype)
+        pre = hidden.float() * w13_global[expert]
+        middle = gate.apply_stacked(pre if w13_bias is None else pre + w13_bias[expert]).to(x.dtype)
         result = (middle @ _expand(w2[expert], w2_scale[expert], x.dtype).T).float()
-        result *= w2_global[expert] if weight_on_input else w2_global[expert] * factor
-        output.index_add_(0, tokens, result)
+        result *= w2_global[expert]
+        if w2_bias is not None:
+            result += w2_bias[expert]
+        output.index_add_(0, tokens, result if weight_on_input else result * factor)
     return output.to(dtype)

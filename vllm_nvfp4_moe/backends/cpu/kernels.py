@@ -28,7 +28,9 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
 meaning. The order of a sum is fixed when it is compiled, so equal inputs give equal outputs."""
 
-FORMS = {"silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3}
+FORMS = {
+    "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
+}  # fmt: skip
 """The forms of gate that :func:`_activate` has, by their numbers there."""
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
@@ -69,38 +71,51 @@ def _activate(gate: Any, up: Any, form: Any, alpha: Any, beta: Any, limit: Any) 
     if form == 3:
         up = min(max(up, -limit), limit)
         return up * min(gate / (np.float32(1) + math.exp(-gate)), limit)
+    if form == 4:
+        up = max(up, np.float32(0))
+        return up * up
+    if form == 5:
+        if limit < np.inf:
+            up = limit * math.tanh(up / limit)
+        return up * alpha * math.tanh(gate / alpha) / (np.float32(1) + math.exp(-gate))
     inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
     return up * np.float32(0.5) * gate * (1 + math.tanh(inner))
 
 
 @compiled(fastmath=_FAST, nogil=True)
 def _gate_up(  # type: ignore[no-untyped-def]
-    lo, hi, x, w13, s13, g13, experts, starts, token, before,
+    lo, hi, x, w13, s13, g13, b13, experts, starts, token, before,
     form, alpha, beta, limit, pairs, e4m3, middle,
 ):  # fmt: skip
     """Compute jobs ``lo`` to ``hi``. A job is one column of ``middle`` for one routed expert, from
-    one row of its gate and the same row of its up.
+    one row of its gate and the same row of its up; without a gate, from that of up alone. ``b13``
+    has no rows if there are no biases.
 
     Expert i has the entries p with ``starts[i] <= p < starts[i + 1]``, and entry p is the token
     ``token[p]``.
     """
     hidden, inner = x.shape[1], middle.shape[1]
+    gated = w13.shape[1] != inner
     gate_row = np.empty(hidden, np.float32)
     up_row = np.empty(hidden, np.float32)
     for job in range(lo, hi):
         i, r = job // inner, job % inner
         expert = experts[i]
         _decode_row(w13[expert, r], s13[expert, r], pairs, e4m3, gate_row)
-        _decode_row(w13[expert, inner + r], s13[expert, inner + r], pairs, e4m3, up_row)
+        gate_bias = b13[expert, r] if b13.shape[0] else np.float32(0)
+        up_bias = gate_bias
+        if gated:
+            _decode_row(w13[expert, inner + r], s13[expert, inner + r], pairs, e4m3, up_row)
+            up_bias = b13[expert, inner + r] if b13.shape[0] else np.float32(0)
         for p in range(starts[i], starts[i + 1]):
             factor = g13[expert] * before[p]
-            gate = _dot(gate_row, x[token[p]]) * factor
-            up = _dot(up_row, x[token[p]]) * factor
+            gate = _dot(gate_row, x[token[p]]) * factor + gate_bias
+            up = _dot(up_row, x[token[p]]) * factor + up_bias if gated else gate
             middle[p, r] = _activate(gate, up, form, alpha, beta, limit)
 
 
 @compiled(fastmath=_FAST, nogil=True)
-def _down(lo, hi, middle, w2, s2, g2, experts, starts, token, after, pairs, e4m3, output):  # type: ignore[no-untyped-def]
+def _down(lo, hi, middle, w2, s2, g2, b2, experts, starts, token, after, pairs, e4m3, output):  # type: ignore[no-untyped-def]
     """Add up columns ``lo`` to ``hi`` of the output. Experts come in ascending order, so sums are
     the same however the columns are split."""
     row = np.empty(middle.shape[1], np.float32)
@@ -108,8 +123,9 @@ def _down(lo, hi, middle, w2, s2, g2, experts, starts, token, after, pairs, e4m3
         for i in range(experts.shape[0]):
             expert = experts[i]
             _decode_row(w2[expert, r], s2[expert, r], pairs, e4m3, row)
+            bias = b2[expert, r] if b2.shape[0] else np.float32(0)
             for p in range(starts[i], starts[i + 1]):
-                output[token[p], r] += _dot(row, middle[p]) * (g2[expert] * after[p])
+                output[token[p], r] += (_dot(row, middle[p]) * g2[expert] + bias) * after[p]
 
 
 @compiled(nogil=True)
@@ -190,6 +206,8 @@ def forward(
     ids: torch.Tensor,
     gate: Gate,
     weight_on_input: bool,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The routed experts' output, float32 ``[tokens, hidden]``, for few tokens an expert.
 
@@ -209,8 +227,10 @@ def forward(
     factor = weights.flatten()[order].contiguous().numpy()
     one = np.ones_like(factor)
     output = torch.zeros(x.shape, dtype=torch.float32)
-    middle = np.empty((len(order), w13.shape[1] // 2), np.float32)
+    middle = np.empty((len(order), 2 * w2.shape[2]), np.float32)
     limit = math.inf if gate.limit is None else gate.limit
+    none = np.empty((0, 0), np.float32)
+    b13, b2 = (none if bias is None else bias.numpy() for bias in (w13_bias, w2_bias))
     numbers = [np.float32(v) for v in (gate.alpha, gate.beta, limit)]
     routed = (experts.long().numpy(), starts, (order // ids.shape[1]).numpy())
     team().run(
@@ -220,6 +240,7 @@ def forward(
         w13.numpy(),
         w13_scale.view(torch.uint8).numpy(),
         w13_global.numpy(),
+        b13,
         *routed,
         factor if weight_on_input else one,
         FORMS[gate.form],
@@ -235,6 +256,7 @@ def forward(
         w2.numpy(),
         w2_scale.view(torch.uint8).numpy(),
         w2_global.numpy(),
+        b2,
         *routed,
         one if weight_on_input else factor,
         PAIRS,

@@ -56,6 +56,9 @@ class CpuMethod(NvFp4MoEMethod):
         layer.w13_weight_scale_2 = torch.nn.Parameter(
             layer.w13_weight_scale_2.data[:, 0].contiguous(), requires_grad=False
         )
+        for bias in ("w13_bias", "w2_bias") if layer.moe_config.has_bias else ():
+            data = getattr(layer, bias).data.float()
+            layer.register_parameter(bias, torch.nn.Parameter(data, requires_grad=False))
         # numba compiles now, or loads from its cache, and not in the first request. All tokens go
         # to one expert, so that the second size is just enough for the other path of forward.
         for tokens in (1, 1 + MANY):
@@ -92,4 +95,6 @@ class CpuMethod(NvFp4MoEMethod):
             gate.beta,
             gate.limit,
             layer.apply_router_weight_on_input,
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
         )

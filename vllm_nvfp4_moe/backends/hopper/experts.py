@@ -36,8 +36,9 @@ ACTIVATIONS = (
     MoEActivation.SILU,
     MoEActivation.SWIGLUOAI_UNINTERLEAVE,
     MoEActivation.GELU_TANH,
+    MoEActivation.RELU2_NO_MUL,
 )
-"""vLLM's names of the gates that the kernels have (``Gate`` in gemm.cuh)."""
+"""vLLM's names of the activations that the kernels have (``FORMS`` in launch.py)."""
 
 DISPATCHES = (
     "allgather_reducescatter",
@@ -62,8 +63,9 @@ class HopperExperts(mk.FusedMoEExpertsModular):
     """Runs a layer's experts, applies the router's weights and adds up each token's experts.
 
     Args:
-        layer: after ``HopperMethod.prepare``. Global scales are read from it in each call, since
-            vLLM's reloading puts its parameters of the first load back after ``prepare``.
+        layer: after ``HopperMethod.prepare``. Global scales and biases are read from it in each
+            call, since vLLM's reloading puts its parameters of the first load back after
+            ``prepare``.
         gate: the contract's. vLLM's name for it, which calls bring, has no numbers.
         kernel: the one that the layer's weights are packed for.
 
@@ -113,7 +115,7 @@ class HopperExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
-        return False
+        return True
 
     @staticmethod
     def _supports_quant_scheme(
@@ -185,6 +187,8 @@ class HopperExperts(mk.FusedMoEExpertsModular):
             self.layer.w13_weight_scale_2,
             self.layer.w2_weight_scale_2,
             self.moe_config.hidden_dim,
+            getattr(self.layer, "w13_bias", None),
+            getattr(self.layer, "w2_bias", None),
         )
         self.kernel.run(
             x,

@@ -4,7 +4,9 @@ After ``prepare`` a layer holds
 
 * ``w13_weight``, ``w2_weight`` uint8 ``[experts, row tiles, units, bytes]``, codes and block scales
   together (``HopperKernel.pack_matrix``);
-* ``w13_weight_scale_2``, ``w2_weight_scale_2`` float32 ``[experts]``, the global scales
+* ``w13_weight_scale_2``, ``w2_weight_scale_2`` float32 ``[experts]``, the global scales;
+* ``w13_bias``, ``w2_bias`` float32 ``[experts, 64 * row tiles]``, in the order of the packed rows
+  (``packed_biases``), if the experts have biases
 
 and no input scales. All are parameters with an expert a row, which load balancing (EPLB) moves in
 place.
@@ -25,6 +27,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm_nvfp4_moe.backends.gpu import GpuMethod
 from vllm_nvfp4_moe.backends.hopper import support
 from vllm_nvfp4_moe.backends.hopper.experts import HopperExperts
+from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows, packed_biases
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -80,19 +83,25 @@ class HopperMethod(GpuMethod):
             experts.tile_shape = None
 
     def prepare(self, layer: RoutedExperts) -> None:
-        for prefix in ("w13", "w2"):
+        for prefix, rows in (
+            ("w13", Rows.GATE_AND_UP if self.gate.gated else Rows.UP),
+            ("w2", Rows.DOWN),
+        ):
             # One matrix after the other, so that no more than one lies in memory twice.
             global_scales = getattr(layer, f"{prefix}_weight_scale_2").data
             packed, global_scales = self.hopper_kernel.pack_matrix(
                 getattr(layer, f"{prefix}_weight").data,
                 getattr(layer, f"{prefix}_weight_scale").data,
-                # Gate's and up's are equal by now.
+                # Gate's and up's are equal by now; without a gate there is one.
                 global_scales[:, 0] if prefix == "w13" else global_scales,
-                gated=prefix == "w13",
+                rows,
             )
             delattr(layer, f"{prefix}_weight_scale")
             replace_parameter(layer, f"{prefix}_weight", packed)
             replace_parameter(layer, f"{prefix}_weight_scale_2", global_scales)
+            if self.moe.has_bias:
+                biases = packed_biases(getattr(layer, f"{prefix}_bias").data, rows)
+                replace_parameter(layer, f"{prefix}_bias", biases)
             if hasattr(layer, f"{prefix}_input_scale"):
                 delattr(layer, f"{prefix}_input_scale")
             if not self.reloading:

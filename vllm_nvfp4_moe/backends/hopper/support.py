@@ -14,7 +14,6 @@ from vllm.distributed import get_ep_group
 from vllm.logger import init_logger
 
 from vllm_nvfp4_moe import settings
-from vllm_nvfp4_moe.activation import VLLM_NAME
 from vllm_nvfp4_moe.backends.hopper.experts import (
     ACTIVATIONS,
     CAPABILITY,
@@ -22,7 +21,9 @@ from vllm_nvfp4_moe.backends.hopper.experts import (
     capability,
 )
 from vllm_nvfp4_moe.kernels.hopper.kernel import MAX_EXPERTS, HopperKernel
+from vllm_nvfp4_moe.kernels.hopper.launch import FORMS
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
+from vllm_nvfp4_moe.kernels.hopper.source import Form
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 if TYPE_CHECKING:
@@ -97,9 +98,11 @@ def _unsupported(layer: RoutedExperts, name: str) -> str | None:
     if get_current_vllm_config().parallel_config.enable_elastic_ep:
         # Not tried. Ranks that join later could not agree with those that run.
         return problem or "--enable-elastic-ep changes the number of a rank's experts"
-    problem = problem or declined(layer) or _layer(layer) or _parallel(layer) or missing(name)
+    problem = problem or declined(layer) or _layer(layer) or _parallel(layer)
+    config = layer.moe_config
+    problem = problem or missing(name, Form(config.is_act_and_mul, config.has_bias))
     # Also where another device is the reason: ranks with a Hopper GPU would wait for this one.
-    parallel = layer.moe_config.moe_parallel_config
+    parallel = config.moe_parallel_config
     return _agreed(problem, name) if parallel.enable_eplb and parallel.ep_size > 1 else problem
 
 
@@ -123,9 +126,7 @@ def _layer(layer: RoutedExperts) -> str | None:
     for dtype in (layer.params_dtype, config.in_dtype):
         if dtype != torch.bfloat16:
             return f"{str(dtype).removeprefix('torch.')}, and the kernel is for bfloat16 alone"
-    if config.has_bias:
-        return "the experts have biases"
-    if not config.is_act_and_mul or layer.activation not in ACTIVATIONS:
+    if layer.activation not in ACTIVATIONS:
         return f"the kernel does not apply {layer.activation.value}"
     if layer.apply_router_weight_on_input:
         return "the router's weights are for the experts' input"
@@ -148,19 +149,20 @@ def _parallel(layer: RoutedExperts) -> str | None:
         gates = getattr(layer.quant_config, "gates", None)
         every = [] if gates is None else [gates.default, *gates.layers.values()]
         for gate in every:
-            if VLLM_NAME.get(gate.form) not in ACTIVATIONS:
+            alike = gate.gated == layer.moe_config.is_act_and_mul
+            if not alike or gate.form not in FORMS:
                 return f"--enable-eplb, and other layers apply {gate.form}"
     return None
 
 
 @functools.cache
-def missing(name: str) -> str | None:
-    """Why the kernel cannot be built in this process, None once it is loaded.
+def missing(name: str, form: Form) -> str | None:
+    """Why the kernel cannot be built for this form of experts in this process, None once it is.
 
     Logs a warning if it cannot.
     """
     try:
-        KERNELS[name].library(torch.cuda.current_device())
+        KERNELS[name].library(torch.cuda.current_device(), form)
     except (KernelError, OSError, subprocess.SubprocessError) as error:
         problem = " ".join(str(error).split()).rstrip(".")
         if name == "bf16":  # who asked for another is told so by `unsupported`

@@ -125,12 +125,16 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[COUNT][4], const Fragme
 // -------------------------------------------------------------------------------------- consumers
 
 // Writes a tile: of the first GEMM, activated, into the second's tiles.
-template <int N, bool GATED>
+template <int N, bool FIRST>
 __device__ __forceinline__ void write_tile(const GemmArguments& args, const Tile& tile,
                                            const float (&d)[N / 2], int row_tile, float scale) {
-    if constexpr (GATED) {
-        const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const int group = lane / 4, quad = lane % 4;
+    const float2 bias = bias_of(args, tile, row_tile);
+    const auto sum = [&](int i) { return scaled(d[i], scale, i & 2 ? bias.y : bias.x); };
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int group = lane / 4, quad = lane % 4;
+    if constexpr (!FIRST) {
+        write_rows<N>(args, tile, row_tile, sum);
+    } else if constexpr (GATED) {
         // Rows come as 8 of gate, 8 of up: a warp's 16 are 8 columns, one swizzled unit of 16 bytes.
         const int column = row_tile * (GROUP_ROWS / 2) + warp * 8;
         uint8_t* const tiles = args.out + int64_t(tile.row) * args.out_columns * 2 +
@@ -139,13 +143,26 @@ __device__ __forceinline__ void write_tile(const GemmArguments& args, const Tile
         uint8_t* const to = tiles + group * 128 + unit * 16 + quad * 4;
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-            const float first = activate(d[4 * j] * scale, d[4 * j + 2] * scale, args.gate);
-            const float second = activate(d[4 * j + 1] * scale, d[4 * j + 3] * scale, args.gate);
+            const float first = activate(sum(4 * j), sum(4 * j + 2), args.gate);
+            const float second = activate(sum(4 * j + 1), sum(4 * j + 3), args.gate);
             const uint32_t value = transpose(pack_bf16x2(first, second));
             if (8 * j + group < tile.tokens) *reinterpret_cast<uint32_t*>(to + j * 1024) = value;
         }
     } else {
-        write_rows<N>(args, tile, d, row_tile, scale);
+        // A warp's 16 columns are two swizzled units. Of each token a thread has four columns, half a
+        // unit, once they are transposed (see `write_rows`).
+        uint8_t* const tiles = args.out + int64_t(tile.row) * args.out_columns * 2 +
+                               int64_t(row_tile) * (N * 128);
+        const int unit = warp * 2 + quad / 2 ^ group;  // the token's number, modulo 8, is `group`
+        uint8_t* const to = tiles + group * 128 + unit * 16 + quad % 2 * 8;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            const auto pair = [&](int i) {
+                return transpose(pack_bf16x2(relu2(sum(4 * j + i)), relu2(sum(4 * j + i + 1))));
+            };
+            const uint2 values{pair(0), pair(2)};
+            if (8 * j + group < tile.tokens) *reinterpret_cast<uint2*>(to + j * 1024) = values;
+        }
     }
 }
 
@@ -236,7 +253,7 @@ __device__ __forceinline__ void multiply_by_warpgroups(const GemmArguments& args
     if (lane == 0) barrier_arrive(empty + 8 * before);
 }
 
-template <int N, typename Shape, bool GATED>
+template <int N, typename Shape, bool FIRST>
 __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& tile, int row_tile,
                                         Ring ring, uint8_t* stages, float* partial, uint32_t full,
                                         uint32_t empty) {
@@ -270,7 +287,7 @@ __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& t
     }
     // Warpgroups past the last row compute on what lies there, and write nothing.
     if (row_tile + row_group < args.row_tiles)
-        write_tile<N, GATED>(args, tile, d, row_tile + row_group, scale);
+        write_tile<N, FIRST>(args, tile, d, row_tile + row_group, scale);
 }
 
 }  // namespace
@@ -316,8 +333,8 @@ EXPORTED int run(const LaunchSpec* given, cudaStream_t stream) {
                        static_cast<const uint4*>(spec.x), spec.x_stride, spec.top_k, spec.hidden,
                        spec.hidden_padded, spec.places, static_cast<uint8_t*>(spec.x_tiles));
     if (!error)
-        error = gemms.launch(true, gate_up_arguments(spec, spec.gated_tiles), spec.processors, stream);
-    if (!error) error = gemms.launch(false, down_arguments(spec), spec.processors, stream);
+        error = gemms.launch(true, first_arguments(spec, spec.middle_tiles), spec.processors, stream);
+    if (!error) error = gemms.launch(false, second_arguments(spec), spec.processors, stream);
     return error ? error : launch_combine(spec, stream);
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights
+from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
@@ -31,9 +32,9 @@ class Bf16Kernel(HopperKernel):
     mma_columns = 16
 
     def pack_matrix(
-        self, codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, gated: bool
+        self, codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = bf16_weights.pack_experts(codes, scales, gated)
+        packed = bf16_weights.pack_experts(codes, scales, rows)
         return packed, global_scales.float().contiguous()
 
     def choose_tile_shape(
@@ -54,6 +55,6 @@ class Bf16Kernel(HopperKernel):
         self, rows: int, hidden: int, intermediate: int, device: torch.device
     ) -> dict[str, torch.Tensor]:
         x_tiles = torch.empty(rows * hidden, dtype=torch.bfloat16, device=device)
-        gated_tiles = torch.empty(rows * intermediate, dtype=torch.bfloat16, device=device)
+        middle_tiles = torch.empty(rows * intermediate, dtype=torch.bfloat16, device=device)
         # Once the first GEMM has read x, its memory takes each pair's output.
-        return {"x_tiles": x_tiles, "gated_tiles": gated_tiles, "pair_outputs": x_tiles}
+        return {"x_tiles": x_tiles, "middle_tiles": middle_tiles, "pair_outputs": x_tiles}

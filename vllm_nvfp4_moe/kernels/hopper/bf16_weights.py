@@ -18,6 +18,7 @@ would be subnormal, and take more instructions; and no block scale is negative.
 from __future__ import annotations
 
 import functools
+from enum import Enum
 
 import torch
 
@@ -39,6 +40,21 @@ EXPONENT = 9
 """Bias of the scales' five bits of exponent: E4M3's smallest power of two is 2^-9."""
 
 
+class Rows(Enum):
+    """What a matrix's rows are, from which follows their order and padding (:func:`in_order`)."""
+
+    GATE_AND_UP = "all of gate, then all of up: w13 of gated experts"
+    UP = "w13 of experts without a gate"
+    DOWN = "w2"
+
+    def padded(self, rows: int) -> int:
+        """How many there are with padding: whole row tiles. What comes of ``w13`` are the columns
+        of ``w2``, and are padded as those."""
+        if self is Rows.DOWN:
+            return padded_rows(rows)
+        return padded_columns(rows) if self is Rows.UP else 2 * padded_columns(rows // 2)
+
+
 def padded_rows(rows: int) -> int:
     """The next multiple of 64."""
     return -(-rows // GROUP_ROWS) * GROUP_ROWS
@@ -49,9 +65,8 @@ def padded_columns(columns: int) -> int:
     return -(-columns // STAGE) * STAGE
 
 
-def gate_and_up(tensor: torch.Tensor) -> torch.Tensor:
-    """Reorder rows, all of gate, then all of up, to 8 of gate, 8 of up, 8 of gate and so on."""
-    gate, up = tensor.chunk(2)
+def gate_and_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Put rows of gate and of up together: 8 of gate, 8 of up, 8 of gate and so on."""
     return torch.stack([gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))], 1).flatten(0, 2)
 
 
@@ -61,27 +76,26 @@ def side_by_side(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.unflatten(0, (-1, 4, 2, 2)).transpose(1, 2).flatten(0, 3)
 
 
-def rows_in_order(
-    codes: torch.Tensor, scales: torch.Tensor, gated: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring the rows of one expert's codes and E4M3 block scales into the order of the MMA's.
+def in_order(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Bring the rows of one expert's matrix, ``[rows, ...]``, into the order of the MMA's.
 
-    That is the order of :func:`side_by_side`, or if ``gated`` of :func:`gate_and_up`, for which
-    gate and up are each padded to a multiple of 128 rows.
+    That is the order of :func:`gate_and_up` for those, else of :func:`side_by_side`. Rows of
+    ``w13`` are padded with zeros (:meth:`Rows.padded`).
     """
-    parts = [codes, scales.view(torch.uint8)]
-    if gated:
-        half = codes.shape[0] // 2
-        more = padded_columns(half) - half
-        parts = [
-            gate_and_up(
-                torch.nn.functional.pad(part.view(2, half, -1), (0, 0, 0, more)).flatten(0, 1)
-            )
-            for part in parts
-        ]
-    else:
-        parts = [side_by_side(part) for part in parts]
-    return parts[0], parts[1].view(torch.float8_e4m3fn)
+    if rows is Rows.DOWN:
+        return side_by_side(tensor)
+    parts = tensor.chunk(2) if rows is Rows.GATE_AND_UP else (tensor,)
+    more = padded_columns(len(parts[0])) - len(parts[0])
+    parts = tuple(torch.nn.functional.pad(part, (0, 0, 0, more)) for part in parts)
+    return gate_and_up(*parts) if rows is Rows.GATE_AND_UP else side_by_side(*parts)
+
+
+def packed_biases(biases: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """All experts' biases ``[experts, rows]`` in the order of the packed rows, float32, with zeros
+    for padding."""
+    packed = in_order(biases.float().T, rows).T
+    more = rows.padded(biases.shape[1]) - packed.shape[1]
+    return torch.nn.functional.pad(packed, (0, more)).contiguous()
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -154,20 +168,28 @@ def _five_bits(scales: torch.Tensor) -> torch.Tensor:
     return ((exponent - 1 + EXPONENT) * 8 + (mantissa * 16 - 8)).clamp(0, 255).to(torch.uint8)
 
 
-def pack_experts(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> torch.Tensor:
+def pack_experts(codes: torch.Tensor, scales: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Pack all experts' matrices. Only one expert's is in memory twice at a time.
 
     Args:
         codes: uint8 ``[experts, rows, columns / 2]``.
         scales: E4M3 ``[experts, rows, columns / 16]``.
-        gated: whether the rows are gate's, then up's; see :func:`rows_in_order`.
+        rows: what these are.
 
     Returns:
         uint8 ``[experts, row tiles, chunks, CHUNK_BYTES]``.
     """
-    rows = 2 * padded_columns(codes.shape[1] // 2) if gated else padded_rows(codes.shape[1])
+    tiles = rows.padded(codes.shape[1]) // GROUP_ROWS
     chunks = padded_columns(2 * codes.shape[2]) // CHUNK
-    packed = codes.new_empty(codes.shape[0], rows // GROUP_ROWS, chunks, CHUNK_BYTES)
+    packed = codes.new_empty(codes.shape[0], tiles, chunks, CHUNK_BYTES)
     for expert in range(codes.shape[0]):
-        packed[expert] = pack(*rows_in_order(codes[expert], scales[expert], gated))
+        packed[expert] = pack(*ordered(codes[expert], scales[expert], rows))
     return packed
+
+
+def ordered(
+    codes: torch.Tensor, scales: torch.Tensor, rows: Rows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`in_order` of one expert's codes and E4M3 block scales."""
+    in_bytes = in_order(scales.view(torch.uint8), rows)
+    return in_order(codes, rows), in_bytes.view(torch.float8_e4m3fn)

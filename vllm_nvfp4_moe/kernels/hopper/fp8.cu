@@ -135,19 +135,22 @@ __device__ __forceinline__ void multiply(const GemmArguments& args, float (&d)[N
 
 // Writes the sums of a tile, scaled. The first GEMM's are activated and become bf16 rows, which
 // `requantize` reads.
-template <int N, bool GATED>
+template <int N, bool FIRST>
 __device__ __forceinline__ void write_tile(const GemmArguments& args, const Tile& tile,
                                            float (&d)[N / 2], int row_tile, float scale) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
     // The kernel before has written the scales, and only the producer has waited for it.
     wait_for_previous_kernel();
     const auto* const scales = reinterpret_cast<const float2*>(args.x_scales + tile.row) + quad;
+    const float2 bias = bias_of(args, tile, row_tile);
     const auto apply = [&](int j) {
         const float2 both = scales[4 * j];
-        d[4 * j] *= both.x * scale, d[4 * j + 1] *= both.y * scale;
-        d[4 * j + 2] *= both.x * scale, d[4 * j + 3] *= both.y * scale;
+        d[4 * j] = scaled(d[4 * j], both.x * scale, bias.x);
+        d[4 * j + 1] = scaled(d[4 * j + 1], both.y * scale, bias.x);
+        d[4 * j + 2] = scaled(d[4 * j + 2], both.x * scale, bias.y);
+        d[4 * j + 3] = scaled(d[4 * j + 3], both.y * scale, bias.y);
     };
-    if constexpr (GATED) {
+    if constexpr (FIRST && GATED) {
         // This is `activate` without its branches, which one after another take a tenth of a tile's
         // time: gelu's (1 + tanh(y)) / 2 is the sigmoid of 2 y. What is squared stays finite.
         const Gate rule = args.gate;
@@ -174,11 +177,12 @@ __device__ __forceinline__ void write_tile(const GemmArguments& args, const Tile
     } else {
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) apply(j);
-        write_rows<N>(args, tile, d, row_tile, 1.0f);
+        write_rows<N>(args, tile, row_tile,
+                      [&](int i) { return FIRST ? relu2(d[i]) : d[i]; });
     }
 }
 
-template <int N, typename Shape, bool GATED>
+template <int N, typename Shape, bool FIRST>
 __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& tile, int row_tile,
                                         Ring ring, uint8_t* stages, float*, uint32_t full,
                                         uint32_t empty) {
@@ -192,7 +196,7 @@ __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& t
     multiply<N, Shape>(args, d, ring, stages, full, empty);
     // Warpgroups past the last row compute on what lies there, and write nothing.
     if (row_tile + row_group < args.row_tiles)
-        write_tile<N, GATED>(args, tile, d, row_tile + row_group, scale);
+        write_tile<N, FIRST>(args, tile, d, row_tile + row_group, scale);
 }
 
 // ------------------------------------------------------------------------------------ activations
@@ -318,12 +322,12 @@ EXPORTED int run(const LaunchSpec* given, cudaStream_t stream) {
                        spec.hidden_padded, spec.places, static_cast<uint8_t*>(spec.x_tiles),
                        spec.x_scales);
     if (!error)
-        error = gemms.launch(true, gate_up_arguments(spec, spec.gated_rows), spec.processors, stream);
+        error = gemms.launch(true, first_arguments(spec, spec.middle_rows), spec.processors, stream);
     if (!error)
         error = launch(requantize, spec.tokens * spec.top_k, QUANTIZE_THREADS, 0, stream, true,
-                       static_cast<const uint4*>(spec.gated_rows), spec.intermediate_padded,
-                       spec.places, static_cast<uint8_t*>(spec.gated_tiles), spec.gated_scales);
-    if (!error) error = gemms.launch(false, down_arguments(spec), spec.processors, stream);
+                       static_cast<const uint4*>(spec.middle_rows), spec.intermediate_padded,
+                       spec.places, static_cast<uint8_t*>(spec.middle_tiles), spec.middle_scales);
+    if (!error) error = gemms.launch(false, second_arguments(spec), spec.processors, stream);
     return error ? error : launch_combine(spec, stream);
 }
 

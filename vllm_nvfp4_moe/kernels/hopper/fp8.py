@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights, fp8_weights
+from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
@@ -34,9 +35,9 @@ class Fp8Kernel(HopperKernel):
     mma_columns = 32
 
     def pack_matrix(
-        self, codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, gated: bool
+        self, codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        packed, factors = fp8_weights.pack_experts(codes, scales, gated)
+        packed, factors = fp8_weights.pack_experts(codes, scales, rows)
         return packed, global_scales.float() * factors
 
     def choose_tile_shape(
@@ -60,9 +61,9 @@ class Fp8Kernel(HopperKernel):
         x_tiles = empty(rows * hidden, torch.bfloat16)
         return {
             "x_tiles": x_tiles,
-            "gated_rows": empty(rows * intermediate, torch.bfloat16),
-            "gated_tiles": empty(rows * intermediate, torch.float8_e4m3fn),
+            "middle_rows": empty(rows * intermediate, torch.bfloat16),
+            "middle_tiles": empty(rows * intermediate, torch.float8_e4m3fn),
             "pair_outputs": x_tiles,
             "x_scales": empty(rows, torch.float32),
-            "gated_scales": empty(rows, torch.float32),
+            "middle_scales": empty(rows, torch.float32),
         }

@@ -32,9 +32,10 @@ from vllm_nvfp4_moe.kernels.hopper.bf16_weights import (
     BLOCK,
     GROUP_ROWS,
     STAGE,
+    Rows,
+    ordered,
     padded_columns,
     padded_rows,
-    rows_in_order,
 )
 
 STAGE_BYTES = GROUP_ROWS * STAGE // 2 + GROUP_ROWS * STAGE // BLOCK
@@ -146,23 +147,23 @@ def _shifted(
 
 
 def pack_experts(
-    codes: torch.Tensor, scales: torch.Tensor, gated: bool
+    codes: torch.Tensor, scales: torch.Tensor, rows: Rows
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack all experts' matrices. Only one expert's is in memory twice at a time.
 
     Args:
         codes: uint8 ``[experts, rows, columns / 2]``.
         scales: E4M3 ``[experts, rows, columns / 16]``.
-        gated: as of ``bf16_weights.pack_experts``.
+        rows: what these are.
 
     Returns:
         uint8 ``[experts, row tiles, stages, STAGE_BYTES]``, and float32 ``[experts]``: what each
         expert's weights in it are to be multiplied by.
     """
-    rows = 2 * padded_columns(codes.shape[1] // 2) if gated else padded_rows(codes.shape[1])
+    tiles = rows.padded(codes.shape[1]) // GROUP_ROWS
     stages = padded_columns(2 * codes.shape[2]) // STAGE
-    packed = codes.new_empty(codes.shape[0], rows // GROUP_ROWS, stages, STAGE_BYTES)
+    packed = codes.new_empty(codes.shape[0], tiles, stages, STAGE_BYTES)
     factors = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
     for expert in range(codes.shape[0]):
-        packed[expert], factors[expert] = pack(*rows_in_order(codes[expert], scales[expert], gated))
+        packed[expert], factors[expert] = pack(*ordered(codes[expert], scales[expert], rows))
     return packed, factors

@@ -3,6 +3,9 @@
 // The file that includes this has said how many bytes an activation has (ELEMENT_BYTES) and how many
 // sizes tiles may have (MAX_TILE_SIZES), and defines `consume`. What a column of the output is
 // called depends on whom you ask: a token for the layer, a row of X in memory, N for the MMA.
+//
+// A library is for one form of experts (`Form` in source.py): GATED ones have gate and up, others up
+// alone, whose activation is relu(up)^2; BIASED ones have biases.
 
 namespace {
 
@@ -43,13 +46,33 @@ __device__ __forceinline__ float activate(float gate, float up, const Gate& rule
     return gate / (1.0f + __expf(-rule.alpha * gate)) * (up + rule.beta);
 }
 
+// Of experts without a gate. Not fmaxf: NaN stays NaN.
+__device__ __forceinline__ float relu2(float up) {
+    up = up < 0.0f ? 0.0f : up;
+    return up * up;
+}
+
 // Powers of two to multiply by instead of shifting: shifts share a pipe with masks, multiplications
 // have another. They come as kernel arguments, since ptxas turns constants back into shifts.
 struct Multipliers {
     uint32_t eight = 8, sixty_four = 64, sixteen = 16;
 };
 
-struct GemmArguments {
+// Where the biases of a product are: nowhere, if experts have none. The parameters of their kernels
+// are then as if there were no such thing.
+template <bool>
+struct Bias {
+    void set_bias(const float*) {}
+    __device__ const float* bias() const { return nullptr; }
+};
+template <>
+struct Bias<true> {
+    const float* values;  // [experts][row tiles][GROUP_ROWS], rows as those of weights; or null
+    void set_bias(const float* to) { values = to; }
+    __device__ const float* bias() const { return values; }
+};
+
+struct GemmArguments : Bias<BIASED> {
     const uint8_t* weights;      // [experts][row tiles][chunks][CHUNK_BYTES]
     const float* global_scales;  // [experts]
     const uint8_t* x;            // tiles of [128 bytes' columns][size][128 bytes], swizzled
@@ -62,10 +85,27 @@ struct GemmArguments {
     const float* x_scales;  // [rows of X], if the activations have scales
 };
 
-// Writes the sums times `scale` as bf16 rows: the second GEMM's output.
-template <int N>
-__device__ __forceinline__ void write_rows(const GemmArguments& args, const Tile& tile,
-                                           const float (&d)[N / 2], int row_tile, float scale) {
+// What is added to a thread's sums, once they are scaled: in rows g and g + 8 of its warp's 16.
+__device__ __forceinline__ float2 bias_of(const GemmArguments& args, const Tile& tile, int row_tile) {
+    const float* const bias = args.bias();
+    if (!bias) return {0.0f, 0.0f};
+    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const float* const from =
+        bias + (int64_t(tile.expert) * args.row_tiles + row_tile) * GROUP_ROWS + row;
+    return {from[0], from[8]};
+}
+
+__device__ __forceinline__ float scaled(float sum, float scale, float bias) {
+    if constexpr (BIASED)
+        return sum * scale + bias;
+    else
+        return sum * scale;  // adding zero is an instruction too
+}
+
+// Writes bf16 rows. `value(i)` is what becomes of a thread's sum number i.
+template <int N, typename Value>
+__device__ __forceinline__ void write_rows(const GemmArguments& args, const Tile& tile, int row_tile,
+                                           const Value& value) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
     // The weights' rows are packed in such an order that a thread's four are side by side here
     // (`side_by_side` in bf16_weights.py).
@@ -76,8 +116,8 @@ __device__ __forceinline__ void write_rows(const GemmArguments& args, const Tile
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
         uint2 values;
-        values.x = transpose(pack_bf16x2(d[4 * j] * scale, d[4 * j + 1] * scale));
-        values.y = transpose(pack_bf16x2(d[4 * j + 2] * scale, d[4 * j + 3] * scale));
+        values.x = transpose(pack_bf16x2(value(4 * j), value(4 * j + 1)));
+        values.y = transpose(pack_bf16x2(value(4 * j + 2), value(4 * j + 3)));
         if (8 * j + group < tile.tokens && column < args.out_columns)
             *reinterpret_cast<uint2*>(to + j * step) = values;
     }
@@ -125,14 +165,14 @@ struct TileShape {
 // ---------------------------------------------------------------------------------- the pipeline
 
 // Computes a warpgroup's part of a tile of N tokens, and writes what becomes of it.
-template <int N, typename Shape, bool GATED>
+template <int N, typename Shape, bool FIRST>
 __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& tile, int row_tile,
                                         Ring ring, uint8_t* stages, float* partial, uint32_t full,
                                         uint32_t empty);
 
 // Computes the CTA's tiles of N tokens, which end before `end`. `index` counts pairs of a tile of
 // tokens and one of its `row_blocks` blocks of rows.
-template <int N, typename Shape, bool GATED>
+template <int N, typename Shape, bool FIRST>
 __device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args, int& index, int end,
                                                       int row_blocks, Tile& next, Ring& ring,
                                                       uint8_t* stages, float* partial, uint32_t full,
@@ -143,7 +183,7 @@ __device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args,
         const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
         // Read long before it is needed, whether or not there is a next one: the host makes room.
         next = args.tiles[(index + gridDim.x) / row_blocks];
-        consume<N, Shape, GATED>(args, tile, row_tile, ring, stages, partial, full, empty);
+        consume<N, Shape, FIRST>(args, tile, row_tile, ring, stages, partial, full, empty);
     }
 }
 
@@ -180,8 +220,9 @@ __device__ __forceinline__ void produce(const GemmArguments& args, int row_block
     }
 }
 
-// A CTA of a GEMM. SIZES are those that tiles may have, the largest first.
-template <typename Shape, bool GATED, int... SIZES>
+// A CTA of a GEMM: of the FIRST, whose sums are activated, or of the second. SIZES are those that tiles
+// may have, the largest first.
+template <typename Shape, bool FIRST, int... SIZES>
 __device__ __forceinline__ void gemm(const GemmArguments& args) {
     static_assert(sizeof...(SIZES) <= MAX_TILE_SIZES, "more sizes than `route` counts");
     extern __shared__ uint8_t memory[];
@@ -215,7 +256,7 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         int index = blockIdx.x, size = 0;
         Ring ring;
         Tile next = args.tiles[index / row_blocks];
-        (consume_tiles_of_size<SIZES, Shape, GATED>(args, index, args.size_ends[size++] * row_blocks,
+        (consume_tiles_of_size<SIZES, Shape, FIRST>(args, index, args.size_ends[size++] * row_blocks,
                                                     row_blocks, next, ring, stages, partial, full,
                                                     empty),
          ...);

@@ -12,6 +12,7 @@ import torch
 from quantize.experts.gates import Gate
 from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper import source
+from vllm_nvfp4_moe.kernels.hopper.bf16_weights import GROUP_ROWS, Rows, packed_biases
 from vllm_nvfp4_moe.kernels.hopper.launch import (
     PLACE_BYTES,
     TILE_BYTES,
@@ -21,6 +22,7 @@ from vllm_nvfp4_moe.kernels.hopper.launch import (
     check,
     check_library,
 )
+from vllm_nvfp4_moe.kernels.hopper.source import ORDINARY, Form
 from vllm_nvfp4_moe.kernels.jit import KernelError
 
 ARCHITECTURE = "90a"
@@ -36,6 +38,9 @@ class Experts:
         w13, w2: uint8, of :meth:`HopperKernel.pack_matrix`.
         global_scales13, global_scales2: float32 ``[experts]``; gate and up share one.
         hidden: the hidden size, without padding.
+        bias13, bias2: float32 ``[experts, 64 * row tiles]``, of :func:`packed_biases`: added to
+            what the products give, before the activation and before the router's weights. None for
+            none: with tensor parallelism only one rank adds ``w2``'s.
     """
 
     w13: torch.Tensor
@@ -43,6 +48,8 @@ class Experts:
     global_scales13: torch.Tensor
     global_scales2: torch.Tensor
     hidden: int
+    bias13: torch.Tensor | None = None
+    bias2: torch.Tensor | None = None
 
 
 class HopperKernel(ABC):
@@ -67,21 +74,21 @@ class HopperKernel(ABC):
     mma_columns: int
 
     def __init__(self) -> None:
-        self._libraries: dict[int, ctypes.CDLL] = {}
+        self._libraries: dict[tuple[int, Form], ctypes.CDLL] = {}
 
     # What kernels differ in.
 
     @abstractmethod
     def pack_matrix(
-        self, codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, gated: bool
+        self, codes: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pack one of the two matrices of all experts.
 
         Args:
-            codes: uint8 ``[experts, rows, columns / 2]``; of ``w13`` gate's rows before up's.
+            codes: uint8 ``[experts, rows, columns / 2]``.
             scales: E4M3 ``[experts, rows, columns / 16]``.
             global_scales: ``[experts]``.
-            gated: whether it is ``w13``.
+            rows: which of the two it is, and what its rows are.
 
         Returns:
             The packed matrix, uint8 ``[experts, row tiles, units, bytes]``, and its global scales,
@@ -98,7 +105,7 @@ class HopperKernel(ABC):
 
         Args:
             pairs: how many pairs of a token and an expert this rank will have.
-            row_tiles: of 64 rows of gate and up.
+            row_tiles: of 64 rows of ``w13``.
             processors: the GPU's multiprocessors.
         """
 
@@ -123,30 +130,48 @@ class HopperKernel(ABC):
         w2: torch.Tensor,
         scales2: torch.Tensor,
         global_scales2: torch.Tensor,
+        *,
+        gated: bool = True,
+        bias13: torch.Tensor | None = None,
+        bias2: torch.Tensor | None = None,
     ) -> Experts:
-        """Pack both matrices; arguments as of :meth:`pack_matrix`."""
-        packed13, packed_scales13 = self.pack_matrix(w13, scales13, global_scales13, True)
-        packed2, packed_scales2 = self.pack_matrix(w2, scales2, global_scales2, False)
-        return Experts(packed13, packed2, packed_scales13, packed_scales2, w2.shape[1])
+        """Pack both matrices; arguments as of :meth:`pack_matrix`.
 
-    def source(self) -> str:
-        """The whole CUDA source."""
+        Args:
+            gated: whether ``w13`` is gate and up, or up alone.
+            bias13, bias2: ``[experts, rows]``.
+        """
+        rows = Rows.GATE_AND_UP if gated else Rows.UP
+        packed13, packed_scales13 = self.pack_matrix(w13, scales13, global_scales13, rows)
+        packed2, packed_scales2 = self.pack_matrix(w2, scales2, global_scales2, Rows.DOWN)
+        return Experts(
+            packed13,
+            packed2,
+            packed_scales13,
+            packed_scales2,
+            w2.shape[1],
+            None if bias13 is None else packed_biases(bias13, rows),
+            None if bias2 is None else packed_biases(bias2, Rows.DOWN),
+        )
+
+    def source(self, form: Form = ORDINARY) -> str:
+        """The whole CUDA source for experts of ``form``."""
         tokens = {n for shape in self.tile_shapes for n in shape.tile_sizes}
-        return source.whole(self.file, tokens, self.mma_element, self.mma_columns)
+        return source.whole(self.file, form, tokens, self.mma_element, self.mma_columns)
 
-    def library(self, device: int) -> ctypes.CDLL:
-        """The compiled kernels, ready for the CUDA device of this number.
+    def library(self, device: int, form: Form) -> ctypes.CDLL:
+        """The compiled kernels for experts of ``form``, ready for the CUDA device of this number.
 
         Raises:
             KernelError: if they cannot be built, or not on this device.
         """
-        if device not in self._libraries:
-            library = jit.load(self.source(), ARCHITECTURE)
+        if (device, form) not in self._libraries:
+            library = jit.load(self.source(form), ARCHITECTURE)
             check_library(library, self.tile_shapes)
             with torch.cuda.device(device):
                 check(library, library.prepare())
-            self._libraries[device] = library
-        return self._libraries[device]
+            self._libraries[device, form] = library
+        return self._libraries[device, form]
 
     def run(
         self,
@@ -166,7 +191,8 @@ class HopperKernel(ABC):
             x: bf16 ``[tokens, hidden]``, rows contiguous and 16 bytes aligned.
             experts: of this kernel's :meth:`pack`.
             ids: int32 ``[tokens, k]``, the router's choice; a negative one is nobody's.
-            weights: float32 ``[tokens, k]``, the router's.
+            weights: float32 ``[tokens, k]``, the router's; one of zero makes its id nobody's too.
+            gate: the activation between the products, one of ``launch.FORMS``.
             local: int32 ``[all experts]``, which of ``experts`` each is, -1 for none.
             out: bf16 ``[tokens, hidden]``, contiguous; may be ``x``.
             tile_shape: one of ``tile_shapes``, instead of what :meth:`choose_tile_shape` says.
@@ -176,6 +202,7 @@ class HopperKernel(ABC):
                 not as described here.
         """
         _check_arguments(x, experts, ids, weights, local, out)
+        form = Form(gate.gated, experts.bias13 is not None or experts.bias2 is not None)
         tokens, hidden = x.shape
         count, top_k = experts.w13.shape[0], ids.shape[1]
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -191,6 +218,7 @@ class HopperKernel(ABC):
         tiles = tile_shape.most_tiles(pairs, count)
         hidden_padded = experts.w13.shape[2] * self.packed_columns
         intermediate_padded = experts.w2.shape[2] * self.packed_columns
+        _check_matrices(experts, intermediate_padded, gate)
         rows = pairs + tiles * tile_shape.token_step
         integers = {
             # Each CTA also reads the tile after its last.
@@ -204,6 +232,8 @@ class HopperKernel(ABC):
             "w2": experts.w2,
             "global_scales13": experts.global_scales13,
             "global_scales2": experts.global_scales2,
+            "bias13": experts.bias13,
+            "bias2": experts.bias2,
             "ids": ids,
             "local": local,
             "router_weights": weights,
@@ -230,7 +260,7 @@ class HopperKernel(ABC):
         )
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
-            library = self.library(torch.cuda.current_device())
+            library = self.library(torch.cuda.current_device(), form)
             check(library, library.run(ctypes.byref(spec), stream))
         return out
 
@@ -269,3 +299,21 @@ def _check_arguments(
     count = experts.w13.shape[0]
     if count > MAX_EXPERTS:
         raise KernelError(f"{count} experts; at most {MAX_EXPERTS} are supported")
+
+
+def _check_matrices(experts: Experts, intermediate: int, gate: Gate) -> None:
+    """That the experts are packed for this gate, and their biases as they are."""
+    if experts.w13.shape[1] * GROUP_ROWS != (2 if gate.gated else 1) * intermediate:
+        raise KernelError(
+            f"w13 has {experts.w13.shape[1]} row tiles, which is not what {gate} takes with w2's "
+            f"{intermediate} columns"
+        )
+    for name, bias, matrix in (
+        ("bias13", experts.bias13, experts.w13),
+        ("bias2", experts.bias2, experts.w2),
+    ):
+        wanted = (matrix.shape[0], matrix.shape[1] * GROUP_ROWS)
+        if bias is not None and (
+            bias.shape != wanted or bias.dtype != torch.float32 or not bias.is_contiguous()
+        ):
+            raise KernelError(f"{name} must be contiguous float32 {list(wanted)}")

@@ -7,12 +7,13 @@
 struct LaunchSpec {
     const void *x, *w13, *w2;
     const float *global_scales13, *global_scales2;
+    const float *bias13, *bias2;  // either may be null, and both are where experts have none
     const int *ids, *local;
     const float* router_weights;
     void* out;
-    // Workspace. `gated` is what is between the two GEMMs: as bf16 rows and with scales for FP8 alone.
-    void *x_tiles, *gated_rows, *gated_tiles, *pair_outputs;
-    float *x_scales, *gated_scales;
+    // Workspace. `middle` is what is between the two GEMMs: as bf16 rows and with scales for FP8 alone.
+    void *x_tiles, *middle_rows, *middle_tiles, *pair_outputs;
+    float *x_scales, *middle_scales;
     Tile* tiles;
     int* size_ends;
     Place* places;
@@ -33,7 +34,7 @@ struct TileShapeNumbers {
 // The kernels of both GEMMs for tiles of one shape.
 struct Gemms {
     TileShapeNumbers shape;
-    int (*launch)(bool gated, const GemmArguments& args, int processors, cudaStream_t stream);
+    int (*launch)(bool first, const GemmArguments& args, int processors, cudaStream_t stream);
     int (*allow_shared_memory)();
 };
 
@@ -53,22 +54,24 @@ int allow_shared_memory(Kernel kernel) {
                                 Shape::SHARED_BYTES);
 }
 
-GemmArguments gate_up_arguments(const LaunchSpec& spec, void* out) {
+GemmArguments first_arguments(const LaunchSpec& spec, void* out) {
     GemmArguments args{};
     args.weights = static_cast<const uint8_t*>(spec.w13), args.global_scales = spec.global_scales13;
+    args.set_bias(spec.bias13);
     args.x = static_cast<const uint8_t*>(spec.x_tiles), args.x_scales = spec.x_scales;
     args.tiles = spec.tiles, args.size_ends = spec.size_ends;
     args.out = static_cast<uint8_t*>(out), args.out_columns = spec.intermediate_padded;
-    args.row_tiles = 2 * spec.intermediate_padded / GROUP_ROWS;
+    args.row_tiles = (GATED ? 2 : 1) * spec.intermediate_padded / GROUP_ROWS;
     args.chunks = spec.hidden_padded / CHUNK;
     args.gate = spec.gate;
     return args;
 }
 
-GemmArguments down_arguments(const LaunchSpec& spec) {
+GemmArguments second_arguments(const LaunchSpec& spec) {
     GemmArguments args{};
     args.weights = static_cast<const uint8_t*>(spec.w2), args.global_scales = spec.global_scales2;
-    args.x = static_cast<const uint8_t*>(spec.gated_tiles), args.x_scales = spec.gated_scales;
+    args.set_bias(spec.bias2);
+    args.x = static_cast<const uint8_t*>(spec.middle_tiles), args.x_scales = spec.middle_scales;
     args.tiles = spec.tiles, args.size_ends = spec.size_ends;
     args.out = static_cast<uint8_t*>(spec.pair_outputs), args.out_columns = spec.hidden;
     args.row_tiles = spec.w2_row_tiles;
@@ -78,9 +81,9 @@ GemmArguments down_arguments(const LaunchSpec& spec) {
 }
 
 int launch_route(const LaunchSpec& spec, const TileShapeNumbers& shape, cudaStream_t stream) {
-    return launch(route, 1, MAX_EXPERTS, 0, stream, false, spec.ids, spec.local,
-                  spec.tokens * spec.top_k, spec.experts, shape.token_step, shape.max_tokens,
-                  spec.tiles, spec.size_ends, spec.places);
+    return launch(route, 1, MAX_EXPERTS, 0, stream, false, spec.ids, spec.router_weights,
+                  spec.local, spec.tokens * spec.top_k, spec.experts, shape.token_step,
+                  shape.max_tokens, spec.tiles, spec.size_ends, spec.places);
 }
 
 int launch_combine(const LaunchSpec& spec, cudaStream_t stream) {
@@ -97,22 +100,23 @@ int launch_combine(const LaunchSpec& spec, cudaStream_t stream) {
 #define DEFINE_GEMMS(MAX_TOKENS, ROW_GROUPS, K_GROUPS, ...)                                          \
     using Shape##MAX_TOKENS = TileShape<MAX_TOKENS, ROW_GROUPS, K_GROUPS>;                           \
     extern "C" __global__ void __launch_bounds__(Shape##MAX_TOKENS::THREADS, 1)                      \
-        gemm##MAX_TOKENS##_gated(const __grid_constant__ GemmArguments args) {                       \
+        gemm##MAX_TOKENS##_first(const __grid_constant__ GemmArguments args) {                       \
         gemm<Shape##MAX_TOKENS, true, __VA_ARGS__>(args);                                            \
     }                                                                                                \
     extern "C" __global__ void __launch_bounds__(Shape##MAX_TOKENS::THREADS, 1)                      \
-        gemm##MAX_TOKENS##_plain(const __grid_constant__ GemmArguments args) {                       \
+        gemm##MAX_TOKENS##_second(const __grid_constant__ GemmArguments args) {                      \
         gemm<Shape##MAX_TOKENS, false, __VA_ARGS__>(args);                                           \
     }                                                                                                \
     constexpr int SIZES_##MAX_TOKENS[] = {__VA_ARGS__};                                              \
     constexpr Gemms GEMMS_##MAX_TOKENS{                                                              \
         {MAX_TOKENS, ROW_GROUPS, K_GROUPS, smallest(SIZES_##MAX_TOKENS)},                            \
-        [](bool gated, const GemmArguments& args, int processors, cudaStream_t stream) {             \
+        [](bool first, const GemmArguments& args, int processors, cudaStream_t stream) {             \
             return launch_gemm<Shape##MAX_TOKENS>(                                                   \
-                gated ? gemm##MAX_TOKENS##_gated : gemm##MAX_TOKENS##_plain, args, processors,       \
+                first ? gemm##MAX_TOKENS##_first : gemm##MAX_TOKENS##_second, args, processors,      \
                 stream);                                                                             \
         },                                                                                           \
         [] {                                                                                         \
-            const int error = allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_gated);      \
-            return error ? error : allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_plain); \
+            if (const int error = allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_first))  \
+                return error;                                                                        \
+            return allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_second);                \
         }};

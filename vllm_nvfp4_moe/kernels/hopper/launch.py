@@ -56,6 +56,10 @@ class CTileShape(ctypes.Structure):
     ]
 
 
+FORMS = ("silu", "swiglu_oai", "gelu_tanh", "relu2")
+"""The contract's gates that the kernels have."""
+
+
 class CGate(ctypes.Structure):
     """Mirrors ``Gate`` in gemm.cuh."""
 
@@ -65,7 +69,13 @@ class CGate(ctypes.Structure):
 
     @classmethod
     def of(cls, gate: Gate) -> CGate:
-        """The contract's gate in the kernels' numbers."""
+        """The contract's gate in the kernels' numbers; relu2 has none.
+
+        Raises:
+            KernelError: if the kernels do not have it: they would compute another.
+        """
+        if gate.form not in FORMS:
+            raise KernelError(f"the Hopper kernels do not have {gate}")
         limit = float("inf") if gate.limit is None else gate.limit
         return cls(gate.alpha, gate.beta, limit, gate.form == "gelu_tanh")
 
@@ -83,11 +93,11 @@ class LaunchSpec(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "x", "w13", "w2", "global_scales13", "global_scales2", "ids", "local",
-                "router_weights", "out",
+                "x", "w13", "w2", "global_scales13", "global_scales2", "bias13", "bias2", "ids",
+                "local", "router_weights", "out",
                 # Workspace.
-                "x_tiles", "gated_rows", "gated_tiles", "pair_outputs", "x_scales",
-                "gated_scales", "tiles", "size_ends", "places",
+                "x_tiles", "middle_rows", "middle_tiles", "pair_outputs", "x_scales",
+                "middle_scales", "tiles", "size_ends", "places",
             )
         ),
         ("x_stride", ctypes.c_int64),

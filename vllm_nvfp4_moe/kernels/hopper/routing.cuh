@@ -10,13 +10,14 @@ constexpr int COMBINE_THREADS = 128;
 
 // Gives each pair (token, one of its top k) a place. One CTA.
 //
-// ids: [pairs], experts as the router numbers them. local: [all experts] or null, what this rank calls
-// them, -1 for those that it does not have. An expert's tiles are as few as can be and of one
+// ids: [pairs], experts as the router numbers them. router_weights: [pairs]; a pair of weight 0 is
+// nobody's (vLLM gives expert 0 such pairs in the place of LongCat's zero experts). local: [all experts]
+// or null, what this rank calls them, -1 for those that it does not have. An expert's tiles are as few as can be and of one
 // size, a multiple of `token_step` up to `max_tokens`. Which of two tiles of the same size comes
 // first, and which token of an expert has which row, is left to chance: no result depends on it.
 extern "C" __global__ void __launch_bounds__(MAX_EXPERTS)
-    route(const int* ids, const int* local, int pairs, int experts, int token_step, int max_tokens,
-          Tile* tiles, int* size_ends, Place* places) {
+    route(const int* ids, const float* router_weights, const int* local, int pairs, int experts,
+          int token_step, int max_tokens, Tile* tiles, int* size_ends, Place* places) {
     __shared__ int counts[MAX_EXPERTS], rows[MAX_EXPERTS], sizes[MAX_EXPERTS];
     __shared__ int used[MAX_TILE_SIZES], row_count;
     const int thread = threadIdx.x;
@@ -27,8 +28,10 @@ extern "C" __global__ void __launch_bounds__(MAX_EXPERTS)
     trigger_next_kernel();
 #pragma unroll 4
     for (int pair = thread; pair < pairs; pair += blockDim.x) {
+        const float weight = router_weights[pair];
         const int expert = local && ids[pair] >= 0 ? local[ids[pair]] : ids[pair];
-        const bool here = expert >= 0 && expert < experts;
+        // Zero times an expert's output is zero, also where that is infinite or NaN.
+        const bool here = expert >= 0 && expert < experts && weight != 0.0f;
         // Until all pairs are counted, a place holds the expert and the pair's number among its pairs.
         Place place{-1, 0, 0, 0};
         if (here) place.tile_row = expert, place.size = atomicAdd(&counts[expert], 1);

@@ -8,12 +8,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def inlined(path: Path) -> str:
-    """The text of a ``.cu`` file, with this package's headers in the place of their includes."""
-    return re.sub(
+@dataclass(frozen=True)
+class Form:
+    """What experts compute beside two products. A library is compiled for one form: what a model
+    does not have costs it nothing, neither instructions nor nvcc's time.
+
+    Attributes:
+        gated: there are gate and up; if not, there is up alone, and its activation is ``relu2``.
+        biased: at least one of the two products has a bias added to it.
+    """
+
+    gated: bool = True
+    biased: bool = False
+
+    def constants(self) -> str:
+        """The same in CUDA C++, which gemm.cuh and launch.cuh want before them."""
+        names = {"GATED": self.gated, "BIASED": self.biased}
+        said = ", ".join(f"{name} = {str(value).lower()}" for name, value in names.items())
+        return f"namespace {{ constexpr bool {said}; }}\n"
+
+
+ORDINARY = Form()
+"""That of nearly all models."""
+
+
+def inlined(path: Path, form: Form) -> str:
+    """The text of a ``.cu`` file for experts of ``form``, with this package's headers in the place
+    of their includes."""
+    return form.constants() + re.sub(
         r'^#include "(\w+\.cuh)"\n',
         lambda include: path.with_name(include[1]).read_text(),
         path.read_text(),
@@ -21,10 +47,11 @@ def inlined(path: Path) -> str:
     )
 
 
-def whole(path: Path, tokens: Iterable[int], element: str, columns: int) -> str:
+def whole(path: Path, form: Form, tokens: Iterable[int], element: str, columns: int) -> str:
     """The text of a ``.cu`` file as nvcc gets it.
 
     Args:
+        form: of the experts.
         tokens: the numbers N of tokens for which it uses ``mma<N>``.
         element: PTX's name of the type of both operands' elements.
         columns: K, of that type's MMA.
@@ -34,7 +61,7 @@ def whole(path: Path, tokens: Iterable[int], element: str, columns: int) -> str:
         "mma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b);\n"
     )
     wrappers = (wgmma(n, element, columns) for n in sorted(set(tokens)))
-    return declaration + "".join(wrappers) + inlined(path)
+    return declaration + "".join(wrappers) + inlined(path, form)
 
 
 def wgmma(tokens: int, element: str, columns: int) -> str:

@@ -1,0 +1,55 @@
+"""FP8 with one float32 scale for each 128 x 128 weights, as DeepSeek-V3 introduced it.
+
+The scale is ``amax / 448`` of its block, and codes are rounded to nearest, ties to even. Sources:
+ModelOpt's ``FP8_PB_WO`` (scales ``[out / 128, 1, in / 128, 1]``), compressed-tensors' preset
+``FP8_BLOCK`` (``[out / 128, in / 128]``), and vLLM 0.32's readers of both (``KFp8Block128``,
+``CompressedTensorsW8A8Fp8``). Kernels quantize activations for each token and 128 inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from quantize.layouts.base.base_format import LARGEST
+
+_BLOCK = 128
+
+
+class Fp8:
+    """See ``quantize.layouts.base.base_format.BaseFormat``."""
+
+    name = "fp8"
+    modelopt: ClassVar[dict[str, Any]] = {"quant_algo": "FP8_PB_WO", "group_size": _BLOCK}
+    preset = "FP8_BLOCK"
+    format = "float-quantized"
+    scale_dtype = torch.float32
+
+    def fits(self, rows: int, columns: int) -> bool:
+        # A joined weight has one grid of blocks, so each part must end where a block does.
+        return rows % _BLOCK == 0 and columns % _BLOCK == 0
+
+    def scale_shape(self, rows: int, columns: int, layout: str) -> tuple[int, ...]:
+        down, across = rows // _BLOCK, columns // _BLOCK
+        return (down, 1, across, 1) if layout == "modelopt" else (down, across)
+
+    def encode(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = _blocks(weight.float())
+        amax = blocks.abs().amax((1, 3))
+        scale = amax / LARGEST
+        scale = torch.where(scale > 0, scale, 1.0)  # a block of zeros, or nearly
+        codes = (blocks / scale[:, None, :, None]).clamp_(-LARGEST, LARGEST)
+        return codes.reshape(weight.shape).to(torch.float8_e4m3fn), scale
+
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        grid = scale.reshape(codes.shape[0] // _BLOCK, codes.shape[1] // _BLOCK)
+        return (_blocks(codes.float()) * grid[:, None, :, None]).reshape(codes.shape)
+
+
+def _blocks(weight: torch.Tensor) -> torch.Tensor:
+    rows, columns = weight.shape
+    return weight.reshape(rows // _BLOCK, _BLOCK, columns // _BLOCK, _BLOCK)
+
+
+FP8 = Fp8()

@@ -1,0 +1,53 @@
+"""MXFP8: E4M3 codes, and one scale, a power of two, for each 32 inputs of a row.
+
+The scale is the least power of two with which the block's largest weight is at most 448, so that
+nothing is clipped ("Recipes for Pre-training LLMs with MXFP8", arXiv 2506.08027, against OCP MX
+1.0's rounding down). It is stored as E8M0 in a uint8: ``2 ** (byte - 127)``. Sources: ModelOpt's
+``MXFP8``, compressed-tensors' preset ``MXFP8``, and vLLM 0.32's readers of both (``KMxfp8Static``,
+``CompressedTensorsW8A8Mxfp8``). Kernels quantize activations to MXFP8 too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from quantize.layouts.base.base_format import LARGEST
+
+_BLOCK = 32
+_BIAS = 127
+
+
+class MxFp8:
+    """See ``quantize.layouts.base.base_format.BaseFormat``."""
+
+    name = "mxfp8"
+    modelopt: ClassVar[dict[str, Any]] = {"quant_algo": "MXFP8", "group_size": _BLOCK}
+    preset = "MXFP8"
+    format = "mxfp8-quantized"
+    scale_dtype = torch.uint8
+
+    def fits(self, rows: int, columns: int) -> bool:
+        return columns % _BLOCK == 0
+
+    def scale_shape(self, rows: int, columns: int, layout: str) -> tuple[int, ...]:
+        return rows, columns // _BLOCK
+
+    def encode(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = weight.float().unflatten(-1, (-1, _BLOCK))
+        # x = m * 2 ** e with 0.5 <= m < 1, and 448 = 0.875 * 2 ** 9: exact, unlike a logarithm.
+        mantissa, exponent = torch.frexp(blocks.abs().amax(-1))
+        exponent = (exponent - 9 + (mantissa > 0.875)).clamp_(-_BIAS, 254 - _BIAS)
+        codes = torch.ldexp(blocks, -exponent.unsqueeze(-1)).clamp_(-LARGEST, LARGEST)
+        return (
+            codes.flatten(-2).to(torch.float8_e4m3fn),
+            (exponent + _BIAS).to(torch.uint8),
+        )
+
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        exponent = scale.int().unsqueeze(-1) - _BIAS
+        return torch.ldexp(codes.float().unflatten(-1, (-1, _BLOCK)), exponent).flatten(-2)
+
+
+MXFP8 = MxFp8()

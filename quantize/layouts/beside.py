@@ -1,0 +1,27 @@
+"""What a checkpoint holds beside NVFP4 weights, for the config that describes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantize.layouts.base.base_format import BaseFormat
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is beside the NVFP4 weights.
+
+    Attributes:
+        base: the format of ``linears``; None if there are none.
+        linears: module paths of the linears in that format.
+        nvfp4: module paths of those in NVFP4: a config for several formats names each.
+        kv_cache: ``fp8`` if engines are to keep keys and values in FP8; None: as they like.
+    """
+
+    base: BaseFormat | None = None
+    linears: tuple[str, ...] = ()
+    nvfp4: tuple[str, ...] = ()
+    kv_cache: str | None = None
+
+
+NOTHING = Beside()

@@ -1,0 +1,101 @@
+"""The target's linears in 8 bits, beside the experts: are they sane, and what the source's give?
+
+Their rounding needs no data, so its bits are made again and compared. Checkpoints of other tools
+are compared with what rounding to E4M3 can lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.layouts.base import BASES
+from quantize.layouts.base.base_format import CODES, SCALE, BaseFormat, stored_base
+from quantize.layouts.layout import Layout
+from quantize.nvfp4.format import bad_scales
+from quantize.run.worker import Worker
+from quantize.verify.claims import BASE
+from quantize.verify.results import Lost
+from quantize.verify.weights import Part, misfits, same_bits
+
+_MOST = 0.05
+"""Relative error that rounding to E4M3 does not reach: about 0.026 for weights of any kind, and one
+step of a code is at most 1/8 of it."""
+
+
+def base_modules(target: Checkpoint) -> dict[str, BaseFormat]:
+    """The format of each linear in 8 bits, by module path, as its scale's dtype tells."""
+    kinds = {"U8": BASES["mxfp8"], "F32": BASES["fp8"]}
+    found = {}
+    for name, info in target.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        scale = target.tensors.get(f"{module}.{SCALE}")
+        if suffix == CODES and info.dtype == "F8_E4M3" and scale and scale.dtype in kinds:
+            found[module] = kinds[scale.dtype]
+    return found
+
+
+@dataclass(frozen=True)
+class BaseLinear:
+    """One linear in 8 bits.
+
+    Attributes:
+        source: the name and the shape ``[out, in]`` of the source's weight; None if there is none.
+        bits: it must be, bit for bit, what the format's rounding makes; else it is bounded.
+        nbytes: of the source.
+    """
+
+    module: str
+    base: BaseFormat
+    source: tuple[str, tuple[int, int]] | None = None
+    bits: bool = False
+    nbytes: int = 0
+
+    def check(self, target: Checkpoint, layout: Layout, worker: Worker) -> tuple[Part, int]:
+        """Check its tensors; return what was found and ``nbytes``."""
+        part = Part(BASE)
+        part.problems += self._problems(target, layout, worker, part)
+        return part, self.nbytes
+
+    def _problems(
+        self, target: Checkpoint, layout: Layout, worker: Worker, part: Part
+    ) -> Iterator[str]:
+        codes = target.tensors.get(f"{self.module}.{CODES}")
+        if self.source is not None:
+            shape = self.source[1]
+        elif codes is None or len(codes.shape) != 2:
+            yield f"{self.module}.{CODES} is missing, or no matrix; complete the download"
+            return
+        else:
+            shape = codes.shape[0], codes.shape[1]
+        wanted = stored_base(self.module, shape, self.base, layout.name)
+        if wrong := list(misfits(target, wanted)):
+            yield from wrong
+            return
+        found = [target.load(out.name, worker.arena) for out in wanted]
+        where = [f"{target.tensors[out.name].file.name}: {out.name}" for out in wanted]
+        if found[0].float().isnan().any():
+            yield f"{where[0]} holds NaN; quantize again"
+        if found[1].is_floating_point() and (problem := bad_scales(found[1])):
+            yield f"{where[1]}: {problem}; quantize again"
+        if self.source is None:
+            return
+        weight = worker.load(self.source[0])
+        signal = float(weight.double().square().sum())
+        noise = float((self.base.decode(*found) - weight.float()).double().square().sum())
+        part.lost.append(Lost(self.module, noise, signal, torch.zeros(0, dtype=torch.int64)))
+        if self.bits:
+            for at, ours, theirs in zip(where, found, self.base.encode(weight), strict=True):
+                if not same_bits(ours, theirs):
+                    yield (
+                        f"{at} is not what {self.base.name} makes of the source's weight; quantize "
+                        "again"
+                    )
+        elif not noise <= _MOST**2 * signal:
+            yield (
+                f"{where[0]} is further from the source's weight than rounding to "
+                f"{self.base.name} can be; quantize again"
+            )

@@ -1,0 +1,287 @@
+"""Experts without a gate in vLLM's kernels: w13, which is up alone, into each kernel's layout and
+back; and that each is asked for ReLU², which it then computes as written here from its source.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+
+from tests.plugin import nemotron
+from tests.plugin.blackwell import (
+    ACTIVATION,
+    FUSED_MOE,
+    RELU2,
+    FlashInferActivation,
+    moe_config,
+    pretend_flashinfer,
+)
+from tests.plugin.blackwell_layer import EXPERTS as KERNELS_EXPERTS
+from tests.plugin.blackwell_layer import INNER, TOKENS, TOPK, experts_of, run
+from tests.plugin.conversions import EXPERTS, Experts, bits, marlin_scales, padded, unswizzled
+from tests.plugin.test_blackwell_conversions import SIZES, assert_tiled, up
+from tests.plugin.test_blackwell_elementwise import evaluated
+from tests.plugin.test_blackwell_flashinfer import (
+    TRTLLM_CLASSES,
+    Recorder,
+    flashinfer_cutlass,
+    trtllm,
+)
+from tests.plugin.test_vllm_kernels import Calls
+from tests.plugin.test_vllm_kernels import calls as calls  # a fixture
+from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
+
+ALL_SIZES = (*SIZES, (256, 48), (320, 208))
+
+
+@pytest.fixture(autouse=True)
+def stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's ``swizzle_blockscale`` moves its result to the GPU, whatever it was given."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(min=0) ** 2
+
+
+# -- conversions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", ALL_SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "weight_only"),
+    [
+        ("VLLM_CUTLASS", False),
+        ("FLASHINFER_CUTLASS", False),
+        ("FLASHINFER_B12X", False),
+        ("B12X", False),
+        ("B12X", True),
+    ],
+)
+def test_tiled_scales(backend: str, weight_only: bool, sizes: tuple[int, int]) -> None:
+    """Rows in order, and as many more of zeros as fill a tile of scales; w2 has their columns."""
+    experts = Experts.random(*sizes)
+    _, (w13, w13_scale, w13_global, _, w2, w2_scale, w2_global, _) = experts.converted(
+        backend, RELU2, weight_only
+    )
+    inner = up(sizes[1], 128)
+    assert torch.equal(w13, padded(experts.up, inner, sizes[0] // 2))
+    assert_tiled(w13_scale, padded(experts.up_scale, inner, sizes[0] // 16))
+    assert torch.equal(w2, padded(experts.down, sizes[0], inner // 2))
+    assert_tiled(w2_scale, padded(experts.down_scale, sizes[0], inner // 16))
+    assert torch.equal(w13_global, experts.w13_global)
+    assert torch.equal(w2_global, experts.down_global)
+
+
+@pytest.mark.parametrize("sizes", ALL_SIZES, ids=str)
+def test_cutedsl(sizes: tuple[int, int]) -> None:
+    """Rows in order, where a gate's and up's would alternate by 64."""
+    experts = Experts.random(*sizes)
+    layer, (w13, w13_scale, _, inputs, w2, w2_scale, _, _) = experts.converted(
+        "FLASHINFER_CUTEDSL", RELU2
+    )
+    hidden, inner = up(sizes[0], 256), up(sizes[1], 128)
+    assert torch.equal(w13, padded(experts.up, inner, hidden // 2))
+    assert torch.equal(unswizzled(w13_scale), padded(experts.up_scale, inner, hidden // 16))
+    assert torch.equal(w2, padded(experts.down, hidden, inner // 2))
+    assert torch.equal(unswizzled(w2_scale), padded(experts.down_scale, hidden, inner // 16))
+    config = layer.moe_config
+    assert (config.hidden_dim, config.intermediate_size_per_partition) == (hidden, inner)
+    assert config.hidden_dim_unpadded == sizes[0]
+    assert inputs.tolist() == [2.0] * EXPERTS
+
+
+def test_emulation_leaves_them_as_they_are() -> None:
+    experts = Experts.random(96, 48)
+    _, (w13, w13_scale, _, _, w2, w2_scale, _, _) = experts.converted("EMULATION", RELU2)
+    assert torch.equal(w13, experts.up) and torch.equal(bits(w13_scale), bits(experts.up_scale))
+    assert torch.equal(w2, experts.down) and torch.equal(bits(w2_scale), bits(experts.down_scale))
+
+
+@pytest.mark.parametrize("sizes", [(256, 128), (128, 48), (192, 64)], ids=str)
+def test_marlin(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]) -> None:
+    """Codes, which need a GPU to be repacked, go through, padded; all scales are large enough."""
+    marlin = "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4"
+    module = importlib.import_module(marlin)
+    monkeypatch.setattr(module, "_repack_marlin_experts", lambda weight, *_: weight)
+    experts = Experts.random(*sizes, largest=0x18)
+    _, (w13, w13_scale, w13_global, *_) = experts.converted("MARLIN", RELU2)
+    hidden, inner = sizes
+    grown = up(inner, 64 if hidden % 128 == 0 else 128)
+    assert torch.equal(w13, padded(experts.up, grown, hidden // 2))
+    factor = float((experts.w13_global * 2.0**119 / w13_global)[0])
+    for got, scales in zip(w13_scale, padded(experts.up_scale, grown, hidden // 16), strict=True):
+        want = scales.view(torch.float8_e4m3fn).float()
+        want[want * factor < 2**-6] = 0
+        assert torch.equal(marlin_scales(got, factor), want)
+
+
+# -- what the kernels are asked for ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRTLLM_CLASSES)
+def test_trtllm(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """``scaleC * relu(scaleAct * x0) ** 2`` of the GEMM's raw sums x0: FlashInfer hands the scale
+    that it calls a gate's over as scaleAct, too (trtllm_batched_gemm_runner.cu:351), and
+    KernelRunner.h:79 has the formula. So the other scale must be without the weights'."""
+    seen = trtllm(monkeypatch, name, TRTLLM_CLASSES[name], RELU2).seen
+    assert seen["activation_type"] == FlashInferActivation.Relu2
+    assert all(seen[f"gemm1_{n}"] is None for n in ("alpha", "beta", "clamp_limit"))
+    value = torch.linspace(-9, 9, 37)
+    for expert, weight_scale in enumerate((0.5, 0.02, 3.0, 0.125)):
+        raw = value / (weight_scale * 0.25)  # over global scale times input scale
+        gate, out = (float(seen[f"output1_scale_{n}"][expert]) for n in ("gate_scalar", "scalar"))
+        torch.testing.assert_close(out * relu2(gate * raw), relu2(value) / 0.5)
+
+
+def test_flashinfer_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relu2 of a value that has its scale (cutlass_fused_moe_kernels.cuh:2683)."""
+    seen = flashinfer_cutlass(monkeypatch, RELU2)
+    assert seen["activation_type"] == FlashInferActivation.Relu2
+    assert all(seen[f"swiglu_{n}"] is None for n in ("alpha", "beta", "limit"))
+
+
+def test_cutedsl_is_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``relu(w1_alpha * x) ** 2``
+    (blackwell/blockscaled_contiguous_gather_grouped_gemm_act_fusion.py:2760)."""
+    pretend_flashinfer(monkeypatch)
+    monkeypatch.setattr(nvfp4, "nvfp4_swizzled_scale_to_cutedsl_mma_view", lambda scale: scale)
+    module = importlib.import_module(f"{FUSED_MOE}.experts.flashinfer_cutedsl_moe")
+    recorder = Recorder("cute_dsl_fused_moe_nvfp4")
+    monkeypatch.setattr(module, "flashinfer_cute_dsl_fused_moe_nvfp4", recorder)
+    run(experts_of("FLASHINFER_CUTEDSL", module.FlashInferCuteDSLExperts, RELU2), RELU2)
+    assert recorder.seen["activation_type"] == FlashInferActivation.Relu2
+    assert not any(name.startswith(("swiglu", "situ")) for name in recorder.seen)
+    assert torch.equal(recorder.seen["w1_alpha"], torch.tensor([0.5, 0.02, 3.0, 0.125]) * 0.25)
+
+
+def test_vllm_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"{FUSED_MOE}.experts.cutlass_moe")
+    torch.manual_seed(0)
+    first = torch.randn(TOKENS * TOPK, INNER, dtype=torch.bfloat16)
+    quantized: list[torch.Tensor] = []
+
+    def quantize(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        quantized.append(x.clone())
+        return torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+
+    def product(out: torch.Tensor, *_: Any) -> None:
+        out.copy_(first if out.shape == first.shape else torch.zeros_like(out))
+
+    monkeypatch.setattr(
+        module,
+        "ops",
+        SimpleNamespace(
+            get_cutlass_moe_mm_data=lambda *_, **__: None,
+            shuffle_rows=lambda a, _: a.expand(TOKENS * TOPK, -1) if len(a) == 1 else a,
+            scaled_fp4_experts_quant=quantize,
+            cutlass_fp4_moe_mm=product,
+        ),
+    )
+    run(experts_of("VLLM_CUTLASS", module.CutlassExpertsFp4, RELU2), RELU2, packed=False)
+    torch.testing.assert_close(quantized[-1], relu2(first))
+
+
+def test_marlin_and_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's elementwise function, which both call."""
+    torch.manual_seed(0)
+    middle = torch.randn(TOKENS * TOPK, INNER)
+    results = []
+
+    def fused_marlin_moe(**kwargs: Any) -> None:
+        assert kwargs["activation"] == ACTIVATION["relu2"]
+        results.append(torch.full_like(middle, torch.nan))
+        kwargs["activation_func"](kwargs["activation"], results[-1], middle.clone())
+
+    module = importlib.import_module(f"{FUSED_MOE}.experts.marlin_moe")
+    monkeypatch.setattr(module, "fused_marlin_moe", fused_marlin_moe)
+    run(experts_of("MARLIN", module.MarlinExperts, RELU2), RELU2, packed=False)
+    module = importlib.import_module(f"{FUSED_MOE}.experts.nvfp4_emulation_moe")
+    experts = experts_of("EMULATION", module.Nvfp4QuantizationEmulationTritonExperts, RELU2)
+    results.append(torch.full_like(middle, torch.nan))
+    experts.activation(ACTIVATION["relu2"], results[-1], middle.clone())
+    for result in results:
+        assert torch.equal(result, relu2(middle))
+
+
+def test_humming() -> None:
+    humming = importlib.import_module(
+        "vllm.model_executor.layers.quantization.utils.humming.activation"
+    )
+    asked = humming.get_humming_activation(ACTIVATION["relu2"])
+    assert asked["activation_type"] == "unary"
+    for value in (-9.0, -0.5, 0.0, 0.25, 3.0):
+        assert evaluated(asked["activation_impl"], value, 5.0) == max(value, 0.0) ** 2
+
+
+@pytest.mark.parametrize("backend", ["VLLM_CUTLASS", "FLASHINFER_CUTLASS", "FLASHINFER_CUTEDSL"])
+def test_prepared_kernel(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """From checked weights to vLLM's kernel object: all but the kernel's launch."""
+    monkeypatch.setattr(nvfp4, "nvfp4_swizzled_scale_to_cutedsl_mma_view", lambda scale: scale)
+    experts = Experts.random(256, 128)
+    method: Any = object.__new__(VllmKernelsMethod)
+    method.moe = moe_config(RELU2, experts=EXPERTS, hidden=256, inner=128)
+    method.weight_only = False
+    method.nvfp4_backend = nvfp4.NvFp4MoeBackend(backend)
+    (method.experts_cls,) = nvfp4.backend_to_kernel_cls(method.nvfp4_backend)
+    layer: Any = torch.nn.Module()
+    tensors = {
+        "w13_weight": experts.up,
+        "w13_weight_scale": experts.up_scale,
+        "w13_weight_scale_2": experts.w13_global.unsqueeze(1).clone(),
+        "w13_input_scale": torch.full((EXPERTS, 1), 0.25),
+        "w2_weight": experts.down,
+        "w2_weight_scale": experts.down_scale,
+        "w2_weight_scale_2": experts.down_global.clone(),
+        "w2_input_scale": torch.full((EXPERTS,), 0.5),
+    }
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    layer.activation, layer.moe_config = method.moe.activation, method.moe
+    layer._expert_routing_tables = lambda: None
+    with set_current_vllm_config(VllmConfig()):
+        method.prepare(layer)
+    kernel = method.moe_kernel.fused_experts
+    assert type(kernel) is method.experts_cls
+    assert torch.equal(kernel.g1_alphas, experts.w13_global * 0.25)
+    assert torch.equal(kernel.g2_alphas, experts.down_global * 0.5)
+    assert kernel.a1_gscale.tolist() == [4.0] * EXPERTS
+    assert torch.equal(unswizzled(kernel.w1_scale), bits(experts.up_scale))
+    assert KERNELS_EXPERTS != EXPERTS  # so that no two tests' layers are taken for each other
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_up_reaches_the_oracle(
+    load: Callable[..., dict[str, Any]], calls: Calls, tmp_path: Path, layout: str
+) -> None:
+    folder = nemotron.quantized(nemotron.write(tmp_path / "bf16"), tmp_path / layout, layout)
+    layer = load(folder)[nemotron.LAYER].routed_experts
+    assert calls["select"]["activation"] == "relu2_no_mul"
+    assert calls["select"]["gate"] == RELU2
+    given, tensors = calls["convert"], load_file(folder / "model.safetensors")
+    assert given["is_act_and_mul"] is False
+    codes = "weight" if layout == "modelopt" else "weight_packed"
+    for expert in (0, 7):
+        base = f"{nemotron.STORED}.{expert}."
+        for mine, name in (("w13", "up_proj"), ("w2", "down_proj")):
+            assert torch.equal(given[mine][expert], tensors[f"{base}{name}.{codes}"])
+            scale = tensors[f"{base}{name}.weight_scale"]
+            assert torch.equal(given[f"{mine}_scale"][expert].float(), scale.float())
+            if layout == "modelopt":
+                whole = tensors[f"{base}{name}.weight_scale_2"]
+            else:
+                whole = 1 / tensors[f"{base}{name}.weight_global_scale"][0]
+            torch.testing.assert_close(given[f"{mine}_scale_2"][expert], whole, rtol=1e-6, atol=0)
+    assert given["w13_scale_2"].shape == given["w2_scale_2"].shape == (8,)
+    assert torch.all(given["a13_scale"] == 1) and given["a13_scale"].shape == (8, 1)
+    assert calls["kernel"]["moe_config"].hidden_dim == nemotron.LATENT
+    assert layer.activation == ACTIVATION["relu2"]

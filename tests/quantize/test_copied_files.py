@@ -1,0 +1,179 @@
+"""Files of a source that are copied, and those that are not the model's."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize.checkpoint import hub
+from tests.quantize.checkpoints import contents, convert
+from tests.quantize.test_cli import refusal, run
+from tests.quantize.user_files import Folders, tree
+
+COPIED = {
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": '{"tokenizer_file": "sp/spm.model"}',
+    "tokenizer.model.v3": "x",
+    "tekken.json": "{}",
+    "vocab.json": "{}",
+    "merges.txt": "a b",
+    "spiece.model": "x",
+    "qwen.tiktoken": "x",
+    "special_tokens_map.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "chat_template.json": "{}",
+    "preprocessor_config.json": "{}",
+    "video_preprocessor_config.json": "{}",
+    "processor_config.json": "{}",
+    "LICENSE": "x",
+    "LICENSE-MODEL": "x",
+    "NOTICE.txt": "x",
+    "README.md": "# x",
+    "USE_POLICY.md": "# x",
+    "modeling_x.py": "x = 1",
+    "helpers.py": "x = 2",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    "sp/spm.model": "x",
+    "sp/words.txt": "x",
+}
+NOT_COPIED = {
+    ".env": "TOKEN=1",
+    "consolidated.safetensors": "x",
+    "consolidated.safetensors.index.json": "{}",
+    "params.json": "{}",
+    "pytorch_model-00001-of-00001.bin": "x",
+    "pytorch_model.bin.index.json": "{}",
+    "training_args.bin": "x",
+    "model-Q4_K_M.gguf": "GGUF",
+    "adapter_config.json": "{}",
+    "adapter_model.safetensors": "x",
+    "backup.tar.gz": "x",
+    "id_rsa": "key",
+    "server.key": "key",
+    "trainer_state.json": "{}",
+    "original/params.json": "{}",
+    "lora-adapter/adapter_model.safetensors": "x",
+    "additional_chat_templates/.env": "x",
+    "additional_chat_templates/run.sh": "x",
+    "sp/spm.bin": "x",
+    "sp/.netrc": "x",
+}
+
+
+def fill(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def named_in_its_config(folder: Path) -> None:
+    """As a model with code of its own."""
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling_x.Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_what_belongs_to_a_checkpoint_is_copied(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, tmp_path / "bare")
+    fill(source, COPIED | NOT_COPIED)
+    named_in_its_config(source)
+    result = run("quantize", source, out)
+    assert result.exit_code == 0, result.output
+    found = contents(out)
+    assert {name: found[name].decode() for name in COPIED} == COPIED
+    own = {"config.json", "generation_config.json", "hf_quant_config.json", "model.safetensors"}
+    assert set(found) == set(COPIED) | own
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("not copied")]
+    assert ".env" in line
+    assert "and " in line  # of so many, some names and how many more
+    resumed = run("quantize", source, out, "--resume")
+    assert resumed.exit_code == 0
+
+
+def test_modules_of_a_model_without_any(source: Path, tmp_path: Path) -> None:
+    """A script that lies there is not the model's."""
+    (source / "upload.py").write_text("token = 1")
+    result = run("quantize", source, tmp_path / "out")
+    assert "not copied from SRC: upload.py" in result.stderr
+    assert not (tmp_path / "out" / "upload.py").exists()
+
+
+def test_a_checkpoint_of_which_all_is_copied_says_nothing(saved: Folders, tmp_path: Path) -> None:
+    result = run("quantize", saved("qwen3_moe"), tmp_path / "out")
+    assert "not copied" not in result.stderr
+
+
+TEMPLATE = "additional_chat_templates/a.jinja"
+
+
+@pytest.mark.parametrize("name", ["NOTICE.txt", "tokenizer.json", TEMPLATE])
+def test_a_link_that_leaves_the_source(name: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "id_rsa").write_text("a private key")
+    (source / name).unlink(missing_ok=True)
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(tmp_path / "home" / "id_rsa")
+    message = refusal("quantize", source, tmp_path / "out")
+    assert f"{source / name} is a link that leads out of the checkpoint" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_link(source: Path, tmp_path: Path) -> None:
+    """Nothing of it is copied, and that is said."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / Path(TEMPLATE).name).write_text("a private key")
+    (source / TEMPLATE).parent.symlink_to(tmp_path / "home")
+    result = run("quantize", source, tmp_path / "out")
+    assert "not copied from SRC: additional_chat_templates/" in result.stderr
+    assert b"a private key" not in tree(tmp_path / "out").values()
+
+
+def test_links_within_the_source_and_its_hub_cache(source: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    shutil.copytree(source, snapshot)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    (blobs / "aa").write_text("{{ tools }}")
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "a.jinja").symlink_to("../../../blobs/aa")
+    (snapshot / "chat_template.jinja").symlink_to("additional_chat_templates/a.jinja")
+    convert(snapshot, tmp_path / "out")
+    for name in ("additional_chat_templates/a.jinja", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_text() == "{{ tools }}"
+        assert not (tmp_path / "out" / name).is_symlink()
+    (blobs / "aa").unlink()
+    (blobs / "aa").symlink_to(tmp_path / "secret")  # out of the cache again
+    (tmp_path / "secret").write_text("a private key")
+    assert "leads out of the checkpoint" in refusal("quantize", snapshot, tmp_path / "other")
+
+
+def test_what_is_downloaded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own filter on a list of files: what belongs, with folders that configs name."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    fill(source, COPIED | NOT_COPIED)
+    named_in_its_config(source)
+    everything = [str(f.relative_to(source)) for f in source.rglob("*") if f.is_file()]
+    cache = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    revisions = []
+
+    def download(name: str, revision: str | None = None, **patterns: Any) -> str:
+        assert name == "org/name"
+        revisions.append(revision)
+        for file in filter_repo_objects(everything, **patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.resolve("org/name") == cache
+    assert revisions == [None, "0123abcd"]
+    found = {str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file()}
+    weights = {"model.safetensors", "config.json", "generation_config.json"}
+    assert found >= set(COPIED) | weights
+    indexes = {name for name in found if name.endswith(".index.json")}
+    assert found - set(COPIED) - weights - indexes == set()

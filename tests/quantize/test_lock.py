@@ -1,0 +1,88 @@
+"""One run a target."""
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize import execute as pipeline
+from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.execute import execute
+from quantize.run.plan import plan
+from quantize.run.record import FOLDER
+from tests.conftest import ROOT
+from tests.quantize import processes
+from tests.quantize.checkpoints import ONE_THREAD
+from tests.quantize.test_cli import refusal, run
+from tests.quantize.user_files import KILLED, SIZE, tree
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_a_second_run_in_a_target(flags: list[str], source: Path, tmp_path: Path) -> None:
+    """One message; and a run that died holds nothing."""
+    out = tmp_path / "out"
+    stopped = processes.run(tmp_path, "quantize", source, "out", *SIZE, at=40)
+    assert stopped.code == KILLED
+    # Its lock went with it. Another process takes it, as a run does.
+    holding = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pathlib import Path; "
+         "from quantize.run.lock import locked\n"
+         "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
+         out / FOLDER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ONE_THREAD, cwd=ROOT,
+    )  # fmt: skip
+    assert holding.stdout is not None
+    assert holding.stdout.readline() == b"held\n"
+    before = tree(out)
+    message = refusal("quantize", source, out, *SIZE, *flags)
+    assert f"{out}: another run is at work in it" in message
+    with Checkpoint(source) as checkpoint, pytest.raises(QuantizeError, match="another run"):
+        execute(checkpoint, plan(checkpoint), out, overwrite=True)
+    assert tree(out) == before
+    holding.kill()
+    holding.wait()
+    assert run("quantize", source, out, *SIZE, "--resume").exit_code == 0
+    assert not (out / FOLDER).exists()
+
+
+def test_two_runs_started_at_once(source: Path, tmp_path: Path) -> None:
+    """As a scheduler may: one is done, or the second finds it complete; never two at work."""
+    words = [str(Path(sys.executable).with_name("nvfp4-moe")), "quantize", source, "out", *SIZE]
+    both = [
+        subprocess.Popen(
+            [*words, "--resume"], cwd=tmp_path, env=ONE_THREAD, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes in ([0, 0], [0, 1]), errors
+    if codes == [0, 1]:
+        assert sum("another run is at work" in error for error in errors) == 1
+    assert run("verify", source, tmp_path / "out").exit_code == 0
+
+
+def test_the_lock_is_held_while_ray_is_at_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    seen = []
+
+    def looking(*_: Any) -> None:
+        with (out / FOLDER / "lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                seen.append("held")
+        raise QuantizeError("enough")
+
+    monkeypatch.setattr(pipeline, "check_threads", lambda *_: None)
+    monkeypatch.setattr(pipeline, "make_shards_on_ray", looking)
+    with Checkpoint(source) as checkpoint, pytest.raises(QuantizeError, match="enough"):
+        execute(checkpoint, plan(checkpoint), out, ray="auto")
+    assert seen == ["held"]
+    assert tree(out) == {}
