@@ -29,6 +29,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tests.__main__ import ROOT, side_by_side
+from vllm_nvfp4_moe.settings import ANY_VLLM
+from vllm_nvfp4_moe.versions import SUPPORTED, minor_version
 
 CACHE = ROOT / ".test-cache"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
@@ -152,6 +154,17 @@ def tests_that_need(packages: set[str]) -> list[str]:
     return found
 
 
+def environment_for(vllm: str | None, transformers: str | None) -> dict[str, str]:
+    """What processes need in their environment to import these versions, and to use them."""
+    folders = [other_transformers(transformers)] if transformers else []
+    folders += [other_vllm(vllm)] if vllm else []
+    path = os.pathsep.join([*map(str, folders), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path.rstrip(os.pathsep)}
+    if vllm and minor_version(vllm) not in SUPPORTED:
+        environment[ANY_VLLM] = "1"
+    return environment
+
+
 def seen(environment: dict[str, str], package: str) -> str:
     """The version of ``package`` that processes with ``environment`` import."""
     code = (
@@ -180,26 +193,21 @@ def main() -> int:
     if not asked.vllm and not asked.transformers:
         parser.error("name a version of vLLM, of Transformers, or of both")
 
-    folders = []
-    if asked.transformers:
-        folders.append(other_transformers(asked.transformers))
-    if asked.vllm:
-        folders.append(other_vllm(asked.vllm))
-    path = os.pathsep.join([*map(str, folders), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path.rstrip(os.pathsep)}
+    environment = environment_for(asked.vllm, asked.transformers)
     if asked.path:
         print(environment["PYTHONPATH"])
         return 0
     for package in ("vllm", "transformers"):
         print(f"{package} {seen(environment, package)}", flush=True)
-    for requirement, there, _ in requirements(folders[-1]) if asked.vllm else ():
+    for requirement, there, _ in requirements(other_vllm(asked.vllm)) if asked.vllm else ():
         if there and not requirement.specifier.contains(there, prereleases=True):
             print(f"vLLM {asked.vllm} asks for {requirement}; {there} is installed", flush=True)
 
-    if asked.tests or asked.quick:
-        return side_by_side(asked.tests or QUICK, [], **environment)
+    if asked.tests:
+        return side_by_side(asked.tests, [], **environment)
     named = {"vllm": asked.vllm, "transformers": asked.transformers}
-    chosen = tests_that_need({package for package, wanted in named.items() if wanted})
+    needed = {package for package, wanted in named.items() if wanted}
+    chosen = QUICK if asked.quick else tests_that_need(needed)
     plugin = [file for file in chosen if file.startswith("tests/plugin/")]
     return side_by_side([file for file in chosen if file not in plugin], plugin, **environment)
 

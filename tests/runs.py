@@ -1,4 +1,4 @@
-"""What was run with which versions, as a table: ``python -m tests.runs`` writes it into the page.
+"""What was run with which versions, as tables: ``python -m tests.runs`` writes them into the page.
 
 The data is docs/contributors/runs.toml, which people write.
 """
@@ -21,6 +21,24 @@ def runs() -> list[dict[str, Any]]:
     return list(tomllib.loads(DATA.read_text(encoding="utf-8"))["run"])
 
 
+def matrix() -> str:
+    """How many runs there are of which versions on what, in Markdown."""
+    places = sorted({str(run["hardware"]) for run in runs()})
+    lines = [f"| vLLM | Transformers | {' | '.join(places)} |", "|" + (2 + len(places)) * " --- |"]
+    for versions in dict.fromkeys((run["vllm"], run["transformers"]) for run in runs()):
+        cells = list(versions)
+        for place in places:
+            of = (*versions, place)
+            days = [
+                run["date"]
+                for run in runs()
+                if (run["vllm"], run["transformers"], run["hardware"]) == of
+            ]
+            cells.append(f"{len(days)}, last {max(days)}" if days else "not run")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def table() -> str:
     """The rows in Markdown."""
     lines = [
@@ -40,7 +58,7 @@ def page() -> str:
     """The page with the table as it should be."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{matrix()}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -78,6 +78,17 @@ def test_what_it_asks_for(laid: Path) -> None:
     ]
 
 
+def test_the_plugin_tries_what_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(other_versions, "other_vllm", lambda wanted: tmp_path / wanted)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    for wanted, tried in (("0.33.9", {}), ("7.1.0", {"NVFP4_MOE_ANY_VLLM": "1"})):
+        path = os.pathsep.join([str(tmp_path / wanted), str(ROOT), "mine"])
+        expected = {"PYTHONPATH": path} | tried
+        assert other_versions.environment_for(wanted, None) == expected
+
+
 def test_half_of_it_is_never_left(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no network"), other_versions.whole(tmp_path / "x") as new:
         new.mkdir()

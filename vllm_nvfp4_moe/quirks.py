@@ -165,7 +165,7 @@ UNGATED_ON_CPUS = Quirk(
     name="a layer whose experts have no gate is not even built on a CPU",
     what="The last thing that FusedMoEConfig does when it is made is to raise NotImplementedError, "
     "since vLLM's own kernels for CPUs have gates only. No quantization is asked before.",
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="That method is exchanged, and lets layers through while a model of ours is built, "
     "on CPUs only. Those of its experts that are not NVFP4 vLLM refuses later, when none of its "
     "kernels takes them. All other models get vLLM's own error.",
@@ -177,7 +177,7 @@ GPT_OSS = Quirk(
     what="vLLM's own class for GPT-OSS knows no names for an expert's gate and up apart, nor for "
     "global scales: it drops them without a word. Stacks of plain floats it copies into parameters "
     "without asking their loaders.",
-    seen_in=("0.32",),
+    seen_in=("0.32", "0.33"),
     undone="The method that the class calls with each tensor first is exchanged. It takes what is "
     "for parameters of ours, and hands all else to vLLM's (loading/gpt_oss.py).",
     gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",

@@ -69,6 +69,7 @@ def test_versions(monkeypatch, caplog, found: str | None, accepted: bool) -> Non
     from vllm_nvfp4_moe import registration, versions
 
     waiting: list[str] = []
+    monkeypatch.delenv("NVFP4_MOE_ANY_VLLM", raising=False)  # test-next may set it
     monkeypatch.setattr(versions, "installed_version", lambda: found)
     monkeypatch.setattr(registration, "when_imported", lambda name, callback: waiting.append(name))
     monkeypatch.setattr(registration.logger, "propagate", True)
