@@ -70,7 +70,7 @@ def report_problems(
         yield f"{REPORT_DATA} does not have {prefix}; quantize again"
     for prefix in found.keys() & said.keys():
         yield from _layer_problems(
-            prefix, said[prefix], found[prefix], layout, gates, before.get(prefix)
+            target, prefix, said[prefix], found[prefix], layout, gates, before.get(prefix)
         )
     yield from _base_problems(target, run, layout, before.get(BASE))
     yield from _file_list_problems(target, claims)
@@ -110,6 +110,7 @@ def edited(target: Checkpoint, claims: Claims, problems: Sequence[str]) -> Itera
 
 
 def _layer_problems(
+    target: Checkpoint,
     prefix: str,
     said: list[LayerReport],
     weights: list[Weights],
@@ -121,6 +122,9 @@ def _layer_problems(
     modules = sorted(module for one in weights for module in one.modules)
     kinds = {module.rpartition(".")[2] for module in modules}
     after = sum(stored_nbytes(shape, layout) for one in weights for shape in one.shapes)
+    if not dense:
+        biases = (target.tensors.get(f"{module}.bias") for module in modules)
+        after += sum(bias.nbytes for bias in biases if bias)
     projections = ("weight",) if dense else ("gate", "up", "down")[-len(kinds) :]
     wanted = {
         "projections": {projections},

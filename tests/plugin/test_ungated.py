@@ -188,6 +188,8 @@ def test_mixed_with_fp8(load: Load, nvfp4: dict[str, Path], tmp_path: Path) -> N
         *((None, source) for source in (*LAYOUTS, "on the fly")),
         ("VLLM_CUTLASS", "modelopt"),
         ("FLASHINFER_CUTLASS", "on the fly"),
+        ("hopper bf16", "modelopt"),
+        ("hopper fp8", "on the fly"),
     ],
 )
 def test_reload(
