@@ -157,7 +157,7 @@ def experts_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     """A Transformers model's modules of fused routed experts, by layer number.
 
     Raises:
-        ValueError: if there are none, or two in one layer.
+        ValueError: if there are none, or two in one layer, or they have biases.
     """
     found: dict[int, torch.nn.Module] = {}
     for name, module in model.named_modules():
@@ -166,6 +166,8 @@ def experts_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
         if number and all(isinstance(w, torch.nn.Parameter) and w.ndim == 3 for w in weights):
             if int(number[1]) in found:
                 raise ValueError(f"{name}: a second module of experts in its layer")
+            if hasattr(module, "down_proj_bias"):
+                raise ValueError(f"{name} has biases, which are not simulated: benchmarks.gpt_oss")
             found[int(number[1])] = module
     if not found:
         raise ValueError(f"{type(model).__name__} has no modules of fused routed experts")

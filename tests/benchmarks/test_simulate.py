@@ -29,6 +29,7 @@ from quantize.run.options import Options
 from quantize.run.plan import plan
 from tests.benchmarks import tiny
 from tests.gpu.reference import clamped_swiglu_oai, nearest_nvfp4, silu_gate
+from tests.quantize import checkpoints
 
 GATES = {
     "qwen3": Gate("silu"),
@@ -264,3 +265,9 @@ def test_a_folder_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:
     weights_only = {k: v for k, v in whole.items() if not k.endswith("input_scale")}
     save_file(weights_only, file, metadata={"format": "pt"})
     assert read(folder)[0][1].input_scales is None
+
+
+def test_experts_with_biases_are_not_simulated_without_them() -> None:
+    model = checkpoints.build("gpt_oss")
+    with pytest.raises(ValueError, match="has biases, which are not simulated"):
+        experts_of(model)

@@ -57,12 +57,17 @@ def layer_of(gate: Gate) -> Any:
     return layer
 
 
+def quant_config_of(backend: str, layer: Any) -> Any:
+    """vLLM's config for a kernel, as the plugin's method makes it."""
+    method: Any = object.__new__(VllmKernelsMethod)
+    method.nvfp4_backend, method.weight_only = NvFp4MoeBackend(backend), backend == "MARLIN"
+    return method.get_fused_moe_quant_config(layer)
+
+
 def experts_of(backend: str, experts_cls: Any, gate: Gate) -> Any:
     """vLLM's class with the config that the plugin's method gives it, after loading."""
     layer = layer_of(gate)
-    method: Any = VllmKernelsMethod.__new__(VllmKernelsMethod)
-    method.nvfp4_backend, method.weight_only = NvFp4MoeBackend(backend), backend == "MARLIN"
-    quant_config = method.get_fused_moe_quant_config(layer)
+    quant_config = quant_config_of(backend, layer)
     config = moe_config(gate, experts=EXPERTS, hidden=HIDDEN, inner=INNER)
     experts = experts_cls(moe_config=config, quant_config=quant_config)
     experts.process_weights_after_loading(layer)

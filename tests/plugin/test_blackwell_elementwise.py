@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig
-from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from quantize.experts.gates import Gate
@@ -41,9 +40,9 @@ from tests.plugin.blackwell_layer import (
     applied,
     experts_of,
     layer_of,
+    quant_config_of,
     run,
 )
-from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
 
 class Operators:
@@ -187,9 +186,8 @@ def test_humming(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     monkeypatch.setattr(f"{humming}.get_humming_moe_quant_config", quant_config)
     layer: Any = layer_of(gate)
     layer.__class__ = RoutedExperts  # which vLLM insists on
-    method: Any = SimpleNamespace(nvfp4_backend=NvFp4MoeBackend.HUMMING, use_a16=False)
     experts: Any = object.__new__(module.HummingIndexedExperts)
-    experts.quant_config = VllmKernelsMethod.get_fused_moe_quant_config(method, layer)
+    experts.quant_config = quant_config_of("HUMMING", layer)
     experts.quant_config.w2_hadamard_block_size = 1
     mode = SimpleNamespace(should_quantize=False, has_secondary_scale=False, has_group_scale=False)
     experts.humming_configs = {"w2": SimpleNamespace(input_quant_mode=mode)}

@@ -8,14 +8,15 @@ from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 
 from quantize.layouts import LAYOUTS
 from tests.quantize.plain import plainly
-from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
+from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind, name_of
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 def test_is_what_the_layout_stores(layout) -> None:
     (weight,) = plainly([torch.randn(48, 64)])
     stored = layout.store(weight) | layout.store_input_scale(0.5)
-    assert list(EXPERT_TENSORS) == list(TensorKind)
+    assert [*EXPERT_TENSORS, TensorKind.BIAS] == list(TensorKind)
+    assert [name_of(kind, layout) for kind in TensorKind] == [*stored, "bias"]
     for tensor in EXPERT_TENSORS.values():
         found = stored.pop(tensor.suffix(layout))
         assert found.dtype == tensor.dtype
