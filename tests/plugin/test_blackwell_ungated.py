@@ -237,15 +237,17 @@ def test_prepared_kernel(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     tensors = {
         "w13_weight": experts.up,
         "w13_weight_scale": experts.up_scale,
-        "w13_weight_scale_2": experts.w13_global.unsqueeze(1).clone(),
+        "w13_weight_scale_2": experts.w13_global.unsqueeze(1),
         "w13_input_scale": torch.full((EXPERTS, 1), 0.25),
         "w2_weight": experts.down,
         "w2_weight_scale": experts.down_scale,
-        "w2_weight_scale_2": experts.down_global.clone(),
+        "w2_weight_scale_2": experts.down_global,
         "w2_input_scale": torch.full((EXPERTS,), 0.5),
     }
     for name, tensor in tensors.items():
-        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        # A copy: since 0.33 vLLM writes what it converts where the parameter was.
+        own = tensor.clone()
+        layer.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
     layer.activation, layer.moe_config = method.moe.activation, method.moe
     layer._expert_routing_tables = lambda: None
     with set_current_vllm_config(VllmConfig()):
