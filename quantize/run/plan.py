@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,19 +34,16 @@ from quantize.layouts.base import BASES
 from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
-from quantize.run.base_job import RoundBase
 from quantize.run.convert import (
-    ConvertExpert,
-    ConvertLinear,
     Converts,
     convertible_linears,
-    is_converted,
     with_activations,
 )
-from quantize.run.jobs import Biases, Copy, CopyStaged, Job, QuantizeExpert, QuantizeLinears
-from quantize.run.kv_scales import KvRanges, KvScales, attentions
+from quantize.run.jobs import CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.notes import bare_fp8, left_over, other_parts
 from quantize.run.options import Options, matches
+from quantize.run.planned_jobs import check_unique, into_shards, jobs_of
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 from quantize.run.version import package_version
@@ -271,9 +267,9 @@ def plan(
     decided, of_scales = with_activations(checkpoint, options, groups, dense)
     layout = LAYOUTS[decided.layout]
     layout = layout if decided.activations else layout.weights_only
-    jobs = _jobs(checkpoint, groups, dense, rounded, gates, layout, decided)
-    shards = _into_shards(jobs, decided.max_shard_size)
-    _check_unique(shards)
+    jobs = jobs_of(checkpoint, groups, dense, rounded, gates, layout, decided)
+    shards = into_shards(jobs, decided.max_shard_size)
+    check_unique(shards)
     notes = (*leftover, *of_scales, *other_parts(checkpoint, stays), *bare_fp8(checkpoint))
     made = Plan(decided, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes)
     if not made.quantizes and decided.scales != Options.scales:
@@ -349,112 +345,3 @@ def _linear_weights(checkpoint: Checkpoint) -> set[str]:
         for name, info in checkpoint.tensors.items()
         if name.endswith(".weight") and len(info.shape) >= 2
     }
-
-
-def _jobs(
-    checkpoint: Checkpoint,
-    groups: list[ExpertGroup],
-    dense: list[tuple[str, ...]],
-    base: list[str],
-    gates: Gates,
-    layout: Layout,
-    options: Options,
-) -> Iterator[Job]:
-    """Yield all jobs in the order of the source's files and tensors: reading stays sequential."""
-    rule = options.scales
-    rounded = set(base)
-    caches = {}
-    if options.kv_cache and options.kv_scales:
-        caches = {
-            f"{a}.v_proj.weight": a for a in attentions(checkpoint.tensors, checkpoint.config)
-        }
-    first = {group.tensor_names[0]: group for group in groups}
-    sets = {names[0]: names for names in dense}
-    done = tensor_names_of(groups) | {name for names in dense for name in names}
-    for name, info in checkpoint.tensors.items():
-        if name in first:
-            group = first[name]
-            interleaved = gates.of(group.prefix).interleaved
-            for expert in range(group.num_experts):
-                yield from expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
-        elif name in sets and checkpoint.is_nvfp4(name):
-            rows, columns = info.shape
-            nbytes = checkpoint.stored_bytes(name)
-            yield ConvertLinear(sets[name], ((rows, columns),), layout, rule, nbytes, False)
-        elif name in sets:
-            shapes = tuple(checkpoint.tensors[n].shape for n in sets[name])
-            yield QuantizeLinears(
-                sets[name],
-                tuple((rows, columns) for rows, columns in shapes),
-                layout,
-                rule,
-                sum(checkpoint.stored_bytes(n) for n in sets[name]),
-                any(len(checkpoint.parts(n)) > 1 for n in sets[name]),
-            )
-        elif name in rounded:
-            assert options.base is not None
-            rows, columns = info.shape
-            size = checkpoint.stored_bytes(name)
-            yield RoundBase(name, (rows, columns), options.base, layout.name, size)
-        elif name not in done:
-            decoded = checkpoint.parts(name) != (name,)
-            output = TensorInfo(name, info.dtype, info.shape)
-            yield Copy(output, checkpoint.stored_bytes(name), decoded)
-        if name in caches:
-            yield KvScales(caches[name], layout.name)
-
-
-def expert_jobs(
-    checkpoint: Checkpoint,
-    group: ExpertGroup,
-    expert: int,
-    interleaved: bool,
-    layout: Layout,
-    rule: str,
-) -> Iterator[QuantizeExpert | Biases]:
-    """What makes one expert: its gate and up, its down, its biases if it has any."""
-    share = group.num_experts if group.fused else 1
-    weights = group.weights_of(expert)
-    for gate_up, read in ((True, weights[:-1]), (False, weights[-1:])):
-        job = ConvertExpert if is_converted(checkpoint, group, read) else QuantizeExpert
-        yield job(
-            group,
-            expert,
-            gate_up,
-            interleaved,
-            layout,
-            rule,
-            nbytes=sum(checkpoint.stored_bytes(name) for name in read) // share,
-            decoded=any(checkpoint.parts(name) != (name,) for name in read),
-        )
-    if group.bias_names:
-        sizes = [group.intermediate] * (len(group.projections) - 1) + [group.hidden]
-        names = group.tensors_of(expert)[len(group.weights_of(expert)) :]
-        dtypes = [checkpoint.tensors[name].dtype for name in names]
-        dtypes = dtypes[:1] * group.joined + dtypes
-        outputs = tuple(
-            TensorInfo(f"{module}.bias", dtype, (size,))
-            for module, dtype, size in zip(group.modules(expert), dtypes, sizes, strict=True)
-        )
-        yield Biases(group, expert, interleaved, outputs, sum(out.nbytes for out in outputs))
-
-
-def _check_unique(shards: list[list[Job]]) -> None:
-    """Names such as ``experts.0`` and ``experts.00`` are one expert's."""
-    seen: set[str] = set()
-    for out in (out for jobs in shards for job in jobs for out in job.outputs):
-        if out.name in seen:
-            raise QuantizeError(f"two tensors of the source would both be written as {out.name}")
-        seen.add(out.name)
-
-
-def _into_shards(jobs: Iterator[Job], max_size: int) -> list[list[Job]]:
-    shards: list[list[Job]] = [[]]
-    size = 0
-    for job in jobs:
-        if shards[-1] and size + job.written > max_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(job)
-        size += job.written
-    return shards

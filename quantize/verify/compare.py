@@ -25,7 +25,7 @@ from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.convert import ConvertExpert, ConvertLinear, convertible_linears
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
 from quantize.run.kv_scales import KvScales, attentions
-from quantize.run.plan import expert_jobs
+from quantize.run.planned_jobs import expert_jobs
 from quantize.run.worker import Worker
 from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.blocks import COLUMNS
