@@ -231,7 +231,8 @@ def test_a_null_quantization_config_means_none(sharded: Path, tmp_path: Path) ->
 
 
 def test_an_unknown_gate_stops_before_anything_is_written(sharded: Path, tmp_path: Path) -> None:
-    config = json.loads((sharded / "config.json").read_text()) | {"model_type": "brand_new"}
+    config = json.loads((sharded / "config.json").read_text())
+    config |= {"model_type": "brand_new", "architectures": ["BrandNewForCausalLM"]}
     (sharded / "config.json").write_text(json.dumps(config))
     message = refusal(sharded, tmp_path)
     assert "gate" in message

@@ -33,6 +33,9 @@ Weights = tuple[tuple[torch.Tensor, ...], torch.Tensor]
 SINGLE = re.compile("OpenAIPrivacyFilter|Beam|Inkling2|MuseSpark")
 """Classes whose code goes through float32."""
 
+TOWER = re.compile(r"(?:^|\.)vision_encoder\.")
+"""Dots3 Note's, with experts of the text model's class."""
+
 CLASSES = families.classes()
 SUPPORTED = sorted({family for name, family in CLASSES.items() if name not in UNSUPPORTED})
 
@@ -95,7 +98,7 @@ def experts_of(model: torch.nn.Module) -> list[Experts]:
     found: dict[int, Experts] = {}
     for path, module in model.named_modules():
         name = type(module).__name__
-        if name in CLASSES and name not in UNSUPPORTED and "vision" not in path:
+        if name in CLASSES and name not in UNSUPPORTED and not TOWER.search(path):
             if name == "JetMoeParallelExperts":
                 path, _, kind = path.rpartition(".")
                 if path.endswith("experts") or kind != "input_linear":
