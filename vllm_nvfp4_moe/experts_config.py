@@ -191,14 +191,16 @@ class ExpertsConfig(Format, QuantizationConfig):
         knows. Warns if they are in none."""
         config = get_current_vllm_config_or_none()
         speculative = config and config.speculative_config
-        draft = speculative and speculative.draft_model_config
+        # Draft models of other methods have quantization configs of their own.
+        mtp = speculative and speculative.method == "mtp"
+        draft = speculative.draft_model_config if mtp else None
         model, stored = self._model_name, self.stored
         if draft and draft.model != model and not self.drafts:
             model, stored = (
                 draft.model,
                 Stored(draft.model, draft.revision, self.layout.suffixes[2]),
             )
-        if stored.names and not any(self._drafts(name) for name in stored.names):
+        if mtp and stored.names and not any(self._drafts(name) for name in stored.names):
             logger.warning(
                 "%s has no weights for the layers that draft tokens, and vLLM may serve what lies "
                 "in memory instead: the text stays right, and hardly any draft is. The tool that "
