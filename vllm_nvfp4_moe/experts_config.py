@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 
+from vllm_nvfp4_moe.drafts import is_draft, is_one_of, name_in_files
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.loading.format import Format
 from vllm_nvfp4_moe.loading.stored import Stored
@@ -46,6 +52,8 @@ class ExpertsConfig(Format, QuantizationConfig):
     stored = Stored(None)
     num_layers: int | None = None
     drafts = False
+    _model_name: str | None = None
+    _architecture: str | None = None
     _watched = False
 
     @cached_property
@@ -102,6 +110,8 @@ class ExpertsConfig(Format, QuantizationConfig):
         self.stored = Stored(model_name, revision, self.layout.suffixes[2])
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
         self.num_layers = getattr(text, "num_hidden_layers", None)
+        self._model_name = model_name
+        self._architecture = next(iter(getattr(hf_config, "architectures", None) or ()), None)
         # vLLM gives such models a type of their own.
         self.drafts = str(getattr(hf_config, "model_type", "")).endswith("_mtp")
         contract = getattr(hf_config, KEY, None)
@@ -135,6 +145,15 @@ class ExpertsConfig(Format, QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
 
+        prefix = name_in_files(prefix, self._architecture)
+        if self._drafts(prefix):
+            _ = self._drafting  # warns
+        if self._is_plain_draft(layer, prefix):
+            if isinstance(layer, RoutedExperts):
+                self.context.summary.left(prefix)
+                return None  # vLLM then takes them for plain floats
+            head = isinstance(layer, ParallelLMHead)
+            return UnquantizedEmbeddingMethod() if head else UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
             weight_only = self.weight_only(layer, prefix)
             if weight_only is not None:
@@ -164,6 +183,50 @@ class ExpertsConfig(Format, QuantizationConfig):
             self._watched = True
             self._watch(method)
         return method
+
+    @cached_property
+    def _drafting(self) -> list[str] | None:
+        """What is NVFP4 of the layers that draft tokens, by the headers of the checkpoint that they
+        come from, which is this one, unless ``--speculative-config`` names another; None if nobody
+        knows. Warns if they are in none."""
+        config = get_current_vllm_config_or_none()
+        speculative = config and config.speculative_config
+        # Draft models of other methods have quantization configs of their own.
+        mtp = speculative and speculative.method == "mtp"
+        draft = speculative.draft_model_config if mtp else None
+        model, stored = self._model_name, self.stored
+        if draft and draft.model != model and not self.drafts:
+            model, stored = (
+                draft.model,
+                Stored(draft.model, draft.revision, self.layout.suffixes[2]),
+            )
+        if mtp and stored.names and not any(self._drafts(name) for name in stored.names):
+            logger.warning(
+                "%s has no weights for the layers that draft tokens, and vLLM may serve what lies "
+                "in memory instead: the text stays right, and hardly any draft is. The tool that "
+                "quantized the model has left them out; name a checkpoint that has them as 'model' "
+                "in --speculative-config",
+                model,
+            )
+        if stored.modules is None:
+            return None
+        return [module for module in stored.modules if self._drafts(module)]
+
+    def _drafts(self, prefix: str) -> bool:
+        return self.drafts or is_draft(prefix, self.num_layers)
+
+    def _is_plain_draft(self, layer: torch.nn.Module, prefix: str) -> bool:
+        """Whether ``layer`` drafts tokens, is NVFP4 by the config, and is not by the headers."""
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        return (
+            not self.on_the_fly
+            and isinstance(layer, (RoutedExperts, LinearBase, ParallelLMHead))
+            and self._drafts(prefix)
+            and self.weight_only(layer, prefix) is not None
+            and self._drafting is not None
+            and not is_one_of(prefix, self.packed_modules_mapping, self._drafting)
+        )
 
     def _watch(self, method: QuantizeMethodBase) -> None:
         """Have ``method``, of a model's first layer that is not ours, also look whether all its
@@ -213,15 +276,14 @@ class ExpertsConfig(Format, QuantizationConfig):
 
     def _check_methods(self, layers: list[RoutedExperts]) -> None:
         """Refuse the model if one of ``layers``, all that it has, is NVFP4 and not ours."""
+        named = [(each, name_in_files(each.layer_name, self._architecture)) for each in layers]
         left_out = {
-            each.layer_name: type(each.quant_method).__name__
-            for each in layers
+            name: type(each.quant_method).__name__
+            for each, name in named
             if not is_ours(each)
             and not self._has_its_norm(each)
-            and (
-                self.weight_only(each, each.layer_name) is not None
-                or self.stored.below(each.layer_name)
-            )
+            and not self._is_plain_draft(each, name)
+            and (self.weight_only(each, name) is not None or self.stored.below(name))
         }
         if left_out:
             name, method = next(iter(left_out.items()))

@@ -7,7 +7,7 @@ config that vLLM has for its layout, and one line in ``_FORMATS``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -28,15 +28,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from quantize.experts.drafting import is_drafting
 from quantize.layouts import LAYOUTS, detect
 from quantize.layouts.modelopt import MIXED, WEIGHT_ONLY, algorithm
 from quantize.layouts.modelopt import settings as fields_of
 from vllm_nvfp4_moe import quirks, settings
+from vllm_nvfp4_moe.drafts import is_draft
 from vllm_nvfp4_moe.experts_config import ExpertsConfig
-
-if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 logger = init_logger("vllm.nvfp4_moe.formats")
 
@@ -50,7 +47,7 @@ class ModelOpt(ExpertsConfig, ModelOptNvFp4Config):
     def from_config(cls, config: dict[str, Any]) -> ModelOpt:
         return super().from_config(quirks.with_ignore(config))
 
-    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+    def weight_only(self, layer: torch.nn.Module, prefix: str) -> bool | None:
         return None if self.is_layer_excluded(prefix) else WEIGHT_ONLY.get(self.quant_method)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -95,7 +92,7 @@ class ModelOptMixed(ExpertsConfig, ModelOptMixedPrecisionConfig):
             self.__dict__ = vars(self.from_config(config)) | vars(self)
         super().maybe_update_config(model_name, hf_config, revision)
 
-    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+    def weight_only(self, layer: torch.nn.Module, prefix: str) -> bool | None:
         if self.is_layer_excluded(prefix):
             return None
         return WEIGHT_ONLY.get(str(self._resolve_quant_algo(prefix)))
@@ -116,11 +113,16 @@ class CompressedTensors(ExpertsConfig, CompressedTensorsConfig):
             )
         return super().from_config(config)
 
-    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
-        # As CompressedTensorsMoEMethod.get_moe_method chooses: by the projections of expert 0.
-        self._add_fused_moe_to_target_scheme_map()
-        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-        schemes = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names if name]
+    def weight_only(self, layer: torch.nn.Module, prefix: str) -> bool | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        names = [prefix]
+        if isinstance(layer, RoutedExperts):
+            # As CompressedTensorsMoEMethod.get_moe_method chooses: by expert 0's projections.
+            self._add_fused_moe_to_target_scheme_map()
+            kinds = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+            names = [f"{prefix}.0.{name}" for name in kinds if name]
+        schemes = [self.get_scheme_dict(layer, name) for name in names]
         scheme = schemes[0]
         if (
             scheme is None
@@ -172,8 +174,8 @@ class OnTheFly(ExpertsConfig, _Unquantized):
     layout = LAYOUTS["modelopt"]
     on_the_fly = True
 
-    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
-        if self.drafts or is_drafting(prefix, {"num_hidden_layers": self.num_layers}):
+    def weight_only(self, layer: torch.nn.Module, prefix: str) -> bool | None:
+        if self.drafts or is_draft(prefix, self.num_layers):
             return None
         if not settings.on_the_fly_activations():
             return True

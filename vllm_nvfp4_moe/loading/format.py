@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    import torch
 
     from quantize.layouts.layout import Layout
 
@@ -23,10 +23,11 @@ class Format:
     on_the_fly = False
 
     @abstractmethod
-    def weight_only(self, layer: RoutedExperts, prefix: str) -> bool | None:
+    def weight_only(self, layer: torch.nn.Module, prefix: str) -> bool | None:
         """Whether the experts of ``layer`` come without input scales; None if they are not stored
         as NVFP4, so that vLLM's own config takes them.
 
         Args:
+            layer: routed experts, or a linear.
             prefix: the layer's module path.
         """

@@ -35,19 +35,23 @@ class Stored:
     def rename(self, mapper: WeightsMapper) -> None:
         """Take ``mapper`` for the checkpoint's names from now on: it gives vLLM's."""
         self._mapper = mapper
-        for known in ("_modules", "_biases"):
+        for known in ("modules", "_biases"):
             self.__dict__.pop(known, None)
 
     @cached_property
-    def _stored(self) -> list[str] | None:
-        """Names in the headers of what is asked about here; None if they cannot be read."""
+    def names(self) -> list[str] | None:
+        """The checkpoint's names of its tensors; None if headers cannot be read."""
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
         if self._model is None:
             return None
-        found = get_safetensors_params_metadata(self._model, revision=self._revision)
+        return list(get_safetensors_params_metadata(self._model, revision=self._revision)) or None
+
+    @cached_property
+    def _stored(self) -> list[str] | None:
+        """Names in the headers of what is asked about here; None if they cannot be read."""
         asked = (self._suffix, "bias")
-        return [name for name in found if name.endswith(asked)] if found else None
+        return self.names and [name for name in self.names if name.endswith(asked)]
 
     def _named(self, ending: str) -> list[str]:
         """Names with this ending, as vLLM has them."""
@@ -55,7 +59,7 @@ class Stored:
         return names if self._mapper is None else self._mapper.apply_list(names)
 
     @cached_property
-    def _modules(self) -> frozenset[str] | None:
+    def modules(self) -> frozenset[str] | None:
         """Module paths as vLLM has them; None if the headers cannot be read."""
         if self._stored is None:
             return None
@@ -67,16 +71,16 @@ class Stored:
 
     def has_head(self) -> bool:
         """Whether an output head is NVFP4, or may be."""
-        return self._modules is None or any(_HEAD.search(module) for module in self._modules)
+        return self.modules is None or any(_HEAD.search(module) for module in self.modules)
 
     def expert(self) -> str | None:
         """A module of a routed expert that is NVFP4; None if there is none, or nobody knows."""
-        return next((m for m in sorted(self._modules or ()) if _EXPERT.search(m)), None)
+        return next((m for m in sorted(self.modules or ()) if _EXPERT.search(m)), None)
 
     def below(self, prefix: str) -> str | None:
         """A module below ``prefix`` that is NVFP4; None if there is none, or nobody knows."""
         start = f"{prefix}."
-        return next((m for m in sorted(self._modules or ()) if m.startswith(start)), None)
+        return next((m for m in sorted(self.modules or ()) if m.startswith(start)), None)
 
     def bias(self, experts: str) -> str | None:
         """The name of a bias of the experts at the module path ``experts``; None if there is none,
