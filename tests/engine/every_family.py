@@ -4,14 +4,15 @@
 
 Each family of tests/quantize/families.py is built, quantized, and loaded with
 ``--quantization nvfp4_moe``. Log-probabilities of fixed prompts are compared with those of
-Transformers' own class in float32 on the dequantized weights: whole, and where that does not do,
-its language model alone. If neither does, the checkpoint that is not quantized runs in vLLM without
-this package. OUT.json gets a row for each family, with one of these results:
+Transformers' own class in float32 on the dequantized weights: whole; where that does not do, its
+language model alone; and then with ``--model-impl transformers``. If none does, the checkpoint that
+is not quantized runs in vLLM without this package. OUT.json gets a row for each family, in the
+place of an older one of the same platform, with one of these results:
 
 - ``same``: the mean difference of log-probabilities is below :data:`BOUND` of what a fault in the
   experts makes. The fault is SiLU for another gate; or, where SiLU is right, gate and up exchanged.
   Or the difference is less than a tenth of that, and no more than twice what vLLM makes of the
-  checkpoint that is not quantized: then ``without_plugin`` is in the row.
+  checkpoint that is not quantized: then ``difference_without_plugin`` is in the row.
 - ``vllm``: vLLM cannot run it here without this package either, or says something else than
   Transformers then, too.
 - ``ours``: it can without this package. This is to be mended.
@@ -24,6 +25,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import asdict
@@ -32,6 +34,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from quantize.experts.gates import KEY, Gate, Gates, from_contract, to_contract
 from tests.engine import family_models
 from tests.engine.family_models import TOKENS, difference, prompts, read
 from tests.engine.forks import Outcome, run_all
@@ -59,11 +62,12 @@ def all_families() -> list[str]:
     return sorted({family for name, family in found if name not in families.UNSUPPORTED})
 
 
-def scores(folder: Path, device: str, ours: bool) -> list[float]:
+def scores(folder: Path, device: str, ours: bool, model_impl: str = "auto") -> list[float]:
     """As ``family_models.log_probabilities``, from vLLM; once in a process.
 
     Args:
         ours: with this package. Else vLLM does not even load it.
+        model_impl: vLLM's option.
     """
     if not ours:
         os.environ["VLLM_PLUGINS"] = ""
@@ -73,7 +77,7 @@ def scores(folder: Path, device: str, ours: bool) -> list[float]:
     llm = LLM(
         str(folder), skip_tokenizer_init=True, max_model_len=TOKENS + 16, max_num_seqs=4,
         enforce_eager=True, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 28,
-        language_model_only=True, **settings,
+        language_model_only=True, model_impl=model_impl, **settings,
     )  # fmt: skip
     rows = prompts()
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -103,107 +107,139 @@ def make_all(calls: dict[str, Any], folder: Path, workers: int) -> dict[str, Out
     return {key: Outcome(**fields) for key, fields in outcome.value.items()}
 
 
-class Run:
-    """All steps, with what each gave, by family."""
+def spoil_contract(file: Path) -> None:
+    """Have the checkpoint ask for SiLU; or for GELU, where that is right."""
+    config = json.loads(file.read_text())
+    silu = from_contract(config[KEY]).default.form == "silu"
+    config[KEY] = to_contract(Gates.uniform(Gate("gelu_tanh" if silu else "silu")))
+    file.write_text(json.dumps(config))
 
-    def __init__(self, folder: Path, device: str, workers: int) -> None:
-        self.folder, self.device, self.workers = folder, device, workers
+
+class Run:
+    """All steps, with what each gave.
+
+    A key is a family; with ``.text`` its language model alone, and with ``@transformers`` served so
+    (``--model-impl``).
+    """
+
+    def __init__(self, folder: Path, device: str, workers: int, wrong: bool = False) -> None:
+        self.folder, self.device, self.workers, self.wrong = folder, device, workers, wrong
         self.made: dict[str, Outcome] = {}
         self.ours: dict[str, Outcome] = {}
         self.stock: dict[str, Outcome] = {}
 
-    def step(self, name: str, calls: dict[str, Any]) -> dict[str, Outcome]:
+    def make(self, families: list[str], text: bool = False) -> list[str]:
+        """Build models; the keys of those that there are."""
+        calls = {}
+        for family in families:
+            key = f"{family}.text" if text else family
+            calls[key] = partial(family_models.make, family, self.folder / key, text)
+        made = make_all(calls, self.folder / "logs" / "make", self.workers) if calls else {}
+        self.made |= {k: out for k, out in made.items() if out.error or out.value}
+        there = [key for key, outcome in made.items() if outcome.value]
+        for key in there if self.wrong else ():
+            spoil_contract(self.folder / key / "nvfp4" / "config.json")
+        return there
+
+    def serve(self, keys: list[str], ours: bool = True) -> None:
+        """Serve what was quantized with this package, or its source without."""
+        calls = {}
+        for key in keys:
+            folder = self.place(key) / ("nvfp4" if ours else "source")
+            calls[key] = partial(scores, folder, self.device, ours, key.partition("@")[2] or "auto")
+        name, outcomes = ("ours", self.ours) if ours else ("stock", self.stock)
+
         def tell(key: str, outcome: Outcome) -> None:
             print(f"{name} {key}: {outcome.error or 'done'}, {outcome.seconds} s", flush=True)
 
-        return run_all(calls, self.folder / "logs" / name, LIMIT, self.workers, tell)
+        logs = self.folder / "logs" / name
+        outcomes |= run_all(calls, logs, LIMIT, self.workers, tell)
 
-    def make(self, names: list[str], text: bool) -> list[str]:
-        """Build models; the keys of those that there are. A key is a family, or FAMILY.text."""
-        keys = {f"{name}.text" if text else name: name for name in names}
-        calls = {
-            key: partial(family_models.make, family, self.folder / key, text)
-            for key, family in keys.items()
-        }
-        made = make_all(calls, self.folder / "logs" / "make", self.workers) if calls else {}
-        self.made |= {k: out for k, out in made.items() if out.error or out.value}
-        return [key for key, outcome in made.items() if outcome.value]
+    def keys(self, family: str) -> list[str]:
+        """Those of a family that were served, in the order in which they were tried."""
+        return [key for key in self.ours if re.split("[.@]", key)[0] == family]
 
-    def serve(self, keys: list[str]) -> None:
-        calls = {k: partial(scores, self.folder / k / "nvfp4", self.device, True) for k in keys}
-        self.ours |= self.step("ours", calls)
+    def left(self, families: list[str]) -> list[str]:
+        """The families of which nothing says what Transformers says."""
+        return [family for family in families if not any(map(self.same, self.keys(family)))]
 
-    def serve_stock(self, keys: list[str]) -> None:
-        calls = {k: partial(scores, self.folder / k / "source", self.device, False) for k in keys}
-        self.stock |= self.step("stock", calls)
+    def place(self, key: str) -> Path:
+        """The folder of its model."""
+        return self.folder / key.partition("@")[0]
 
-    def numbers(self, key: str) -> dict[str, float]:
-        """The mean difference; that of the fault; and, if it was run, that without this package."""
-        right = read(self.folder / key, "right")
-        fault = difference(right, read(self.folder / key, "wrong"))
-        found = {"difference": difference(right, self.ours[key].value), "fault": fault}
-        if key in self.stock and not self.stock[key].error:
-            plain = read(self.folder / key, "source")
-            found["without_plugin"] = difference(plain, self.stock[key].value)
-        return found
+    def fault(self, key: str) -> float:
+        """How much a fault in the experts makes."""
+        return difference(read(self.place(key), "right"), read(self.place(key), "wrong"))
+
+    def off(self, key: str) -> float:
+        """How much the engine with this package is off."""
+        return difference(read(self.place(key), "right"), self.ours[key].value)
+
+    def off_without(self, key: str) -> float:
+        """How much vLLM without it is off on the checkpoint that is not quantized; 0 if it was not
+        run, or did not run."""
+        outcome = self.stock.get(key)
+        if outcome is None or outcome.error:
+            return 0.0
+        return difference(read(self.place(key), "source"), outcome.value)
 
     def same(self, key: str) -> bool:
-        outcome = self.ours.get(key)
-        if outcome is None or outcome.error:
+        """Whether the engine says what Transformers says."""
+        if self.ours[key].error:
             return False
-        numbers = self.numbers(key)
-        return numbers["difference"] < BOUND[self.device] * numbers["fault"] or numbers[
-            "difference"
-        ] < min(2 * numbers.get("without_plugin", 0), numbers["fault"] / 10)
+        as_theirs = min(2 * self.off_without(key), self.fault(key) / 10)
+        return self.off(key) < max(BOUND[self.device] * self.fault(key), as_theirs)
+
+    def problem(self, key: str) -> str | None:
+        """What is wrong without this package, None if nothing is."""
+        if error := self.stock[key].error:
+            return error
+        off, fault = self.off_without(key), self.fault(key)
+        if off < BOUND[self.device] * fault:
+            return None
+        return f"its log-probabilities are {off:.2g} off; a fault in the experts makes {fault:.2g}"
 
     def row(self, family: str) -> dict[str, Any]:
         """The result of a family."""
-        keys = [key for key in (family, f"{family}.text") if key in self.made]
+        keys = self.keys(family)
+        if not keys:
+            return {"result": "transformers", "reason": self.made[family].error}
         for key in keys:
             if self.same(key):
-                return {"result": "same", **self.what(key), **self.numbers(key)}
-        served = [key for key in keys if key in self.ours]
-        if not served:
-            return {"result": "transformers", "reason": self.made[family].error}
-        key = min(served, key=lambda k: (self.stock_fault(k) is not None, self.ours[k].error or ""))
-        found = {**self.what(key), "with_plugin": self.ours[key].error}
-        if not self.ours[key].error:
-            found |= self.numbers(key)
-        fault = self.stock_fault(key)
-        return {"result": "ours" if fault is None else "vllm", "reason": fault, **found}
+                return {"result": "same", **self.what(key)}
+        for key in keys:
+            if self.problem(key) is None:
+                return {"result": "ours", "reason": self.ours[key].error, **self.what(key)}
+        return {"result": "vllm", "reason": self.problem(keys[0]), **self.what(keys[0])}
 
     def what(self, key: str) -> dict[str, Any]:
-        model = "language model alone" if key.endswith(".text") else "whole"
-        return {"model": model, **self.made[key].value, "seconds": self.ours[key].seconds}
+        """Which model that was, and its numbers."""
+        model, _, impl = key.partition("@")
+        found = {
+            "model": "language model" if model.endswith(".text") else "whole",
+            "model_impl": impl or "auto",
+            **self.made[model].value,
+            "fault_difference": self.fault(key),
+        }
+        if self.ours[key].error:
+            return found | {"error": self.ours[key].error}
+        if without := self.off_without(key):
+            found["difference_without_plugin"] = without
+        return found | {"difference": self.off(key), "seconds": self.ours[key].seconds}
 
-    def stock_fault(self, key: str) -> str | None:
-        """What is wrong without this package, None if nothing is."""
-        outcome = self.stock[key]
-        if outcome.error:
-            return outcome.error
-        right = read(self.folder / key, "right")
-        fault = difference(right, read(self.folder / key, "wrong"))
-        off = difference(read(self.folder / key, "source"), outcome.value)
-        if off < BOUND[self.device] * fault:
-            return None
-        return f"its log-probabilities are {off:.2g} off, where such a fault makes {fault:.2g}"
 
-
-def run(names: list[str], folder: Path, device: str, workers: int) -> list[dict[str, Any]]:
+def run(names: list[str], state: Run) -> list[dict[str, Any]]:
     """A row for each family."""
-    state = Run(folder, device, workers)
-    whole = state.make(names, text=False)
-    text = state.make([n for n in names if n not in whole], text=True)
+    whole = state.make(names)
     import vllm.entrypoints.llm  # noqa: F401, all forks have it then
 
-    state.serve(whole + text)
-    left = [name for name in whole if not state.same(name)]
-    more = state.make(left, text=True)
-    state.serve(more)
-    left = [n for n in names if not state.same(n) and not state.same(f"{n}.text")]
-    state.serve_stock([k for n in left for k in (n, f"{n}.text") if k in state.ours])
+    state.serve(whole)
+    state.serve(state.make(state.left(names), text=True))
+    made = [key for key, outcome in state.made.items() if outcome.value]
+    state.serve([f"{k}@transformers" for k in made if k.partition(".")[0] in state.left(names)])
+    state.serve([key for family in state.left(names) for key in state.keys(family)], ours=False)
     about = {
-        "platform": platform(device),
+        "platform": platform(state.device),
         "vllm": version("vllm"),
         "transformers": version("transformers"),
         "date": str(datetime.date.today()),
@@ -227,13 +263,15 @@ def main() -> None:
     parser.add_argument("--device", choices=BOUND, default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="engines at once")
     parser.add_argument("--folder", type=Path, help="where models and logs go, and stay")
+    parser.add_argument("--wrong-gate", action="store_true", help="to see that this is found")
     args = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     names = args.families or all_families()
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
         for part in (names[i : i + PART] for i in range(0, len(names), PART)):
-            rows = run(part, args.folder or Path(scratch), args.device, args.workers)
+            folder = args.folder or Path(scratch)
+            rows = run(part, Run(folder, args.device, args.workers, args.wrong_gate))
             write(args.out, rows)
             for row in rows:
                 print(row["family"], row["result"], row.get("reason") or row["difference"])

@@ -2,8 +2,8 @@
 
 Of each family :func:`make` writes a folder: ``source``, as Transformers saves it; ``nvfp4``, which
 is that quantized by this package; and log-probabilities of Transformers' own class in float32:
-``source.json``; ``right.json``, with the weights of ``nvfp4``, dequantized by a plain reference; and
-``wrong.json``, which is the same with a fault in the experts.
+``source.json``; ``right.json``, with the weights of ``nvfp4``, dequantized by a plain reference;
+and ``wrong.json``, which is the same with a fault in the experts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.find import find
-from quantize.experts.gates import Gate, Gates
+from quantize.experts.gates import Gates
 from quantize.experts.identify import identify_config
 from tests.quantize import checkpoints, families, put_back
 
@@ -82,6 +82,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
 }
 """What cannot be had from ``families.SPECIAL`` by the sizes alone."""
+
+_NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "deepseek_v3": _NOAUX,
+    "deepseek_v32": _NOAUX,
+    "deepseek_v4": {"mlp_layer_types": None},
+    "glm_moe_dsa": _NOAUX,
+}
+"""Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
+published configs lack it, and vLLM's does not take it."""
 
 ROWS, TOKENS = 3, 48
 
@@ -200,34 +212,21 @@ def spoil(model: torch.nn.Module, gates: Gates) -> str:
 
 
 def _with_silu(experts: put_back.Experts) -> Callable[..., torch.Tensor]:
-    module = experts.module
-    biases = [
-        getattr(module, name, None)
-        for name in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
-    ]
+    """What a module's ``forward`` does, with SiLU."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        rows, out = x.reshape(-1, x.shape[-1]), torch.zeros_like(x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.zeros_like(rows)
         for expert in ids.unique().tolist():
             token, slot = (ids == expert).nonzero(as_tuple=True)
             parts, down = experts.views(expert)
-            products = [rows[token] @ part.T for part in parts]
-            if biases[0] is not None:
-                both = biases[0][expert]
-                products[0] = products[0] + (
-                    both[0::2] if not experts.concatenated else both.chunk(2)[0]
-                )
-                products[1] = products[1] + (
-                    both[1::2] if not experts.concatenated else both.chunk(2)[1]
-                )
-            own = (
-                put_back.formula(Gate("silu"), *products)
-                if len(parts) == 2
-                else (torch.nn.functional.silu(products[0]))
-            )
-            own = own @ down.T
-            if biases[2] is not None:
-                own = own + biases[2][expert]
+            *first, last = experts.biases(expert)
+            products = [linear(rows[token], *each) for each in zip(parts, first, strict=True)]
+            middle = torch.nn.functional.silu(products[0])
+            own = linear(middle * products[1] if len(parts) == 2 else middle, down, last)
             out.index_add_(0, token, own * weights[token, slot, None].to(own.dtype))
         return out.reshape(x.shape)
 
@@ -244,6 +243,9 @@ def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None
     set_experts(model, gates)
     source, target = folder / "source", folder / "nvfp4"
     copy.deepcopy(model).bfloat16().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text()) | PUBLISHED.get(family, {})
+    config = {name: value for name, value in config.items() if value is not None}
+    (source / "config.json").write_text(json.dumps(config))
     checkpoints.convert(source, target, overwrite=True)
     found = {"source": log_probabilities(model)}
     restore(model, source, target)

@@ -55,6 +55,15 @@ class Experts:
             return (first[:half], first[half:]), down
         return (first[0::2], first[1::2]), down
 
+    def biases(self, expert: int) -> tuple[torch.Tensor | None, ...]:
+        """One expert's, in the order of :meth:`views`; None where there is none."""
+        both = getattr(self.module, "gate_up_proj_bias", None)
+        if both is None:
+            return (None,) * (3 if self.joined else 2)
+        both, down = both.data[expert], self.module.down_proj_bias.data[expert]
+        gate, up = both.chunk(2) if self.concatenated else (both[0::2], both[1::2])
+        return gate, up, down
+
     def run(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the module's own forward gives; ``x`` ``[tokens, hidden]``."""
         module = self.module
