@@ -243,8 +243,11 @@ def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None
     set_experts(model, gates)
     source, target = folder / "source", folder / "nvfp4"
     copy.deepcopy(model).bfloat16().save_pretrained(source)
-    config = json.loads((source / "config.json").read_text()) | PUBLISHED.get(family, {})
-    config = {name: value for name, value in config.items() if value is not None}
+    config = json.loads((source / "config.json").read_text())
+    for name, value in PUBLISHED.get(family, {}).items():
+        config[name] = value
+        if value is None:
+            del config[name]
     (source / "config.json").write_text(json.dumps(config))
     checkpoints.convert(source, target, overwrite=True)
     found = {"source": log_probabilities(model)}
