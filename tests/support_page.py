@@ -150,7 +150,8 @@ def served(row: dict[str, Any] | None, since: str) -> str:
         more += ["text"] * (row["model"] != "whole")
         more += ["Transformers backend"] * (row["model_impl"] != "auto")
         more += ["as vLLM"] * ("difference_without_plugin" in row)
-        return f"same{', '.join(more)}: {row['difference']:.0e}"
+        seen = f"same{', '.join(more)}: {row['difference']:.0e}"
+        return cut(f"{seen}; not vLLM's default: {row['default']}") if row.get("default") else seen
     why = {
         "vllm": "vLLM does not run it unquantized either: {reason}",
         "transformers": "Transformers' class gives nothing to compare with: {reason}",

@@ -5,9 +5,9 @@
 Each family of tests/quantize/families.py is built, quantized, and loaded with
 ``--quantization nvfp4_moe``. Log-probabilities of fixed prompts are compared with those of
 Transformers' own class in float32 on the dequantized weights: whole; where that does not do, its
-language model alone; and then with ``--model-impl transformers``. If none does, the checkpoint that
-is not quantized runs in vLLM without this package. OUT.json gets a row for each family, in the
-place of an older one of the same platform, with one of these results:
+language model alone; and then with ``--model-impl transformers``. What does not do runs once more
+as it was before it was quantized, in vLLM without this package. OUT.json gets a row for each
+family, in the place of an older one of the same platform, with one of these results:
 
 - ``same``: the mean difference of log-probabilities is below :data:`BOUND` of what a fault in the
   experts makes. The fault is SiLU for another gate; or, where SiLU is right, gate and up exchanged.
@@ -17,6 +17,9 @@ place of an older one of the same platform, with one of these results:
   Transformers then, too.
 - ``ours``: it can without this package. This is to be mended.
 - ``transformers``: there is nothing to compare with.
+
+If the whole with vLLM's default class did not do, ``default`` in a row that is ``same`` says what
+vLLM makes of that without this package.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ PART = 16
 """Families that go through all steps together; the file is then written."""
 
 LIMIT = 120
-"""Seconds for one engine, start and prompts."""
+"""Seconds for one engine, start and prompts, if not said otherwise; and to build one model."""
 
 
 def all_families() -> list[str]:
@@ -122,8 +125,9 @@ class Run:
     (``--model-impl``).
     """
 
-    def __init__(self, folder: Path, device: str, workers: int, wrong: bool = False) -> None:
-        self.folder, self.device, self.workers, self.wrong = folder, device, workers, wrong
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.device = folder, str(args.device)
+        self.workers, self.limit, self.wrong = args.workers, args.limit, args.wrong_gate
         self.made: dict[str, Outcome] = {}
         self.ours: dict[str, Outcome] = {}
         self.stock: dict[str, Outcome] = {}
@@ -153,7 +157,7 @@ class Run:
             print(f"{name} {key}: {outcome.error or 'done'}, {outcome.seconds} s", flush=True)
 
         logs = self.folder / "logs" / name
-        outcomes |= run_all(calls, logs, LIMIT, self.workers, tell)
+        outcomes |= run_all(calls, logs, self.limit, self.workers, tell)
 
     def keys(self, family: str) -> list[str]:
         """Those of a family that were served, in the order in which they were tried."""
@@ -205,11 +209,12 @@ class Run:
         if not keys:
             return {"result": "transformers", "reason": self.made[family].error}
         for key in keys:
-            if self.same(key):
-                return {"result": "same", **self.what(key)}
-        for key in keys:
-            if self.problem(key) is None:
+            if key in self.stock and not self.same(key) and self.problem(key) is None:
                 return {"result": "ours", "reason": self.ours[key].error, **self.what(key)}
+        for key in keys:
+            if self.same(key):
+                default = {} if key == family else {"default": self.problem(family)}
+                return {"result": "same", **self.what(key), **default}
         return {"result": "vllm", "reason": self.problem(keys[0]), **self.what(keys[0])}
 
     def what(self, key: str) -> dict[str, Any]:
@@ -237,7 +242,8 @@ def run(names: list[str], state: Run) -> list[dict[str, Any]]:
     state.serve(state.make(state.left(names), text=True))
     made = [key for key, outcome in state.made.items() if outcome.value]
     state.serve([f"{k}@transformers" for k in made if k.partition(".")[0] in state.left(names)])
-    state.serve([key for family in state.left(names) for key in state.keys(family)], ours=False)
+    state.serve([key for f in state.left(names) for key in state.keys(f) if key != f], ours=False)
+    state.serve([key for key in whole if not state.same(key)], ours=False)
     about = {
         "platform": platform(state.device),
         "vllm": version("vllm"),
@@ -251,9 +257,10 @@ def platform(device: str) -> str:
     """The name of the device, as the table has it."""
     if device == "cpu":
         return "CPU"
-    from torch import cuda
+    from vllm.platforms import current_platform
 
-    return cuda.get_device_name().removeprefix("NVIDIA ")
+    # Not PyTorch's: CUDA would begin in this process, and forks could not use it.
+    return str(current_platform.get_device_name()).removeprefix("NVIDIA ")
 
 
 def main() -> None:
@@ -262,6 +269,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY")
     parser.add_argument("--device", choices=BOUND, default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="engines at once")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one engine")
     parser.add_argument("--folder", type=Path, help="where models and logs go, and stay")
     parser.add_argument("--wrong-gate", action="store_true", help="to see that this is found")
     args = parser.parse_args()
@@ -271,7 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for part in (names[i : i + PART] for i in range(0, len(names), PART)):
             folder = args.folder or Path(scratch)
-            rows = run(part, Run(folder, args.device, args.workers, args.wrong_gate))
+            rows = run(part, Run(folder, args))
             write(args.out, rows)
             for row in rows:
                 print(row["family"], row["result"], row.get("reason") or row["difference"])

@@ -86,7 +86,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 _NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _NOAUX,
     "deepseek_v32": _NOAUX,
     "deepseek_v4": {"mlp_layer_types": None},

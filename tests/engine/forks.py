@@ -107,4 +107,7 @@ def first_cause(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if type(error).__name__ == "ValidationError" and len(lines) > 1:  # pydantic's first is a count
         lines = [lines[1].partition(" [type=")[0]]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    if not lines:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        lines = [f"{place.line} ({Path(place.filename).name}, line {place.lineno})"]
+    return f"{type(error).__name__}: {lines[0]}"
