@@ -178,7 +178,7 @@ class ExpertsConfig(Format, QuantizationConfig):
                     "quantization_config, or quantize the model again"
                 )
             self.context.summary.left(prefix)
-        method = super().get_quant_method(layer, prefix)
+        method = self.method_of_layout(layer, prefix)
         if method is not None and not self._watched:
             self._watched = True
             self._watch(method)
@@ -227,6 +227,10 @@ class ExpertsConfig(Format, QuantizationConfig):
             and self._drafting is not None
             and not is_one_of(prefix, self.packed_modules_mapping, self._drafting)
         )
+
+    def method_of_layout(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """What vLLM's own config of the layout says of a layer whose experts are not ours."""
+        return super().get_quant_method(layer, prefix)
 
     def _watch(self, method: QuantizeMethodBase) -> None:
         """Have ``method``, of a model's first layer that is not ours, also look whether all its

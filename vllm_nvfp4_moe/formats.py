@@ -58,6 +58,13 @@ class ModelOpt(ExpertsConfig, ModelOptNvFp4Config):
             return UnquantizedEmbeddingMethod()
         return super().get_quant_method(layer, prefix)
 
+    def method_of_layout(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        # Likewise for linears that vLLM merges under a name that no checkpoint has (MLA's in its
+        # Transformers backend), or builds and then drops (Aria's dense MLPs).
+        if isinstance(layer, LinearBase) and not self.stored.beside_experts:
+            return UnquantizedLinearMethod()
+        return super().method_of_layout(layer, prefix)
+
 
 class ModelOptMixed(ExpertsConfig, ModelOptMixedPrecisionConfig):
     """ModelOpt's layout with an algorithm for each module. NVIDIA publishes MiniMax-M3 so: in

@@ -1,5 +1,6 @@
-"""Output heads: a tied one has no tensors that a list could name, and some of vLLM's models give
-theirs no name. Folders that list neither serve all the same."""
+"""What no list of a checkpoint names. A tied head has no tensors to be listed by, some of vLLM's
+models give theirs no name, and others merge linears under a name of their own. Folders serve all
+the same."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from tests.plugin import others
 Load = Callable[..., dict[str, Any]]
 
 
-def unlisted(folder: Path) -> Path:
-    """The folder as it was written before heads were listed always."""
+def unlisted(folder: Path, part: str = "head") -> Path:
+    """The folder without what has ``part`` in its name on the lists; by default, as it was written
+    before heads were listed always."""
     lists = (
         ("config.json", "quantization_config", "ignore"),
         ("hf_quant_config.json", "quantization", "exclude_modules"),
@@ -29,9 +31,20 @@ def unlisted(folder: Path) -> Path:
         if path.exists():
             whole = json.loads(path.read_text())
             listed = whole[keys[0]][keys[1]]
-            whole[keys[0]][keys[1]] = [name for name in listed if "head" not in name]
+            whole[keys[0]][keys[1]] = [name for name in listed if part not in name]
             path.write_text(json.dumps(whole))
     return folder
+
+
+def store_nvfp4(folder: Path, module: str, out: int) -> None:
+    """Exchange the module's weight, ``[out, HIDDEN]``, for one in NVFP4."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {
+        f"{module}.weight": torch.zeros(out, others.HIDDEN // 2, dtype=torch.uint8),
+        f"{module}.weight_scale": torch.ones(out, others.HIDDEN // 16).to(torch.float8_e4m3fn),
+        f"{module}.weight_scale_2": torch.tensor(1.0),
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
@@ -75,13 +88,22 @@ def test_a_head_without_a_prefix(load: Load, tmp_path: Path, layout: str) -> Non
 def test_a_head_that_is_nvfp4(load: Load, tmp_path: Path) -> None:
     """Others may store one so. Then it is stock vLLM's, which has no such kernel on CPUs."""
     folder = others.quantized(others.plain(tmp_path / "bf16"), tmp_path / "nvfp4")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["lm_head.weight"]
-    tensors |= {
-        "lm_head.weight": torch.zeros(256, 32, dtype=torch.uint8),
-        "lm_head.weight_scale": torch.ones(256, 4).to(torch.float8_e4m3fn),
-        "lm_head.weight_scale_2": torch.tensor(1.0),
-    }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    store_nvfp4(folder, "lm_head", 256)
     with pytest.raises(ValueError, match="NVFP4 kernel"):
         load(unlisted(folder))
+
+
+def test_linears_that_no_list_names(load: Load, tmp_path: Path) -> None:
+    """As q_a_proj and kv_a_proj are when vLLM's Transformers backend merges them."""
+    folder = unlisted(
+        others.quantized(others.plain(tmp_path / "bf16"), tmp_path / "nvfp4"), "o_proj"
+    )
+    own = load_file(folder / "model.safetensors")
+    linear = load(folder)["model"].model.layers[1].self_attn.o_proj
+    x = torch.randn(3, others.HIDDEN).bfloat16()
+    want = x.double() @ own["model.layers.1.self_attn.o_proj.weight"].double().T
+    assert torch.allclose(linear(x)[0].double(), want, atol=0.05)
+    # Where some linear is NVFP4, nothing but the list says which.
+    store_nvfp4(folder, "model.layers.1.self_attn.o_proj", others.HIDDEN)
+    with pytest.raises(ValueError, match="NVFP4 kernel"):
+        load(folder)

@@ -266,23 +266,30 @@ def classes() -> dict[str, str]:
 
 def config(family: str, **more: Any) -> PreTrainedConfig:
     """A tiny config of the family, of its top-level config class, with ``more`` fields."""
+    return sized(family, SMALL, SPECIAL.get(family, {}), more)
+
+
+def sized(family: str, sizes: dict[str, Any], *more: dict[str, Any]) -> PreTrainedConfig:
+    """A config of the family with these ``sizes``, and then with ``more`` fields."""
     cls = transformers.CONFIG_MAPPING[
         {"nllb_moe": "nllb-moe", "inkling": "inkling_text"}.get(family, family)
     ]
-    values = shrunk(cls().to_dict())
-    return cls(**merged(merged(values, copy.deepcopy(SPECIAL.get(family, {}))), more))
+    values = shrunk(cls().to_dict(), sizes)
+    for fields in more:
+        merged(values, copy.deepcopy(fields))
+    return cls(**values)
 
 
-def shrunk(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's fields with the sizes of ``SMALL`` and without ``OF_LAYERS``."""
+def shrunk(values: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields with the ``sizes`` and without ``OF_LAYERS``."""
     out = {}
     for name, value in values.items():
         if name in OF_LAYERS:
             continue
         if isinstance(value, dict):
-            out[name] = shrunk(value)
-        elif name in SMALL and not isinstance(value, list):
-            out[name] = SMALL[name]
+            out[name] = shrunk(value, sizes)
+        elif name in sizes and not isinstance(value, list):
+            out[name] = sizes[name]
         else:
             out[name] = value
     return out
@@ -299,13 +306,17 @@ def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def build(family: str, **more: Any) -> torch.nn.Module:
     """The tiny model in bfloat16, of :func:`config`. No two parameters have the same values."""
     torch.manual_seed(0)
-    small = config(family, **more)
-    model: Any = next(mapping[type(small)] for mapping in MAPPINGS if type(small) in mapping)
-    model = (model[0] if isinstance(model, tuple) else model)(small)
+    model = of_config(config(family, **more))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = torch.randn(parameter.shape, dtype=torch.bfloat16) / 2
     return model.eval()
+
+
+def of_config(small: PreTrainedConfig) -> torch.nn.Module:
+    """The model of Transformers' class for the config that has most beside the language model."""
+    cls: Any = next(mapping[type(small)] for mapping in MAPPINGS if type(small) in mapping)
+    return (cls[0] if isinstance(cls, tuple) else cls)(small)
 
 
 Tensors = dict[str, torch.Tensor]

@@ -19,7 +19,7 @@ from quantize.experts.group import ExpertGroup
 from quantize.run.options import Options
 from quantize.run.plan import plan
 from tests.quantize import checkpoints, families
-from tests.quantize.test_families import written
+from tests.quantize.put_back import written
 
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 64, 32
 CONFIG = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "num_experts": EXPERTS}

@@ -35,7 +35,7 @@ class Stored:
     def rename(self, mapper: WeightsMapper) -> None:
         """Take ``mapper`` for the checkpoint's names from now on: it gives vLLM's."""
         self._mapper = mapper
-        for known in ("modules", "_biases"):
+        for known in ("modules", "_biases", "beside_experts"):
             self.__dict__.pop(known, None)
 
     @cached_property
@@ -72,6 +72,11 @@ class Stored:
     def has_head(self) -> bool:
         """Whether an output head is NVFP4, or may be."""
         return self.modules is None or any(_HEAD.search(module) for module in self.modules)
+
+    @cached_property
+    def beside_experts(self) -> bool:
+        """Whether a module that is no routed expert is NVFP4, or may be."""
+        return self.modules is None or not all(map(_EXPERT.search, self.modules))
 
     def expert(self) -> str | None:
         """A module of a routed expert that is NVFP4; None if there is none, or nobody knows."""

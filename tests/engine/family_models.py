@@ -1,0 +1,270 @@
+"""One model of each family, large enough for an engine's kernels, and what it should say.
+
+Of each family :func:`make` writes a folder: ``source``, as Transformers saves it; ``nvfp4``, which
+is that quantized by this package; and log-probabilities of Transformers' own class in float32:
+``source.json``; ``right.json``, with the weights of ``nvfp4``, dequantized by a plain reference;
+and ``wrong.json``, which is the same with a fault in the experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto import modeling_auto
+
+from quantize.checkpoint.reader import Checkpoint
+from quantize.experts.find import find
+from quantize.experts.gates import Gates
+from quantize.experts.identify import identify_config
+from tests.quantize import checkpoints, families, put_back
+
+SIZES: dict[str, Any] = families.SMALL | {
+    "vocab_size": 256,
+    "unpadded_vocab_size": 256,
+    "vocab_size_per_layer_input": 256,
+    "hidden_size": 256,
+    "d_model": 256,
+    "intermediate_size": 128,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+    "n_heads": 4,
+    "head_dim": 64,
+    "v_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 128,
+    "index_n_heads": 4,
+    "index_head_dim": 128,
+    "max_position_embeddings": 256,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "moe_intermediate_size": 128,
+    "expert_ffn_hidden_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "shared_intermediate_size": 128,
+    "dense_intermediate_size": 256,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "d_ff": 128,
+    "out_hidden_size": 256,
+    # those that only families.SPECIAL has
+    "adapter_in_dim": 256,
+    "adapter_out_dim": 256,
+    "adapter_input_size": 256,
+    "text_hidden_size": 256,
+    "projector_hidden_size": 256,
+    "output_dim": 256,
+    "encoder_attention_heads": 4,
+    "qk_head_dim": 192,
+    "mamba_d_head": 128,
+}
+"""As ``families.SMALL``. Attention kernels have heads of 64 and more, and MLA's have the sizes of
+DeepSeek's latents alone."""
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2}},
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [128, 64],
+            "rope_parameters": {"mrope_section": [12, 12, 8]},
+        },
+    },
+    "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [4, 4, 8]}}},
+    "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
+}
+"""What cannot be had from ``families.SPECIAL`` by the sizes alone."""
+
+_NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": _NOAUX,
+    "deepseek_v32": _NOAUX,
+    "deepseek_v4": {"mlp_layer_types": None},
+    "glm_moe_dsa": _NOAUX,
+}
+"""Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
+published configs lack it, and vLLM's does not take it."""
+
+ROWS, TOKENS = 3, 48
+
+
+def prompts() -> list[list[int]]:
+    """``[ROWS][TOKENS]`` tokens, without the first few: configs give these special meanings."""
+    draw = random.Random(0)
+    return [[draw.randrange(16, 250) for _ in range(TOKENS)] for _ in range(ROWS)]
+
+
+def _larger(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _larger(value)
+        if isinstance(value, dict)
+        else (SIZES.get(name, value) if isinstance(value, int) else value)
+        for name, value in fields.items()
+    }
+
+
+def build(family: str, text: bool) -> torch.nn.Module | None:
+    """The model in float32, whose sums are about 1.
+
+    Args:
+        text: the language model alone; None if the family has no class for it, or no other.
+    """
+    torch.manual_seed(0)
+    special = _larger(families.SPECIAL.get(family, {}))
+    more = special, SPECIAL.get(family, {})
+    config = families.sized(family, SIZES, *more)
+    if hasattr(config.get_text_config(), "kv_lora_rank"):  # MLA: as many of both
+        sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}
+        config = families.sized(family, sizes, *more)
+    if text:
+        inner = config.get_text_config()
+        mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        if inner is config or type(inner) not in mapping:
+            return None
+        config = inner
+    model = families.of_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("bias"):
+                parameter.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
+            elif name.rpartition(".")[2] not in ("A_log", "D", "dt_bias"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.1)
+    return model
+
+
+def set_experts(model: torch.nn.Module, gates: Gates) -> None:
+    """Give the experts weights such that they matter, and that their gate does: the products before
+    it go beyond its limit, if it has one. Then round all of the model to what bfloat16 has."""
+    limits = [gate.limit for gate in (gates.default, *gates.layers.values()) if gate.limit]
+    size = 0.6 * min(limits) if limits else 1.5
+    with torch.no_grad():
+        for experts in put_back.experts_of(model):
+            for expert in range(count(experts)):
+                parts, down = experts.views(expert)
+                for part in parts:
+                    part.normal_(0, size / part.shape[-1] ** 0.5)
+                # Products of two, or squares, of that size.
+                down.normal_(0, 2 / size**2 / down.shape[-1] ** 0.5)
+        for tensor in model.state_dict().values():  # which are saved
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+
+
+def count(experts: put_back.Experts) -> int:
+    """How many experts the module has."""
+    if hasattr(experts.module, "mlp"):  # DBRX
+        return int(experts.module.num_experts)
+    return len(experts.stacked()[0])
+
+
+def log_probabilities(model: Any) -> list[float]:
+    """Of each token of the prompts but the first of each, one after another."""
+    found = []
+    with torch.inference_mode():
+        for row in map(torch.tensor, prompts()):
+            logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits[0, :-1]
+            table = logits.double().log_softmax(-1)
+            found.extend(table.gather(1, row[1:, None]).flatten().tolist())
+    return found
+
+
+def restore(model: torch.nn.Module, source: Path, target: Path) -> None:
+    """Put the weights of ``target``, dequantized, into the experts of ``model``."""
+    tensors = put_back.written(target)
+    with Checkpoint(source) as checkpoint:
+        groups = find(checkpoint)
+    for experts, group in zip(put_back.experts_of(model), groups, strict=True):
+        for expert in range(group.num_experts):
+            parts, down = experts.views(expert)
+            for view, name in zip((*parts, down), group.projections, strict=True):
+                weight = tensors.pop(f"{group.prefix}.{group.first + expert}.{name}.weight")
+                view.copy_(weight)
+    assert not [name for name in tensors if name.endswith("weight")]
+
+
+def spoil(model: torch.nn.Module, gates: Gates) -> str:
+    """Give the experts a fault that engines have made: SiLU for another gate, and for SiLU's, gate
+    and up exchanged. Returns its name."""
+    silu = {gates.default.form, *(gate.form for gate in gates.layers.values())} == {"silu"}
+    for experts in put_back.experts_of(model):
+        if silu and not gates.default.post_norm:
+            for expert in range(count(experts)):
+                (gate, up), _ = experts.views(expert)
+                first = gate.clone()
+                gate.copy_(up)
+                up.copy_(first)
+        else:
+            experts.module.forward = _with_silu(experts)
+    return "gate and up exchanged" if silu else "SiLU"
+
+
+def _with_silu(experts: put_back.Experts) -> Callable[..., torch.Tensor]:
+    """What a module's ``forward`` does, with SiLU."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+    def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.zeros_like(rows)
+        for expert in ids.unique().tolist():
+            token, slot = (ids == expert).nonzero(as_tuple=True)
+            parts, down = experts.views(expert)
+            *first, last = experts.biases(expert)
+            products = [linear(rows[token], *each) for each in zip(parts, first, strict=True)]
+            middle = torch.nn.functional.silu(products[0])
+            own = linear(middle * products[1] if len(parts) == 2 else middle, down, last)
+            out.index_add_(0, token, own * weights[token, slot, None].to(own.dtype))
+        return out.reshape(x.shape)
+
+    return forward
+
+
+def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None:
+    """Write all of a family's files into ``folder``. Returns what the fault in ``wrong.json`` is;
+    None if there is no such model (see :func:`build`)."""
+    model: Any = build(family, text)
+    if model is None:
+        return None
+    gates = identify_config(model.config)
+    set_experts(model, gates)
+    source, target = folder / "source", folder / "nvfp4"
+    copy.deepcopy(model).bfloat16().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    for name, value in PUBLISHED.get(family, {}).items():
+        config[name] = value
+        if value is None:
+            del config[name]
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoints.convert(source, target, overwrite=True)
+    found = {"source": log_probabilities(model)}
+    restore(model, source, target)
+    found["right"] = log_probabilities(model)
+    fault = spoil(model, gates)
+    found["wrong"] = log_probabilities(model)
+    for name, values in found.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return {"gate": str(gates), "fault": fault}
+
+
+def read(folder: Path, name: str) -> list[float]:
+    """What :func:`make` has written as ``name``.json."""
+    return list(json.loads((folder / f"{name}.json").read_text()))
+
+
+def difference(a: list[float], b: list[float]) -> float:
+    """The mean absolute difference."""
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
