@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cache
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
@@ -18,12 +19,29 @@ from quantize.report.grid import of_experts, of_linears
 from quantize.report.verdict import judge
 from quantize.run.report_files import mark
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 
 def render(run: RunReport) -> str:
     """The whole page, a function of ``run`` alone; it can be encoded whatever the names hold."""
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    page = _template().render(
+        _context(run),
+        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        js=Markup((folder / "page.js").read_text(encoding="utf-8")),
+        mark=Markup(mark(run.fingerprint, dumps(run).encode())),
+    )
+    return page.encode("utf-8", "replace").decode()
+
+
+@cache
+def _template() -> Template:
+    """The page's, compiled: a process may render many."""
     # Here and not above: a command that writes no report need not load it.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     folder = Path(__file__).parent
     environment = Environment(
@@ -41,13 +59,7 @@ def render(run: RunReport) -> str:
         "share": _share,
         "tick": lambda error: f"{error:.4f}" if error >= 0.001 else f"{error:.2e}",
     }
-    page = environment.get_template("page.html.j2").render(
-        _context(run),
-        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        js=Markup((folder / "page.js").read_text(encoding="utf-8")),
-        mark=Markup(mark(run.fingerprint, dumps(run).encode())),
-    )
-    return page.encode("utf-8", "replace").decode()
+    return environment.get_template("page.html.j2")
 
 
 def _context(run: RunReport) -> dict[str, Any]:
