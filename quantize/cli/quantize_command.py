@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from quantize.calibration.documents import check_there
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
@@ -189,6 +188,8 @@ def quantize(
             raise UsageError("--overwrite and --resume exclude each other")
         _check_text(context, text, input_scales, activations, all_linears)
         if (read := text or input_scales) is not None:
+            from quantize.calibration.documents import check_there
+
             check_there(read)
         found = text is not None or input_scales is not None
         # Calibration sees the inputs of experts alone.

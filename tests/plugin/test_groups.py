@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import silu
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from tests.plugin import others
 from tests.plugin.others import EXPERTS, HIDDEN, LAYERS, PROJECTIONS, WEIGHTS, int8, nvfp4
@@ -119,8 +120,11 @@ def test_a_layer_that_is_not_nvfp4(
     check(second, experts, 6e-3)
 
 
-class Layer(torch.nn.Module):
+class Layer(RoutedExperts):
     """As much of a layer as groups are matched by."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
 
     ckpt_gate_proj_name, ckpt_up_proj_name, ckpt_down_proj_name = PROJECTIONS
 
