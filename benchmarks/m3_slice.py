@@ -53,7 +53,7 @@ class Slice:
             "shared_intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_local_experts": self.experts,
-            "num_experts_per_tok": 4,
+            "num_experts_per_tok": min(4, self.experts),
             "num_attention_heads": 64,
             "num_key_value_heads": 4,
             "head_dim": 128,

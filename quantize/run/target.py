@@ -37,7 +37,9 @@ def check_writable(folder: Path, what: str) -> None:
     try:
         if os.path.lexists(folder):
             if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+                code = errno.EROFS if read_only else errno.EACCES
+                raise OSError(code, os.strerror(code))
             return
         above = folder.absolute().parent
         while not above.exists():

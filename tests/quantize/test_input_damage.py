@@ -208,12 +208,12 @@ def test_folders_with_odd_names(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_name_is_no_text(source: Path, tmp_path: Path) -> None:
-    """Names of files are bytes: the report is written all the same. safetensors' own reader does
-    not take them."""
+    """Names of files are bytes: the report is written all the same, and messages can be shown."""
     odd = tmp_path / os.fsdecode(b"m\xff")
     result = run("quantize", source, odd)
     assert result.exit_code == 0, result.output
     assert (odd / REPORT).read_text(encoding="utf-8")
+    (odd / "config.json").write_text("{")
     assert "m\\udcff" in refusal("inspect", odd)
 
 
