@@ -173,7 +173,8 @@ def test_methods_of_all_other_layers(load: Load, shallow: dict[str, Path], layou
         with set_current_vllm_config(VllmConfig(), check_compile=False):
             layer = kind(64, 64)
             ours, stock = both(layout)
-            ours.stored = type("Headers", (), {"has_head": lambda self: True})()
+            headers = {"has_head": lambda self: True, "beside_experts": True}
+            ours.stored = type("Headers", (), headers)()
             found = []
             for config in (ours, stock):
                 try:
