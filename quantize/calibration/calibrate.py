@@ -24,7 +24,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.rounding import METHODS
-from quantize.run.kv_scales import KvRanges, KvScales
+from quantize.run.kv_scales import KvRanges
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 
@@ -70,7 +70,7 @@ def calibrate(
         visitor = Quantizer(
             checkpoint, Staged(folder), undone, plan.layout, settings, plan.options.scales
         )
-    caches = [job.attention for jobs in plan.shards for job in jobs if isinstance(job, KvScales)]
+    caches = plan.caches
     with watching(model, caches, KvRanges(folder)) if caches else nullcontext():
         if settings.method is not None and METHODS[settings.method].needs_output_hessian:
             forward_backward(

@@ -10,7 +10,7 @@ from quantize.experts.group import ExpertGroup
 from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
 from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
-from quantize.run.kv_scales import KvRanges, KvScales
+from quantize.run.kv_scales import KvRanges
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -32,7 +32,6 @@ def collect(
     rounded = settings if settings and settings.method is not None else None
     ranges = settings if plan.options.activations else None
     staged = Staged(record.calibration) if rounded else None
-    caches = [job.attention for jobs in plan.shards for job in jobs if isinstance(job, KvScales)]
     return RunReport(
         source=record.source,
         target=record.target.name,
@@ -52,7 +51,7 @@ def collect(
         input_scales=_settings(ranges) if ranges else None,
         base=_base(checkpoint, plan, lost) if plan.base else None,
         kv_cache=plan.options.kv_cache,
-        kv_scales={a: list(KvRanges(record.calibration).scales(a)) for a in caches},
+        kv_scales={a: list(KvRanges(record.calibration).scales(a)) for a in plan.caches},
         converted=plan.converts,
         fingerprint=record.fingerprint,
         files=sorted(record.names),

@@ -116,6 +116,12 @@ class Plan:
         )
 
     @property
+    def caches(self) -> list[str]:
+        """Module paths of the attentions whose keys and values get scales."""
+        jobs = (job for jobs in self.shards for job in jobs)
+        return [job.attention for job in jobs if isinstance(job, KvScales)]
+
+    @property
     def file_names(self) -> list[str]:
         """The shards' file names."""
         count = len(self.shards)

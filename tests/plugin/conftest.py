@@ -59,6 +59,16 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     return load
 
 
+@pytest.fixture
+def mxfp8_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.32 has no list of MXFP8 kernels for CPUs, though one of them is plain PyTorch."""
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    kernels = [linear.EmulationMxfp8LinearKernel]
+    monkeypatch.setitem(linear._POSSIBLE_MXFP8_KERNELS, PlatformEnum.CPU, kernels)
+
+
 class Damage:
     """A copy of a checkpoint whose tensors and config can be changed before it is loaded."""
 

@@ -24,10 +24,9 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 
 @pytest.fixture
-def kernels_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.32 has no list of MXFP8 kernels for CPUs, though one of them is plain PyTorch. Its FP8
-    kernels for CPUs need AMX, so a plain product takes their place: what is tested is what vLLM
-    gives a kernel."""
+def fp8_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.32's FP8 kernels for CPUs need AMX. A plain product takes their place: what is tested
+    is what vLLM gives a kernel."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.scaled_mm import BlockScaledMMLinearKernel
     from vllm.platforms import PlatformEnum
@@ -43,7 +42,6 @@ def kernels_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
             return given["A"].float() @ in_blocks(given["B"], given["Bs"]).float().T
 
     cpu = PlatformEnum.CPU
-    monkeypatch.setitem(linear._POSSIBLE_MXFP8_KERNELS, cpu, [linear.EmulationMxfp8LinearKernel])
     monkeypatch.setitem(linear._POSSIBLE_FP8_BLOCK_KERNELS, cpu, [Plain])
 
 
@@ -64,7 +62,7 @@ def decoded(folder: Path, module: str, base: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("base", ["fp8", "mxfp8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.usefixtures("kernels_on_cpus")
+@pytest.mark.usefixtures("mxfp8_on_cpus", "fp8_on_cpus")
 def test_each_as_it_is_stored(
     layout: str, base: str, load: Load, shallow_bf16: Path, tmp_path: Path
 ) -> None:

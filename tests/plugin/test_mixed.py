@@ -19,16 +19,6 @@ LAYER = "model.layers.1.mlp.experts"
 Load = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def mxfp8_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.32 has no list of MXFP8 kernels for CPUs, though one of them is plain PyTorch."""
-    from vllm.model_executor.kernels import linear
-    from vllm.platforms import PlatformEnum
-
-    kernels = [linear.EmulationMxfp8LinearKernel]
-    monkeypatch.setitem(linear._POSSIBLE_MXFP8_KERNELS, PlatformEnum.CPU, kernels)
-
-
 @pytest.mark.parametrize("map_in_config", [False, True])
 @pytest.mark.usefixtures("mxfp8_on_cpus")
 def test_each_as_it_is_stored(

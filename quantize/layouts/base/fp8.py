@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from quantize.checkpoint.sources.fp8_block import decode
 from quantize.layouts.base.base_format import LARGEST
 
 _BLOCK = 128
@@ -43,8 +44,7 @@ class Fp8:
         return codes.reshape(weight.shape).to(torch.float8_e4m3fn), scale
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        grid = scale.reshape(codes.shape[0] // _BLOCK, codes.shape[1] // _BLOCK)
-        return (_blocks(codes.float()) * grid[:, None, :, None]).reshape(codes.shape)
+        return decode(codes, scale, block=(_BLOCK, _BLOCK))
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from quantize.checkpoint.sources.mxfp8 import BLOCK, decode
 from quantize.layouts.base.base_format import LARGEST
 
-_BLOCK = 32
 _BIAS = 127
 
 
@@ -23,19 +23,19 @@ class MxFp8:
     """See ``quantize.layouts.base.base_format.BaseFormat``."""
 
     name = "mxfp8"
-    modelopt: ClassVar[dict[str, Any]] = {"quant_algo": "MXFP8", "group_size": _BLOCK}
+    modelopt: ClassVar[dict[str, Any]] = {"quant_algo": "MXFP8", "group_size": BLOCK}
     preset = "MXFP8"
     format = "mxfp8-quantized"
     scale_dtype = torch.uint8
 
     def fits(self, rows: int, columns: int) -> bool:
-        return columns % _BLOCK == 0
+        return columns % BLOCK == 0
 
     def scale_shape(self, rows: int, columns: int, layout: str) -> tuple[int, ...]:
-        return rows, columns // _BLOCK
+        return rows, columns // BLOCK
 
     def encode(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        blocks = weight.float().unflatten(-1, (-1, _BLOCK))
+        blocks = weight.float().unflatten(-1, (-1, BLOCK))
         # x = m * 2 ** e with 0.5 <= m < 1, and 448 = 0.875 * 2 ** 9: exact, unlike a logarithm.
         mantissa, exponent = torch.frexp(blocks.abs().amax(-1))
         exponent = (exponent - 9 + (mantissa > 0.875)).clamp_(-_BIAS, 254 - _BIAS)
@@ -46,8 +46,7 @@ class MxFp8:
         )
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        exponent = scale.int().unsqueeze(-1) - _BIAS
-        return torch.ldexp(codes.float().unflatten(-1, (-1, _BLOCK)), exponent).flatten(-2)
+        return decode(codes, scale)
 
 
 MXFP8 = MxFp8()
