@@ -287,6 +287,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="of held-out text")
     parser.add_argument("--tokens", type=int, default=1, help="drafted at a time, by vLLM")
     parser.add_argument("--no-engine", action="store_true", help="plain PyTorch alone")
+    parser.add_argument("--engine", default="{}", help="further arguments of vllm.LLM, as JSON")
     args = parser.parse_args()
     bf16, quantized = args.out / "bf16", args.out / "nvfp4"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -316,12 +317,15 @@ def main() -> None:
     if args.no_engine:
         return
     speculate = {"speculative_config": {"method": "mtp", "num_speculative_tokens": args.tokens}}
+    settings = json.loads(args.engine)
     for name, (folder, drafting) in models.items():
         found = []
         for more in ({}, speculate):
             # One process an engine: each takes the device, and sets up its own.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found.append(pool.submit(by_vllm, {"model": str(folder), **more}, rows).result())
+                found.append(
+                    pool.submit(by_vllm, settings | {"model": str(folder), **more}, rows).result()
+                )
         alone, drafted = found
         share = drafted["accepted"] / drafted["drafted"]
         print(f"{name}, vLLM: {drafted['accepted']} of {drafted['drafted']}, {share:.3f}")

@@ -143,9 +143,11 @@ def bad_scales(scales: torch.Tensor) -> str | None:
     if scales.dtype == torch.float8_e4m3fn and scales.numel():
         # A fast check. As signed bytes, 1 to 126 are good, 127 is NaN, and 0 and below are zero or
         # negative. Large models have 10^10 scales, and this takes a hundredth of the time of the
-        # code below (and a tenth of the time of torch.aminmax).
-        signed = scales.view(torch.int8)
-        if signed.min() > 0 and signed.max() < 127:
+        # code below (and a tenth of the time of torch.aminmax). By NumPy on CPUs: PyTorch shares a
+        # minimum out among threads, which on busy machines wait for each other far longer.
+        signed = scales.detach().view(torch.int8)
+        bytes_ = signed if signed.is_cuda else signed.numpy()
+        if bytes_.min() > 0 and bytes_.max() < 127:
             return None
     values = scales.float()
     for bad, what in (

@@ -22,6 +22,9 @@ PREACTIVATION = 6.0
 """Standard deviation of gate and up: the clamp at 7 is reached by a fourth of the values."""
 
 
+NUMBERS = {"swiglu_oai": (1.702, 1.0, 7.0), "situ": (4.0, 0.0, 25.0)}
+"""Alpha, beta and limit."""
+
 MODELS = (*SHAPES.values(), Shape("m3-nano", 32, 384, 128, 4))
 
 
@@ -187,7 +190,7 @@ def build(
     register()  # as vLLM does in each of its processes
     plain = isinstance(w13, torch.Tensor)
     device = w13.device if isinstance(w13, torch.Tensor) else w13.codes.device
-    numbers = (1.702, 1.0, 7.0) if gate == "swiglu_oai" else ()
+    numbers = NUMBERS.get(gate, ())
     stored = LAYOUTS["modelopt"].quantization_config([])
     quantization: Any
     told: dict[str, Any] = {}
@@ -195,7 +198,7 @@ def build(
         from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
         quantization = ModelOptNvFp4Config.from_config(stored)
-        if numbers:  # as vLLM's MiniMax-M3 says it
+        if gate == "swiglu_oai":  # as vLLM's MiniMax-M3 says it
             names = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
             told = {
                 "activation": "swigluoai_uninterleave",
@@ -208,8 +211,9 @@ def build(
         told = {"activation": "relu2_no_mul", "ckpt_names": ("up_proj", "down_proj", None)}
     ours = backend.startswith("hopper")
     wanted = KernelConfig(moe_backend="auto" if ours else backend)
+    rounded = {"hopper fp8": "fp8", "emulation": "nvfp4"}  # the latter has no other activations
     activations = mock.patch.dict(
-        os.environ, {"NVFP4_MOE_ACTIVATIONS": "fp8" if "fp8" in backend else "bf16"}
+        os.environ, {"NVFP4_MOE_ACTIVATIONS": rounded.get(backend, "bf16")}
     )
     config = VllmConfig(load_config=LoadConfig(), kernel_config=wanted)
     config.quant_config = quantization

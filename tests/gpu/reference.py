@@ -56,10 +56,16 @@ def relu2(up: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return up.clamp(min=0) ** 2
 
 
+def situ(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Kimi-K3's: SwiGLU whose linear factors are capped at 4 and 25, smoothly."""
+    return 4 * torch.tanh(gate / 4) * torch.sigmoid(gate) * 25 * torch.tanh(up / 25)
+
+
 GATES: dict[str, GateFunction] = {
     "silu": silu_gate,
     "swiglu_oai": clamped_swiglu_oai,
     "relu2": relu2,
+    "situ": situ,
 }
 
 

@@ -45,7 +45,8 @@ def main(first: str, second: str) -> None:
         "max_model_len": 128,
         "max_num_seqs": 4,
         "enable_prefix_caching": False,  # it would keep what other weights computed
-        "gpu_memory_utilization": 0.3,
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": 1 << 28,  # measured, it would be wrong beside other processes
         # CUDA graphs without torch.compile, which takes minutes.
         "compilation_config": {
             "mode": 0,

@@ -6,6 +6,7 @@ w2's by the weights' global scale, so that without its preparation they would al
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -94,7 +95,10 @@ def test_two_of_w2s_biases_are_seen(gpu: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["auto", "marlin", "humming"])
 def test_a_gpt_oss_engine(gpu: torch.device, tmp_path: Path, backend: str) -> None:
     """A whole engine, with its own attention, beside Transformers. Weights are random: what is
-    compared is that nothing is left out."""
+    compared is that nothing is left out. The engine computes in bfloat16, and may be off by a third
+    of what the biases of one matrix in one layer make."""
+    from safetensors.torch import load_file
+
     from quantize.checkpoint.reader import Checkpoint
     from quantize.execute import execute
     from quantize.run.plan import plan
@@ -111,7 +115,12 @@ def test_a_gpt_oss_engine(gpu: torch.device, tmp_path: Path, backend: str) -> No
     )
     with Checkpoint(tmp_path / "bf16") as checkpoint:
         execute(checkpoint, plan(checkpoint), tmp_path / "nvfp4")
-    settings = {"moe_backend": backend, "enforce_eager": True, "gpu_memory_utilization": 0.3}
+    settings = {
+        "moe_backend": backend,
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": 1 << 28,  # measured, it would be wrong beside other processes
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"),
          str(tmp_path / "out.json"), json.dumps(settings)],
@@ -120,4 +129,16 @@ def test_a_gpt_oss_engine(gpu: torch.device, tmp_path: Path, backend: str) -> No
     assert done.returncode == 0, done.stderr[-3000:]
     ours = torch.tensor(json.loads((tmp_path / "out.json").read_text()))
     theirs = biased.log_probabilities(tmp_path / "nvfp4", "modelopt", prompts()).flatten()
-    assert (ours - theirs).abs().mean() < 0.02 * theirs.std()
+    tensors = load_file(tmp_path / "nvfp4" / "model.safetensors")
+    lost = []
+    for layer, matrix in itertools.product(range(2), ("gate_proj", "up_proj", "down_proj")):
+        zeros = {
+            name: torch.zeros_like(tensor)
+            for name, tensor in tensors.items()
+            if f"layers.{layer}.mlp.experts" in name and name.endswith(f"{matrix}.bias")
+        }
+        assert zeros
+        without = biased.damaged(tmp_path / "nvfp4", tmp_path / f"{layer} {matrix}", **zeros)
+        other = biased.log_probabilities(without, "modelopt", prompts()).flatten()
+        lost.append(float((other - theirs).abs().mean()))
+    assert (ours - theirs).abs().mean() < min(lost) / 3

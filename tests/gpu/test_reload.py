@@ -103,14 +103,10 @@ def taken_from(memory: Any, make: Callable[[], Layer]) -> Layer:
 
 @pytest.mark.parametrize("plain", [False, True], ids=["from nvfp4", "from bf16"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_captured_graphs_follow(
-    gpu: torch.device, backend: str, plain: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captured_graphs_follow(gpu: torch.device, backend: str, plain: bool) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
     skip_elsewhere(backend)
-    if backend == "emulation":  # of 4-bit activations
-        monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "nvfp4")
     memory = CuMemAllocator.get_instance()
     one, two = (weights(seed, gpu, plain) for seed in (0, 1))
     layer = taken_from(memory, lambda: build(SHAPE, GATE, *one, backend))

@@ -63,6 +63,9 @@ columns."""
 _TELLING = 0.2
 """A gate is compared only if its output differs from the contract's by this part of the error, so
 that the error can tell the two apart."""
+_FEW = 512
+"""Values of a gate, of which a kernel with 4-bit activations may round enough another way for the
+output to be nearer to another gate's: of one token and 48 columns, it was for 5 of 200 layers."""
 
 
 class SelfCheck:
@@ -166,18 +169,21 @@ class SelfCheck:
         bound = ROUNDED_WEIGHTS if method.rounds_weights else BOUNDS[method.activation_bits]
         own = sample.truth[method.gate]
         error = _error(output, own)
-        errors = {
-            gate: _error(output, truth)
+        nearer = {
+            gate: _nearer(output, own, truth)
             for gate, truth in sample.truth.items()
-            if gate == method.gate or float((truth - own).norm()) > _TELLING * error.total
+            if float((truth - own).norm()) > _TELLING * error.total
         }
-        nearest = min(errors, key=lambda gate: errors[gate].total)
+        if method.activation_bits == 4 and sample.values < _FEW:
+            nearer = {}
+        nearest = max(nearer, key=lambda gate: nearer[gate], default=method.gate)
         # Written so that NaN fails.
         right = error.token <= bound.token and error.value <= bound.value
-        if right and nearest == method.gate:
+        other = nearer.get(nearest, 0.0) > 0
+        if right and not other:
             self.worst = max(self.worst or 0.0, error.token)
             return
-        hint = "" if nearest == method.gate else f" It is nearer to what {nearest} would give."
+        hint = f" It is nearer to what {nearest} would give." if other else ""
         raise RefusedError(
             f"{layer.layer_name}: self-check: {method.kernel} does not compute what the checkpoint "
             f"means{f' ({name})' if name else ''}, of {len(output)} token(s): "
@@ -193,6 +199,16 @@ def _device_works(layer: RoutedExperts) -> bool:
         return bool((torch.ones(2, device=layer.w2_weight.device).sum() == 2).item())
     except RuntimeError:
         return False
+
+
+def _nearer(output: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> float:
+    """Above 0 if ``output`` is nearer to ``other`` than to ``own``, all ``[tokens, hidden]``.
+
+    Each token counts alike: with 4-bit activations, one block of a large token that was rounded
+    another way can be more than all else, and says nothing about the gate.
+    """
+    here, there = ((output - truth).square().sum(1) for truth in (own, other))
+    return float(((here - there) / (here + there).clamp_min(1e-30)).sum())
 
 
 def _error(output: torch.Tensor, truth: torch.Tensor) -> Error:

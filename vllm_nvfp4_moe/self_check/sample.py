@@ -44,6 +44,8 @@ class Sample:
             unless the kernel routes by itself.
         truth: the output of this rank's experts, float32 ``[TOKENS, hidden]``, under the contract's
             gate, under each of some others, and without the biases that they have.
+        values: how many different values the gate gives for a whole batch; the kernel may round
+            each of them another way.
     """
 
     x: torch.Tensor
@@ -51,6 +53,7 @@ class Sample:
     weights: torch.Tensor
     logits: torch.Tensor | None = None
     truth: dict[Gate | str, torch.Tensor] = field(default_factory=dict)
+    values: int = 0
 
     def batches(self) -> Iterator[Sample]:
         """One token alone, all, and a large batch of the same ones: kernels choose by their
@@ -64,7 +67,8 @@ class Sample:
     def _of(self, tokens: torch.Tensor) -> Sample:
         logits = None if self.logits is None else self.logits[tokens]
         truth = {gate: each[tokens] for gate, each in self.truth.items()}
-        return Sample(self.x[tokens], self.ids[tokens], self.weights[tokens], logits, truth)
+        values = self.values * len(tokens.unique()) // len(self.x)
+        return Sample(self.x[tokens], self.ids[tokens], self.weights[tokens], logits, truth, values)
 
 
 def _others(gate: Gate) -> Iterator[Gate]:
@@ -117,6 +121,7 @@ def make_sample(layer: RoutedExperts, method: ExpertsBackend) -> Sample:
     if method.is_monolithic:
         sample.logits, sample.weights, sample.ids = route(layer, sample.x, sample.ids)
     ids, weights = sample.ids.cpu(), sample.weights.cpu()
+    sample.values = int((weights > 0).sum()) * next(iter(experts.values())).w2.shape[1]
     on_input = layer.apply_router_weight_on_input
     for gate in dict.fromkeys([method.gate, *_others(method.gate)]):
         sample.truth[gate] = torch.zeros(TOKENS, hidden, device=device)
