@@ -19,6 +19,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.report import dumps, render
 from quantize.report.collect import collect
+from quantize.run import done
 from quantize.run.cluster import check_threads, make_shards_on_ray
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
@@ -161,8 +162,8 @@ class _Run:
         space = self._check()
         record.begin(overwrite, resume)
         try:
-            record.discard_changed(checkpoint, plan)
-            missing = record.missing(plan)
+            done.discard_changed(record, checkpoint, plan)
+            missing = done.missing(record, plan)
             progress(_source_bytes(plan, set(range(len(plan.shards))) - set(missing)))
             self._say_what_stays()
             try:
@@ -172,7 +173,7 @@ class _Run:
                 if record.cleared or not _out_of_space(error):
                     raise
                 self._clear()
-                self._make(record.missing(plan), space, progress, calibrating)
+                self._make(done.missing(record, plan), space, progress, calibrating)
         except BaseException as error:
             record.abandon(error)
             raise
@@ -185,8 +186,8 @@ class _Run:
         missing: Sequence[int] = every
         voided = []
         if record.goes_on:
-            voided = record.voided(self.checkpoint, plan)
-            missing = [i for i in every if i in voided or not record.is_done(plan, i)]
+            voided = done.voided(record, self.checkpoint, plan)
+            missing = [i for i in every if i in voided or not done.is_done(record, plan, i)]
         shards = sum(out.nbytes for i in missing for out in plan.outputs(i))
         shards += sum((self.checkpoint.folder / name).stat().st_size for name in self.others)
         calibration = 0
