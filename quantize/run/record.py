@@ -29,10 +29,10 @@ from quantize.errors import DamagedWeightsError, QuantizeError
 from quantize.run.files import sync, write_json
 from quantize.run.leftovers import SOURCE, repaired, replaced_by_new, replaced_by_same
 from quantize.run.lock import LOCK
-from quantize.run.replaced import Replaced
+from quantize.run.replaced import Replaced, check_links_among
 from quantize.run.run_file import NAME, RunFile
 from quantize.run.shard_records import PATTERN, ShardRecords
-from quantize.run.target import CONFIG, check_links, check_target, is_free
+from quantize.run.target import CONFIG, check_target, is_free
 from quantize.run.target import FOLDER as FOLDER
 from quantize.run.weight_error import WeightError
 from quantize.run.work_dir import WorkDir
@@ -280,7 +280,7 @@ class Record:
         self.cleared = found.cleared
         self.stamps = found.stamps
         found.shards = self.shards  # of the same plan, and surely ours
-        check_links(self.target)
+        check_links_among(self.target, self.names)
         self.replaced = replaced_by_same(self.target, self.names, found)
         self._adopts = True
 

@@ -190,6 +190,26 @@ def test_a_link_among_more_templates(source: Path, tmp_path: Path) -> None:
     assert "is a link" in refusal("quantize", source, out, "--overwrite")
 
 
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--resume"]])
+def test_a_link_in_a_folder_that_the_new_model_brings(
+    flags: list[str], source: Path, tmp_path: Path
+) -> None:
+    """Its files would come to where the link leads."""
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    (source / "tokenizer_config.json").write_text('{"tokenizer_file": "sp/more/words.txt"}')
+    (source / "sp" / "more").mkdir(parents=True)
+    (source / "sp" / "more" / "words.txt").write_text("new")
+    if flags == ["--resume"]:
+        interrupted(source, tmp_path)
+    (out / "sp").mkdir(parents=True)
+    mine.mkdir()
+    (mine / "words.txt").write_text("mine")
+    (out / "sp" / "more").symlink_to(mine)
+    message = refusal("quantize", source, out, "--max-shard-size", "5KB", *flags)
+    assert f"{out / 'sp' / 'more'} is a link to" in message
+    assert (mine / "words.txt").read_text() == "mine"
+
+
 def test_what_is_not_ours_in_the_records_folder(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / FOLDER / "precious").mkdir(parents=True)
