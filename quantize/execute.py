@@ -93,11 +93,8 @@ def execute(
             no ``config.json`` and a run that can be resumed.
     """
     started = time.perf_counter()
-    # The files' own folders too: a source may be a folder of links to them.
-    source_folders = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
-    if target.exists() and any(folder.samefile(target) for folder in source_folders):
-        raise QuantizeError(f"{target} is the source; choose another folder")
     others = companions(checkpoint.folder)
+    _check_apart(checkpoint, target, others)
     identity = identity_of(checkpoint)
     record = Record(
         target,
@@ -133,6 +130,21 @@ def execute(
     )
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
+
+
+def _check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str]) -> None:
+    """Raise QuantizeError if a run would write to its source, or read its target."""
+    # The files' own folders too: a source may be a folder of links to them.
+    source = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
+    inner = {name.rpartition("/")[0] for name in others}
+    for place in (target, *(target / folder for folder in inner if folder)):
+        if place.exists() and any(folder.samefile(place) for folder in source):
+            raise QuantizeError(f"{place} is the source; choose another folder")
+    for name in {name.partition("/")[0] for name in others if "/" in name}:
+        if target.resolve().is_relative_to((checkpoint.folder / name).resolve()):
+            raise QuantizeError(
+                f"{target} is in {checkpoint.folder / name}, which is copied; choose another folder"
+            )
 
 
 @dataclass

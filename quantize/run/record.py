@@ -32,7 +32,7 @@ from quantize.run.lock import LOCK
 from quantize.run.replaced import Replaced, check_links_among
 from quantize.run.run_file import NAME, RunFile
 from quantize.run.shard_records import PATTERN, ShardRecords
-from quantize.run.target import CONFIG, check_target, is_free
+from quantize.run.target import CONFIG, check_room_for_names, check_target, is_free
 from quantize.run.target import FOLDER as FOLDER
 from quantize.run.weight_error import WeightError
 from quantize.run.work_dir import WorkDir
@@ -138,6 +138,7 @@ class Record:
         strangers = {file.name for file in self.target.glob("*.safetensors")}
         if (strangers - {*self.names, *self.replaced.delete}) and INDEX not in self.names:
             self.names.append(INDEX)  # or an engine would read them as part of the model
+        check_room_for_names(self.target, self.names)
 
     def begin(self, overwrite: bool, resume: bool) -> None:
         """Make the target this run's: the first change there.

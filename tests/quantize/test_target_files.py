@@ -160,6 +160,43 @@ def test_a_file_that_has_a_new_ones_name(source: Path, tmp_path: Path) -> None:
     assert tree(out) == before
 
 
+@pytest.mark.parametrize("what", ["a folder for the index", "a file for a folder"])
+def test_what_would_fail_when_the_old_checkpoint_is_gone(
+    what: str, source: Path, tmp_path: Path
+) -> None:
+    """A file that others left calls for an index, and one of the new model's files for a folder;
+    what has the name is in the way, and that is said while the old checkpoint is whole."""
+    out = tmp_path / "out"
+    assert run("quantize", source, out).exit_code == 0
+    if what == "a folder for the index":
+        (out / "my_lora.safetensors").write_bytes(b"mine")
+        (out / INDEX).mkdir()
+        (out / INDEX / "mine").write_text("mine")
+        wanted = f"{out / INDEX} is a folder"
+    else:
+        (out / "sp").write_text("mine")
+        (source / "sp").mkdir()
+        (source / "sp" / "a.model").write_text("x")
+        (source / "tokenizer_config.json").write_text('{"tokenizer_file": "sp/a.model"}')
+        wanted = f"{out / 'sp'} is a file"
+    before = tree(out)
+    assert wanted in refusal("quantize", source, out, "--overwrite")
+    assert tree(out) == before
+
+
+def test_a_target_that_is_in_the_source_or_around_it(source: Path, tmp_path: Path) -> None:
+    """A source is not written to, nor a target read."""
+    (source / "tokenizer_config.json").write_text('{"tokenizer_file": "source/tokenizer.json"}')
+    (source / "source").mkdir()
+    (source / "source" / "tokenizer.json").write_text("another")
+    before = tree(source)
+    assert f"{source} is the source" in refusal("quantize", source, tmp_path, "--overwrite")
+    for inside in (source / "source", source / "source" / "out"):
+        assert "which is copied" in refusal("quantize", source, inside, "--overwrite")
+    assert tree(source) == before
+    assert run("quantize", source, source / "out").exit_code == 0
+
+
 # -- links in the target ---------------------------------------------------------------------------
 
 
