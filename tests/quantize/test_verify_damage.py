@@ -9,8 +9,10 @@ and never by ``verify``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -63,6 +65,13 @@ def test_a_good_checkpoint_has_no_problems(name: str, good: Callable[[str], Good
         assert verify(None, target).problems == []
 
 
+def names_a_file(problem: str, folder: Path) -> bool:
+    """Or the folder, of what is missing."""
+    return re.search(r"\w\.(safetensors|json|html|jinja)\b", problem) is not None or (
+        f"{folder}" in problem
+    )
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_damage_that_can_be_seen_is_found(name: str, good: Callable[[str], Good]) -> None:
     whole = good(name)
@@ -82,6 +91,7 @@ def test_every_damage_that_can_be_seen_is_found(name: str, good: Callable[[str],
             for file, content in following(whole.folder, damage).items():
                 stack.enter_context(damaged(whole.folder, file, content))
             found = problems(whole)
+        assert all(names_a_file(problem, whole.folder) for problem in found), found
         if damage.unseen is None:
             assert found, damage.what
         else:
