@@ -93,6 +93,7 @@ def execute(
             no ``config.json`` and a run that can be resumed.
     """
     started = time.perf_counter()
+    _check_apart(checkpoint, target)
     others = companions(checkpoint.folder)
     _check_apart(checkpoint, target, others)
     identity = identity_of(checkpoint)
@@ -132,8 +133,12 @@ def execute(
         return summary(run.go(overwrite, resume, progress, calibrating))
 
 
-def _check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str]) -> None:
-    """Raise QuantizeError if a run would write to its source, or read its target."""
+def _check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()) -> None:
+    """Raise QuantizeError if a run would write to its source, or read its target.
+
+    Args:
+        others: relative paths of files that are copied.
+    """
     # The files' own folders too: a source may be a folder of links to them.
     source = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
     inner = {name.rpartition("/")[0] for name in others}
