@@ -10,6 +10,7 @@ from quantize.experts.group import ExpertGroup
 from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
 from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.run import done
 from quantize.run.kv_scales import KvRanges
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
@@ -27,7 +28,7 @@ def collect(
     Args:
         digests: SHA-256 of the files that people edit, by name.
     """
-    lost = record.errors(plan)
+    lost = done.errors(record, plan)
     settings = plan.options.calibration
     rounded = settings if settings and settings.method is not None else None
     ranges = settings if plan.options.activations else None

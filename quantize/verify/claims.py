@@ -115,8 +115,9 @@ class Claims:
                 or (math.isnan(found) and math.isnan(error))
             ):
                 yield (
-                    f"{weight.module}: relative error {found:.6g}, but {REPORT_DATA} says "
-                    f"{error:.6g}: it was changed since it was written; quantize again"
+                    f"{weight.file}: {weight.module}: relative error {found:.6g}, but "
+                    f"{REPORT_DATA} says {error:.6g}: it was changed since it was written; "
+                    "quantize again"
                 )
         counts = torch.stack([weight.counts for weight in weights]).sum(0).tolist()
         if counts != [sum(c) for c in zip(*(ly.scale_counts for ly in layers), strict=True)]:

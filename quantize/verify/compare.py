@@ -31,7 +31,8 @@ from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.blocks import COLUMNS
 from quantize.verify.claims import BASE, DENSE, Claims
 from quantize.verify.kv_scales import kv_scales_of
-from quantize.verify.weights import Part, Weights, same_bits
+from quantize.verify.stored import Part, same_bits
+from quantize.verify.weights import Weights
 
 Task = Callable[[Worker], tuple[Part, int]]
 """Checks something; also says how many bytes of the source it was."""
@@ -235,6 +236,7 @@ class Comparison:
             2 * job.memory + 5 * len(job.modules) * shape[0] * shape[1],
             job.stored if isinstance(job, ConvertExpert) else None,
             self.claims.foreign,
+            job.tensor_names,
         )
 
     def _converted(self, name: str) -> Weights:
@@ -249,6 +251,7 @@ class Comparison:
             nbytes=nbytes,
             memory=2 * job.memory + 5 * rows * columns,
             carried=job.stored,
+            names=job.names,
         )
 
     def _linears(self, names: tuple[str, ...]) -> Weights:
@@ -266,6 +269,7 @@ class Comparison:
             sum(map(self.source.stored_bytes, names)),
             10 * sum(rows * columns for rows, columns in shapes),
             foreign=self.claims.foreign,
+            names=names,
         )
 
     def _info(self, name: str) -> TensorInfo:
@@ -293,7 +297,7 @@ class Comparison:
         """What is wrong with the target's copy of a tensor; ``same`` compares what it holds."""
         name, copy = wanted.name, self.target.tensors.get(wanted.name)
         if copy is None:
-            yield f"{name} is missing; quantize again"
+            yield f"{self.target.folder}: {name} is missing; quantize again"
         elif (copy.dtype, copy.shape) != (wanted.dtype, wanted.shape):
             yield (
                 f"{copy.file.name}: {name} is {copy.dtype} {list(copy.shape)}, the source's "

@@ -30,8 +30,9 @@ from quantize.verify.files import file_problems
 from quantize.verify.kv_scales import kv_problems, kv_scales_of
 from quantize.verify.report import edited, report_problems
 from quantize.verify.results import LayerError, Lost, Report, Worst
+from quantize.verify.stored import Part
 from quantize.verify.structure import Structure, count_problems, missing_layers, quantized_modules
-from quantize.verify.weights import Part, Weights
+from quantize.verify.weights import Weights
 
 
 def verify(
