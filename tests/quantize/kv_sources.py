@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.quantize.checkpoints import EXPERTS, HIDDEN, build, per_expert, save
-from tests.quantize.test_convert import INTER, QUANTIZATION, Source
+from tests.quantize.nvfp4_sources import INTER, QUANTIZATION, Source
 
 ATTENTION = [f"model.layers.{layer}.self_attn" for layer in range(2)]
 SCALES = [(0.02734375, 0.041015625), (0.5625, 0.0031280517578125)]
