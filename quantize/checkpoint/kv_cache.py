@@ -50,10 +50,9 @@ class StoredCache:
     """What a source says of its cache.
 
     Attributes:
-        kind: ``FP8``, ``FP8_HEAD`` or ``NVFP4``; if nothing describes the cache, the kind that the
-            scales are of; None: no description and no scales, or a description that is none of
-            these.
-        key: where it is described, file and key; None if nothing does.
+        kind: ``FP8``, ``FP8_HEAD`` or ``NVFP4``; None if it is none of these, or nothing.
+        key: where it is described, file and key; None if nothing describes it. Then there are no
+            scales either: what is called like one may be a weight.
         said: what stands there, as JSON.
         scales: by the module path of an attention: the scale of its keys as ``k``, of its values
             as ``v``. They may be one tensor.
@@ -85,7 +84,7 @@ class StoredCache:
                 if info.dtype not in PLAIN or 0 in info.shape or (many and self.kind != FP8_HEAD):
                     raise QuantizeError(
                         f"{info.file.name}: {info.name} is {info.dtype} {list(info.shape)}, "
-                        f"expected one float{f' ({self.key})' if self.key else ''}; {_LEAVE_OUT}"
+                        f"expected one float ({self.key}); {_LEAVE_OUT}"
                     )
             if len(pair) < 2:
                 [info] = pair.values()
@@ -106,18 +105,16 @@ def kv_cache_of(
         stored: every tensor in the files, by name.
     """
     described = next(_described(folder, config), None)
+    if described is None:
+        return StoredCache()
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in stored.items():
         if match := _SCALES.fullmatch(name):
-            which = match["one"] or match["output"] or match["cache"]
-            found.setdefault(match["attention"], {}).update(dict.fromkeys(which or "kv", info))
-    others = frozenset(name for name in stored if _ZERO.fullmatch(name)) if found else frozenset()
-    if described:
-        key, value, kind = described
-        return StoredCache(kind, key, json.dumps(value), found, others)
-    every = (info for pair in found.values() for info in pair.values())
-    many = any(info.shape not in ((), (1,)) for info in every)
-    return StoredCache((FP8_HEAD if many else FP8) if found else None, scales=found, others=others)
+            which = match["one"] or match["output"] or match["cache"] or "kv"
+            found.setdefault(match["attention"], {}).update(dict.fromkeys(which, info))
+    others = frozenset(name for name in stored if _ZERO.fullmatch(name))
+    key, value, kind = described
+    return StoredCache(kind, key, json.dumps(value), found, others)
 
 
 _LEAVE_OUT = "--kv-cache auto leaves the scales of keys and values out"

@@ -122,13 +122,12 @@ def with_kv_cache(checkpoint: Checkpoint, options: Options) -> tuple[Options, tu
     What the user says wins over what the source says.
     """
     cache = _cache(checkpoint)
-    if cache == StoredCache():
+    if cache.key is None:
         asked = None if options.kv_cache == KV_AUTO else options.kv_cache
         return replace(options, kv_cache=asked), ()
     count = len(cache.scales)
     scales = f"scales of {count} attention{'s' * (count != 1)}" if count else "no scales"
-    words = f"{cache.key} is {cache.said}" if cache.key else "nothing describes the cache"
-    source = f"The source's key-value cache: {words}, with {scales}."
+    source = f"The source's key-value cache: {cache.key} is {cache.said}, with {scales}."
     if options.kv_cache == KV_AUTO:
         return replace(options, kv_cache=None), (f"{source} --kv-cache auto: left out.",)
     if options.kv_cache is not None:
@@ -142,5 +141,5 @@ def with_kv_cache(checkpoint: Checkpoint, options: Options) -> tuple[Options, tu
             f"Warning: {source} --layout {options.layout} cannot say that, so it is left out, and "
             "engines keep keys and values as they like; --kv-cache fp8 asks for FP8.",
         )
-    decided = replace(options, kv_cache=cache.kind if cache.key else None, kv_carried=count > 0)
+    decided = replace(options, kv_cache=cache.kind, kv_carried=count > 0)
     return decided, (f"{source} Carried over.",)

@@ -11,6 +11,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.layouts.layout import Layout
 from quantize.run.kv_carried import CarryKvScales, carried_of, written_of
 from quantize.run.kv_scales import KvScales, attentions
+from quantize.run.report_files import REPORT_DATA
 from quantize.verify.claims import CONFIG, Claims
 from quantize.verify.weights import misfits
 
@@ -49,7 +50,10 @@ def kv_problems(
     """
     said = claims.run.kv_scales if claims.run else None
     if said is not None and said.keys() != {job.attention for job in wanted}:
-        yield "the report has scales of other keys and values than the checkpoint; quantize again"
+        yield (
+            f"{REPORT_DATA}: kv_scales are of other keys and values than the checkpoint's; "
+            "quantize again"
+        )
     for job in wanted:
         if wrong := list(misfits(target, job.outputs)):
             yield from wrong
@@ -66,7 +70,8 @@ def kv_problems(
                 yield f"{where}, no scale that keys and values can have; quantize again"
                 continue
             if originals is not None and not torch.equal(originals[number].flatten(), scale):
-                yield f"{where}, but the source has {originals[number].flatten().tolist()[:8]}"
+                truth = originals[number].flatten()
+                yield f"{where}, but the source has {truth.tolist()[:8]}; quantize again"
             elif reported is not None:
                 start = number * len(scale)
                 truth = torch.tensor(reported[start : start + len(scale)], dtype=torch.float32)

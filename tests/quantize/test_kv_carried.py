@@ -112,13 +112,19 @@ def test_one_scale_for_both(tmp_path: Path) -> None:
     verified(source, tmp_path / "out")
 
 
-def test_scales_that_nothing_describes(tmp_path: Path) -> None:
-    """Whoever serves it with ``--kv-cache-dtype fp8`` still gets them."""
-    source = save_source(tmp_path / "source", NEVER_SAID)
-    convert(source, tmp_path / "out", layout="compressed-tensors")
-    assert said(tmp_path / "out", "compressed-tensors") is None
-    assert len(cache_tensors(tmp_path / "out")) == 4
-    verified(source, tmp_path / "out")
+@pytest.mark.parametrize("layout", NAMES)
+def test_what_nothing_describes_may_be_weights(layout: str, tmp_path: Path) -> None:
+    """So it is copied byte for byte, as all else is."""
+    for name, way in (("numbers", NEVER_SAID), ("vectors", NEVER_SAID._replace(names=DIRECT))):
+        source = save_source(tmp_path / name, way, heads=name == "vectors")
+        done = run("quantize", source, tmp_path / f"{name}-out", "--layout", layout)
+        assert "key-value cache" not in done.output
+        assert said(tmp_path / f"{name}-out", layout) == NOTHING[layout]
+        stored, truth = cache_tensors(tmp_path / f"{name}-out"), cache_tensors(source)
+        assert len(truth) == 4
+        assert stored.keys() == truth.keys()
+        assert all(torch.equal(stored[key], tensor) for key, tensor in truth.items())
+        verified(source, tmp_path / f"{name}-out")
 
 
 def test_a_scale_for_each_head(tmp_path: Path) -> None:
