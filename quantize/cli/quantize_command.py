@@ -67,7 +67,7 @@ def quantize(
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
     base: BaseOption = KEPT,
-    kv_cache: KvCacheOption = KvCache.AUTO,
+    kv_cache: KvCacheOption = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -206,7 +206,7 @@ def quantize(
             exclude=tuple(exclude or ()),
             linears=all_linears,
             base=stated_base(base, all_linears),
-            kv_cache=None if kv_cache is KvCache.AUTO else kv_cache.value,
+            kv_cache=kv_cache.value if kv_cache else None,
             kv_scales=kv_cache is KvCache.FP8 and found,
             trust_remote_code=trust_remote_code,
         )

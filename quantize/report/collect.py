@@ -52,12 +52,21 @@ def collect(
         input_scales=_settings(ranges) if ranges else None,
         base=_base(checkpoint, plan, lost) if plan.base else None,
         kv_cache=plan.options.kv_cache,
-        kv_scales={a: list(KvRanges(record.calibration).scales(a)) for a in plan.caches},
+        kv_scales=_kv_scales(checkpoint, plan, record),
         converted=plan.converts,
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,
     )
+
+
+def _kv_scales(checkpoint: Checkpoint, plan: Plan, record: Record) -> dict[str, list[float]]:
+    """By attention, the numbers of its keys' scale and then of its values', as they are stored."""
+    found = {a: list(KvRanges(record.calibration).scales(a)) for a in plan.caches}
+    return found | {
+        job.attention: [x for scale in job.scales(checkpoint) for x in scale.flatten().tolist()]
+        for job in plan.carried_caches
+    }
 
 
 def _settings(used: Calibration) -> CalibrationReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from quantize.checkpoint.descriptions import are_plain, descriptions
+from quantize.checkpoint.kv_cache import kv_cache_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.sources.fp8_block import without_scale
 from quantize.experts.parts import other_part
@@ -15,9 +16,11 @@ def left_over(checkpoint: Checkpoint) -> tuple[str, ...]:
     paths = [path for path, _ in descriptions(checkpoint.config)]
     if not paths or not are_plain(checkpoint.stored):
         return ()
+    cache = kv_cache_of(checkpoint.folder, checkpoint.config, checkpoint.stored).key
+    but = ", but for what it says of keys and values" if cache else ""
     return (
         f"{checkpoint.folder / 'config.json'}: {', '.join(paths)} is left over: no tensor is "
-        "quantized. It is dropped.",
+        f"quantized. It is dropped{but}.",
     )
 
 

@@ -223,7 +223,7 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "text": (said.text, run.input_scales is not None),
         "base": (said.base, run.base.format if run.base else None),
         "kv_cache": (said.kv_cache, run.kv_cache),
-        "kv_scales": (said.kv_scales, bool(run.kv_scales)),
+        "kv_scales": (said.kv_scales or said.kv_carried, bool(run.kv_scales)),
         "linears": (
             said.linears,
             said.linears if run.dense is None or said.converted else True,
