@@ -51,7 +51,7 @@ class Activations(StrEnum):
     NVFP4 = "nvfp4"
 
 
-MODELOPT, MAX, DESCENT = LayoutName("modelopt"), RuleName("max"), MethodName("descent")
+MODELOPT, MSE, DESCENT = LayoutName("modelopt"), RuleName("mse"), MethodName("descent")
 KEPT = BaseName(KEEP)
 
 Source = Annotated[

@@ -17,8 +17,8 @@ from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     DESCENT,
     KEPT,
-    MAX,
     MODELOPT,
+    MSE,
     Activations,
     BaseOption,
     ExcludeOption,
@@ -54,9 +54,10 @@ def quantize(
     scales: Annotated[
         RuleName,
         typer.Option(
-            "--scales", help="How block scales are chosen, e.g. --scales mse: slower and closer."
+            "--scales",
+            help="How block scales are chosen, e.g. --scales max: faster on CPUs, and less close.",
         ),
-    ] = MAX,
+    ] = MSE,
     max_shard_size: Annotated[
         str,
         typer.Option(
@@ -72,7 +73,7 @@ def quantize(
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace the checkpoint in a non-empty DST, e.g. --scales mse --overwrite.",
+            help="Replace the checkpoint in a non-empty DST, e.g. --scales max --overwrite.",
         ),
     ] = False,
     resume: Annotated[

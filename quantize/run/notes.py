@@ -9,6 +9,10 @@ from quantize.checkpoint.kv_cache import kv_cache_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.sources.fp8_block import without_scale
 from quantize.experts.parts import other_part
+from quantize.run.options import Options
+
+EXACT = "power-of-two"
+"""The rule of scales that loses nothing of MXFP4."""
 
 
 def left_over(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -33,6 +37,13 @@ def bare_fp8(checkpoint: Checkpoint) -> Iterator[str]:
             "without a scale. Copied as stored; engines take such values as they are, which is "
             "wrong if a scale was lost."
         )
+
+
+def of_mxfp4(checkpoint: Checkpoint, options: Options) -> Iterator[str]:
+    """A note that a rule of scales gives what the source has, if that is not the one taken."""
+    calibrated = options.calibration is not None and options.calibration.method is not None
+    if "mxfp4" in checkpoint.formats and options.scales != EXACT and not calibrated:
+        yield f"SRC's experts are MXFP4: --scales {EXACT} gives exactly their weights."
 
 
 def other_parts(checkpoint: Checkpoint, stays: Sequence[str]) -> Iterator[str]:

@@ -69,7 +69,7 @@ class Options:
     """
 
     layout: str = "modelopt"
-    scales: str = "max"
+    scales: str = "mse"
     activations: bool | None = None
     max_shard_size: int = 5 * 10**9
     gate: Gate | None = None

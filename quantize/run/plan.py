@@ -42,7 +42,7 @@ from quantize.run.convert import (
 from quantize.run.jobs import CopyStaged, Job, QuantizeExpert, QuantizeLinears
 from quantize.run.kv_carried import CarryKvScales, with_kv_cache
 from quantize.run.kv_scales import KvRanges, KvScales
-from quantize.run.notes import bare_fp8, left_over, other_parts
+from quantize.run.notes import bare_fp8, left_over, of_mxfp4, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.planned_jobs import check_unique, into_shards, jobs_of
 from quantize.run.ranges import Ranges
@@ -288,6 +288,7 @@ def plan(
         *leftover,
         *of_cache,
         *of_scales,
+        *of_mxfp4(checkpoint, decided),
         *other_parts(checkpoint, stays),
         *bare_fp8(checkpoint),
     )
