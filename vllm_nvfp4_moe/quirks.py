@@ -92,12 +92,13 @@ FROZEN_ATTENTION = Quirk(
 )
 
 GROUPED_ROUTING = Quirk(
-    name="the CPU router takes a sigmoid only in groups, and gets one group",
-    what="CPURouter asserts softmax unless routing is grouped. Its grouped code knows the sigmoid "
-    "and the correction bias, and with one group it computes just the ungrouped routing.",
+    name="the CPU router takes sigmoids and correction biases only in groups, and gets one group",
+    what="CPURouter asserts softmax unless routing is grouped, and passes over a correction bias "
+    "then (ERNIE 4.5's), without a word. Its grouped code knows the sigmoid and the bias, and with "
+    "one group it computes just the ungrouped routing.",
     seen_in=("0.32", "0.33"),
     undone="Only the layer's own router object changes, and lives as long as the layer.",
-    gone_when="CPURouter accepts a sigmoid without groups.",
+    gone_when="CPURouter accepts a sigmoid, and adds a bias, without groups.",
 )
 
 ROUTER_BIAS = Quirk(
@@ -289,14 +290,17 @@ def shared_experts_counted_by_every_rank(layer: RoutedExperts) -> bool:
 
 
 def use_grouped_routing(layer: RoutedExperts) -> None:
-    """Let vLLM's CPU router route ``layer`` by sigmoid with a correction bias
+    """Let vLLM's CPU router route ``layer`` by sigmoid, and with a correction bias
     (``GROUPED_ROUTING``)."""
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
     router: Any = getattr(runner_of(layer), "router", None)
     if (
         isinstance(router, CPURouter)
-        and router.scoring_func == "sigmoid"
+        and (
+            router.scoring_func == "sigmoid"
+            or (router.scoring_func == "softmax" and router.e_score_correction_bias is not None)
+        )
         and router.custom_routing_function is None
         and not router.use_grouped_topk
     ):
