@@ -230,6 +230,14 @@ class ExpertsConfig(Format, QuantizationConfig):
 
     def method_of_layout(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """What vLLM's own config of the layout says of a layer whose experts are not ours."""
+        # Linears that vLLM merges under a name that no checkpoint has (MLA's in its Transformers
+        # backend), or builds and then drops (Aria's dense MLPs), are in no list.
+        if (
+            isinstance(layer, LinearBase)
+            and self.weight_only(layer, prefix) is not None
+            and not self.stored.beside_experts
+        ):
+            return UnquantizedLinearMethod()
         return super().get_quant_method(layer, prefix)
 
     def _watch(self, method: QuantizeMethodBase) -> None:

@@ -4,7 +4,7 @@ Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
 checkpoints, or lasts for one call. The methods of vLLM's that are exchanged, by ``NAMED_NVFP4``,
-``UNGATED_ON_CPUS`` and ``GPT_OSS``, act for our checkpoints alone.
+``UNGATED_ON_CPUS``, ``GPT_OSS`` and ``DBRX``, act for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -184,6 +184,28 @@ GPT_OSS = Quirk(
     gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
 )
 
+MERGED_NAMES = Quirk(
+    name="an expert's gate and up are renamed to parts of a merged linear, and get their names back",
+    what="Aria's class inherits Llama's mapping of names, by which gate_proj and up_proj are parts "
+    "of gate_up_proj, also of an expert. RoutedExperts then takes gate alone for both, and splits "
+    "it in halves.",
+    seen_in=("0.32", "0.33"),
+    undone="The load_weights of our layers alone is exchanged. It undoes the renaming of one "
+    "expert's tensors on which the mapping has noted the part.",
+    gone_when="the mapping leaves experts out, or RoutedExperts looks at the note.",
+)
+
+DBRX = Quirk(
+    name="DBRX's class finds no parameters for its experts, and is given ours",
+    what="vLLM's own class for DBRX looks for experts' parameters by a name that they no longer "
+    "have, so that no DBRX loads, and knows no names for one expert's tensors. Its layers slice "
+    "the original's flat stacks, whatever they are given.",
+    seen_in=("0.32", "0.33"),
+    undone="The method in which the class loads its weights is exchanged: what is for parameters "
+    "of ours is taken first, all else handed to vLLM's. Our loaders slice as for all other models.",
+    gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -196,6 +218,8 @@ QUIRKS = (
     NAMED_NVFP4,
     UNGATED_ON_CPUS,
     GPT_OSS,
+    MERGED_NAMES,
+    DBRX,
 )
 
 

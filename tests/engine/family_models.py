@@ -80,6 +80,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [4, 4, 8]}}},
     "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
+    # Transformers' Mamba in PyTorch clamps time steps at it. Neither its kernels do nor vLLM's.
+    "nemotron_h": {"time_step_min": 1e-9},
 }
 """What cannot be had from ``families.SPECIAL`` by the sizes alone."""
 
