@@ -185,9 +185,9 @@ GPT_OSS = Quirk(
 )
 
 MERGED_NAMES = Quirk(
-    name="an expert's gate and up are renamed to parts of a merged linear, and get their names back",
+    name="an expert's gate and up are renamed to a merged linear's parts, and get their names back",
     what="Aria's class inherits Llama's mapping of names, by which gate_proj and up_proj are parts "
-    "of gate_up_proj, also of an expert. RoutedExperts then takes gate alone for both, and splits "
+    "of gate_up_proj, also in an expert. RoutedExperts then takes gate alone for both, and splits "
     "it in halves.",
     seen_in=("0.32", "0.33"),
     undone="The load_weights of our layers alone is exchanged. It undoes the renaming of one "

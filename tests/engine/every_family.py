@@ -49,7 +49,7 @@ makes 0.3. On GPUs the engine computes in bfloat16; there, close calls of router
 now and then, and one of 141 tokens is then far off."""
 
 ENGINE: dict[str, dict[str, Any]] = {
-    # As without enforce_eager. That turns on vLLM's own operators, and the one for rotary embeddings
+    # As without enforce_eager, which turns on vLLM's own operators. The one for rotary embeddings
     # on CPUs is wrong for MLA's slices of queries and keys: it takes them for contiguous.
     "cpu": {"dtype": "float32", "compilation_config": {"custom_ops": ["none"]}},
     "cuda": {"dtype": "bfloat16", "gpu_memory_utilization": 0.1},
