@@ -155,10 +155,9 @@ def served(row: dict[str, Any] | None, since: str) -> str:
     why = {
         "vllm": "vLLM does not run it unquantized either: {reason}",
         "transformers": "Transformers' class gives nothing to compare with: {reason}",
-        "ours": "vLLM runs it unquantized, and this package does not: {reason}",
+        "ours": "a fault of this package's: {reason}",
     }[row["result"]]
-    off = f"the difference is {row['difference']:.2g}" if "difference" in row else ""
-    return cut(f"no: {why.format(reason=row['reason'] or off)}")
+    return cut(f"no: {why.format(reason=row['reason'])}")
 
 
 def cut(text: str) -> str:

@@ -79,6 +79,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [4, 4, 8]}}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
     # Transformers' Mamba in PyTorch clamps time steps at it. Neither its kernels do nor vLLM's.
     "nemotron_h": {"time_step_min": 1e-9},
@@ -91,7 +92,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _NOAUX,
     "deepseek_v32": _NOAUX,
-    "deepseek_v4": {"mlp_layer_types": None},
+    "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128]},
+    "ernie4_5_vl_moe": {"vision_config": {"embed_dim": 256, "mlp_ratio": 0.5}},
+    "glm4_moe": {"head_dim": 64},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
     "glm_moe_dsa": _NOAUX,
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
@@ -246,10 +250,10 @@ def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None
     source, target = folder / "source", folder / "nvfp4"
     copy.deepcopy(model).bfloat16().save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
-    for name, value in PUBLISHED.get(family, {}).items():
-        config[name] = value
-        if value is None:
-            del config[name]
+    fields = {} if text else PUBLISHED.get(family, {})
+    families.merged(config, fields)
+    for name in (name for name, value in fields.items() if value is None):
+        del config[name]
     (source / "config.json").write_text(json.dumps(config))
     checkpoints.convert(source, target, overwrite=True)
     found = {"source": log_probabilities(model)}
