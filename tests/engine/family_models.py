@@ -72,6 +72,7 @@ DeepSeek's latents alone."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2}},
+    "deepseek_v4": {"head_dim": 512, "qk_rope_head_dim": 64},
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [128, 64],
@@ -93,10 +94,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": _NOAUX,
     "deepseek_v32": _NOAUX,
     "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128]},
-    "ernie4_5_vl_moe": {"vision_config": {"embed_dim": 256, "mlp_ratio": 0.5}},
+    "ernie4_5_vl_moe": {
+        "vision_config": {"embed_dim": 256, "mlp_ratio": 0.5},
+        "text_config": {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
+        "hidden_size": 256,
+        "pixel_hidden_size": 256,
+        "im_patch_id": 255,
+        "spatial_conv_size": 2,
+        "temporal_conv_size": 2,
+        "use_temporal_conv": True,
+    },
     "glm4_moe": {"head_dim": 64},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "glm_moe_dsa": _NOAUX,
+    "hy_v3": {"first_k_dense_replace": 1},
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
 published configs lack it, and vLLM's does not take it."""
@@ -114,7 +125,7 @@ def _larger(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _larger(value)
         if isinstance(value, dict)
-        else (SIZES.get(name, value) if isinstance(value, int) else value)
+        else (SIZES.get(name, value) if isinstance(value, int) and value else value)
         for name, value in fields.items()
     }
 
