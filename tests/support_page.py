@@ -155,7 +155,9 @@ def served(row: dict[str, Any] | None, since: str) -> str:
     why = {
         "vllm": "vLLM does not run it unquantized either: {reason}",
         "transformers": "Transformers' class gives nothing to compare with: {reason}",
-        "ours": "a fault of this package's: {reason}",
+        "ours": "vLLM runs it unquantized, and this package does not: {reason}"
+        if "error" in row
+        else "to be mended: {reason}",
     }[row["result"]]
     return cut(f"no: {why.format(reason=row['reason'])}")
 

@@ -15,8 +15,8 @@ family, in the place of an older one of the same platform, with one of these res
   checkpoint that is not quantized: then ``difference_without_plugin`` is in the row.
 - ``vllm``: vLLM cannot run it here without this package either, or says something else than
   Transformers then, too.
-- ``ours``: it can without this package; or it cannot, but with it runs, and says something else than
-  Transformers. This is to be mended.
+- ``ours``: it can without this package; or it cannot, and what runs with it says something else
+  than Transformers. This is to be mended.
 - ``transformers``: there is nothing to compare with.
 
 If the whole with vLLM's default class did not do, ``default`` in a row that is ``same`` says what

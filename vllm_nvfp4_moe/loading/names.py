@@ -35,7 +35,7 @@ def keep_apart(layer: RoutedExperts) -> None:
         assert layer is not None
         return type(layer).load_weights(layer, _apart(weights, names))
 
-    layer.load_weights = load_weights  # type: ignore[method-assign]
+    layer.load_weights = load_weights
 
 
 def _apart(
