@@ -106,6 +106,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {"head_dim": 64},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "glm4v_moe": {"text_config": {"head_dim": 64}},
     "glm_moe_dsa": _NOAUX,
     "hy_v3": {"first_k_dense_replace": 1},
 }
