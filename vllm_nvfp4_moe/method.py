@@ -117,7 +117,7 @@ class NvFp4MoEMethod(ExpertsBackend):
         )
         gpt_oss.load_by_parameter(layer)
         dbrx.load_by_parameter(layer)
-        names.keep_apart(layer)
+        names.heed(layer)
         loaders = {kind: Loader(self.loads, kind) for kind in kinds}
         quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
 

@@ -195,6 +195,16 @@ MERGED_NAMES = Quirk(
     gone_when="the mapping leaves experts out, or RoutedExperts looks at the note.",
 )
 
+BIAS_AMONG_EXPERTS = Quirk(
+    name="a router's correction bias that is stored among the experts is dropped, and is loaded",
+    what="Laguna's checkpoints have the bias as mlp.experts.e_score_correction_bias, and its class "
+    "leaves all below mlp.experts to RoutedExperts, which passes over names that it does not know. "
+    "Routing then goes by zeros, and the text is wrong without any error.",
+    seen_in=("0.32", "0.33"),
+    undone="The load_weights of our layers alone is exchanged, and loads that tensor, too.",
+    gone_when="RoutedExperts loads the bias, or refuses what it does not know.",
+)
+
 DBRX = Quirk(
     name="DBRX's class finds no parameters for its experts, and is given ours",
     what="vLLM's own class for DBRX looks for experts' parameters by a name that they no longer "
@@ -219,6 +229,7 @@ QUIRKS = (
     UNGATED_ON_CPUS,
     GPT_OSS,
     MERGED_NAMES,
+    BIAS_AMONG_EXPERTS,
     DBRX,
 )
 

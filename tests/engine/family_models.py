@@ -94,21 +94,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": _NOAUX,
     "deepseek_v32": _NOAUX,
     "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128]},
-    "ernie4_5_vl_moe": {
-        "vision_config": {"embed_dim": 256, "mlp_ratio": 0.5},
-        "text_config": {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
-        "hidden_size": 256,
-        "pixel_hidden_size": 256,
-        "im_patch_id": 255,
-        "spatial_conv_size": 2,
-        "temporal_conv_size": 2,
-        "use_temporal_conv": True,
-    },
     "glm4_moe": {"head_dim": 64},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "glm4v_moe": {"text_config": {"head_dim": 64}},
     "glm_moe_dsa": _NOAUX,
-    "hy_v3": {"first_k_dense_replace": 1},
+    "hy_v3": {
+        "expert_hidden_dim": 128,
+        "first_k_dense_replace": 1,
+        "qk_norm": True,
+        "route_norm": True,
+    },
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
 published configs lack it, and vLLM's does not take it."""

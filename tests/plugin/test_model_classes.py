@@ -17,13 +17,18 @@ import transformers
 from safetensors import safe_open
 
 from tests.plugin import others
+from tests.plugin.conftest import Damage
 from tests.plugin.reference import experts_of, routed
 from tests.plugin.test_layer import relative, routing
 from tests.quantize import families
 from vllm_nvfp4_moe import quirks
 
 LAYOUTS = ("modelopt", "compressed-tensors")
-LAYERS = {"aria": "language_model.model.layers.1.mlp.experts", "dbrx": "transformer.blocks.1.ffn"}
+LAYERS = {
+    "aria": "language_model.model.layers.1.mlp.experts",
+    "dbrx": "transformer.blocks.1.ffn",
+    "laguna": "model.layers.1.mlp.experts",
+}
 """By family: what vLLM calls a layer."""
 EXPERTS = 4
 
@@ -76,13 +81,23 @@ def test_experts_match_the_reference(
         assert relative(out, wanted) < 1e-5, tokens
 
 
-def test_a_stack_that_cannot_be_cut(load: Callable[..., dict[str, Any]], folders, tmp_path) -> None:
+def test_lagunas_bias(load: Callable[..., dict[str, Any]], folders: dict[str, Path]) -> None:
+    """The router's, which the checkpoint has among the experts."""
+    folder = folders["laguna"] / "modelopt"
+    runner = load(folder, skip_tokenizer_init=True)[LAYERS["laguna"]]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        bias = file.get_tensor(f"{LAYERS['laguna']}.e_score_correction_bias")
+    assert bias.abs().max() > 0.1
+    assert torch.equal(runner.router.e_score_correction_bias, bias.float())
+
+
+def test_a_stack_that_cannot_be_cut(
+    load: Callable[..., dict[str, Any]], folders: dict[str, Path], tmp_path: Path
+) -> None:
     name = "transformer.blocks.1.ffn.experts.mlp.v1"
 
     def cut(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = tensors[name][:-1].clone()
-
-    from tests.plugin.conftest import Damage
 
     folder = Damage(folders["dbrx"] / "bf16", tmp_path / "cut").tensors(cut)
     with pytest.raises(ValueError, match=r"blocks\.1\.ffn.*mlp\.v1: 191 rows, of 4 experts"):
