@@ -164,6 +164,13 @@ class ExpertsConfig(Format, QuantizationConfig):
                         f"{prefix}: the checkpoint has {bias}, and vLLM's class for the model "
                         "would leave its experts' biases out. Try another --model-impl"
                     )
+                routed = (layer.e_score_correction_bias, layer.custom_routing_function)
+                if routed == (None, None) and (bias := self.stored.router_bias(prefix)):
+                    raise RefusedError(
+                        f"{prefix}: the checkpoint has {bias}, with which its router chooses "
+                        "experts, and vLLM's class for the model would leave it out (in bf16 too). "
+                        "Try another --model-impl"
+                    )
                 online = self.online_quantization_config
                 if online is not None and online.resolve_quant_method_cls(type(layer), prefix):
                     raise RefusedError(

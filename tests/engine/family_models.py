@@ -82,6 +82,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [4, 4, 8]}}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
+    "mistral4": {"head_dim": 192},
     # Transformers' Mamba in PyTorch clamps time steps at it. Neither its kernels do nor vLLM's.
     "nemotron_h": {"time_step_min": 1e-9},
 }
@@ -104,6 +105,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "route_norm": True,
     },
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1],
+        "moe_layer_freq": [0, 1],
+        "layernorm_epsilon": 1e-5,
+        "sliding_window_size": 128,
+        "swa_head_dim": 64,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+    },
+    "minimax_m2": {"rotary_dim": 64},
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
 published configs lack it, and vLLM's does not take it."""
@@ -180,7 +191,7 @@ def count(experts: put_back.Experts) -> int:
     """How many experts the module has."""
     if hasattr(experts.module, "mlp"):  # DBRX
         return int(experts.module.num_experts)
-    return len(experts.stacked()[0])
+    return min(map(len, experts.stacked()))  # LongCat's zero experts have rows in one alone
 
 
 def log_probabilities(model: Any) -> list[float]:

@@ -48,7 +48,7 @@ def write(family: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {family: tmp_path_factory.mktemp(family) for family in LAYERS}
+    found = {family: tmp_path_factory.mktemp(family) for family in (*LAYERS, "minimax_m2")}
     # In another process: where vLLM has loaded a model, Transformers' classes cannot be built.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(write, found, found.values()))
@@ -89,6 +89,19 @@ def test_lagunas_bias(load: Callable[..., dict[str, Any]], folders: dict[str, Pa
         bias = file.get_tensor(f"{LAYERS['laguna']}.e_score_correction_bias")
     assert bias.abs().max() > 0.1
     assert torch.equal(runner.router.e_score_correction_bias, bias.float())
+
+
+def test_a_routers_bias_that_is_left_out(
+    load: Callable[..., dict[str, Any]], folders: dict[str, Path]
+) -> None:
+    """vLLM's Transformers backend routes by itself, and looks for the bias in the gate alone."""
+    bias = r"model\.layers\.0\.\w+\.e_score_correction_bias"
+    for stored in (*LAYOUTS, "bf16"):
+        with pytest.raises(ValueError, match=f"the checkpoint has {bias}, with which its router"):
+            load(
+                folders["minimax_m2"] / stored, skip_tokenizer_init=True,
+                model_impl="transformers",
+            )  # fmt: skip
 
 
 def test_a_stack_that_cannot_be_cut(
