@@ -70,7 +70,10 @@ def take(name: str, tensor: torch.Tensor, parameters: dict[str, torch.nn.Paramet
     if own is None:
         return None
     if len(tensor) % own.loads.experts:
-        own.loads.refuse(f"{name}: {len(tensor)} rows, of {own.loads.experts} experts")
+        own.loads.refuse(
+            f"{name}: its {len(tensor)} rows cannot be shared out among {own.loads.experts} "
+            "experts; the checkpoint is damaged, or its config is another model's"
+        )
     stack = tensor.unflatten(0, (own.loads.experts, -1))
     parameter: Any = parameters[target]
     parameter.weight_loader(
