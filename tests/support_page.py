@@ -36,6 +36,7 @@ shows it, or says `no` and why. The gate and the tensors of each family are in
   GPU, in bfloat16. *text*: the language model alone, since vLLM did not take the whole.
   *Transformers backend*: with `--model-impl transformers`. *as vLLM*: what differs is vLLM's class
   for the model, which is as far off on the checkpoint that is not quantized, without this package.
+  The models of {without_linear} have attention in place of Mamba and linear attention.
   The rows are in [families.json](../evidence/families.json).
 - **on Blackwell**: which kernels are chosen for the gate, of
   `tests/plugin/test_blackwell_selection.py` and `test_biases.py`. No Blackwell GPU was at hand.
@@ -200,6 +201,7 @@ def _cell(tests: list[str] | tuple[str, ...] | str) -> str:
 def page() -> str:
     """The text of docs/users/support.md."""
     from tests.engine.every_family import BOUND
+    from tests.engine.family_models import WITHOUT_LINEAR
 
     rows = {(row["platform"], row["family"]): row for row in results()}
     lines = []
@@ -217,6 +219,7 @@ def page() -> str:
     return PAGE.format(
         bound=round(1 / BOUND["cpu"]),
         bound_gpu=round(1 / BOUND["cuda"]),
+        without_linear=", ".join(sorted({*WITHOUT_LINEAR, "granitemoehybrid", "lfm2_moe"})),
         versions=versions(),
         families="\n".join(lines),
         sources="\n".join(sources),

@@ -70,7 +70,19 @@ SIZES: dict[str, Any] = families.SMALL | {
 """As ``families.SMALL``. Attention kernels have heads of 64 and more, and MLA's have the sizes of
 DeepSeek's latents alone."""
 
-SPECIAL: dict[str, dict[str, Any]] = {
+_FULL = {"layer_types": ["full_attention"] * 2}
+
+WITHOUT_LINEAR: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    "minimax": _FULL,
+    "qwen3_5_moe": {"text_config": _FULL},
+    "qwen3_next": _FULL,
+    "qwen4_exp": {"text_config": _FULL},
+}
+"""Families whose models here have attention in place of Mamba and linear attention, of which vLLM
+has no kernels for CPUs, or none in float32."""
+
+SPECIAL: dict[str, dict[str, Any]] = WITHOUT_LINEAR | {
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v4": {"head_dim": 512, "qk_rope_head_dim": 64},
     "ernie4_5_vl_moe": {
@@ -105,6 +117,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "route_norm": True,
     },
+    "longcat_flash": {
+        "mla_scale_kv_lora": True,
+        "mla_scale_q_lora": True,
+        "zero_expert_type": "identity",
+    },
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1],
         "moe_layer_freq": [0, 1],
@@ -114,7 +131,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2,
     },
-    "minimax_m2": {"rotary_dim": 64},
+    "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
 published configs lack it, and vLLM's does not take it."""
