@@ -106,7 +106,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _NOAUX,
     "deepseek_v32": _NOAUX,
-    "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128]},
+    "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128], "num_hash_layers": 0},
     "glm4_moe": {"head_dim": 64},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "glm4v_moe": {"text_config": {"head_dim": 64}},
