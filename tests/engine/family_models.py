@@ -77,7 +77,6 @@ WITHOUT_LINEAR: dict[str, dict[str, Any]] = {
     "minimax": _FULL,
     "qwen3_5_moe": {"text_config": _FULL},
     "qwen3_next": _FULL,
-    "qwen4_exp": {"text_config": _FULL},
 }
 """Families whose models here have attention in place of Mamba and linear attention, of which vLLM
 has no kernels for CPUs, or none in float32."""
@@ -109,7 +108,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128], "num_hash_layers": 0},
     "glm4_moe": {"head_dim": 64},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
-    "glm4v_moe": {"text_config": {"head_dim": 64}},
+    "glm4v_moe": {"text_config": {"head_dim": 64, "use_qk_norm": False}},
     "glm_moe_dsa": _NOAUX,
     "hy_v3": {
         "expert_hidden_dim": 128,
