@@ -74,6 +74,9 @@ CHOSEN = {
 }
 """Gates that ``CHOICE`` has."""
 
+DIFFERS = "its log-probabilities are"
+"""How reasons in rows begin that are no errors."""
+
 CLAMPED = "swiglu_oai(limit=10)"
 """A gate that ``OTHER_NUMBERS`` has."""
 
@@ -153,8 +156,11 @@ def served(row: dict[str, Any] | None, since: str) -> str:
         more += ["as vLLM"] * ("difference_without_plugin" in row)
         seen = f"same{', '.join(more)}: {row['difference']:.0e}"
         return cut(f"{seen}; not vLLM's default: {row['default']}") if row.get("default") else seen
+    differs = row["reason"].startswith(DIFFERS)
     why = {
-        "vllm": "vLLM does not run it unquantized either: {reason}",
+        "vllm": "vLLM itself differs, unquantized and without this package: {reason}"
+        if differs
+        else "vLLM does not run it unquantized either: {reason}",
         "transformers": "Transformers' class gives nothing to compare with: {reason}",
         "ours": "vLLM runs it unquantized, and this package does not: {reason}"
         if "error" in row

@@ -96,6 +96,7 @@ SPECIAL: dict[str, dict[str, Any]] = WITHOUT_LINEAR | {
     "mistral4": {"head_dim": 192},
     # Transformers' Mamba in PyTorch clamps time steps at it. Neither its kernels do nor vLLM's.
     "nemotron_h": {"time_step_min": 1e-9},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What cannot be had from ``families.SPECIAL`` by the sizes alone."""
 
@@ -130,6 +131,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2,
     },
+    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
+    "step3p7": {"vision_config": {"output_dim": 256}},
     "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
