@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modelopt": {},
     "nvfp4": {"activations": True, "exclude": ("*.layers.0.*",)},
     "compressed-tensors": {"layout": "compressed-tensors", "activations": True},
-    "sharded": {"max_shard_size": 12_000, "scales": "mse", "linears": True},
+    "sharded": {"max_shard_size": 12_000, "scales": "max", "linears": True},
     "calibrated": {"activations": True, "calibration": "gptq"},
     "two-sided": {"activations": True, "calibration": "two-sided"},
 }

@@ -217,6 +217,8 @@ def json_values(draw: st.DrawFn, good: Good, file: str) -> Damage:
         made = [each["nvfp4_moe"].get("made") or {} for each in (before, value)]
         if selected(made[0]) == selected(made[1]):
             unseen = "selection"
+    elif "made" in path and key not in holder and old in (None, False):
+        unseen = "default"
     follows = file == "config.json" and draw(st.booleans())
     content = compact(value) if file == DATA else indented(value)
     what = f"{file} {path} {how} {new!r}{' and the report' * follows}"

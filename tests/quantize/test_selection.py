@@ -145,8 +145,8 @@ def test_verify_names_what_is_wrong_with_what_was_left(
     assert result.exit_code == 1
     problems = sorted(json.loads(result.stdout)["problems"])
     assert [problem.partition(";")[0] for problem in problems] == [
-        "model.layers.0.mlp.experts.down_proj is missing",
-        "model.layers.1.self_attn.o_proj.weight_scale is missing",
+        f"{out}: model.layers.0.mlp.experts.down_proj is missing",
+        f"{out}: model.layers.1.self_attn.o_proj.weight_scale is missing",
         "model.safetensors: model.layers.0.self_attn.q_proj.weight differs from the source",
     ]
 

@@ -128,7 +128,7 @@ DAMAGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor | None], str
     "wrong dtype of codes": ("weight", lambda t: t.view(torch.int8), "expected"),
     "shuffled codes": ("weight", shuffle, "error"),
     "flipped nibbles": ("weight", lambda t: (t >> 4) | (t << 4), "error"),
-    "another global scale": ("weight_scale_2", lambda t: t * 4, "but the rule 'max' makes"),
+    "another global scale": ("weight_scale_2", lambda t: t * 4, "but the rule 'mse' makes"),
 }
 
 

@@ -39,6 +39,7 @@ UNSEEN = {
 
 UNSEEN_TOGETHER = {
     "selection": "patterns of `made` that select the same modules",
+    "default": "a field of `made` that is left out, where it says `null` or `false`",
     "harmless ignore entry": "an ignore entry that names a module which is not quantized",
     "report": "the report's `source`, `target`, `command`, `fingerprint`",
     "text": "what it says of a text and of what experts made of it",
