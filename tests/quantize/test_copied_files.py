@@ -199,6 +199,20 @@ def test_what_is_neither_file_nor_link(
     assert not (tmp_path / "out" / "tokenizer.model").exists()
 
 
+def test_a_pipe_that_is_called_as_a_config(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody writes into it, so reading it would wait for ever."""
+    read, name = companions.read_json, "preprocessor_config.json"
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+
+    def read_files(file: Path) -> Any:
+        assert file.is_file()
+        return read(file)
+
+    monkeypatch.setattr(companions, "read_json", read_files)
+    assert name not in companions.companions(source)
+
+
 @pytest.mark.parametrize("named", ["../private/key.json", "/private/key.json", ".ssh/key.json"])
 def test_a_config_that_names_what_is_not_the_checkpoints(
     named: str, source: Path, tmp_path: Path
