@@ -169,8 +169,8 @@ class OnTheFly(ExpertsConfig, _Unquantized):
     stays as it is, and so do the experts of multi-token-prediction layers.
 
     What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize --scales max`` would
-    have written and this plugin would have loaded. So activations stay floats, unless ``NVFP4_MOE_ACTIVATIONS``
-    says otherwise.
+    have written and this plugin would have loaded. So activations stay floats, unless
+    ``NVFP4_MOE_ACTIVATIONS`` says otherwise.
     """
 
     layout = LAYOUTS["modelopt"]
