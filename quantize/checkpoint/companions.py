@@ -132,7 +132,8 @@ def folders_named(contents: list[dict[str, Any]]) -> list[str]:
 def _read_small(file: Path) -> dict[str, Any]:
     """A config of the checkpoint as a dict; empty if it is none, or too large to be one."""
     try:
-        if file.suffix == ".json" and file.stat().st_size < 2**20:
+        # Reading a pipe would wait for ever.
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size < 2**20:
             return read_json(file)
     except (OSError, QuantizeError):
         pass

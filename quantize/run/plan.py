@@ -250,7 +250,8 @@ def plan(
         raise QuantizeError(
             f"{f'--base {options.base}' if base else '--all-linears'}: no linears besides the "
             "experts that can be quantized; known are "
-            f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers"
+            f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers, in "
+            "whole blocks (fp8: 128 x 128 weights; mxfp8: 32 inputs; NVFP4: 16 x 16)"
         )
     _check_patterns(checkpoint, options, found, candidates, converted)
     # Siblings stay together: an engine that fuses them needs all of them in one format.

@@ -133,6 +133,24 @@ def expert_row() -> Published:
     return whole
 
 
+def autofp8() -> Published:
+    """AutoFP8's first checkpoints, of experts: ``act_scale`` is what ``input_scale`` is today."""
+    config = {"quant_method": "fp8", "activation_scheme": "static"}
+    module = "model.layers.0.block_sparse_moe.experts.0.w1"
+    name = f"{module}.weight"
+    whole = fp8(name, f"{name}_scale", (48, 160), (1,), (48, 160), config)
+    whole.stored[f"{module}.act_scale"] = torch.tensor([0.5])
+    return whole
+
+
+def stack_with_one_input_scale() -> Published:
+    name = "model.layers.0.mlp.experts.down_proj"
+    shape = (EXPERTS, 16, 40)
+    whole = fp8(name, f"{name}_scale", shape, (EXPERTS, 1, 1), (16, 40), None)
+    whole.stored[f"{name}_input_scale"] = torch.tensor(0.5)
+    return whole
+
+
 def expert_tensor() -> Published:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     shape = (EXPERTS, 16, 40)
@@ -230,6 +248,8 @@ PUBLISHED: list[Callable[[], Published]] = [
     quark_row,
     modelopt_tensor,
     expert_row,
+    autofp8,
+    stack_with_one_input_scale,
     expert_tensor,
     minimax_m3,
     modelopt_mxfp8,

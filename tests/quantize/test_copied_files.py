@@ -11,6 +11,7 @@ import pytest
 
 from quantize.checkpoint import companions, hub
 from quantize.checkpoint.companions import configs, folders_named
+from quantize.checkpoint.json_files import read_json
 from tests.quantize.checkpoints import contents, convert
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.user_files import Folders, tree
@@ -197,6 +198,20 @@ def test_what_is_neither_file_nor_link(
         open_.bind("tokenizer.model")
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.model").exists()
+
+
+def test_a_pipe_that_is_called_as_a_config(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody writes into it, so reading it would wait for ever."""
+    name = "preprocessor_config.json"
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+
+    def read_files(file: Path) -> Any:
+        assert file.is_file()
+        return read_json(file)
+
+    monkeypatch.setattr(companions, "read_json", read_files)
+    assert name not in companions.companions(source)
 
 
 @pytest.mark.parametrize("named", ["../private/key.json", "/private/key.json", ".ssh/key.json"])
