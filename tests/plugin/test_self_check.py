@@ -237,6 +237,24 @@ def test_gates_that_noise_cannot_tell_apart(
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("wrong", SHOWS)
+def test_a_kernel_for_one_token_with_4_bit_activations(
+    load: Load, shallow: dict, monkeypatch: MonkeyPatch, wrong: str
+) -> None:
+    """Of one token alone, roundings could look like another gate; of several, each alone, not."""
+    round_activations(monkeypatch, None)
+    right = CpuMethod.apply
+    round_activations(monkeypatch, WRONG[wrong])
+    other = CpuMethod.apply
+
+    def apply(self: Any, layer: Any, x: Any, *args: Any) -> torch.Tensor:
+        return (other if len(x) == 1 else right)(self, layer, x, *args)
+
+    monkeypatch.setattr(CpuMethod, "apply", apply)
+    with pytest.raises(ValueError, match=r"does not compute what .* of 16 token\(s\), each alone"):
+        load(shallow["modelopt"])
+
+
 @pytest.mark.parametrize(
     ("tokens", "inner", "layers"), [(1, 48, 200), (16, 16, 50), (16, 128, 20)], ids=str
 )
@@ -476,7 +494,7 @@ def test_a_row_that_is_wrong_among_many_alone(
         return output
 
     monkeypatch.setattr(CpuMethod, "apply", last_row)
-    with pytest.raises(ValueError, match=r"of 32 token.*: relative error 0\.09"):
+    with pytest.raises(ValueError, match=r"of 32 token.*: relative error 0\.(09|10)"):
         load(shallow["modelopt"])
 
 

@@ -27,7 +27,7 @@ from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.kernels.jit import KernelError
 from vllm_nvfp4_moe.self_check.alone import run_alone
-from vllm_nvfp4_moe.self_check.sample import Sample, make_sample
+from vllm_nvfp4_moe.self_check.sample import TOKENS, Sample, make_sample
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -65,7 +65,8 @@ _TELLING = 0.2
 that the error can tell the two apart."""
 _FEW = 512
 """Values of a gate, of which a kernel with 4-bit activations may round enough another way for the
-output to be nearer to another gate's: of one token and 48 columns, it was for 5 of 200 layers."""
+output to be nearer to another gate's: of one token and 48 columns, it was for 5 of 200 layers. So
+little has only a rank with one expert and fewer than 32 columns."""
 
 
 class SelfCheck:
@@ -125,9 +126,13 @@ class SelfCheck:
         with self._guarded(layer, method):
             for name, taking in method.every_kernel():
                 with taking:
-                    for part in sample.batches():
-                        args = part.x, part.weights, part.ids, part.logits
-                        output = run_alone(layer, method, *args)[:, : part.x.shape[1]]
+                    # A single token says too little where activations have 4 bits.
+                    for part in sample.batches(TOKENS if method.activation_bits == 4 else 1):
+                        outputs = [
+                            run_alone(layer, method, call.x, call.weights, call.ids, call.logits)
+                            for call in part.calls()
+                        ]
+                        output = torch.cat(outputs)[:, : part.x.shape[1]]
                         self._judge(output.float(), part, layer, method, name)
 
     @contextmanager
@@ -183,10 +188,11 @@ class SelfCheck:
         if right and not other:
             self.worst = max(self.worst or 0.0, error.token)
             return
+        alone = ", each alone" if sample.apart and len(output) > 1 else ""
         hint = f" It is nearer to what {nearest} would give." if other else ""
         raise RefusedError(
             f"{layer.layer_name}: self-check: {method.kernel} does not compute what the checkpoint "
-            f"means{f' ({name})' if name else ''}, of {len(output)} token(s): "
+            f"means{f' ({name})' if name else ''}, of {len(output)} token(s){alone}: "
             f"relative error {error.token:.3g} for a token and {error.value:.3g} for a "
             f"value, at most {bound.token:g} and {bound.value:g} are roundings.{hint} Use another "
             f"--moe-backend, and please report this; {settings.SELF_CHECK}=0 serves it all the same"

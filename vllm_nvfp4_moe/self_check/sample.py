@@ -46,6 +46,7 @@ class Sample:
             gate, under each of some others, and without the biases that they have.
         values: how many different values the gate gives for a whole batch; the kernel may round
             each of them another way.
+        apart: whether each token is given to the kernel alone.
     """
 
     x: torch.Tensor
@@ -54,15 +55,28 @@ class Sample:
     logits: torch.Tensor | None = None
     truth: dict[Gate | str, torch.Tensor] = field(default_factory=dict)
     values: int = 0
+    apart: bool = False
 
-    def batches(self) -> Iterator[Sample]:
-        """One token alone, all, and a large batch of the same ones: kernels choose by their
-        number, and the truth need not be computed again."""
+    def batches(self, alone: int) -> Iterator[Sample]:
+        """Some tokens alone, all, and a large batch of the same ones: kernels choose by their
+        number, and the truth need not be computed again.
+
+        Args:
+            alone: how many are given to the kernel one by one, and judged together.
+        """
         every = torch.arange(TOKENS, device=self.x.device)
-        yield self._of(every[:1])
+        yield replace(self._of(every[:alone]), apart=True)
         yield self
         many = every.repeat(_LARGE // TOKENS)
         yield self._of(every[:1].repeat(_LARGE_ON_CPUS) if self.x.device.type == "cpu" else many)
+
+    def calls(self) -> Iterator[Sample]:
+        """What the kernel is to be given at once."""
+        if not self.apart:
+            yield self
+            return
+        for token in torch.arange(len(self.x), device=self.x.device).split(1):
+            yield self._of(token)
 
     def _of(self, tokens: torch.Tensor) -> Sample:
         logits = None if self.logits is None else self.logits[tokens]
