@@ -62,7 +62,7 @@ def quantized_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], d
     def quantized_of(folder: Path) -> dict[str, Path]:
         parent = tmp_path_factory.mktemp("quantized")
         for layout in LAYOUTS:
-            convert(folder, parent / layout, layout, activations=True)
+            convert(folder, parent / layout, layout, "max", activations=True)
         return {layout: parent / layout for layout in LAYOUTS}
 
     return quantized_of
