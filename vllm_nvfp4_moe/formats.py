@@ -165,10 +165,10 @@ class _Unquantized(QuantizationConfig):
 
 
 class OnTheFly(ExpertsConfig, _Unquantized):
-    """Experts in plain floats, which are quantized by the rule ``max`` while they load. All else
+    """Experts in plain floats, which are quantized by the rule ``mse`` while they load. All else
     stays as it is, and so do the experts of multi-token-prediction layers.
 
-    What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize --scales max`` would
+    What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize`` would
     have written and this plugin would have loaded. So activations stay floats, unless
     ``NVFP4_MOE_ACTIVATIONS`` says otherwise.
     """

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
+from quantize.run.options import Options
 from vllm_nvfp4_moe.loading.checks import ExpertLoads
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
@@ -33,6 +34,10 @@ def _place(
     """Slice ``tensor`` and store it as vLLM does for most models; False if it is another rank's."""
     # Not the layer's own method: DBRX's reads stacks alone (``quirks.DBRX``).
     return RoutedExperts.weight_loader(layer, param, tensor, name, shard, expert, True)
+
+
+RULE = Options.scales
+"""The rule of block scales: an export's default, so that weights are the same both ways."""
 
 
 class WeightLoader(ABC):
@@ -214,7 +219,7 @@ class QuantizingLoader(WeightLoader):
         with torch.device(device), set_default_torch_dtype(torch.float32):
             weights = [part.to(device).contiguous() for part in parts.values()]
             try:
-                quantized = quantize_weights(weights, "max", for_device(device))
+                quantized = quantize_weights(weights, RULE, for_device(device))
             except NotFiniteError:
                 bad = next(s for s, part in parts.items() if not part.isfinite().all())
                 damaged = self.loads.name(TensorKind.CODES, bad, expert)
