@@ -97,7 +97,7 @@ class TwoSided:
         # The residual of each row by itself, float32 [out, in]: minus half the derivative of
         # d H d^T, where d is the row's error.
         self._residual = (target - self._values) @ hessian
-        self._blocks, self._inverse, self._feedback = _blocks_of(hessian)
+        self._blocks, self._inverse, self._feedback = blocks_of(hessian)
 
     def codes(self) -> torch.Tensor:
         """Return the codes as they are now, uint8 ``[out, in]``, one code a byte."""
@@ -139,7 +139,7 @@ class TwoSided:
         return self.block_scale.float().repeat_interleave(BLOCK, 1)
 
 
-def _blocks_of(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def blocks_of(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take a Hessian ``[in, in]`` apart; return three tensors, each float32 ``[in / 16, 16, 16]``.
 
     These are the blocks on its diagonal, their inverses, and how a block feeds errors back.
