@@ -12,13 +12,15 @@ the present scale, and seven neighbouring scales, each first rounded as GPTQ doe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
 from quantize.nvfp4.format import BLOCK
 from quantize.nvfp4.kernels.triton_numbers import e4m3_value
-from quantize.nvfp4.rounding.blocks import codes_of
+from quantize.nvfp4.rounding.blocks import codes_of, values_of
 from quantize.nvfp4.rounding.kernels import PANEL
 from quantize.nvfp4.rounding.kernels.launch import on
 from quantize.nvfp4.rounding.kernels.tiles import unit_of
@@ -197,29 +199,52 @@ class Chains:
     """Weights of one shape while they are being improved.
 
     Args:
-        values: float32 ``[n, out, in]``, in units of the global scales; changed in place.
-        bits: uint8 ``[n, out, in / 16]``, E4M3 bits; changed in place.
-        residual: float32 ``[n, out, in]``: the weights' errors times ``hessian``; changed.
-        hessian: float32 ``[n, in, in]``, positive definite.
-        outputs: float32 ``[n, out, out]``, positive definite.
-        blocks: ``two_sided.blocks_of`` of each Hessian: three of float32 ``[n, in / 16, 16, 16]``.
+        count: how many; :meth:`start` is called for each.
+
+    Attributes:
+        losses: what ``trace(G D H D^T)`` of each is now, float64 ``[count]``, in units of the
+            squared global scale.
     """
 
-    def __init__(
+    def __init__(self, count: int, rows: int, columns: int, device: torch.device) -> None:
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(count, *shape, dtype=dtype, device=device)
+
+        self._values = new(rows, columns)
+        self._bits = new(rows, columns // BLOCK, dtype=torch.uint8)
+        # Of each row by itself, as in ``TwoSided``: its error times the Hessian of the inputs.
+        self._residual = new(rows, columns)
+        self._hessian = new(columns, columns)
+        self._outputs = new(rows, rows)
+        self._blocks = tuple(new(columns // BLOCK, BLOCK, BLOCK) for _ in range(3))
+        self.losses = new(dtype=torch.float64)
+
+    def start(
         self,
-        values: torch.Tensor,
-        bits: torch.Tensor,
-        residual: torch.Tensor,
+        number: int,
+        target: torch.Tensor,
         hessian: torch.Tensor,
-        outputs: torch.Tensor,
-        blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        output_hessian: torch.Tensor,
+        codes: torch.Tensor,
+        block_scale: torch.Tensor,
     ) -> None:
-        self._values = values
-        self._bits = bits
-        self._residual = residual
-        self._hessian = hessian
-        self._outputs = outputs
-        self._blocks = blocks
+        """Give a weight to the chain ``number``: the arguments of ``two_sided.TwoSided``, with an
+        ``output_hessian`` that is ``normed``."""
+        # What imports this file is the method itself.
+        from quantize.nvfp4.rounding.two_sided import blocks_of
+
+        values = values_of(codes) * block_scale.float().repeat_interleave(BLOCK, 1)
+        with on(target.device):
+            residual = (target - values) @ hessian
+            product = output_hessian @ residual
+        self.losses[number] = (product * (target - values)).sum(dtype=torch.float64)
+        self._values[number] = values
+        self._bits[number] = block_scale.view(torch.uint8)
+        self._residual[number] = residual
+        self._hessian[number] = hessian
+        self._outputs[number] = output_hessian
+        for whole, part in zip(self._blocks, blocks_of(hessian.contiguous()), strict=True):
+            whole[number] = part
 
     def sweep(self) -> torch.Tensor:
         """Improve every block of every row once; return by how much each weight's loss fell,
@@ -242,6 +267,7 @@ class Chains:
                 self._residual.baddbmm_(
                     changes[:, :, : end - first], self._hessian[:, first:end], alpha=-1
                 )
+        self.losses -= gains
         return gains
 
     def _block(
@@ -257,10 +283,9 @@ class Chains:
                 num_warps=1,
             )  # fmt: skip
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes, uint8 ``[n, out, in]``, one code a byte, and block scales."""
-        block_scale = self._bits.view(torch.float8_e4m3fn)
-        steps = block_scale.float().repeat_interleave(BLOCK, 2)
-        return codes_of(self._values / steps), block_scale
-
-
+    def results(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield of each weight codes, uint8 ``[out, in]``, one code a byte, and block scales."""
+        for values, bits in zip(self._values, self._bits, strict=True):
+            block_scale = bits.view(torch.float8_e4m3fn).clone()
+            steps = block_scale.float().repeat_interleave(BLOCK, 1)
+            yield codes_of(values / steps), block_scale
