@@ -2,9 +2,13 @@
 
 With a Hessian of the outputs, rows depend on each other, so a weight's steps come one after another
 however many processors there are. But weights do not depend on each other, so a GPU goes through as
-many as fit into its memory. The order is blocks of 16 columns first, and within a block all rows:
-``two_sided`` takes all blocks of a row first. Both are exact block-coordinate descent, in which no
-step raises the loss.
+many as fit into its memory.
+
+``two_sided`` takes all blocks of a row before the next row. Here a launch takes 128 columns of 32
+rows in that order, then come the rows' next 128 columns, and after them the next 32 rows. All are
+exact block-coordinate descent, in which no step raises the loss. But the order counts for how many
+sweeps it takes: one block of all rows, then the next block, would leave a tenth more of the loss
+(``docs/contributors/rounding-on-gpus.md``).
 
 A step tries eight candidates at once, as the columns of a tile ``[16, 8]``: the present codes at
 the present scale, and seven neighbouring scales, each first rounded as GPTQ does.
@@ -26,11 +30,8 @@ from quantize.nvfp4.rounding.kernels.launch import on
 from quantize.nvfp4.rounding.kernels.tiles import unit_of
 from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 
-CHUNK = 32
-"""What a row changes, a program takes at once from so many rows; later ones take it by a product."""
-_ROWS = 512
-"""So many rows has a launch; the rows after it take what they changed by a matrix product of all
-weights."""
+ROWS = 32
+"""So many rows has a launch."""
 _PASSES = 4
 """At most so many passes over a block's columns follow its first rounding."""
 
@@ -54,8 +55,8 @@ def _improve(  # type: ignore[no-untyped-def]
         inner, inverse, feedback: of the block, see ``two_sided.blocks_of``.
 
     Returns:
-        by how much the block's error falls (0: nothing better), the new values, the scale's bits,
-        and how the new values differ from ``found``, times the Hessian.
+        by how much the block's error falls (0: nothing better), the new values, and the scale's
+        bits.
     """
     k = tl.arange(0, 16)
     candidate = tl.arange(0, 8)
@@ -113,85 +114,93 @@ def _improve(  # type: ignore[no-untyped-def]
     gain = tl.where(best < before * 0.99999, before - best, 0.0)
     which = tl.min(tl.where(error == best, candidate, 8), 0)
     chosen = tl.sum(tl.where(candidate[None, :] == which, trial, 0.0), 1)
-    slopes = tl.sum(tl.where(candidate[None, :] == which, gradient, 0.0), 1)
     scale_bits = tl.sum(tl.where(candidate == which, bits, 0), 0)
     values = tl.where(gain > 0, chosen, found)
-    shift = tl.where(gain > 0, slopes + left, 0.0)
-    return gain, values, tl.where(gain > 0, scale_bits, now), shift
+    return gain, values, tl.where(gain > 0, scale_bits, now)
 
 
 @triton.jit
-def _rows(  # type: ignore[no-untyped-def]
-    base, outputs, here, values, bits, changes, inner, inverse, feedback, gains,
-    rows, columns, first, count, block,
-    PANEL: tl.constexpr, CHUNK: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
+def _panel(  # type: ignore[no-untyped-def]
+    both, outputs, hessian, values, bits, changes, inner, inverse, feedback, gains,
+    rows, columns, first_row, count, first, blocks,
+    PANEL: tl.constexpr, ROWS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Improve one block of some rows of each weight, one row after another.
+    """Improve a panel of some rows of each weight, one block after another.
 
     All arguments have the weights in their first dimension.
 
     Args:
-        base: float32 ``[count, 16]``: these rows of ``outputs @ here``.
-        outputs: float32 ``[rows, rows]``: the Hessian of the outputs.
-        here: float32 ``[rows, 16]``: the residual in the block's columns; kept up to date.
+        both: float32 ``[2 * ROWS, columns]``. Its second half has these rows of ``outputs @
+            residual``, and those of its columns that are the panel's are overwritten.
+        outputs: float32 ``[rows, rows]``, and hessian: float32 ``[columns, columns]``: the Hessians
+            of outputs and of inputs.
         values: float32 ``[rows, columns]``; bits: uint8 ``[rows, columns / 16]``, E4M3 bits; both
             improved in place.
-        changes: float32 ``[rows, PANEL]``: how the values of the block's panel have changed.
+        changes: float32 ``[ROWS, PANEL]``: becomes how the values of the panel change.
         inner, inverse, feedback: float32 ``[columns / 16, 16, 16]``, see ``two_sided.blocks_of``.
         gains: float64 scalars, to which the falls of the losses are added.
-        first: the first row; count: how many; block: the block's number in the weight.
+        first_row, count: the first row, and how many; first, blocks: the panel's first column, and
+            how many blocks it has.
     """
     weight = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, 16)
-    base += weight * count * 16
+    wide = tl.arange(0, PANEL)
+    within = wide < blocks * 16
+    base = both + (weight * 2 + 1) * ROWS * columns + first
     outputs += weight * rows * rows
-    here += weight * rows * 16
+    hessian += weight * columns * columns
     values += weight * rows * columns
     bits += weight * rows * (columns // 16)
-    changes += weight * rows * PANEL
-    own_block = (weight * (columns // 16) + block) * 256
-    inner += own_block
-    inverse += own_block
-    feedback += own_block
-    place = 16 * (block % (PANEL // 16))
+    changes += weight * ROWS * PANEL
+    inner += weight * columns * 16
+    inverse += weight * columns * 16
+    feedback += weight * columns * 16
     total = 0.0
-    for chunk in range(0, count, CHUNK):
-        near = chunk + tl.arange(0, CHUNK)
-        inside = near < count
-        row = (first + near).to(tl.int64)
-        tile = tl.load(base + near[:, None] * 16 + k[None, :], mask=inside[:, None], other=0.0)
-        for earlier in range(0, chunk, CHUNK):
-            then = earlier + tl.arange(0, CHUNK)
-            coupling = tl.load(
-                outputs + row[:, None] * rows + (first + then)[None, :],
-                mask=inside[:, None], other=0.0,
-            )  # fmt: skip
-            shift = tl.load(base + then[:, None] * 16 + k[None, :])
-            tile -= tl.dot(coupling, shift, input_precision="ieee")
-        for i in range(min(CHUNK, count - chunk)):
-            r = (first + chunk + i).to(tl.int64)
-            own = tl.load(outputs + r * (rows + 1))
-            left = tl.sum(tl.where((near == chunk + i)[:, None], tile, 0.0), 0)
+    for i in range(count):
+        row = (first_row + i + tl.program_id(0) * 0).to(tl.int64)
+        own = tl.load(outputs + row * (rows + 1))
+        mine = base + i * columns
+        changed = 0.0
+        start = tl.load(mine + wide, mask=within, other=0.0)
+        for block in range(blocks):
+            at = first + 16 * block
+            left = tl.load(mine + 16 * block + k)
             left = tl.math.div_rn(left, tl.zeros([16], tl.float32) + own)
-            value = values + r * columns + block * 16 + k
-            scale = bits + r * (columns // 16) + block
+            value = values + row * columns + at + k
+            scale = bits + row * (columns // 16) + at // 16
             found = tl.load(value)
-            gain, new, chosen, shift = _improve(
-                left, found, tl.load(scale).to(tl.int32), inner, inverse, feedback,
-                LOWEST, HIGHEST, PASSES,
+            gain, new, chosen = _improve(
+                left, found, tl.load(scale).to(tl.int32),
+                inner + at * 16, inverse + at * 16, feedback + at * 16, LOWEST, HIGHEST, PASSES,
             )  # fmt: skip
-            total += gain * own
-            tl.store(value, new)
-            tl.store(scale, chosen.to(tl.uint8))
-            tl.store(changes + r * PANEL + place + k, new - found)
-            rest = here + r * 16 + k
-            tl.store(rest, tl.load(rest) - shift)
-            # Nothing reads this row of ``base`` again: it holds the shift for later chunks.
-            tl.store(base + (chunk + i) * 16 + k, shift)
-            coupling = tl.load(outputs + r * rows + first + near, mask=inside, other=0.0)
-            tile -= coupling[:, None] * shift[None, :]
-        tl.debug_barrier()  # other threads of the program read the shifts
+            tl.store(changes + i * PANEL + 16 * block + k, new - found)
+            if gain > 0:
+                changed += gain
+                tl.store(value, new)
+                tl.store(scale, chosen.to(tl.uint8))
+                # The row's other blocks make up for what this one has changed.
+                across = tl.load(
+                    hessian + (at + k).to(tl.int64)[:, None] * columns + first + wide[None, :],
+                    mask=within[None, :], other=0.0,
+                )  # fmt: skip
+                passed = tl.sum(across * (new - found)[:, None], 0)
+                now = tl.load(mine + wide, mask=within, other=0.0)
+                tl.debug_barrier()  # other threads have read it
+                tl.store(mine + wide, now - own * passed, mask=within)
+                tl.debug_barrier()  # other threads read it
+        if changed > 0:
+            total += changed * own
+            shift = (start - tl.load(mine + wide, mask=within, other=0.0)) / own
+            for later in range((i + 1) // 8 * 8, count, 8):
+                which = later + tl.arange(0, 8)
+                inside = (which < count) & (which > i)
+                coupling = tl.load(outputs + row * rows + first_row + which, mask=inside, other=0.0)
+                place = base + which[:, None] * columns + wide[None, :]
+                mask = inside[:, None] & within[None, :]
+                then = tl.load(place, mask=mask, other=0.0)
+                tl.store(place, then - coupling[:, None] * shift[None, :], mask=mask)
+            tl.debug_barrier()  # other threads read them
     tl.store(gains + weight, tl.load(gains + weight) + total.to(tl.float64))
 
 
@@ -252,36 +261,42 @@ class Chains:
         count, rows, columns = self._values.shape
         device = self._values.device
         gains = torch.zeros(count, dtype=torch.float64, device=device)
-        changes = torch.empty(count, rows, PANEL, device=device)
+        # The rows' residuals and their rows of ``outputs @ residual``: both change by products with
+        # the same columns of the Hessian, so one product reads those once.
+        both = torch.zeros(count, 2 * ROWS, columns, device=device)
+        changes = torch.zeros(count, 2 * ROWS, PANEL, device=device)
         with on(device):
-            for first in range(0, columns, PANEL):
-                end = min(first + PANEL, columns)
-                for at in range(first, end, BLOCK):
-                    here = torch.baddbmm(
-                        self._residual[:, :, at : at + BLOCK],
-                        changes[:, :, : at - first],
-                        self._hessian[:, first:at, at : at + BLOCK],
-                        alpha=-1,
-                    )
-                    self._block(at // BLOCK, here, changes, gains)
-                self._residual.baddbmm_(
-                    changes[:, :, : end - first], self._hessian[:, first:end], alpha=-1
-                )
+            for first in range(0, rows, ROWS):
+                part = slice(first, min(first + ROWS, rows))
+                size = part.stop - first
+                both[:, :size] = self._residual[:, part]
+                torch.bmm(self._outputs[:, part], self._residual, out=both[:, ROWS : ROWS + size])
+                self._rows(part, both, changes, gains)
+                self._residual[:, part] = both[:, :size]
         self.losses -= gains
         return gains
 
-    def _block(
-        self, block: int, here: torch.Tensor, changes: torch.Tensor, gains: torch.Tensor
+    def _rows(
+        self, part: slice, both: torch.Tensor, changes: torch.Tensor, gains: torch.Tensor
     ) -> None:
+        """Improve some rows of each weight."""
         count, rows, columns = self._values.shape
-        for first in range(0, rows, _ROWS):
-            base = self._outputs[:, first : first + _ROWS] @ here
-            _rows[(count,)](
-                base, self._outputs, here, self._values, self._bits, changes, *self._blocks, gains,
-                rows, columns, first, base.shape[1], block,
-                PANEL=PANEL, CHUNK=CHUNK, LOWEST=LOWEST, HIGHEST=HIGHEST, PASSES=_PASSES,
+        size = part.stop - part.start
+        coupling = self._outputs[:, part, part]
+        own = torch.empty(count, ROWS, PANEL, device=both.device)
+        for first in range(0, columns, PANEL):
+            end = min(first + PANEL, columns)
+            _panel[(count,)](
+                both, self._outputs, self._hessian, self._values, self._bits, own, *self._blocks,
+                gains, rows, columns, part.start, size, first, (end - first) // BLOCK,
+                PANEL=PANEL, ROWS=ROWS, LOWEST=LOWEST, HIGHEST=HIGHEST, PASSES=_PASSES,
                 num_warps=1,
             )  # fmt: skip
+            changes[:, :size] = own[:, :size]
+            torch.bmm(coupling, own[:, :size], out=changes[:, ROWS : ROWS + size])
+            both.baddbmm_(
+                changes[:, :, : end - first], self._hessian[:, first:end], beta=1, alpha=-1
+            )
 
     def results(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield of each weight codes, uint8 ``[out, in]``, one code a byte, and block scales."""
