@@ -49,7 +49,15 @@ def usage(
     file = folder / "kernel.ptx"
     file.write_text(binary.asm["ptx"])
     said = subprocess.run(
-        [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", str(file), "-o", str(folder / "kernel.cubin")],
+        [
+            get_ptxas(90).path,
+            "-v",
+            "--gpu-name",
+            "sm_90a",
+            str(file),
+            "-o",
+            str(folder / "kernel.cubin"),
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -18,7 +18,7 @@ from quantize.nvfp4.rounding.gptq import damped, gptq
 from quantize.nvfp4.rounding.method import Method
 
 if TYPE_CHECKING:
-    from quantize.nvfp4.rounding.kernels.descent import Descent as OnGpu
+    from quantize.nvfp4.rounding.kernels import descent as on_gpu
 
 SWEEPS = 3
 _DAMPING = 1e-4
@@ -46,11 +46,11 @@ def descent(
     return pack(state.codes), state.scales.to(torch.float8_e4m3fn)
 
 
-def _descent_on(device: torch.device) -> type[Descent] | type[OnGpu]:
+def _descent_on(device: torch.device) -> type[Descent] | type[on_gpu.Descent]:
     if device.type == "cuda":
-        from quantize.nvfp4.rounding.kernels.descent import Descent as on_gpu
+        from quantize.nvfp4.rounding.kernels import descent as on_gpu
 
-        return on_gpu
+        return on_gpu.Descent
     return Descent
 
 

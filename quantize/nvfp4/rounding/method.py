@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-
 Rounded = tuple[torch.Tensor, torch.Tensor]
 """Packed codes, uint8 ``[out, in / 2]``, and block scales, float8_e4m3fn ``[out, in / 16]``."""
 
@@ -55,8 +54,7 @@ class Round(Protocol):
 
 
 class RoundTogether(Protocol):
-    """``(jobs, count) -> results``: what :class:`Round` does, for weights of one shape on one GPU.
-    """
+    """``(jobs, count) -> results``: :class:`Round` of weights that have one shape, on one GPU."""
 
     def __call__(self, jobs: Iterable[Job], count: int) -> list[Rounded]:
         """Round ``count`` weights. Each of ``jobs`` is dropped before the next one is asked for."""
@@ -76,8 +74,8 @@ class Method:
         hessian_bytes: for each element of ``hessian``, its factors in float64 included.
         output_hessian_bytes: for each element of ``output_hessian``, if the method needs it.
         together: rounds several weights at once, if that is what it takes to fill a GPU.
-        together_bytes: what each weight more takes then, for each element of the weight, of
-            ``hessian`` and of ``output_hessian``.
+        together_bytes: what each weight takes then, for each of its elements. Its Hessians take
+            one float32 for each of theirs.
     """
 
     round: Round

@@ -177,6 +177,4 @@ class Descent:
                     changes, rows, columns, first, (end - first) // BLOCK,
                     PANEL=PANEL, ROWS=ROWS, LOWEST=LOWEST, HIGHEST=HIGHEST, num_warps=warps,
                 )  # fmt: skip
-                self._residual.addmm_(
-                    changes[:, : end - first], self._hessian[first:end], alpha=-1
-                )
+                self._residual.addmm_(changes[:, : end - first], self._hessian[first:end], alpha=-1)

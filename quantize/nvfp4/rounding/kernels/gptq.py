@@ -87,9 +87,7 @@ def _panel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()  # other threads of the program read what this one has lost
 
 
-def round_columns(
-    left: torch.Tensor, factor: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def round_columns(left: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round all columns; the same as ``gptq.round_columns``, which says what is what."""
     left, factor = left.contiguous(), factor.contiguous()
     rows, columns = left.shape

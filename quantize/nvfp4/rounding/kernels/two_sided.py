@@ -101,9 +101,7 @@ def _improve(  # type: ignore[no-untyped-def]
             change = value * scale - old
             better = alive & (change * (2.0 * slope + own * change) < least)
             change = tl.where(better, change, 0.0)
-            trial = tl.where(
-                (k[:, None] == j) & better[None, :], (value * scale)[None, :], trial
-            )
+            trial = tl.where((k[:, None] == j) & better[None, :], (value * scale)[None, :], trial)
             gradient += tl.load(inner + 16 * j + k)[:, None] * change[None, :]
             changed |= better.to(tl.int32)
         going = tl.max(changed, 0)
@@ -201,7 +199,7 @@ def _panel(  # type: ignore[no-untyped-def]
                 then = tl.load(place, mask=mask, other=0.0)
                 tl.store(place, then - coupling[:, None] * shift[None, :], mask=mask)
             tl.debug_barrier()  # other threads read them
-    tl.store(gains + weight, tl.load(gains + weight) + total.to(tl.float64))
+    tl.store(gains + weight, tl.load(gains + weight) + tl.cast(total, tl.float64))
 
 
 class Chains:
@@ -236,12 +234,15 @@ class Chains:
         output_hessian: torch.Tensor,
         codes: torch.Tensor,
         block_scale: torch.Tensor,
+        blocks: tuple[torch.Tensor, ...],
     ) -> None:
-        """Give a weight to the chain ``number``: the arguments of ``two_sided.TwoSided``, with an
-        ``output_hessian`` that is ``normed``."""
-        # What imports this file is the method itself.
-        from quantize.nvfp4.rounding.two_sided import blocks_of
+        """Give a weight to the chain ``number``.
 
+        Args:
+            target, hessian, output_hessian, codes, block_scale: as ``two_sided.TwoSided`` has them,
+                but the mean of ``output_hessian``'s diagonal is 1.
+            blocks: what ``two_sided.blocks_of`` makes of ``hessian``.
+        """
         values = values_of(codes) * block_scale.float().repeat_interleave(BLOCK, 1)
         with on(target.device):
             residual = (target - values) @ hessian
@@ -252,7 +253,7 @@ class Chains:
         self._residual[number] = residual
         self._hessian[number] = hessian
         self._outputs[number] = output_hessian
-        for whole, part in zip(self._blocks, blocks_of(hessian.contiguous()), strict=True):
+        for whole, part in zip(self._blocks, blocks, strict=True):
             whole[number] = part
 
     def sweep(self) -> torch.Tensor:
