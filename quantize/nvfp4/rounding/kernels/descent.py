@@ -29,6 +29,7 @@ from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 
 ROWS = 16
 """So many rows has a program."""
+WARPS = 2
 
 
 @triton.jit
@@ -160,13 +161,13 @@ class Descent:
 
     def columns(self) -> None:
         """Give every column in turn its best codes."""
-        self._half_sweep(_columns, warps=2)
+        self._half_sweep(_columns)
 
     def blocks(self) -> None:
         """Give every block in turn another scale, and codes that fit it, where that is better."""
-        self._half_sweep(_blocks, warps=2)
+        self._half_sweep(_blocks)
 
-    def _half_sweep(self, kernel: Any, warps: int) -> None:
+    def _half_sweep(self, kernel: Any) -> None:
         rows, columns = self._values.shape
         changes = torch.empty(rows, PANEL, device=self._values.device)
         with on(self._values.device):
@@ -175,6 +176,6 @@ class Descent:
                 kernel[(triton.cdiv(rows, ROWS),)](
                     self._residual, self._hessian, self._inverse, self._values, self._bits,
                     changes, rows, columns, first, (end - first) // BLOCK,
-                    PANEL=PANEL, ROWS=ROWS, LOWEST=LOWEST, HIGHEST=HIGHEST, num_warps=warps,
+                    PANEL=PANEL, ROWS=ROWS, LOWEST=LOWEST, HIGHEST=HIGHEST, num_warps=WARPS,
                 )  # fmt: skip
                 self._residual.addmm_(changes[:, : end - first], self._hessian[first:end], alpha=-1)

@@ -26,6 +26,7 @@ from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 
 ROWS = 16
 """So many rows has a program."""
+WARPS = 2
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def round_columns(left: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tenso
             _panel[(triton.cdiv(rows, ROWS),)](
                 left, factor, codes, scales, lost, rows, columns, first, (end - first) // BLOCK,
                 PANEL=PANEL, ROWS=ROWS, LOWEST=LOWEST, HIGHEST=HIGHEST,
-                num_warps=2, enable_fp_fusion=False,
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             if end < columns:
                 left[:, end:].addmm_(lost[:, : end - first], factor[first:end, end:], alpha=-1)

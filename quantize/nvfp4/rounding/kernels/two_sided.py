@@ -32,6 +32,7 @@ from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 
 ROWS = 32
 """So many rows has a launch."""
+WARPS = 1
 _PASSES = 4
 """At most so many passes over a block's columns follow its first rounding."""
 
@@ -291,7 +292,7 @@ class Chains:
                 both, self._outputs, self._hessian, self._values, self._bits, own, *self._blocks,
                 gains, rows, columns, part.start, size, first, (end - first) // BLOCK,
                 PANEL=PANEL, ROWS=ROWS, LOWEST=LOWEST, HIGHEST=HIGHEST, PASSES=_PASSES,
-                num_warps=1,
+                num_warps=WARPS,
             )  # fmt: skip
             changes[:, :size] = own[:, :size]
             torch.bmm(coupling, own[:, :size], out=changes[:, ROWS : ROWS + size])
