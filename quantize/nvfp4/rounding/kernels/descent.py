@@ -146,8 +146,7 @@ class Descent:
         count = len(hessian) // BLOCK
         which = torch.arange(count, device=hessian.device)
         inner = self._hessian.view(count, BLOCK, count, BLOCK)[which, :, which]
-        factor = torch.linalg.cholesky(inner.double())
-        self._inverse = torch.cholesky_inverse(factor).float().contiguous()
+        self._inverse = torch.linalg.inv(inner.double()).float().contiguous()
 
     @property
     def scales(self) -> torch.Tensor:
