@@ -42,7 +42,7 @@ def found() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("case", ["gptq, 20 x 160", *(f"gptq, 18 x 48, {kind}" for kind in KINDS)])
+@pytest.mark.parametrize("case", ["gptq, 10 x 160", *(f"gptq, {kind}" for kind in KINDS)])
 def test_gptq_is_the_same(case: str) -> None:
     """Blocks pass on what they lose as one product, which adds up in another order: a value between
     two codes may change all after it."""
