@@ -15,7 +15,7 @@ import torch
 from quantize.calibration.chain import check_chain
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.layerwise import LayerwiseModel
-from quantize.calibration.room import has_room
+from quantize.calibration.room import sums_for
 from quantize.calibration.routing import Routing
 from quantize.calibration.stand_ins import ReplayExperts
 from quantize.calibration.store import Store, experts_output_name, states_name
@@ -165,10 +165,7 @@ class LayerwiseForward:
         routing = self._routing(group)
         shape = tuple(routing.x.shape)
         output = self._store.new(experts_output_name(layer, group), shape, torch.float32)
-        # On the GPU, if they fit: adding up on the host takes longer than the expert.
-        sums = output
-        if has_room(self._model.device, output.nbytes):
-            sums = torch.zeros(shape, device=self._model.device)
+        sums = sums_for(output, self._model.device)
         visitor.begin(layer, group, routing)
         for expert in range(group.num_experts):
             weights = visitor.expert(expert, self._expert_weights(stand_in, expert), routing)

@@ -23,6 +23,15 @@ def has_room(device: torch.device, nbytes: int) -> bool:
     return device.type == "cuda" and 4 * nbytes <= free_memory(device)
 
 
+def sums_for(stored: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return where to add up what ``stored``, which is all zeros, is to hold: zeros on a GPU with
+    room for them, since to add up an expert's share on the host takes longer than the expert;
+    else ``stored`` itself."""
+    if not has_room(device, stored.nbytes):
+        return stored
+    return torch.zeros(stored.shape, dtype=stored.dtype, device=device)
+
+
 def side_by_side(group: ExpertGroup, method: Method, device: torch.device) -> int:
     """Return how many of a group's experts are to be rounded together: one, unless the method
     gains by more."""
