@@ -36,6 +36,7 @@ shows it, or says `no` and why. The gate and the tensors of each family are in
   GPU, in bfloat16. *text*: the language model alone, since vLLM did not take the whole.
   *Transformers backend*: with `--model-impl transformers`. *as vLLM*: what differs is vLLM's class
   for the model, which is as far off on the checkpoint that is not quantized, without this package.
+  The models of {without_linear} have attention in place of Mamba and linear attention.
   The rows are in [families.json](../evidence/families.json).
 - **on Blackwell**: which kernels are chosen for the gate, of
   `tests/plugin/test_blackwell_selection.py` and `test_biases.py`. No Blackwell GPU was at hand.
@@ -72,6 +73,9 @@ CHOSEN = {
     "situ(alpha=4, limit=25)",
 }
 """Gates that ``CHOICE`` has."""
+
+DIFFERS = "its log-probabilities are"
+"""How reasons in rows begin that are no errors."""
 
 CLAMPED = "swiglu_oai(limit=10)"
 """A gate that ``OTHER_NUMBERS`` has."""
@@ -152,13 +156,17 @@ def served(row: dict[str, Any] | None, since: str) -> str:
         more += ["as vLLM"] * ("difference_without_plugin" in row)
         seen = f"same{', '.join(more)}: {row['difference']:.0e}"
         return cut(f"{seen}; not vLLM's default: {row['default']}") if row.get("default") else seen
+    differs = row["reason"].startswith(DIFFERS)
     why = {
-        "vllm": "vLLM does not run it unquantized either: {reason}",
+        "vllm": "vLLM itself differs, unquantized and without this package: {reason}"
+        if differs
+        else "vLLM does not run it unquantized either: {reason}",
         "transformers": "Transformers' class gives nothing to compare with: {reason}",
-        "ours": "vLLM runs it unquantized, and this package does not: {reason}",
+        "ours": "vLLM runs it unquantized, and this package does not: {reason}"
+        if "error" in row
+        else "to be mended: {reason}",
     }[row["result"]]
-    off = f"the difference is {row['difference']:.2g}" if "difference" in row else ""
-    return cut(f"no: {why.format(reason=row['reason'] or off)}")
+    return cut(f"no: {why.format(reason=row['reason'])}")
 
 
 def cut(text: str) -> str:
@@ -199,6 +207,7 @@ def _cell(tests: list[str] | tuple[str, ...] | str) -> str:
 def page() -> str:
     """The text of docs/users/support.md."""
     from tests.engine.every_family import BOUND
+    from tests.engine.family_models import WITHOUT_LINEAR
 
     rows = {(row["platform"], row["family"]): row for row in results()}
     lines = []
@@ -216,6 +225,7 @@ def page() -> str:
     return PAGE.format(
         bound=round(1 / BOUND["cpu"]),
         bound_gpu=round(1 / BOUND["cuda"]),
+        without_linear=", ".join(sorted({*WITHOUT_LINEAR, "granitemoehybrid", "lfm2_moe"})),
         versions=versions(),
         families="\n".join(lines),
         sources="\n".join(sources),

@@ -164,6 +164,13 @@ class ExpertsConfig(Format, QuantizationConfig):
                         f"{prefix}: the checkpoint has {bias}, and vLLM's class for the model "
                         "would leave its experts' biases out. Try another --model-impl"
                     )
+                routed = (layer.e_score_correction_bias, layer.custom_routing_function)
+                if routed == (None, None) and (bias := self.stored.router_bias(prefix)):
+                    raise RefusedError(
+                        f"{prefix}: the checkpoint has {bias}, with which its router chooses "
+                        "experts, and vLLM's class for the model would leave it out (in bf16 too). "
+                        "Try another --model-impl"
+                    )
                 online = self.online_quantization_config
                 if online is not None and online.resolve_quant_method_cls(type(layer), prefix):
                     raise RefusedError(
@@ -230,6 +237,14 @@ class ExpertsConfig(Format, QuantizationConfig):
 
     def method_of_layout(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """What vLLM's own config of the layout says of a layer whose experts are not ours."""
+        # Linears that vLLM merges under a name that no checkpoint has (MLA's in its Transformers
+        # backend), or builds and then drops (Aria's dense MLPs), are in no list.
+        if (
+            isinstance(layer, LinearBase)
+            and self.weight_only(layer, prefix) is not None
+            and not self.stored.beside_experts
+        ):
+            return UnquantizedLinearMethod()
         return super().get_quant_method(layer, prefix)
 
     def _watch(self, method: QuantizeMethodBase) -> None:

@@ -58,13 +58,6 @@ class ModelOpt(ExpertsConfig, ModelOptNvFp4Config):
             return UnquantizedEmbeddingMethod()
         return super().get_quant_method(layer, prefix)
 
-    def method_of_layout(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        # Likewise for linears that vLLM merges under a name that no checkpoint has (MLA's in its
-        # Transformers backend), or builds and then drops (Aria's dense MLPs).
-        if isinstance(layer, LinearBase) and not self.stored.beside_experts:
-            return UnquantizedLinearMethod()
-        return super().method_of_layout(layer, prefix)
-
 
 class ModelOptMixed(ExpertsConfig, ModelOptMixedPrecisionConfig):
     """ModelOpt's layout with an algorithm for each module. NVIDIA publishes MiniMax-M3 so: in
@@ -129,6 +122,8 @@ class CompressedTensors(ExpertsConfig, CompressedTensorsConfig):
             self._add_fused_moe_to_target_scheme_map()
             kinds = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
             names = [f"{prefix}.0.{name}" for name in kinds if name]
+            # Lists have vLLM's class, and not what some models make of it (DbrxExperts).
+            layer = RoutedExperts.__new__(RoutedExperts)
         schemes = [self.get_scheme_dict(layer, name) for name in names]
         scheme = schemes[0]
         if (
@@ -173,9 +168,9 @@ class OnTheFly(ExpertsConfig, _Unquantized):
     """Experts in plain floats, which are quantized by the rule ``max`` while they load. All else
     stays as it is, and so do the experts of multi-token-prediction layers.
 
-    What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize`` would have written
-    and this plugin would have loaded. So activations stay floats, unless ``NVFP4_MOE_ACTIVATIONS``
-    says otherwise.
+    What lies in memory afterwards is, bit for bit, what ``nvfp4-moe quantize --scales max`` would
+    have written and this plugin would have loaded. So activations stay floats, unless
+    ``NVFP4_MOE_ACTIVATIONS`` says otherwise.
     """
 
     layout = LAYOUTS["modelopt"]

@@ -35,7 +35,7 @@ from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.context import ModelContext
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.interface import ExpertsBackend
-from vllm_nvfp4_moe.loading import gpt_oss
+from vllm_nvfp4_moe.loading import dbrx, gpt_oss, names
 from vllm_nvfp4_moe.loading.checks import ExpertLoads, fold_global_scales
 from vllm_nvfp4_moe.loading.loaders import BiasLoader, Loader, QuantizingLoader
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
@@ -116,6 +116,8 @@ class NvFp4MoEMethod(ExpertsBackend):
             input_scales=self.quantizes_activations,
         )
         gpt_oss.load_by_parameter(layer)
+        dbrx.load_by_parameter(layer)
+        names.heed(layer)
         loaders = {kind: Loader(self.loads, kind) for kind in kinds}
         quantizing = QuantizingLoader(self.loads, loaders) if on_the_fly else None
 

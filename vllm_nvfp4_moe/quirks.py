@@ -4,7 +4,7 @@ Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
 checkpoints, or lasts for one call. The methods of vLLM's that are exchanged, by ``NAMED_NVFP4``,
-``UNGATED_ON_CPUS`` and ``GPT_OSS``, act for our checkpoints alone.
+``UNGATED_ON_CPUS``, ``GPT_OSS`` and ``DBRX``, act for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -12,11 +12,8 @@ Whoever supports a new version of vLLM reads this list, and drops what has gone.
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +89,13 @@ FROZEN_ATTENTION = Quirk(
 )
 
 GROUPED_ROUTING = Quirk(
-    name="the CPU router takes a sigmoid only in groups, and gets one group",
-    what="CPURouter asserts softmax unless routing is grouped. Its grouped code knows the sigmoid "
-    "and the correction bias, and with one group it computes just the ungrouped routing.",
+    name="the CPU router takes sigmoids and correction biases only in groups, and gets one group",
+    what="CPURouter asserts softmax unless routing is grouped, and passes over a correction bias "
+    "then (ERNIE 4.5's), without a word. Its grouped code knows the sigmoid and the bias, and with "
+    "one group it computes just the ungrouped routing.",
     seen_in=("0.32", "0.33"),
     undone="Only the layer's own router object changes, and lives as long as the layer.",
-    gone_when="CPURouter accepts a sigmoid without groups.",
+    gone_when="CPURouter accepts a sigmoid, and adds a bias, without groups.",
 )
 
 ROUTER_BIAS = Quirk(
@@ -127,7 +125,7 @@ NEEDLESS_PADDING = Quirk(
     "tensors only. Humming 0.1.19, for 0.33, pads in the same lines as 0.1.17.",
     seen_in=("0.32", "0.33"),
     undone="torch.nn.functional.pad is exchanged while a layer is converted, for the thread that "
-    "does so, and put back.",
+    "does so, and put back (backends/padding.py).",
     gone_when="Humming, or PyTorch, does not copy what needs no padding.",
 )
 
@@ -183,6 +181,38 @@ GPT_OSS = Quirk(
     gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
 )
 
+MERGED_NAMES = Quirk(
+    name="an expert's gate and up are renamed to a merged linear's parts, and get their names back",
+    what="Aria's class inherits Llama's mapping of names, by which gate_proj and up_proj are parts "
+    "of gate_up_proj, also in an expert. RoutedExperts then takes gate alone for both, and splits "
+    "it in halves.",
+    seen_in=("0.32", "0.33"),
+    undone="The load_weights of our layers alone is exchanged. It undoes the renaming of one "
+    "expert's tensors on which the mapping has noted the part.",
+    gone_when="the mapping leaves experts out, or RoutedExperts looks at the note.",
+)
+
+BIAS_AMONG_EXPERTS = Quirk(
+    name="a router's correction bias that is stored among the experts is dropped, and is loaded",
+    what="Laguna's checkpoints have the bias as mlp.experts.e_score_correction_bias, and its class "
+    "leaves all below mlp.experts to RoutedExperts, which passes over names that it does not know. "
+    "Routing then goes by zeros, and the text is wrong without any error.",
+    seen_in=("0.32", "0.33"),
+    undone="The load_weights of our layers alone is exchanged, and loads that tensor, too.",
+    gone_when="RoutedExperts loads the bias, or refuses what it does not know.",
+)
+
+DBRX = Quirk(
+    name="DBRX's class finds no parameters for its experts, and is given ours",
+    what="vLLM's own class for DBRX looks for experts' parameters by a name that they no longer "
+    "have, so that no DBRX loads, and knows no names for one expert's tensors. Its layers slice "
+    "the original's flat stacks, whatever they are given.",
+    seen_in=("0.32", "0.33"),
+    undone="The method in which the class loads its weights is exchanged: what is for parameters "
+    "of ours is taken first, all else handed to vLLM's. Our loaders slice as for all other models.",
+    gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -195,6 +225,9 @@ QUIRKS = (
     NAMED_NVFP4,
     UNGATED_ON_CPUS,
     GPT_OSS,
+    MERGED_NAMES,
+    BIAS_AMONG_EXPERTS,
+    DBRX,
 )
 
 
@@ -289,14 +322,17 @@ def shared_experts_counted_by_every_rank(layer: RoutedExperts) -> bool:
 
 
 def use_grouped_routing(layer: RoutedExperts) -> None:
-    """Let vLLM's CPU router route ``layer`` by sigmoid with a correction bias
+    """Let vLLM's CPU router route ``layer`` by sigmoid, and with a correction bias
     (``GROUPED_ROUTING``)."""
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
     router: Any = getattr(runner_of(layer), "router", None)
     if (
         isinstance(router, CPURouter)
-        and router.scoring_func == "sigmoid"
+        and (
+            router.scoring_func == "sigmoid"
+            or (router.scoring_func == "softmax" and router.e_score_correction_bias is not None)
+        )
         and router.custom_routing_function is None
         and not router.use_grouped_topk
     ):
@@ -377,48 +413,3 @@ def select_nvfp4_moe_backend(kernels_of: Callable[[Any], list[Any]]) -> Callable
     KERNEL_CHOICE.log()
     names = {**function.__globals__, "backend_to_kernel_cls": kernels_of}
     return FunctionType(code, names, function.__name__, function.__defaults__)
-
-
-class _Padding(threading.local):
-    """How often this thread is within :func:`pad_only_what_needs_it`, and how many threads are."""
-
-    depth = 0
-    lock = threading.Lock()
-    threads = 0
-
-
-_padding = _Padding()
-
-
-@contextmanager
-def pad_only_what_needs_it() -> Iterator[None]:
-    """Within, ``torch.nn.functional.pad`` returns a tensor that needs no padding as it is, if it
-    is contiguous, and else a contiguous copy (``NEEDLESS_PADDING``). Other threads see no change,
-    and several may be within at once."""
-    NEEDLESS_PADDING.log()
-    functional: Any = torch.nn.functional
-    with _Padding.lock:
-        if not _Padding.threads:
-            functional.pad = _lazily(functional.pad)
-        _Padding.threads += 1
-    _padding.depth += 1
-    try:
-        yield
-    finally:
-        _padding.depth -= 1
-        with _Padding.lock:
-            _Padding.threads -= 1
-            if not _Padding.threads:
-                functional.pad = functional.pad.__wrapped__
-
-
-def _lazily(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @wraps(original)
-    def pad(
-        input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
-    ) -> torch.Tensor:
-        if _padding.depth and not any(pad):
-            return input.contiguous()
-        return original(input, list(pad), mode, value)
-
-    return pad

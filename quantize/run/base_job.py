@@ -63,9 +63,11 @@ class RoundBase:
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
         weight = worker.load(self.name)
         if not torch.isfinite(weight).all():
+            files = worker.checkpoint.files_of(self.tensor_names)
             raise DamagedWeightsError(
-                f"{self.name} holds NaN or infinite weights; the source is damaged",
-                worker.checkpoint.files_of(self.tensor_names),
+                f"{', '.join(sorted(files))}: {self.name} holds NaN or infinite weights; the "
+                "source is damaged: get it again, and go on with --resume",
+                files,
             )
         base = BASES[self.base]
         codes, scale = base.encode(weight)

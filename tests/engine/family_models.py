@@ -70,8 +70,20 @@ SIZES: dict[str, Any] = families.SMALL | {
 """As ``families.SMALL``. Attention kernels have heads of 64 and more, and MLA's have the sizes of
 DeepSeek's latents alone."""
 
-SPECIAL: dict[str, dict[str, Any]] = {
+_FULL = {"layer_types": ["full_attention"] * 2}
+
+WITHOUT_LINEAR: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    "minimax": _FULL,
+    "qwen3_5_moe": {"text_config": _FULL},
+    "qwen3_next": _FULL,
+}
+"""Families whose models here have attention in place of Mamba and linear attention, of which vLLM
+has no kernels for CPUs, or none in float32."""
+
+SPECIAL: dict[str, dict[str, Any]] = WITHOUT_LINEAR | {
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2}},
+    "deepseek_v4": {"head_dim": 512, "qk_rope_head_dim": 64},
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [128, 64],
@@ -79,7 +91,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [4, 4, 8]}}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
+    "mistral4": {"head_dim": 192},
+    # Transformers' Mamba in PyTorch clamps time steps at it. Neither its kernels do nor vLLM's.
+    "nemotron_h": {"time_step_min": 1e-9},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What cannot be had from ``families.SPECIAL`` by the sizes alone."""
 
@@ -89,8 +106,34 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _NOAUX,
     "deepseek_v32": _NOAUX,
-    "deepseek_v4": {"mlp_layer_types": None},
+    "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128], "num_hash_layers": 0},
+    "glm4_moe": {"head_dim": 64},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "glm4v_moe": {"text_config": {"head_dim": 64, "use_qk_norm": False}},
     "glm_moe_dsa": _NOAUX,
+    "hy_v3": {
+        "expert_hidden_dim": 128,
+        "first_k_dense_replace": 1,
+        "qk_norm": True,
+        "route_norm": True,
+    },
+    "longcat_flash": {
+        "mla_scale_kv_lora": True,
+        "mla_scale_q_lora": True,
+        "zero_expert_type": "identity",
+    },
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1],
+        "moe_layer_freq": [0, 1],
+        "layernorm_epsilon": 1e-5,
+        "sliding_window_size": 128,
+        "swa_head_dim": 64,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+    },
+    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
+    "step3p7": {"vision_config": {"output_dim": 256}},
+    "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
 published configs lack it, and vLLM's does not take it."""
@@ -108,7 +151,7 @@ def _larger(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _larger(value)
         if isinstance(value, dict)
-        else (SIZES.get(name, value) if isinstance(value, int) else value)
+        else (SIZES.get(name, value) if isinstance(value, int) and value else value)
         for name, value in fields.items()
     }
 
@@ -167,7 +210,7 @@ def count(experts: put_back.Experts) -> int:
     """How many experts the module has."""
     if hasattr(experts.module, "mlp"):  # DBRX
         return int(experts.module.num_experts)
-    return len(experts.stacked()[0])
+    return min(map(len, experts.stacked()))  # LongCat's zero experts have rows in one alone
 
 
 def log_probabilities(model: Any) -> list[float]:
@@ -244,10 +287,10 @@ def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None
     source, target = folder / "source", folder / "nvfp4"
     copy.deepcopy(model).bfloat16().save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
-    for name, value in PUBLISHED.get(family, {}).items():
-        config[name] = value
-        if value is None:
-            del config[name]
+    fields = {} if text else PUBLISHED.get(family, {})
+    families.merged(config, fields)
+    for name in (name for name, value in fields.items() if value is None):
+        del config[name]
     (source / "config.json").write_text(json.dumps(config))
     checkpoints.convert(source, target, overwrite=True)
     found = {"source": log_probabilities(model)}

@@ -41,7 +41,9 @@ def test_the_weights_are_those_of_the_offline_export(
     """Experts that come fused, gate over up, through vLLM's Transformers backend."""
     asked = activations == "nvfp4"
     with Checkpoint(shallow_bf16) as source:
-        execute(source, plan(source, Options(activations=asked)), tmp_path / "offline")
+        execute(
+            source, plan(source, Options(scales="max", activations=asked)), tmp_path / "offline"
+        )
     offline = load(tmp_path / "offline")[LAYER].routed_experts
     monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", activations)
     logging.getLogger("vllm").propagate = True
@@ -69,7 +71,7 @@ def test_one_tensor_an_expert(load: Load, tmp_path: Path) -> None:
     checkpoints.build("qwen3_moe").save_pretrained(tmp_path / "bf16")
     with Checkpoint(tmp_path / "bf16") as source:
         assert f"{LAYER}.0.gate_proj.weight" in source.tensors
-        execute(source, plan(source), tmp_path / "offline")
+        execute(source, plan(source, Options(scales="max")), tmp_path / "offline")
     want, got = (
         {name: parameters(runner.routed_experts) for name, runner in load(folder).items()
          if name != "model"}

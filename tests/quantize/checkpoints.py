@@ -212,7 +212,7 @@ def convert(
     source: Path,
     target: Path,
     layout: str = "modelopt",
-    scales: str = "max",
+    scales: str = Options.scales,
     overwrite: bool = False,
     resume: bool = False,
     **more: Any,

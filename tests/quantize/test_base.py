@@ -235,6 +235,7 @@ def test_refusals(source: Path, saved: Callable[[str], Path], tmp_path: Path) ->
     )
     said = refusal("quantize", saved("qwen3_moe"), tmp_path / "b", "--base", "fp8")
     assert "--base fp8: no linears besides the experts" in said
+    assert "in whole blocks (fp8: 128 x 128 weights" in said  # there is attention, but too small
     assert not (tmp_path / "b").exists()
 
 
@@ -245,7 +246,8 @@ def test_damaged_weights_are_named(source: Path, tmp_path: Path) -> None:
     tensors[f"{LINEARS[5]}.weight"][3, 3] = float("nan")
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     said = refusal("quantize", model, tmp_path / "out", "--base", "fp8")
-    assert f"{LINEARS[5]}.weight holds NaN" in said
+    assert f"model.safetensors: {LINEARS[5]}.weight holds NaN" in said
+    assert said.endswith("get it again, and go on with --resume")
     assert not (tmp_path / "out/config.json").exists()
 
 

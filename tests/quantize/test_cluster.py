@@ -379,6 +379,6 @@ def test_machines_that_are_not_alike(
         shutil.rmtree(here)
         shutil.copytree(source, here)
         monkeypatch.setattr(cluster, "_SETTLE", 0.0)
-        monkeypatch.setattr(record, "is_done", lambda *_: False)  # as if out were not shared
+        monkeypatch.setattr(cluster, "is_done", lambda *_: False)  # as if out were not shared
         assert "was written by another machine and is not here" in attempt()
         assert (out / "model.safetensors").exists()

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from quantize.cli.options import parse_size
 from quantize.errors import QuantizeError
+from quantize.execute import Summary
 from quantize.experts.gates import Gate
 from quantize.layouts import LAYOUTS
 from quantize.run.record import FOLDER
 from tests.quantize import checkpoints, reference
-from tests.quantize.checkpoints import contents, convert
+from tests.quantize.checkpoints import contents
 from tests.quantize.reference import INDEX, Raw
 from tests.trained import Sizes
 
@@ -28,6 +29,13 @@ SUFFIXES = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2"),
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale"),
 }
+
+
+def convert(
+    source: Path, target: Path, layout: str = "modelopt", scales: str = "max", **more: Any
+) -> Summary:
+    """By the rule of the plain reference."""
+    return checkpoints.convert(source, target, layout, scales, **more)
 
 
 def is_routed(name: str) -> bool:

@@ -97,7 +97,7 @@ def test_two_runs_in_one_target(saved: Folders, tmp_path: Path) -> None:
     """The one that was there first stops before it gives anything a name."""
     source, out = two_files(saved, tmp_path / "source"), tmp_path / "out"
     with Checkpoint(source) as checkpoint:
-        first, second = plan(checkpoint, Options()), plan(checkpoint, Options(scales="mse"))
+        first, second = plan(checkpoint, Options()), plan(checkpoint, Options(scales="max"))
         record = Record(out, first.fingerprint(checkpoint))
         record.begin(overwrite=False, resume=False)
         other = Record(out, second.fingerprint(checkpoint))

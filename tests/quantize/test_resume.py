@@ -283,7 +283,7 @@ def refusal(*args: object, folder: Path, code: int = 1) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--scales", "mse"),
+        ("--scales", "max"),
         ("--layout", "compressed-tensors"),
         ("--max-shard-size", "7KB"),
         ("--exclude", "*.layers.0.*"),
@@ -369,7 +369,7 @@ def test_resuming_what_is_not_quite_complete(change: str, source: Path, tmp_path
     elif change == "another run's data":
         data = json.loads((out / REPORT_DATA).read_text())
         (out / REPORT_DATA).write_text(json.dumps(data | {"fingerprint": "another"}))
-    options = ("--scales", "mse") if change == "options" else ()
+    options = ("--scales", "max") if change == "options" else ()
     words = ("quantize", source, "out", *SIZE, *options, "--resume")
     assert "--overwrite" in refusal(*words, folder=out)
 

@@ -98,18 +98,26 @@ def take(name: str, tensor: torch.Tensor, parameters: dict[str, torch.nn.Paramet
     assert found is not None
     prefix = "w2" if shards == ("w2",) else "w13"
     target = f"{found['experts']}.routed_experts.{prefix}_{found['suffix']}"
-    parameter: Any = parameters.get(target)
-    loader: Any = getattr(parameter, "weight_loader", None)
-    own: Any = inspect.unwrap(loader)  # beneath what vLLM's reloading wraps it in
-    if not isinstance(own, WeightLoader):
+    own = loader_of(parameters.get(target))
+    if own is None:
         return None
     if one:
         parts: Any = [(shards[0], int(one["expert"]), tensor)]
     else:
         parts = _parts(shards, tensor, own.loads.experts)
+    parameter: Any = parameters[target]
     for shard, expert, part in parts:
-        loader(parameter, part, weight_name=target, shard_id=shard, expert_id=expert)
+        parameter.weight_loader(
+            parameter, part, weight_name=target, shard_id=shard, expert_id=expert
+        )
     return target
+
+
+def loader_of(parameter: Any) -> WeightLoader | None:
+    """Our loader of ``parameter``, beneath what vLLM's reloading wraps it in; None if it has
+    another."""
+    own = inspect.unwrap(getattr(parameter, "weight_loader", lambda: None))
+    return own if isinstance(own, WeightLoader) else None
 
 
 def _parts(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quantize.nvfp4.kernels import for_device
@@ -19,6 +20,19 @@ from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 
 if TYPE_CHECKING:
     from quantize.nvfp4.kernels.kernel import Quantized
+
+
+def _place(
+    layer: RoutedExperts,
+    param: torch.nn.Parameter,
+    tensor: torch.Tensor,
+    name: str,
+    shard: str,
+    expert: int,
+) -> bool:
+    """Slice ``tensor`` and store it as vLLM does for most models; False if it is another rank's."""
+    # Not the layer's own method: DBRX's reads stacks alone (``quirks.DBRX``).
+    return RoutedExperts.weight_loader(layer, param, tensor, name, shard, expert, True)
 
 
 class WeightLoader(ABC):
@@ -114,7 +128,7 @@ class Loader(WeightLoader):
         """Store ``tensor`` where it belongs; False if that is on another rank."""
         layer = self.loads.layer
         if not EXPERT_TENSORS[self.kind].per_matrix:
-            return layer.weight_loader(param, tensor, name, shard, expert, True)
+            return _place(layer, param, tensor, name, shard, expert)
         index = layer._map_global_expert_id_to_local_expert_id(expert)
         index = expert if self.global_index else index
         if index < 0:
@@ -143,7 +157,7 @@ class BiasLoader(WeightLoader):
         layer = self.loads.layer
         if shard == "w2" and layer.moe_config.tp_rank > 0:
             tensor = torch.zeros_like(tensor)
-        return layer.weight_loader(param, tensor, name, shard, expert, True)
+        return _place(layer, param, tensor, name, shard, expert)
 
 
 class QuantizingLoader(WeightLoader):

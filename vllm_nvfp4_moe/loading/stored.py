@@ -15,6 +15,10 @@ _BIAS = re.compile(
     r"\d+\.\w+[._]bias|\d+\.w(?:2|13)_bias|(?:gate|up|gate_up|down)_proj_bias|w(?:2|13)_bias"
 )
 """Biases of experts, behind their module path: one expert's, or all of them."""
+_ROUTER = re.compile(r".*\.(?:e_score_correction_bias|expert_bias)")
+"""Biases by which routers choose experts."""
+_LAYER = re.compile(r".*\.\d+\.")
+"""Up to a layer, in module paths."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """In module paths of one expert's weights."""
 
@@ -93,3 +97,10 @@ class Stored:
         start = f"{experts}."
         names = (name for name in self._biases if name.startswith(start))
         return next((name for name in names if _BIAS.fullmatch(name.removeprefix(start))), None)
+
+    def router_bias(self, experts: str) -> str | None:
+        """The name of the correction bias of the router in the layer of the experts at the module
+        path ``experts``; None if there is none, or nobody knows."""
+        layer = _LAYER.match(experts)
+        names = (name for name in self._biases if layer and name.startswith(layer[0]))
+        return next((name for name in names if _ROUTER.fullmatch(name)), None)

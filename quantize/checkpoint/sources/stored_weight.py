@@ -14,7 +14,8 @@ from quantize.checkpoint.tensors import TensorInfo
 from quantize.nvfp4.format import NvFp4
 
 _SCALE = re.compile(r"(?:.*[._])?scales?(?:_inv|_2)?")
-_INPUT_SCALES = ("input_scale", "activation_scale")
+_INPUT_SCALES = ("input_scale", "activation_scale", "act_scale", "input_zero_point")
+"""``act_scale`` is what AutoFP8 called ``input_scale`` at first."""
 
 
 class Decode(Protocol):
@@ -98,9 +99,9 @@ def from_pair(
     """
     stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
     inputs = [stored[stem + suffix] for suffix in _INPUT_SCALES if stem + suffix in stored]
-    if len(shape) > 2:  # stacked: only scales with one value per expert can be sliced by expert
-        inputs = [scale for scale in inputs if scale.shape[:1] == shape[:1]]
     parts = tuple(info.name for info in (*pair, *inputs))
+    # A scale with one value for all of a stack cannot be sliced by expert.
+    shared = {scale.name for scale in inputs if scale.shape[:1] != shape[:1]}
 
     def decode_pair(
         codes: torch.Tensor,
@@ -110,7 +111,7 @@ def from_pair(
     ) -> torch.Tensor:
         return decode(codes, scale, out=out)
 
-    return StoredWeight(fmt, name, shape, parts, decode_pair)
+    return StoredWeight(fmt, name, shape, parts, decode_pair, frozenset(shared))
 
 
 ALONE = (
