@@ -22,6 +22,7 @@ from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.forward import LayerwiseForward, ShareDone
 from quantize.calibration.layerwise import LayerwiseModel, States
 from quantize.calibration.model_end import ModelEnd
+from quantize.calibration.room import sums_for
 from quantize.calibration.routing import Routing
 from quantize.calibration.stand_ins import ReplayExperts
 from quantize.calibration.store import Store, experts_output_name, gradients_name, states_name
@@ -153,14 +154,17 @@ class LayerwiseBackward(LayerwiseForward):
                 store.new("grad_x", tuple(routing.x.shape), torch.float32),
                 store.new("grad_weights", tuple(router.shape), torch.float32),
             )
+        sums = None if found.x is None else sums_for(found.x, self._model.device)
         visitor.begin(layer, group, routing)
         for expert in range(group.num_experts):
             weights = self._expert_weights(stand_in, expert)
             visitor.expert(expert, weights, routing)
-            if input_gradients:
-                _add_input_gradients(weights, routing, expert, found)
+            if sums is not None:
+                _add_input_gradients(weights, routing, expert, found, sums)
             progress((1 + 2 * (expert + 1) / group.num_experts) / 3)
         visitor.end()
+        if found.x is not None and sums is not None and sums is not found.x:
+            found.x.copy_(sums)
         return found
 
     def _run_backward(
@@ -251,11 +255,15 @@ class LayerwiseBackward(LayerwiseForward):
 
 
 def _add_input_gradients(
-    weights: ExpertWeights, routing: Routing, expert: int, found: ExpertGradients
+    weights: ExpertWeights,
+    routing: Routing,
+    expert: int,
+    found: ExpertGradients,
+    sums: torch.Tensor,
 ) -> None:
-    """Add to ``found`` the gradients with respect to one expert's inputs, and set those with
-    respect to the router's weights of it."""
-    assert found.x is not None and found.weights is not None
+    """Add to ``sums`` the gradients with respect to one expert's inputs, and set those with respect
+    to the router's weights of it in ``found``."""
+    assert found.weights is not None
     for chunk in routing.of(expert):
         assert chunk.gradient is not None
         gradient = chunk.gradient * chunk.weights.unsqueeze(1)
@@ -266,7 +274,7 @@ def _add_input_gradients(
                 for gradient, weight in zip(gradients, weights.gate_up, strict=True)
             )
             assert isinstance(grad_x, torch.Tensor)
-            found.x.index_add_(0, chunk.tokens, grad_x.float().cpu())
+            sums.index_add_(0, chunk.tokens.to(sums.device), grad_x.float().to(sums.device))
             own = weights.output(weights.intermediate(chunk.x)).float()
             found.weights.view(-1)[chunk.pairs] = (own * chunk.gradient).sum(1).cpu()
 

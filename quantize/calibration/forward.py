@@ -15,6 +15,7 @@ import torch
 from quantize.calibration.chain import check_chain
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.layerwise import LayerwiseModel
+from quantize.calibration.room import sums_for
 from quantize.calibration.routing import Routing
 from quantize.calibration.stand_ins import ReplayExperts
 from quantize.calibration.store import Store, experts_output_name, states_name
@@ -164,14 +165,17 @@ class LayerwiseForward:
         routing = self._routing(group)
         shape = tuple(routing.x.shape)
         output = self._store.new(experts_output_name(layer, group), shape, torch.float32)
+        sums = sums_for(output, self._model.device)
         visitor.begin(layer, group, routing)
         for expert in range(group.num_experts):
             weights = visitor.expert(expert, self._expert_weights(stand_in, expert), routing)
             for chunk in routing.of(expert):
                 own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
-                output.index_add_(0, chunk.tokens, own.float().cpu())
+                sums.index_add_(0, chunk.tokens.to(sums.device), own.float().to(sums.device))
             progress((expert + 1) / group.num_experts)
         visitor.end()
+        if sums is not output:
+            output.copy_(sums)
         return output
 
     def _routing(self, group: ExpertGroup, gradient: torch.Tensor | None = None) -> Routing:

@@ -10,8 +10,8 @@ import torch
 from quantize.calibration.second_moments import SecondMoments
 from quantize.nvfp4.format import NvFp4
 from quantize.nvfp4.kernels.kernel import Kernel, Quantized, quantize_weights, shared_scale
-from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.loss import loss
+from quantize.nvfp4.rounding.method import Job, Rounded
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,8 @@ class Product:
     inputs: SecondMoments
     gradients: SecondMoments | None
 
-    def rounded(self, method: str, kernel: Kernel) -> list[Quantized]:
-        """Round the weights for the error of their outputs.
-
-        Args:
-            method: a key of ``quantize.nvfp4.rounding.METHODS``.
+    def job(self, kernel: Kernel) -> Job:
+        """Return what a rounding method takes.
 
         Raises:
             NotFiniteError: if a weight is NaN or infinite.
@@ -42,12 +39,14 @@ class Product:
         # Their inputs and global scale are the same: one above the other, they are one weight.
         both = torch.cat([weight.float() for weight in self.weights])
         output_hessian = self.gradients.estimate() if self.gradients is not None else None
-        codes, block_scale = METHODS[method].round(
-            both, self.inputs.estimate(), scale, output_hessian
-        )
+        return Job(both, self.inputs.estimate(), scale, output_hessian)
+
+    def results(self, rounded: Rounded, kernel: Kernel) -> list[Quantized]:
+        """Return what a rounding method made of :meth:`job`, weight by weight."""
+        scale = shared_scale(self.weights, kernel)
         results = []
         sizes = [len(weight) for weight in self.weights]
-        parts = zip(self.weights, codes.split(sizes), block_scale.split(sizes), strict=True)
+        parts = zip(self.weights, *(whole.split(sizes) for whole in rounded), strict=True)
         for weight, own_codes, own_scales in parts:
             stored = NvFp4(own_codes, own_scales, scale)
             noise, signal = kernel.compare(weight, stored)

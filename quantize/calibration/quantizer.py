@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +14,7 @@ from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.input_scales import input_scales
 from quantize.calibration.product import Product
+from quantize.calibration.room import side_by_side
 from quantize.calibration.routing import Chunk, Routing
 from quantize.calibration.second_moments import SecondMoments
 from quantize.checkpoint.reader import Checkpoint
@@ -24,6 +27,8 @@ from quantize.nvfp4.rounding import METHODS
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.staged import Findings, Staged
 from quantize.run.weight_error import WeightError
+
+T = TypeVar("T")
 
 FALLBACK = "mse"
 """The scale rule for experts with fewer than ``MIN_TOKENS``."""
@@ -63,31 +68,41 @@ class Quantizer:
         self._findings = Findings(group.prefix)
         self._largest: list[tuple[float, float]] = []
         self._undersampled: set[int] = set()
+        self._routing = routing
+        self._waiting: list[tuple[int, ExpertWeights]] = []
+        self._together = 0
         self._writer = self._staged.writer(group, list(staged_outputs(group, self._layout)))
 
     def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
-        """Quantize one expert; the model goes on with the original.
+        """Quantize one expert, or let it wait for others that are to be rounded together with it;
+        the model goes on with the original.
 
         Raises:
-            DamagedWeightsError: if its weights or intermediate states are NaN or infinite.
+            DamagedWeightsError: if the weights or intermediate states of an expert that waited are
+                NaN or infinite.
         """
         if self._group is None:
             return weights
-        try:
-            self._quantize(self._group, number, weights, routing)
-        except BaseException:
-            self._writer.abort()
-            raise
+        if not self._together:
+            method = METHODS[self._method]
+            self._together = side_by_side(self._group, method, weights.down.device)
+        self._waiting.append((number, weights))
+        if len(self._waiting) == self._together:
+            self._quantize_waiting(self._group)
         return weights
 
     def end(self) -> None:
-        """Write the input scales, and finish the group's file.
+        """Quantize the experts that wait, write the input scales, and finish the group's file.
 
         An expert with few tokens has the whole layer's input scales, so they are written last.
+
+        Raises:
+            DamagedWeightsError: see :meth:`expert`.
         """
         group = self._group
         if group is None:
             return
+        self._quantize_waiting(group)
         scales = input_scales(self._largest, self._undersampled)
         for expert, (gate_up, down) in enumerate(scales):
             modules = group.modules(expert)
@@ -96,46 +111,65 @@ class Quantizer:
         self._writer.finish()
         self._staged.finish(group, self._findings)
 
-    def _quantize(
-        self, group: ExpertGroup, number: int, weights: ExpertWeights, routing: Routing
-    ) -> None:
-        device = weights.down.device
+    def _quantize_waiting(self, group: ExpertGroup) -> None:
+        try:
+            if self._waiting:
+                self._quantize(group, self._waiting)
+        except BaseException:
+            self._writer.abort()
+            raise
+        self._waiting = []
+
+    def _quantize(self, group: ExpertGroup, experts: list[tuple[int, ExpertWeights]]) -> None:
+        device = experts[0][1].down.device
         kernel = for_device(device)
 
-        def tokens() -> Iterator[Chunk]:
+        def tokens(number: int) -> Iterator[Chunk]:
+            routing = self._routing
             return routing.all() if self._settings.every_expert else routing.of(number)
 
-        inputs, gate_up_gradients, down_gradients = self._second_moments(group, weights, tokens())
-        undersampled = inputs.tokens < MIN_TOKENS
-        rule = FALLBACK if undersampled else self._method
-        gate_up = Product(list(weights.gate_up), inputs, gate_up_gradients)
-        gate_up_results = self._round(group, number, gate_up, rule, kernel)
+        gate_ups, rules, gradients = {}, {}, {}
+        for number, weights in experts:
+            inputs, gate_up_gradients, gradients[number] = self._second_moments(
+                group, weights, tokens(number)
+            )
+            undersampled = inputs.tokens < MIN_TOKENS
+            rules[number] = FALLBACK if undersampled else self._method
+            gate_ups[number] = Product(list(weights.gate_up), inputs, gate_up_gradients)
+            if undersampled:
+                self._undersampled.add(number)
+        gate_up_results = self._round(group, gate_ups, rules, kernel)
         # Down's inputs are what the quantized gate and up make.
-        found = tuple(result.weight.dequantize() for result in gate_up_results)
-        intermediate = SecondMoments(group.intermediate, device)
-        for chunk in tokens():
-            intermediate.add(weights.intermediate(chunk.x, found), chunk.weights)
-        if not math.isfinite(intermediate.largest):
-            raise damaged(self._checkpoint, group, number, OF_TEXT)
-        down = Product([weights.down], intermediate, down_gradients)
-        down_results = self._round(group, number, down, rule, kernel)
-        if undersampled:
-            self._undersampled.add(number)
-        self._largest.append((inputs.largest, intermediate.largest))
-        findings = self._findings
-        findings.tokens.append(int(routing.counts[number]))
-        findings.rules.append(rule)
-        pairs = [
-            product.errors(results, self._rule, kernel)
-            for product, results in ((gate_up, gate_up_results), (down, down_results))
-        ]
-        findings.before.append([before for before, _ in pairs])
-        findings.after.append([after for _, after in pairs])
-        results = chain(gate_up_results, down_results)
-        for module, result in zip(group.modules(number), results, strict=True):
-            self._write(module, self._layout.store(result.weight))
-            lost = WeightError(module, result.noise, result.signal, result.counts.tolist())
-            findings.lost.append(list(lost))
+        downs = {}
+        for number, weights in experts:
+            found = tuple(result.weight.dequantize() for result in gate_up_results[number])
+            intermediate = SecondMoments(group.intermediate, device)
+            for chunk in tokens(number):
+                intermediate.add(weights.intermediate(chunk.x, found), chunk.weights)
+            if not math.isfinite(intermediate.largest):
+                raise damaged(self._checkpoint, group, number, OF_TEXT)
+            downs[number] = Product([weights.down], intermediate, gradients[number])
+        down_results = self._round(group, downs, rules, kernel)
+        for number, _ in experts:
+            gate_up, down = gate_ups[number], downs[number]
+            self._largest.append((gate_up.inputs.largest, down.inputs.largest))
+            findings = self._findings
+            findings.tokens.append(int(self._routing.counts[number]))
+            findings.rules.append(rules[number])
+            pairs = [
+                product.errors(results, self._rule, kernel)
+                for product, results in (
+                    (gate_up, gate_up_results[number]),
+                    (down, down_results[number]),
+                )
+            ]
+            findings.before.append([before for before, _ in pairs])
+            findings.after.append([after for _, after in pairs])
+            results = chain(gate_up_results[number], down_results[number])
+            for module, result in zip(group.modules(number), results, strict=True):
+                self._write(module, self._layout.store(result.weight))
+                lost = WeightError(module, result.noise, result.signal, result.counts.tolist())
+                findings.lost.append(list(lost))
 
     def _second_moments(
         self, group: ExpertGroup, weights: ExpertWeights, tokens: Iterator[Chunk]
@@ -164,14 +198,35 @@ class Quantizer:
         return inputs, gate_up, down
 
     def _round(
-        self, group: ExpertGroup, number: int, product: Product, rule: str, kernel: Kernel
-    ) -> list[Quantized]:
-        try:
-            if rule == FALLBACK:
-                return quantize_weights(product.weights, rule, kernel)
-            return product.rounded(rule, kernel)
-        except NotFiniteError:
-            raise damaged(self._checkpoint, group, number) from None
+        self,
+        group: ExpertGroup,
+        products: dict[int, Product],
+        rules: dict[int, str],
+        kernel: Kernel,
+    ) -> dict[int, list[Quantized]]:
+        """Round one product of each of some experts, by their numbers."""
+        method = METHODS[self._method]
+        calibrated = [number for number in products if rules[number] != FALLBACK]
+
+        def finite(number: int, make: Callable[[], T]) -> T:
+            try:
+                return make()
+            except NotFiniteError:
+                raise damaged(self._checkpoint, group, number) from None
+
+        # One after another: each is dropped before the next one is made.
+        jobs = (finite(number, partial(products[number].job, kernel)) for number in calibrated)
+        if method.together is not None and len(calibrated) > 1:
+            rounded = method.together(jobs, len(calibrated))
+        else:
+            rounded = [method.round(*job) for job in jobs]
+        found = dict(zip(calibrated, rounded, strict=True))
+        return {
+            number: product.results(found.pop(number), kernel)
+            if number in found
+            else finite(number, partial(quantize_weights, product.weights, FALLBACK, kernel))
+            for number, product in products.items()
+        }
 
     def _write(self, module: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write some of a module's tensors, by suffix."""

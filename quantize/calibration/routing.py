@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from quantize.calibration.room import has_room
+
 CHUNK = 8192
 """So many tokens of an expert are computed at a time."""
 
@@ -57,6 +59,10 @@ class Routing:
         gradient: torch.Tensor | None = None,
     ) -> None:
         self.x = x
+        # From the host, each expert's rows would be gathered and sent anew, more than once.
+        if has_room(device, x.nbytes + (0 if gradient is None else gradient.nbytes)):
+            x, gradient = x.to(device), None if gradient is None else gradient.to(device)
+        self._x = x
         self._gradient = gradient
         self._weights = weights.flatten()
         self._k = ids.shape[1]
@@ -80,5 +86,8 @@ class Routing:
             yield self._chunk_of(tokens, torch.ones(len(tokens), device=self._device), tokens[:0])
 
     def _chunk_of(self, tokens: torch.Tensor, weights: torch.Tensor, pairs: torch.Tensor) -> Chunk:
-        gradient = None if self._gradient is None else self._gradient[tokens].to(self._device)
-        return Chunk(tokens, self.x[tokens].to(self._device), weights, pairs, gradient)
+        def rows(of: torch.Tensor) -> torch.Tensor:
+            return of[tokens.to(of.device)].to(self._device)
+
+        gradient = None if self._gradient is None else rows(self._gradient)
+        return Chunk(tokens, rows(self._x), weights, pairs, gradient)

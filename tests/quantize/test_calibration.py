@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from quantize.calibration.store import Store
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.execute import execute
+from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.rounding.method import Job
 from quantize.run.files import write_json
 from quantize.run.options import MIN_TOKENS, Calibration, Options
 from quantize.run.plan import plan
@@ -408,3 +410,26 @@ def test_a_source_that_changed_is_calibrated_again(
     os.utime(source / "model.safetensors", (1, 1))
     again = resumed(source, tmp_path / "out", rows)
     assert min(again) == 0
+
+
+def test_experts_rounded_together_are_those_rounded_one_by_one(
+    trained: Path, rows: torch.Tensor, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven at once, which is no divisor of how many there are."""
+    counts = []
+
+    def together(jobs: Iterable[Job], count: int) -> list[Any]:
+        rounded = [METHODS["gptq"].round(*job) for job in jobs]
+        assert len(rounded) == count
+        counts.append(count)
+        return rounded
+
+    gptq = replace(METHODS["gptq"], together=together)
+    monkeypatch.setattr("quantize.calibration.quantizer.METHODS", {"gptq": gptq})
+    monkeypatch.setattr("quantize.calibration.quantizer.side_by_side", lambda *_: 7)
+    target = calibrated(trained, tmp_path / "out", rows)
+    assert 7 in counts
+    got, want = (load_file(folder / "model.safetensors") for folder in (target, whole))
+    assert got.keys() == want.keys()
+    for name, tensor in got.items():
+        assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, want[name]))), name

@@ -13,7 +13,7 @@ from quantize.nvfp4 import format as nvfp4
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.blocks import codes_of
 from quantize.nvfp4.rounding.descent import Descent
-from quantize.nvfp4.rounding.gptq import DAMPING, damped, gptq
+from quantize.nvfp4.rounding.gptq import DAMPING, compensation, damped, gptq
 from quantize.nvfp4.rounding.loss import loss
 from tests.quantize.plain import plainly
 
@@ -114,6 +114,13 @@ def test_no_step_of_the_descent_goes_up(seed: int, correlation: float, columns: 
         after = now()
         assert after <= before * (1 + 1e-4) + 1e-6
         before = after
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    hessian = case(8, 96, correlation=3.0)[1]
+    inverse = torch.linalg.inv(damped(hessian, DAMPING).double())
+    want = torch.linalg.cholesky(inverse, upper=True)
+    torch.testing.assert_close(compensation(hessian).double(), want, rtol=1e-6, atol=1e-7)
 
 
 def test_a_column_without_input_and_an_expert_without_tokens() -> None:

@@ -19,7 +19,7 @@ from quantize.nvfp4.rounding.two_sided import (
     OUTPUT_DAMPING,
     SWEEPS,
     TwoSided,
-    _blocks_of,
+    blocks_of,
     two_sided,
 )
 from tests.quantize import reference
@@ -225,7 +225,7 @@ def test_errors_in_a_block_are_made_up_for(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     hessian = damped(second_moments(16, generator), DAMPING)
     ideal, step = torch.randn(16, generator=generator).numpy(), np.float32(0.5)
-    feedback = _blocks_of(hessian)[2][0].numpy()
+    feedback = blocks_of(hessian)[2][0].numpy()
     trial, rest = np.empty(16, np.float32), np.empty(16, np.float32)
     assert _round(ideal, feedback, step, np.float32(np.inf), trial, rest)
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from quantize.nvfp4.format import BLOCK, NvFp4
 from quantize.nvfp4.kernels.kernel import Quantized
 from quantize.nvfp4.kernels.reference import ReferenceKernel
+from quantize.nvfp4.kernels.triton_numbers import e4m3_bits, e4m3_value, round_e2m1
 from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
 from quantize.nvfp4.scales.rule import ScaleRule
 
@@ -22,29 +23,6 @@ _LANES = 128
 """Number of blocks that one program quantizes."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@triton.jit
-def _round_e2m1(t):  # type: ignore[no-untyped-def]
-    """The E2M1 magnitude nearest to ``t >= 0``, ties to even; ``numba_cpu`` explains how."""
-    magic = tl.where(t < 2.0, 6291456.0, tl.where(t < 4.0, 12582912.0, 25165824.0))
-    return tl.minimum((t + magic) - magic, 6.0)
-
-
-@triton.jit
-def _e4m3_value(bits):  # type: ignore[no-untyped-def]
-    """The float32 value of non-negative E4M3 bits (int32)."""
-    normal = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    return tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, normal)
-
-
-@triton.jit
-def _e4m3_bits(x):  # type: ignore[no-untyped-def]
-    """Bits (int32) of the E4M3 value nearest to ``x``, which is in [2^-9, 448]; ties to even."""
-    bits = x.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-    subnormal = ((x * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)
-    return tl.where(x < 0.015625, subnormal, normal)
 
 
 @triton.jit
@@ -62,7 +40,7 @@ def _encode(  # type: ignore[no-untyped-def]
     for k in tl.static_range(SIZE):
         amax = tl.maximum(amax, tl.abs(tl.load(first + k, mask=inside, other=0.0).to(tl.float32)))
     ratio = tl.math.div_rn(amax, tl.zeros([LANES], tl.float32) + 6.0 * scale)
-    start = _e4m3_bits(tl.minimum(tl.maximum(ratio, 0.001953125), 448.0))
+    start = e4m3_bits(tl.minimum(tl.maximum(ratio, 0.001953125), 448.0))
 
     chosen = start
     if REACH > 0:
@@ -73,20 +51,20 @@ def _encode(  # type: ignore[no-untyped-def]
         for step in range(-REACH - 1, REACH + 1):
             offset = tl.where(step < -REACH, 0, step)
             bits = tl.minimum(tl.maximum(start + offset, LOWEST), HIGHEST)
-            value = _e4m3_value(bits)
+            value = e4m3_value(bits)
             inverse = tl.math.div_rn(tl.full([LANES], 1.0, tl.float32), value)
             error = tl.zeros([LANES], tl.float32)
             for k in tl.static_range(SIZE):
                 x = tl.abs(tl.load(first + k, mask=inside, other=0.0).to(tl.float32))
                 y = tl.math.div_rn(x, wide)
-                lost = y - _round_e2m1(y * inverse) * value
+                lost = y - round_e2m1(y * inverse) * value
                 error += lost * lost
             better = error < best
             best = tl.where(better, error, best)
             chosen = tl.where(better, bits, chosen)
     tl.store(scales + block, chosen.to(tl.uint8), mask=inside)
 
-    value = _e4m3_value(chosen)
+    value = e4m3_value(chosen)
     width = value * scale
     unit = 1.0 / scale
     noise = tl.zeros([LANES], tl.float32)
@@ -95,7 +73,7 @@ def _encode(  # type: ignore[no-untyped-def]
         byte = tl.zeros([LANES], tl.int32)
         for half in tl.static_range(2):
             x = tl.load(first + 2 * pair + half, mask=inside, other=0.0).to(tl.float32)
-            magnitude = _round_e2m1(tl.math.div_rn(tl.abs(x), width))
+            magnitude = round_e2m1(tl.math.div_rn(tl.abs(x), width))
             above = (magnitude.to(tl.int32, bitcast=True) >> 22) - 252
             code = tl.where(magnitude < 1.0, (magnitude * 2.0).to(tl.int32), above)
             sign = (x.to(tl.int32, bitcast=True) >> 31) & 1

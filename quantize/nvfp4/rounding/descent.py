@@ -8,12 +8,17 @@ loss larger, and a few sweeps take a fifth off GPTQ's loss.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from quantize.nvfp4.format import BLOCK, pack, unpack
 from quantize.nvfp4.rounding.blocks import codes_of, neighbours, values_of
 from quantize.nvfp4.rounding.gptq import damped, gptq
 from quantize.nvfp4.rounding.method import Method
+
+if TYPE_CHECKING:
+    from quantize.nvfp4.rounding.kernels import descent as on_gpu
 
 SWEEPS = 3
 _DAMPING = 1e-4
@@ -28,7 +33,7 @@ def descent(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``quantize.nvfp4.rounding.method.Round``; ``output_hessian`` makes no difference."""
     packed, block_scale = gptq(weight, hessian, global_scale)
-    state = Descent(
+    state = _descent_on(weight.device)(
         weight.float() / global_scale,
         damped(hessian, _DAMPING),
         unpack(packed),
@@ -39,6 +44,14 @@ def descent(
         state.blocks()
     state.columns()
     return pack(state.codes), state.scales.to(torch.float8_e4m3fn)
+
+
+def _descent_on(device: torch.device) -> type[Descent] | type[on_gpu.Descent]:
+    if device.type == "cuda":
+        from quantize.nvfp4.rounding.kernels import descent as on_gpu
+
+        return on_gpu.Descent
+    return Descent
 
 
 class Descent:

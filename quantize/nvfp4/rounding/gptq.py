@@ -31,6 +31,25 @@ def gptq(
     """See ``quantize.nvfp4.rounding.method.Round``; ``output_hessian`` makes no difference."""
     left = weight.float() / global_scale
     factor = compensation(hessian)
+    if left.is_cuda:
+        from quantize.nvfp4.rounding.kernels import gptq as on_gpu
+
+        codes, block_scale = on_gpu.round_columns(left, factor)
+    else:
+        codes, block_scale = round_columns(left, factor)
+    return pack(codes), block_scale
+
+
+def round_columns(left: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round one column after another.
+
+    Args:
+        left: float32 ``[out, in]``: the weight in units of the global scale; overwritten.
+        factor: float32 ``[in, in]``, of :func:`compensation`.
+
+    Returns:
+        uint8 codes, one a byte, ``[out, in]``, and block scales, float8_e4m3fn ``[out, in / 16]``.
+    """
     columns = left.shape[1]
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     scales = torch.empty(len(left), columns // BLOCK, device=left.device)
@@ -48,7 +67,7 @@ def gptq(
             lost[:, column - first] = share
             left[:, column + 1 : end] -= torch.outer(share, factor[column, column + 1 : end])
         left[:, end:] -= lost @ factor[first:end, end:]
-    return pack(codes), scales.to(torch.float8_e4m3fn)
+    return codes, scales.to(torch.float8_e4m3fn)
 
 
 def compensation(hessian: torch.Tensor) -> torch.Tensor:
@@ -57,7 +76,11 @@ def compensation(hessian: torch.Tensor) -> torch.Tensor:
     Row ``j``, divided by its element on the diagonal, says how much each later column must change
     to make up for one unit of error in column ``j``.
     """
-    return inverse_and_factor(damped(hessian, DAMPING))[1].float()
+    # With both orders turned round, an upper factor is a lower one: no inverse of the Hessian need
+    # be made, which takes most of the time, and factored.
+    turned = torch.linalg.cholesky(damped(hessian, DAMPING).double().flip(0, 1))
+    identity = torch.eye(len(turned), dtype=turned.dtype, device=turned.device)
+    return torch.linalg.solve_triangular(turned, identity, upper=False).flip(0, 1).float()
 
 
 def inverse_and_factor(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

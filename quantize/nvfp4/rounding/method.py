@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+
+Rounded = tuple[torch.Tensor, torch.Tensor]
+"""Packed codes, uint8 ``[out, in / 2]``, and block scales, float8_e4m3fn ``[out, in / 16]``."""
+
+
+class Job(NamedTuple):
+    """The arguments of :class:`Round`."""
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    global_scale: torch.Tensor
+    output_hessian: torch.Tensor | None = None
 
 
 class Round(Protocol):
@@ -21,7 +34,7 @@ class Round(Protocol):
         hessian: torch.Tensor,
         global_scale: torch.Tensor,
         output_hessian: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Rounded:
         """Round one weight.
 
         Args:
@@ -40,6 +53,13 @@ class Round(Protocol):
         """
 
 
+class RoundTogether(Protocol):
+    """``(jobs, count) -> results``: :class:`Round` of weights that have one shape, on one GPU."""
+
+    def __call__(self, jobs: Iterable[Job], count: int) -> list[Rounded]:
+        """Round ``count`` weights. Each of ``jobs`` is dropped before the next one is asked for."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One rounding method.
@@ -53,6 +73,9 @@ class Method:
         weight_bytes: for each element of the weight.
         hessian_bytes: for each element of ``hessian``, its factors in float64 included.
         output_hessian_bytes: for each element of ``output_hessian``, if the method needs it.
+        together: rounds several weights at once, if that is what it takes to fill a GPU.
+        together_bytes: what each weight takes then, for each of its elements. Its Hessians take
+            one float32 for each of theirs.
     """
 
     round: Round
@@ -60,3 +83,5 @@ class Method:
     weight_bytes: int = 24
     hessian_bytes: int = 48
     output_hessian_bytes: int = 24
+    together: RoundTogether | None = None
+    together_bytes: int = 10

@@ -46,7 +46,7 @@ def _improve(  # type: ignore[no-untyped-def]
             ``residual`` is that of all rows of the weight.
         output_hessian: float32 ``[rows, rows]``: the panel's own part of ``G``.
         hessian: float32 ``[in, in]``.
-        blocks, inverse, feedback: float32 ``[in / 16, 16, 16]``: see ``two_sided._blocks_of``.
+        blocks, inverse, feedback: float32 ``[in / 16, 16, 16]``: see ``two_sided.blocks_of``.
         values: float32 ``[rows, in]``, in units of the global scale; improved in place.
         scales: uint8 ``[rows, in / 16]``: E4M3 bits; improved in place.
         residual: float32 ``[rows, in]``: the rows' errors times ``hessian``; kept up to date.
