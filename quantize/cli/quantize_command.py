@@ -122,22 +122,24 @@ def quantize(
         ),
     ] = None,
     input_scales: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
             "--input-scales",
             metavar="TEXT",
             help="Run the model over a little of this text, and find nothing but the input scales "
-            "of its experts: minutes instead of hours, e.g. --input-scales texts.jsonl.",
+            "of its experts: minutes instead of hours, e.g. --input-scales texts.jsonl. What TEXT "
+            "may be: see --calibrate.",
         ),
     ] = None,
     text: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
             "--calibrate",
             metavar="TEXT",
             help="Run the model over this text, a layer at a time, and quantize each expert for "
-            "what it is given: much closer, hours instead of minutes. A text file, JSON lines or a "
-            "folder, e.g. --calibrate texts.jsonl.",
+            "what it is given: much closer, hours instead of minutes. A file (text, JSON, JSON "
+            "lines, Parquet), a folder, or a data set on the hub, e.g. --calibrate texts.jsonl or "
+            "--calibrate ORG/NAME:train; several are mixed evenly.",
         ),
     ] = None,
     calibration_rows: Annotated[
@@ -187,11 +189,13 @@ def quantize(
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         _check_text(context, text, input_scales, activations, all_linears)
-        if (read := text or input_scales) is not None:
-            from quantize.calibration.documents import check_there
+        read = text or input_scales or []
+        if read:
+            from quantize.calibration.sources import check_there
 
-            check_there(read)
-        found = text is not None or input_scales is not None
+            for one in read:
+                check_there(one)
+        found = bool(read)
         # Calibration sees the inputs of experts alone.
         default = Activations.NVFP4 if found and not all_linears else Activations.BF16
         chosen = activations or default
@@ -237,16 +241,21 @@ def quantize(
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
             for note in steps.notes:
-                err.print(plain(note), highlight=False, soft_wrap=True)
+                _say(note)
             _say_activations(steps, found, activations is None)
             tokens = None
-            if read is not None:
+            if read:
                 steps.check_can_calibrate()
-                shape = calibration_rows or (128 if text else 32), calibration_length
-                tokens = load_samples(read, checkpoint.folder, *shape, trust_remote_code)
-                method = rounding.value if text else None
+                wanted = calibration_rows or (128 if text else 32), calibration_length
+                tokens = load_samples(read, checkpoint.folder, *wanted, trust_remote_code, _say)
+                rows, length = tokens.shape
                 calibration = Calibration(
-                    str(read), *shape, digest_of(tokens), method, every_expert
+                    ", ".join(read),
+                    rows,
+                    length,
+                    digest_of(tokens),
+                    rounding.value if text else None,
+                    every_expert,
                 )
                 steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
@@ -278,6 +287,10 @@ def quantize(
         )
 
 
+def _say(line: str) -> None:
+    err.print(plain(line), highlight=False, soft_wrap=True)
+
+
 def _summary(steps: Plan) -> str:
     experts = sum(g.num_experts for g in steps.groups)
     linears = sum(map(len, steps.dense))
@@ -292,8 +305,8 @@ def _summary(steps: Plan) -> str:
 
 def _check_text(
     context: typer.Context,
-    text: Path | None,
-    input_scales: Path | None,
+    text: list[str] | None,
+    input_scales: list[str] | None,
     activations: Activations | None,
     linears: bool,
 ) -> None:
@@ -302,11 +315,11 @@ def _check_text(
     Raises:
         UsageError: if there are any.
     """
-    if text is not None and input_scales is not None:
+    if text and input_scales:
         raise UsageError("--calibrate finds input scales too; leave --input-scales out")
-    if input_scales is not None and activations is Activations.BF16:
+    if input_scales and activations is Activations.BF16:
         raise UsageError("--activations bf16 leaves no use for --input-scales; leave one out")
-    if input_scales is not None and linears and activations is None:
+    if input_scales and linears and activations is None:
         raise UsageError(
             "--input-scales finds the input scales of experts, not of --all-linears; with "
             "--activations nvfp4, those of linears are 1.0"
@@ -320,7 +333,7 @@ def _check_text(
     }
     for name, needed in needs.items():
         source = context.get_parameter_source(name)
-        there = text is not None or (name != "rounding" and input_scales is not None)
+        there = text or (name != "rounding" and input_scales)
         if not there and source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
 
