@@ -19,6 +19,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.report import dumps, render
 from quantize.report.collect import collect
+from quantize.run import done
 from quantize.run.cluster import check_threads, make_shards_on_ray
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
@@ -92,11 +93,9 @@ def execute(
             no ``config.json`` and a run that can be resumed.
     """
     started = time.perf_counter()
-    # The files' own folders too: a source may be a folder of links to them.
-    source_folders = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
-    if target.exists() and any(folder.samefile(target) for folder in source_folders):
-        raise QuantizeError(f"{target} is the source; choose another folder")
+    _check_apart(checkpoint, target)
     others = companions(checkpoint.folder)
+    _check_apart(checkpoint, target, others)
     identity = identity_of(checkpoint)
     record = Record(
         target,
@@ -134,6 +133,25 @@ def execute(
         return summary(run.go(overwrite, resume, progress, calibrating))
 
 
+def _check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()) -> None:
+    """Raise QuantizeError if a run would write to its source, or read its target.
+
+    Args:
+        others: relative paths of files that are copied.
+    """
+    # The files' own folders too: a source may be a folder of links to them.
+    source = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
+    inner = {name.rpartition("/")[0] for name in others}
+    for place in (target, *(target / folder for folder in inner if folder)):
+        if place.exists() and any(folder.samefile(place) for folder in source):
+            raise QuantizeError(f"{place} is the source; choose another folder")
+    for name in {name.partition("/")[0] for name in others if "/" in name}:
+        if target.resolve().is_relative_to((checkpoint.folder / name).resolve()):
+            raise QuantizeError(
+                f"{target} is in {checkpoint.folder / name}, which is copied; choose another folder"
+            )
+
+
 @dataclass
 class _Run:
     """A run whose target is locked."""
@@ -161,8 +179,8 @@ class _Run:
         space = self._check()
         record.begin(overwrite, resume)
         try:
-            record.discard_changed(checkpoint, plan)
-            missing = record.missing(plan)
+            done.discard_changed(record, checkpoint, plan)
+            missing = done.missing(record, plan)
             progress(_source_bytes(plan, set(range(len(plan.shards))) - set(missing)))
             self._say_what_stays()
             try:
@@ -172,7 +190,7 @@ class _Run:
                 if record.cleared or not _out_of_space(error):
                     raise
                 self._clear()
-                self._make(record.missing(plan), space, progress, calibrating)
+                self._make(done.missing(record, plan), space, progress, calibrating)
         except BaseException as error:
             record.abandon(error)
             raise
@@ -185,8 +203,8 @@ class _Run:
         missing: Sequence[int] = every
         voided = []
         if record.goes_on:
-            voided = record.voided(self.checkpoint, plan)
-            missing = [i for i in every if i in voided or not record.is_done(plan, i)]
+            voided = done.voided(record, self.checkpoint, plan)
+            missing = [i for i in every if i in voided or not done.is_done(record, plan, i)]
         shards = sum(out.nbytes for i in missing for out in plan.outputs(i))
         shards += sum((self.checkpoint.folder / name).stat().st_size for name in self.others)
         calibration = 0

@@ -12,11 +12,8 @@ Whoever supports a new version of vLLM reads this list, and drops what has gone.
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +124,7 @@ NEEDLESS_PADDING = Quirk(
     "tensors only. Humming 0.1.19, for 0.33, pads in the same lines as 0.1.17.",
     seen_in=("0.32", "0.33"),
     undone="torch.nn.functional.pad is exchanged while a layer is converted, for the thread that "
-    "does so, and put back.",
+    "does so, and put back (backends/padding.py).",
     gone_when="Humming, or PyTorch, does not copy what needs no padding.",
 )
 
@@ -377,48 +374,3 @@ def select_nvfp4_moe_backend(kernels_of: Callable[[Any], list[Any]]) -> Callable
     KERNEL_CHOICE.log()
     names = {**function.__globals__, "backend_to_kernel_cls": kernels_of}
     return FunctionType(code, names, function.__name__, function.__defaults__)
-
-
-class _Padding(threading.local):
-    """How often this thread is within :func:`pad_only_what_needs_it`, and how many threads are."""
-
-    depth = 0
-    lock = threading.Lock()
-    threads = 0
-
-
-_padding = _Padding()
-
-
-@contextmanager
-def pad_only_what_needs_it() -> Iterator[None]:
-    """Within, ``torch.nn.functional.pad`` returns a tensor that needs no padding as it is, if it
-    is contiguous, and else a contiguous copy (``NEEDLESS_PADDING``). Other threads see no change,
-    and several may be within at once."""
-    NEEDLESS_PADDING.log()
-    functional: Any = torch.nn.functional
-    with _Padding.lock:
-        if not _Padding.threads:
-            functional.pad = _lazily(functional.pad)
-        _Padding.threads += 1
-    _padding.depth += 1
-    try:
-        yield
-    finally:
-        _padding.depth -= 1
-        with _Padding.lock:
-            _Padding.threads -= 1
-            if not _Padding.threads:
-                functional.pad = functional.pad.__wrapped__
-
-
-def _lazily(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @wraps(original)
-    def pad(
-        input: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
-    ) -> torch.Tensor:
-        if _padding.depth and not any(pad):
-            return input.contiguous()
-        return original(input, list(pad), mode, value)
-
-    return pad

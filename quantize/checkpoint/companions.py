@@ -7,8 +7,8 @@ archives, ``.env``) is nobody's business, and a target is what people publish.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,8 +69,8 @@ def companions(folder: Path) -> list[str]:
     ``config.json``, which a run rewrites, is not among them.
 
     Raises:
-        QuantizeError: if one of them is a link that leads out of the checkpoint or nowhere, or if
-            it is too large.
+        QuantizeError: if one of them is a link that leads out of the checkpoint or nowhere, if it
+            is too large, or if a folder has too many.
     """
     top = sorted(file.name for file in folder.iterdir())
     found = [name for name in top if belongs(name) and not (folder / name).is_dir()]
@@ -79,12 +79,15 @@ def companions(folder: Path) -> list[str]:
         found += [name for name in top if belongs_by_config(name)]
     for name in folders_named(read):
         if (folder / name).is_dir() and not (folder / name).is_symlink():
-            inside = sorted(
-                file.relative_to(folder).as_posix()
-                for file in (folder / name).rglob("*")
-                if not file.is_dir()
-            )
-            found += [path for path in inside if belongs_by_config(path)][:_MAX_FOLDER]
+            # It does not look into folders that are links.
+            files = (f for f in (folder / name).rglob("*") if not f.is_dir())
+            inside = [file.relative_to(folder).as_posix() for file in islice(files, _MAX_FOLDER)]
+            if next(files, None) is not None:
+                raise QuantizeError(
+                    f"{folder / name} has more than {_MAX_FOLDER} files, too many for a folder of "
+                    "tokenizers or templates; move it away"
+                )
+            found += filter(belongs_by_config, inside)
     return [name for name in sorted(set(found)) if _is_sound(folder, name)]
 
 
@@ -145,7 +148,7 @@ def _has_modules(config: dict[str, Any]) -> bool:
 def _is_sound(folder: Path, name: str) -> bool:
     """Whether a file can be copied; False if it is neither a file nor a link."""
     file = folder / name
-    if file.is_symlink() or any(p.is_symlink() for p in _above(folder, name)):
+    if file.is_symlink():
         try:
             target = file.resolve(strict=True)
         except (OSError, RuntimeError):  # to nothing, or to itself
@@ -165,12 +168,6 @@ def _is_sound(folder: Path, name: str) -> bool:
             f"{file} has {found.st_size} bytes, too many for a file of its name; move it away"
         )
     return True
-
-
-def _above(folder: Path, name: str) -> Iterator[Path]:
-    for parent in PurePosixPath(name).parents:
-        if parent.name:
-            yield folder / parent
 
 
 def _places(folder: Path) -> list[Path]:

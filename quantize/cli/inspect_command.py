@@ -15,7 +15,6 @@ from quantize.cli.options import (
     GateOption,
     IncludeOption,
     JsonOption,
-    KvCache,
     KvCacheOption,
     LayoutOption,
     LinearsOption,
@@ -35,7 +34,7 @@ def inspect(
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
     base: BaseOption = KEPT,
-    kv_cache: KvCacheOption = KvCache.AUTO,
+    kv_cache: KvCacheOption = None,
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -49,7 +48,7 @@ def inspect(
             exclude=tuple(exclude or ()),
             linears=all_linears,
             base=stated_base(base, all_linears),
-            kv_cache=None if kv_cache is KvCache.AUTO else kv_cache.value,
+            kv_cache=kv_cache.value if kv_cache else None,
             trust_remote_code=trust_remote_code,
         )
         folder = resolve(source)

@@ -51,7 +51,7 @@ class Activations(StrEnum):
     NVFP4 = "nvfp4"
 
 
-MODELOPT, MAX, DESCENT = LayoutName("modelopt"), RuleName("max"), MethodName("descent")
+MODELOPT, MSE, DESCENT = LayoutName("modelopt"), RuleName("mse"), MethodName("descent")
 KEPT = BaseName(KEEP)
 
 Source = Annotated[
@@ -119,11 +119,11 @@ BaseOption = Annotated[
     ),
 ]
 KvCacheOption = Annotated[
-    KvCache,
+    KvCache | None,
     typer.Option(
         "--kv-cache",
         help="fp8: config.json asks engines to keep keys and values in FP8, e.g. --kv-cache fp8. "
-        "auto: as they like.",
+        "auto: as they like. Default: as SRC says.",
     ),
 ]
 JsonOption = Annotated[

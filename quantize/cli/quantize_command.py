@@ -17,8 +17,8 @@ from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     DESCENT,
     KEPT,
-    MAX,
     MODELOPT,
+    MSE,
     Activations,
     BaseOption,
     ExcludeOption,
@@ -54,9 +54,10 @@ def quantize(
     scales: Annotated[
         RuleName,
         typer.Option(
-            "--scales", help="How block scales are chosen, e.g. --scales mse: slower and closer."
+            "--scales",
+            help="How block scales are chosen, e.g. --scales max: faster on CPUs, and less close.",
         ),
-    ] = MAX,
+    ] = MSE,
     max_shard_size: Annotated[
         str,
         typer.Option(
@@ -67,12 +68,12 @@ def quantize(
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
     base: BaseOption = KEPT,
-    kv_cache: KvCacheOption = KvCache.AUTO,
+    kv_cache: KvCacheOption = None,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace the checkpoint in a non-empty DST, e.g. --scales mse --overwrite.",
+            help="Replace the checkpoint in a non-empty DST, e.g. --scales max --overwrite.",
         ),
     ] = False,
     resume: Annotated[
@@ -210,7 +211,7 @@ def quantize(
             exclude=tuple(exclude or ()),
             linears=all_linears,
             base=stated_base(base, all_linears),
-            kv_cache=None if kv_cache is KvCache.AUTO else kv_cache.value,
+            kv_cache=kv_cache.value if kv_cache else None,
             kv_scales=kv_cache is KvCache.FP8 and found,
             trust_remote_code=trust_remote_code,
         )

@@ -15,7 +15,8 @@ class Beside:
         base: the format of ``linears``; None if there are none.
         linears: module paths of the linears in that format.
         nvfp4: module paths of those in NVFP4: a config for several formats names each.
-        kv_cache: ``fp8`` if engines are to keep keys and values in FP8; None: as they like.
+        kv_cache: how engines are to keep keys and values, one of the layout's ``kv_caches``; None:
+            as they like.
     """
 
     base: BaseFormat | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from quantize.checkpoint.kv_cache import FP8, FP8_HEAD
 from quantize.layouts.beside import NOTHING, Beside
 from quantize.nvfp4.format import NvFp4
 
@@ -29,6 +30,10 @@ class CompressedTensors:
     name = "compressed-tensors"
     reciprocal = True
     config_files: tuple[str, ...] = ()
+    kv_caches: Mapping[str, dict[str, Any]] = {
+        FP8: {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        FP8_HEAD: {"num_bits": 8, "type": "float", "strategy": "attn_head"},
+    }
 
     def __init__(self, activations: bool = True) -> None:
         self._activations = activations
@@ -73,13 +78,13 @@ class CompressedTensors:
             # Readers look for a module's name before its class, so these are not the first group's.
             groups["group_1"] = preset_name_to_scheme(beside.base.preset, sorted(beside.linears))
             groups["group_1"].format = beside.base.format
-        fp8 = QuantizationArgs(num_bits=8, type="float", strategy="tensor")
+        cache = self.kv_caches[beside.kv_cache] if beside.kv_cache else None
         config = QuantizationConfig(
             config_groups=groups,
             format=_MIXED if beside.base else _FORMAT,
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=ignore,
-            kv_cache_scheme=fp8 if beside.kv_cache else None,
+            kv_cache_scheme=QuantizationArgs(**cache) if cache else None,
         )
         return config.model_dump(mode="json")
 

@@ -30,12 +30,15 @@ class Layout(Protocol):
         weights_only: the same layout as it describes checkpoints whose activations stay floats, and
             so without input scales; the layout itself if it is one for weights alone.
         config_files: the names of the JSON files that it writes beside ``config.json``.
+        kv_caches: the kinds of key-value caches that it can ask for (``fp8``; the others are in
+            ``quantize.checkpoint.kv_cache``), each with its ``kv_cache_scheme``.
     """
 
     name: str
     suffixes: tuple[str, ...]
     reciprocal: bool
     config_files: tuple[str, ...]
+    kv_caches: Mapping[str, dict[str, Any]]
 
     @property
     def weights_only(self) -> Layout: ...

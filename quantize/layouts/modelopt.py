@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from quantize.checkpoint.kv_cache import FP8, NVFP4
 from quantize.layouts.beside import NOTHING, Beside
 from quantize.nvfp4.format import BLOCK, NvFp4
 
@@ -34,10 +35,6 @@ def algorithm(entry: dict[str, Any]) -> str:
     return str(entry.get("quant_algo")).upper()
 
 
-_KV_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
-"""ModelOpt's ``kv_cache_scheme`` of config.json for FP8."""
-
-
 class ModelOpt:
     """See ``quantize.layouts.layout.Layout``.
 
@@ -48,6 +45,10 @@ class ModelOpt:
     name = "modelopt"
     reciprocal = False
     config_files = ("hf_quant_config.json",)
+    kv_caches: Mapping[str, dict[str, Any]] = {
+        FP8: {"dynamic": False, "num_bits": 8, "type": "float"},
+        NVFP4: {"dynamic": False, "num_bits": 4, "type": "float"},
+    }
 
     def __init__(self, activations: bool = True) -> None:
         self._activations = activations
@@ -78,7 +79,7 @@ class ModelOpt:
         return weight, None if input_scale is None else input_scale.reshape(())
 
     def quantization_config(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, Any]:
-        cache = {"kv_cache_scheme": _KV_CACHE} if beside.kv_cache else {}
+        cache = {"kv_cache_scheme": self.kv_caches[beside.kv_cache]} if beside.kv_cache else {}
         producer = {"producer": {"name": "vllm-nvfp4-moe"}}
         if beside.base:
             return {

@@ -10,6 +10,7 @@ from quantize.experts.group import ExpertGroup
 from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
 from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.run import done
 from quantize.run.kv_scales import KvRanges
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
@@ -27,7 +28,7 @@ def collect(
     Args:
         digests: SHA-256 of the files that people edit, by name.
     """
-    lost = record.errors(plan)
+    lost = done.errors(record, plan)
     settings = plan.options.calibration
     rounded = settings if settings and settings.method is not None else None
     ranges = settings if plan.options.activations else None
@@ -51,12 +52,21 @@ def collect(
         input_scales=_settings(ranges) if ranges else None,
         base=_base(checkpoint, plan, lost) if plan.base else None,
         kv_cache=plan.options.kv_cache,
-        kv_scales={a: list(KvRanges(record.calibration).scales(a)) for a in plan.caches},
+        kv_scales=_kv_scales(checkpoint, plan, record),
         converted=plan.converts,
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,
     )
+
+
+def _kv_scales(checkpoint: Checkpoint, plan: Plan, record: Record) -> dict[str, list[float]]:
+    """By attention, the numbers of its keys' scale and then of its values', as they are stored."""
+    found = {a: list(KvRanges(record.calibration).scales(a)) for a in plan.caches}
+    return found | {
+        job.attention: [x for scale in job.scales(checkpoint) for x in scale.flatten().tolist()]
+        for job in plan.carried_caches
+    }
 
 
 def _settings(used: Calibration) -> CalibrationReport:

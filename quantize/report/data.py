@@ -139,8 +139,10 @@ class RunReport:
             if only weights are.
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
         base: the linears in 8 bits, if there are any.
-        kv_cache: ``fp8`` if the config asks for keys and values in FP8.
-        kv_scales: by attention, the scales of its keys and values, if calibration has found any.
+        kv_cache: ``fp8`` if the config asks for keys and values in FP8; or another kind of
+            ``quantize.checkpoint.kv_cache``, which the source has.
+        kv_scales: by attention, the scales of its keys and then of its values, if calibration has
+            found any or the source has some.
         converted: some weights were NVFP4 in the source, and keep their bits and input scales. Of
             them nothing was lost.
     """

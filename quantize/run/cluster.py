@@ -27,6 +27,7 @@ from uuid import uuid4
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
+from quantize.run.done import is_done
 from quantize.run.plan import Plan, plan
 from quantize.run.record import Record
 from quantize.run.version import package_version
@@ -208,7 +209,7 @@ def _resources(threads: int | None) -> dict[str, int]:
 def _wait_for(shard: int, plan: Plan, record: Record) -> None:
     """Until a shard that another machine wrote can be seen on this one."""
     deadline = time.monotonic() + _SETTLE
-    while not record.is_done(plan, shard):
+    while not is_done(record, plan, shard):
         if time.monotonic() > deadline:
             raise QuantizeError(
                 f"{record.place(plan.file_names[shard])} was written by another machine and is "

@@ -46,8 +46,7 @@ def finish(
     """
     record.check_ours()
     target, partial = record.target, record.partial("other")
-    # Resolved: a link was checked to lead to the checkpoint's own files.
-    copied = {name: (checkpoint.folder / name).resolve() for name in others}
+    copied = {name: checkpoint.folder / name for name in others}
     config = json_bytes(config_of(checkpoint, plan))
     made = {n: json_bytes(v) for n, v in plan.layout.extra_files(plan.ignore, plan.beside).items()}
     made |= reports

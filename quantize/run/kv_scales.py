@@ -2,8 +2,9 @@
 
 Engines store ``key / k_scale`` and ``value / v_scale`` in E4M3. vLLM 0.32 reads the scales under
 ModelOpt's names, ``self_attn.k_proj.k_scale`` and ``v_proj.v_scale``, and compressed-tensors',
-``self_attn.k_scale`` and ``v_scale`` (``maybe_remap_kv_scale_name``). Latent attention keeps
-something else than keys and values; it has no ``k_proj``, and so no scales here.
+``self_attn.k_scale`` and ``v_scale`` (``QuantizationConfig.get_cache_scale_mapper``). Latent
+attention keeps something else than keys and values; it has no ``k_proj``, and so nothing is found
+for it here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from quantize.run.weight_error import WeightError
 from quantize.run.worker import Worker
 
 KEY, VALUE = "k_proj", "v_proj"
+_BELOW_LINEARS = ("self_attn", "mixer")
+"""What attention must be called for ModelOpt's names of scales to be read."""
 
 
 def attentions(names: Iterable[str], config: dict[str, Any]) -> list[str]:
@@ -71,6 +74,25 @@ class KvRanges:
         return self.folder / f"{hashlib.sha256(attention.encode()).hexdigest()[:24]}.kv.json"
 
 
+def outputs_of(
+    attention: str, layout: str, shape: tuple[int, ...] | None = None, latent: bool = False
+) -> tuple[TensorInfo, ...]:
+    """The tensors of an attention's scales, under names that vLLM reads, float32.
+
+    Args:
+        attention: its module path.
+        layout: a key of ``quantize.layouts.LAYOUTS``.
+        shape: of each; None: one number, as the layout has it.
+        latent: its cache holds a latent: only ModelOpt has names for that.
+    """
+    modelopt = layout == "modelopt"
+    below = attention.rpartition(".")[2] in _BELOW_LINEARS
+    keys, values = (f"{KEY}.", f"{VALUE}.") if below and (modelopt or latent) else ("", "")
+    dims = (() if modelopt else (1,)) if shape is None else shape
+    names = (f"{attention}.{keys}k_scale", f"{attention}.{values}v_scale")
+    return tuple(TensorInfo(name, "F32", dims) for name in names)
+
+
 @dataclass(frozen=True)
 class KvScales:
     """Writes the scales of one attention; see ``quantize.run.jobs.Job``.
@@ -92,12 +114,7 @@ class KvScales:
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
-        if self.layout == "modelopt":
-            names = f"{KEY}.k_scale", f"{VALUE}.v_scale"
-            shape: tuple[int, ...] = ()
-        else:
-            names, shape = ("k_scale", "v_scale"), (1,)
-        return tuple(TensorInfo(f"{self.attention}.{name}", "F32", shape) for name in names)
+        return outputs_of(self.attention, self.layout)
 
     @property
     def written(self) -> int:

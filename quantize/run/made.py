@@ -7,7 +7,7 @@
                             "scales": "max", "activations": false, "rounding": null,
                             "text": false, "include": [], "exclude": [], "linears": false,
                    "base": null, "kv_cache": null, "kv_scales": false,
-                   "converted": false}}}
+                   "converted": false, "kv_carried": false}}}
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Made:
     Attributes:
         version: of this package.
         arithmetic: see ``ARITHMETIC``.
-        layout, scales, activations, include, exclude, linears, base, kv_cache, kv_scales: as in
-            ``Options``.
+        layout, scales, activations, include, exclude, linears, base, kv_cache, kv_scales,
+            kv_carried: as in ``Options``, decided.
         rounding: a key of ``quantize.nvfp4.rounding.METHODS``; None if experts were rounded to
             nearest, without calibration.
         converted: some weights were NVFP4 in the source, and keep their bits and input scales.
@@ -56,6 +56,7 @@ class Made:
     kv_cache: str | None = None
     kv_scales: bool = False
     converted: bool = False
+    kv_carried: bool = False
 
     def selection(self) -> Options:
         """What was chosen to be quantized, as options."""
@@ -90,6 +91,7 @@ def record_of(options: Options, converted: bool = False) -> dict[str, Any]:
             options.kv_cache,
             options.kv_scales,
             converted,
+            options.kv_carried,
         )
     )
 

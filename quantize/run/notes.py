@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from quantize.checkpoint.descriptions import are_plain, descriptions
+from quantize.checkpoint.kv_cache import kv_cache_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.sources.fp8_block import without_scale
 from quantize.experts.parts import other_part
+from quantize.run.options import Options
+
+EXACT = "power-of-two"
+"""The rule of scales that loses nothing of MXFP4."""
 
 
 def left_over(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -15,9 +20,11 @@ def left_over(checkpoint: Checkpoint) -> tuple[str, ...]:
     paths = [path for path, _ in descriptions(checkpoint.config)]
     if not paths or not are_plain(checkpoint.stored):
         return ()
+    cache = kv_cache_of(checkpoint.folder, checkpoint.config, checkpoint.stored).key
+    but = ", but for what it says of keys and values" if cache else ""
     return (
         f"{checkpoint.folder / 'config.json'}: {', '.join(paths)} is left over: no tensor is "
-        "quantized. It is dropped.",
+        f"quantized. It is dropped{but}.",
     )
 
 
@@ -30,6 +37,13 @@ def bare_fp8(checkpoint: Checkpoint) -> Iterator[str]:
             "without a scale. Copied as stored; engines take such values as they are, which is "
             "wrong if a scale was lost."
         )
+
+
+def of_mxfp4(checkpoint: Checkpoint, options: Options) -> Iterator[str]:
+    """A note that a rule of scales gives what the source has, if that is not the one taken."""
+    calibrated = options.calibration is not None and options.calibration.method is not None
+    if "mxfp4" in checkpoint.formats and options.scales != EXACT and not calibrated:
+        yield f"SRC's experts are MXFP4: --scales {EXACT} gives exactly their weights."
 
 
 def other_parts(checkpoint: Checkpoint, stays: Sequence[str]) -> Iterator[str]:

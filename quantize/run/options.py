@@ -13,6 +13,9 @@ MIN_TOKENS = 32
 """An expert with fewer tokens is not calibrated, because they say too little: its weights are
 rounded to nearest, and its input scales are those of its layer."""
 
+KV_AUTO = "auto"
+"""Nothing is said of a key-value cache, whatever the source says."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -56,14 +59,17 @@ class Options:
         linears: quantize dense linears too (``quantize.experts.linears``).
         base: a key of ``quantize.layouts.base.BASES``: the format of dense linears beside the
             experts; None: they stay.
-        kv_cache: ``fp8`` if the config asks engines to keep keys and values in FP8.
+        kv_cache: ``fp8`` if the config asks engines to keep keys and values in FP8; ``KV_AUTO`` if
+            it says nothing of them; None: as the source says. In a plan it is decided: a kind of
+            ``quantize.checkpoint.kv_cache``, or None for nothing.
         kv_scales: the scales of that cache are found by calibration, and written.
+        kv_carried: they are the source's; a plan decides that.
         trust_remote_code: run a checkpoint's own Python code to identify its gate.
         calibration: how experts are calibrated; None: not at all.
     """
 
     layout: str = "modelopt"
-    scales: str = "max"
+    scales: str = "mse"
     activations: bool | None = None
     max_shard_size: int = 5 * 10**9
     gate: Gate | None = None
@@ -73,6 +79,7 @@ class Options:
     base: str | None = None
     kv_cache: str | None = None
     kv_scales: bool = False
+    kv_carried: bool = False
     trust_remote_code: bool = False
     calibration: Calibration | None = None
 

@@ -40,8 +40,9 @@ from quantize.run.convert import (
     with_activations,
 )
 from quantize.run.jobs import CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.kv_carried import CarryKvScales, with_kv_cache
 from quantize.run.kv_scales import KvRanges, KvScales
-from quantize.run.notes import bare_fp8, left_over, other_parts
+from quantize.run.notes import bare_fp8, left_over, of_mxfp4, other_parts
 from quantize.run.options import Options, matches
 from quantize.run.planned_jobs import check_unique, into_shards, jobs_of
 from quantize.run.ranges import Ranges
@@ -120,6 +121,12 @@ class Plan:
         """Module paths of the attentions whose keys and values get scales."""
         jobs = (job for jobs in self.shards for job in jobs)
         return [job.attention for job in jobs if isinstance(job, KvScales)]
+
+    @property
+    def carried_caches(self) -> list[CarryKvScales]:
+        """The jobs that write the source's own scales of keys and values."""
+        jobs = (job for jobs in self.shards for job in jobs)
+        return [job for job in jobs if isinstance(job, CarryKvScales)]
 
     @property
     def file_names(self) -> list[str]:
@@ -270,13 +277,21 @@ def plan(
             left |= ignored_modules(prefix)
     prefixes = [group.prefix for group in groups]
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
-    decided, of_scales = with_activations(checkpoint, options, groups, dense)
+    said, of_cache = with_kv_cache(checkpoint, options)
+    decided, of_scales = with_activations(checkpoint, said, groups, dense)
     layout = LAYOUTS[decided.layout]
     layout = layout if decided.activations else layout.weights_only
     jobs = jobs_of(checkpoint, groups, dense, rounded, gates, layout, decided)
     shards = into_shards(jobs, decided.max_shard_size)
     check_unique(shards)
-    notes = (*leftover, *of_scales, *other_parts(checkpoint, stays), *bare_fp8(checkpoint))
+    notes = (
+        *leftover,
+        *of_cache,
+        *of_scales,
+        *of_mxfp4(checkpoint, decided),
+        *other_parts(checkpoint, stays),
+        *bare_fp8(checkpoint),
+    )
     made = Plan(decided, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes)
     if not made.quantizes and decided.scales != Options.scales:
         raise QuantizeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quantize.checkpoint.kv_cache import kv_cache_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
@@ -13,6 +14,7 @@ from quantize.layouts.layout import Layout
 from quantize.run.base_job import RoundBase
 from quantize.run.convert import ConvertExpert, ConvertLinear, is_converted
 from quantize.run.jobs import Biases, Copy, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.kv_carried import carried_of
 from quantize.run.kv_scales import KvScales, attentions
 from quantize.run.options import Options
 
@@ -34,9 +36,11 @@ def jobs_of(
         caches = {
             f"{a}.v_proj.weight": a for a in attentions(checkpoint.tensors, checkpoint.config)
         }
+    carried = carried_of(checkpoint, layout.name) if options.kv_carried else {}
     first = {group.tensor_names[0]: group for group in groups}
     sets = {names[0]: names for names in dense}
     done = tensor_names_of(groups) | {name for names in dense for name in names}
+    done |= kv_cache_of(checkpoint.folder, checkpoint.config, checkpoint.stored).names
     for name, info in checkpoint.tensors.items():
         if name in first:
             group = first[name]
@@ -62,6 +66,8 @@ def jobs_of(
             rows, columns = info.shape
             size = checkpoint.stored_bytes(name)
             yield RoundBase(name, (rows, columns), options.base, layout.name, size)
+        elif name in carried:
+            yield carried[name]
         elif name not in done:
             decoded = checkpoint.parts(name) != (name,)
             output = TensorInfo(name, info.dtype, info.shape)

@@ -25,17 +25,14 @@ from pathlib import Path
 
 from quantize.checkpoint.identity import Identity
 from quantize.checkpoint.json_files import INDEX, read_json
-from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import DamagedWeightsError, QuantizeError
 from quantize.run.files import sync, write_json
 from quantize.run.leftovers import SOURCE, repaired, replaced_by_new, replaced_by_same
 from quantize.run.lock import LOCK
-from quantize.run.plan import Plan
-from quantize.run.replaced import Replaced
+from quantize.run.replaced import Replaced, check_links_among
 from quantize.run.run_file import NAME, RunFile
 from quantize.run.shard_records import PATTERN, ShardRecords
-from quantize.run.shards import is_complete
-from quantize.run.target import CONFIG, check_links, check_target, is_free
+from quantize.run.target import CONFIG, check_room_for_names, check_target, is_free
 from quantize.run.target import FOLDER as FOLDER
 from quantize.run.weight_error import WeightError
 from quantize.run.work_dir import WorkDir
@@ -60,6 +57,8 @@ class Record:
         cleared: whether the target holds nothing any more of the checkpoint that is replaced.
         replaced: what that is.
         stamps: of the files beside the shards, once they are announced (:meth:`announce`).
+        changed: paths of the source's files that have changed since the run began.
+        repaired: names of the source's tensors that have, in files that were damaged.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Record:
         self.replaced = Replaced()
         self.stamps: dict[str, str] = {}
         self._adopts: bool | None = None
-        self._shards = ShardRecords(self.folder)
+        self.shard_records = ShardRecords(self.folder)
         self._run = self.folder / NAME
         self._new = self.folder / "new"
 
@@ -139,6 +138,7 @@ class Record:
         strangers = {file.name for file in self.target.glob("*.safetensors")}
         if (strangers - {*self.names, *self.replaced.delete}) and INDEX not in self.names:
             self.names.append(INDEX)  # or an engine would read them as part of the model
+        check_room_for_names(self.target, self.names)
 
     def begin(self, overwrite: bool, resume: bool) -> None:
         """Make the target this run's: the first change there.
@@ -160,14 +160,14 @@ class Record:
         self.replaced.clear(self.target)
         sync(self.target)
         self.cleared = True
-        self._write()
+        self.write()
         sync(self.folder)
         self._move()
 
     def announce(self, stamps: Mapping[str, str]) -> None:
         """Note the stamps of all files beside the shards, before the first of them is written."""
         self.stamps = dict(stamps)
-        self._write()
+        self.write()
 
     def publish(self, write_config: Callable[[Path], None]) -> None:
         """Give the new checkpoint its place, all of whose other files are written, and end the run.
@@ -189,6 +189,23 @@ class Record:
         sync(self.target)
         self.end()
 
+    def write(self) -> None:
+        """Write ``run.json``, as things are now."""
+        RunFile(
+            self.fingerprint,
+            self.settings,
+            self.command,
+            self.source,
+            self.files,
+            self.names,
+            self.cleared,
+            self.replaced,
+            self.damaged,
+            str(self.work.given) if self.work else None,
+            self.stamps,
+            self.shards,
+        ).write(self.folder, self.target)
+
     def check_ours(self) -> None:
         """That no other run has taken the target over, while this one was at work.
 
@@ -202,44 +219,6 @@ class Record:
                 f"{self._run}: another run has taken {self.target} over; let one run write to it"
             )
 
-    def voided(self, checkpoint: Checkpoint, plan: Plan) -> list[int]:
-        """The shards made from files of the source that have changed since, a repaired one for
-        example; with calibration all, since each layer rests on those before it."""
-        if not self.changed and not self.repaired:
-            return []
-        names = self.repaired | {
-            name
-            for name, info in checkpoint.stored.items()
-            if str(info.file.resolve()) in self.changed
-        }
-        return [
-            shard
-            for shard in range(len(plan.shards))
-            if plan.options.calibration or names & plan.reads(checkpoint, shard)
-        ]
-
-    def discard_changed(self, checkpoint: Checkpoint, plan: Plan) -> None:
-        """Remove what is void (see :meth:`voided`)."""
-        if not self.changed and not self.repaired:
-            return
-        for file in self.calibration.iterdir() if self.calibration.exists() else ():
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-        for shard in self.voided(checkpoint, plan):
-            self._shards.file(plan.file_names[shard]).unlink(missing_ok=True)
-            self.place(plan.file_names[shard]).unlink(missing_ok=True)
-        self._write()
-
-    def missing(self, plan: Plan) -> list[int]:
-        """The shards that are still to be made."""
-        return [shard for shard in range(len(plan.shards)) if not self.is_done(plan, shard)]
-
-    def is_done(self, plan: Plan, shard: int) -> bool:
-        """Whether a shard is there, with the record of what its weights lost."""
-        return (
-            is_complete(self.place(plan.file_names[shard]), plan.outputs(shard))
-            and self._shards.read(plan, shard) is not None
-        )
-
     def partial(self, name: str) -> Path:
         """Where the file ``name`` is written until it is complete."""
         # Of one process: where machines work together, one may take over from another that lives.
@@ -247,19 +226,7 @@ class Record:
 
     def save_errors(self, name: str, errors: list[WeightError]) -> None:
         """Keep what the weights of shard ``name`` lost; before the shard gets its name."""
-        self._shards.save(name, errors, self.partial(f"{name}.json"))
-
-    def errors(self, plan: Plan) -> dict[str, WeightError]:
-        """What all weights lost, by module path; for a run that misses nothing."""
-        every: dict[str, WeightError] = {}
-        for shard, name in enumerate(plan.file_names):
-            found = self._shards.read(plan, shard)
-            if found is None:
-                raise QuantizeError(
-                    f"{self._shards.file(name)} was changed; pass --resume to repair it"
-                )
-            every.update(found)
-        return every
+        self.shard_records.save(name, errors, self.partial(f"{name}.json"))
 
     def abandon(self, error: BaseException | None = None) -> None:
         """After a failure: leave nothing behind if there is nothing to resume from.
@@ -276,7 +243,7 @@ class Record:
                 self.end()
             elif isinstance(error, DamagedWeightsError):
                 self.damaged.update(error.files)
-                self._write()
+                self.write()
 
     def end(self) -> None:
         """The run is over: its record goes."""
@@ -314,7 +281,7 @@ class Record:
         self.cleared = found.cleared
         self.stamps = found.stamps
         found.shards = self.shards  # of the same plan, and surely ours
-        check_links(self.target)
+        check_links_among(self.target, self.names)
         self.replaced = replaced_by_same(self.target, self.names, found)
         self._adopts = True
 
@@ -345,7 +312,7 @@ class Record:
             self.clear()  # nothing there is whole
 
     def _found(self) -> None:
-        self._write()
+        self.write()
         sync(self.folder)
         sync(self.target)
         self._new.mkdir(exist_ok=True)
@@ -362,7 +329,7 @@ class Record:
             self.replaced.clear(self.target)
             self._move()
         for name in (CONFIG, INDEX, *self.names):
-            if not name.endswith(".safetensors") or not self._shards.file(name).exists():
+            if not name.endswith(".safetensors") or not self.shard_records.file(name).exists():
                 for place in {self._new, self.place(name).parent} if "/" not in name else ():
                     (place / name).unlink(missing_ok=True)
         for file in (*self.folder.glob("*.partial"), *self.folder.glob("*.stop")):
@@ -374,22 +341,6 @@ class Record:
             if name != CONFIG and (self._new / name).exists():
                 (self.target / name).parent.mkdir(parents=True, exist_ok=True)
                 (self._new / name).replace(self.target / name)
-
-    def _write(self) -> None:
-        RunFile(
-            self.fingerprint,
-            self.settings,
-            self.command,
-            self.source,
-            self.files,
-            self.names,
-            self.cleared,
-            self.replaced,
-            self.damaged,
-            str(self.work.given) if self.work else None,
-            self.stamps,
-            self.shards,
-        ).write(self.folder, self.target)
 
     def _void(self) -> None:
         """Remove what runs make in the record's folder, all but ``run.json`` and the lock."""

@@ -84,7 +84,7 @@ def survey(
         QuantizeError: if there are links, or a file has one of the names and is nothing that a run
             replaces.
     """
-    check_links(target, {n.partition("/")[0] for n in new if "/" in n} | {TEMPLATES})
+    check_links_among(target, new)
     delete = {
         name
         for name in left
@@ -102,6 +102,11 @@ def survey(
                 "is replaced; move it away, or choose another folder"
             )
     return Replaced(tuple(sorted(delete)), tuple(sorted(aside)), free_name(target))
+
+
+def check_links_among(target: Path, new: Iterable[str]) -> None:
+    """Raise QuantizeError if there are links in ``target``, where the files ``new`` come."""
+    check_links(target, {n.partition("/")[0] for n in new if "/" in n} | {TEMPLATES})
 
 
 def _recorded(target: Path) -> Iterator[tuple[str, bool]]:

@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from quantize.errors import QuantizeError
 
@@ -89,6 +89,27 @@ def is_free(target: Path) -> bool:
         return True
     names = {file.name for file in target.iterdir()}
     return names <= {FOLDER} and not (target / FOLDER / "run.json").exists()
+
+
+def check_room_for_names(target: Path, names: Iterable[str]) -> None:
+    """Raise QuantizeError if there is a folder where one of the files ``names`` comes, or a file
+    where its folder comes. A run moves and removes files, and would fail on these in its end.
+
+    Args:
+        names: relative paths, with ``/``.
+    """
+    for name in names:
+        if (target / name).is_dir():
+            raise QuantizeError(
+                f"{target / name} is a folder, but a file of the checkpoint has that name; move it "
+                "away, or choose another folder"
+            )
+        for above in PurePosixPath(name).parents:
+            if (target / above).exists() and not (target / above).is_dir():
+                raise QuantizeError(
+                    f"{target / above} is a file, but a folder of the checkpoint has that name; "
+                    "move it away, or choose another folder"
+                )
 
 
 def check_links(target: Path, folders: Iterable[str] = ()) -> None:

@@ -6,6 +6,7 @@ are compared with what rounding to E4M3 can lose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from quantize.nvfp4.format import bad_scales
 from quantize.run.worker import Worker
 from quantize.verify.claims import BASE
 from quantize.verify.results import Lost
-from quantize.verify.weights import Part, misfits, same_bits
+from quantize.verify.stored import Part, misfits, not_finite, place_of, same_bits
 
 _MOST = 0.05
 """Relative error that rounding to E4M3 does not reach: about 0.026 for weights of any kind, and one
@@ -67,7 +68,10 @@ class BaseLinear:
         if self.source is not None:
             shape = self.source[1]
         elif codes is None or len(codes.shape) != 2:
-            yield f"{self.module}.{CODES} is missing, or no matrix; complete the download"
+            yield (
+                f"{target.folder}: {self.module}.{CODES} is missing, or no matrix; complete the "
+                "download"
+            )
             return
         else:
             shape = codes.shape[0], codes.shape[1]
@@ -76,7 +80,7 @@ class BaseLinear:
             yield from wrong
             return
         found = [target.load(out.name, worker.arena) for out in wanted]
-        where = [f"{target.tensors[out.name].file.name}: {out.name}" for out in wanted]
+        where = [place_of(target, out.name) for out in wanted]
         if found[0].float().isnan().any():
             yield f"{where[0]} holds NaN; quantize again"
         if found[1].is_floating_point() and (problem := bad_scales(found[1])):
@@ -86,7 +90,11 @@ class BaseLinear:
         weight = worker.load(self.source[0])
         signal = float(weight.double().square().sum())
         noise = float((self.base.decode(*found) - weight.float()).double().square().sum())
-        part.lost.append(Lost(self.module, noise, signal, torch.zeros(0, dtype=torch.int64)))
+        file, counts = target.tensors[wanted[0].name].file.name, torch.zeros(0, dtype=torch.int64)
+        part.lost.append(Lost(self.module, noise, signal, counts, file))
+        if not math.isfinite(signal):
+            yield not_finite(worker.checkpoint, [self.source[0]], [self.module])
+            return
         if self.bits:
             for at, ours, theirs in zip(where, found, self.base.encode(weight), strict=True):
                 if not same_bits(ours, theirs):

@@ -115,8 +115,9 @@ class Claims:
                 or (math.isnan(found) and math.isnan(error))
             ):
                 yield (
-                    f"{weight.module}: relative error {found:.6g}, but {REPORT_DATA} says "
-                    f"{error:.6g}: it was changed since it was written; quantize again"
+                    f"{weight.file}: {weight.module}: relative error {found:.6g}, but "
+                    f"{REPORT_DATA} says {error:.6g}: it was changed since it was written; "
+                    "quantize again"
                 )
         counts = torch.stack([weight.counts for weight in weights]).sum(0).tolist()
         if counts != [sum(c) for c in zip(*(ly.scale_counts for ly in layers), strict=True)]:
@@ -222,7 +223,7 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "text": (said.text, run.input_scales is not None),
         "base": (said.base, run.base.format if run.base else None),
         "kv_cache": (said.kv_cache, run.kv_cache),
-        "kv_scales": (said.kv_scales, bool(run.kv_scales)),
+        "kv_scales": (said.kv_scales or said.kv_carried, bool(run.kv_scales)),
         "linears": (
             said.linears,
             said.linears if run.dense is None or said.converted else True,

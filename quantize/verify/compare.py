@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from quantize.checkpoint.kv_cache import kv_cache_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import PLAIN, TensorInfo
 from quantize.experts import linears
@@ -24,14 +25,14 @@ from quantize.layouts.base.base_format import BaseFormat, stored_base
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.convert import ConvertExpert, ConvertLinear, convertible_linears
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
-from quantize.run.kv_scales import KvScales, attentions
 from quantize.run.planned_jobs import expert_jobs
 from quantize.run.worker import Worker
 from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.blocks import COLUMNS
 from quantize.verify.claims import BASE, DENSE, Claims
-from quantize.verify.kv_scales import kv_scales_of
-from quantize.verify.weights import Part, Weights, same_bits
+from quantize.verify.kv_scales import Job, kv_scales_of
+from quantize.verify.stored import Part, same_bits
+from quantize.verify.weights import Weights
 
 Task = Callable[[Worker], tuple[Part, int]]
 """Checks something; also says how many bytes of the source it was."""
@@ -62,7 +63,7 @@ class Comparison:
     memory: int = 0
     problems: list[str] = field(default_factory=list)
     base: list[BaseLinear] = field(default_factory=list)
-    kv_scales: list[KvScales] = field(default_factory=list)
+    kv_scales: list[Job] = field(default_factory=list)
     experts_left: set[str] = field(default_factory=set)
     before: dict[str, int] = field(default_factory=dict)
 
@@ -113,9 +114,7 @@ class Comparison:
         for weights in self.weights:
             yield partial(weights.check, self.target, self.layout)
         yield from biases
-        self.kv_scales = kv_scales_of(
-            attentions(self.source.tensors, self.source.config), self.layout, self.claims
-        )
+        self.kv_scales = kv_scales_of(self.source, self.target, self.layout, self.claims)
         self.expected.update(out.name for job in self.kv_scales for out in job.outputs)
         self.base = list(self._base(groups))
         for linear in self.base:
@@ -128,6 +127,9 @@ class Comparison:
         done = tensor_names_of(quantized) | {name for names in dense for name in names}
         done.update(linear.source[0] for linear in self.base if linear.source)
         done.update(converted)
+        # What is not written as the layout has it is left out, or was copied by older versions.
+        cache = kv_cache_of(self.source.folder, self.source.config, self.source.stored).names
+        done.update(cache - (self.target.tensors.keys() - self.expected))
         for name, info in self.source.tensors.items():
             if name not in done:
                 self.expected.add(name)
@@ -235,6 +237,7 @@ class Comparison:
             2 * job.memory + 5 * len(job.modules) * shape[0] * shape[1],
             job.stored if isinstance(job, ConvertExpert) else None,
             self.claims.foreign,
+            job.tensor_names,
         )
 
     def _converted(self, name: str) -> Weights:
@@ -249,6 +252,7 @@ class Comparison:
             nbytes=nbytes,
             memory=2 * job.memory + 5 * rows * columns,
             carried=job.stored,
+            names=job.names,
         )
 
     def _linears(self, names: tuple[str, ...]) -> Weights:
@@ -266,6 +270,7 @@ class Comparison:
             sum(map(self.source.stored_bytes, names)),
             10 * sum(rows * columns for rows, columns in shapes),
             foreign=self.claims.foreign,
+            names=names,
         )
 
     def _info(self, name: str) -> TensorInfo:
@@ -293,7 +298,7 @@ class Comparison:
         """What is wrong with the target's copy of a tensor; ``same`` compares what it holds."""
         name, copy = wanted.name, self.target.tensors.get(wanted.name)
         if copy is None:
-            yield f"{name} is missing; quantize again"
+            yield f"{self.target.folder}: {name} is missing; quantize again"
         elif (copy.dtype, copy.shape) != (wanted.dtype, wanted.shape):
             yield (
                 f"{copy.file.name}: {name} is {copy.dtype} {list(copy.shape)}, the source's "

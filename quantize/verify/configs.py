@@ -89,11 +89,12 @@ def quantization_problems(
     where = target.folder / CONFIG
     config = target.config["quantization_config"]
     bases = list(modules.base.values())
+    kind = claims.made.kv_cache if claims.made else None
     beside = Beside(
         bases[0] if bases else None,
         tuple(modules.base),
         tuple(modules.quantized),
-        claims.made.kv_cache if claims.made else None,
+        kind if kind in layout.kv_caches else None,
     )
     lists = {"ignore": config.get("ignore", config.get("exclude_modules"))}
     for name in layout.config_files:

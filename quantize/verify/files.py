@@ -21,6 +21,7 @@ from quantize.verify.claims import Claims
 READ = (
     *("tokenizer*", "*.model", "*.tiktoken", "tekken.json", "vocab*.json", "vocab.txt"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.bpe", "bpe.codes", "normalizer.json"),
     *("chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
     *("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
 )

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 class Lost(NamedTuple):
     """What quantizing one weight lost: ``sum((dequantized - weight) ** 2)``, ``sum(weight ** 2)``,
-    and how many blocks have the scale of each E4M3 bit pattern, int64 ``[127]``."""
+    and how many blocks have the scale of each E4M3 bit pattern, int64 ``[127]``; and the name of
+    the file that holds it."""
 
     module: str
     noise: float
     signal: float
     counts: Any
+    file: str = ""
 
     @property
     def relative(self) -> float:

@@ -16,6 +16,7 @@ from quantize.experts.stated import Stated, stated
 from quantize.layouts import LAYOUTS
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.nvfp4.format import BLOCK
+from quantize.run.report_files import REPORT_DATA
 from quantize.verify.base import base_modules
 from quantize.verify.claims import DENSE, Claims
 from quantize.verify.weights import Weights
@@ -76,15 +77,15 @@ class Structure:
 
     def _counted(self, prefix: str, found: dict[int, set[str]], claims: Claims) -> Iterator[str]:
         """That no expert and no projection is missing."""
-        count = max(found) + 1
+        folder, count = self._target.folder, max(found) + 1
         missing = sorted(set(range(count)) - set(found))
         every = set.union(*found.values())
         partial = [expert for expert, kinds in found.items() if kinds != every]
         if missing:
-            yield f"{prefix}: expert {missing[0]} is missing; complete the download"
+            yield f"{folder}: {prefix}.{missing[0]} is missing; complete the download"
         elif partial:
             lacking = sorted(every - found[partial[0]])[0]
-            yield f"{prefix}.{partial[0]}.{lacking} is missing; complete the download"
+            yield f"{folder}: {prefix}.{partial[0]}.{lacking} is missing; complete the download"
         stated = _stated(self._target, prefix).num_experts
         said = {count for counts in stated.values() for count in counts}
         for layer in claims.run.layers if claims.run else ():
@@ -92,7 +93,7 @@ class Structure:
                 said = {len(layer.errors)}
         if said and count not in said:
             yield (
-                f"{prefix} has {count} experts, but there should be "
+                f"{folder}: {prefix} has {count} experts, but there should be "
                 f"{' or '.join(map(str, sorted(said)))}; complete the download"
             )
 
@@ -113,7 +114,7 @@ def missing_layers(structure: Structure, claims: Claims) -> Iterator[str]:
     prefixes = {m["prefix"] for module in structure.quantized if (m := _EXPERT.fullmatch(module))}
     for layer in claims.run.layers if claims.run else ():
         if layer.prefix not in prefixes:
-            yield f"{layer.prefix} is not quantized, though the report has it; quantize again"
+            yield f"{REPORT_DATA} has {layer.prefix}, which is not quantized; quantize again"
 
 
 def quantized_modules(target: Checkpoint, layout: Layout) -> set[str]:

@@ -19,7 +19,6 @@ from quantize.experts.identify import identify
 from quantize.layouts import detect
 from quantize.layouts.layout import Layout
 from quantize.nvfp4.format import BLOCK
-from quantize.run.kv_scales import attentions
 from quantize.run.worker import Worker
 from quantize.run.workers import cores, threads_of_our_own
 from quantize.verify.base import BaseLinear, base_modules
@@ -27,11 +26,12 @@ from quantize.verify.claims import BASE, Claims, read_claims
 from quantize.verify.compare import Comparison, Task
 from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
 from quantize.verify.files import file_problems
-from quantize.verify.kv_scales import kv_problems, kv_scales_of
+from quantize.verify.kv_scales import kv_notes, kv_problems, kv_scales_of
 from quantize.verify.report import edited, report_problems
 from quantize.verify.results import LayerError, Lost, Report, Worst
+from quantize.verify.stored import Part
 from quantize.verify.structure import Structure, count_problems, missing_layers, quantized_modules
-from quantize.verify.weights import Part, Weights
+from quantize.verify.weights import Weights
 
 
 def verify(
@@ -106,7 +106,10 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
         if any(math.isnan(w.noise) for w in weights) or not weights:
             relative = math.nan
         report.layers.append(LayerError(prefix, relative, worst))
-    report.problems += kv_problems(comparison.target, comparison.kv_scales, comparison.claims)
+    claims = comparison.claims
+    of = None if claims.foreign else comparison.source
+    report.problems += kv_problems(comparison.target, comparison.kv_scales, claims, of)
+    report.notes += kv_notes(comparison.source, claims)
     report.problems += comparison.too_many()
     report.problems += report_problems(
         comparison.target,
@@ -157,7 +160,7 @@ def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -
     memory = max((_memory(w) for w in weights), default=0)
     for part, _ in _in_threads(target, tasks, cores(memory)):
         report.problems += part.problems
-    caches = kv_scales_of(attentions(target.tensors, target.config), layout, claims)
+    caches = kv_scales_of(None, target, layout, claims)
     report.problems += kv_problems(target, caches, claims)
     gates = None
     with suppress(QuantizeError, LookupError):  # then it is a problem already

@@ -16,7 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from quantize.layouts import LAYOUTS
 from tests.hub_layout import publish
+from tests.plugin import nemotron
 from tests.quantize import checkpoints
 
 Loader = Callable[..., dict[str, Any]]
@@ -123,6 +125,19 @@ def shallow(shallow_bf16: Path, quantized_of: Callable[[Path], dict[str, Path]])
 def shallow_hub(shallow_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, not quantized, as the hub publishes MiniMax-M3."""
     return publish(shallow_bf16, tmp_path_factory.mktemp("shallow") / "hub")
+
+
+@pytest.fixture(scope="session")
+def ungated_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nemotron-H: a layer of attention and one of latent experts without a gate."""
+    return nemotron.write(tmp_path_factory.mktemp("ungated") / "bf16")
+
+
+@pytest.fixture(scope="session")
+def ungated(ungated_bf16: Path) -> dict[str, Path]:
+    """The same quantized, in each layout; treat as read-only."""
+    folder = ungated_bf16.parent
+    return {name: nemotron.quantized(ungated_bf16, folder / name, name) for name in LAYOUTS}
 
 
 @pytest.fixture

@@ -156,6 +156,19 @@ class Cases:
         row_tiles = small.experts.w13.shape[1]
         assert told == [(40, 8, row_tiles, 5), (20, 8, row_tiles, 5)]
 
+    def test_nan_comes_out(
+        self, emulated: Emulated, small: Packed, tile_shape: TileShape, bad: float = torch.nan
+    ) -> None:
+        """Of the token it went into, and of no other."""
+        x, ids, weights = small.batch(16)
+        rest = ids, weights, GATES["swiglu_oai"]
+        expected = emulated.run(x, small.experts, *rest, tile_shape=tile_shape)
+        x[5, 3] = bad
+        out = emulated.run(x, small.experts, *rest, tile_shape=tile_shape)
+        assert out[5].isnan().all()
+        others = torch.arange(16) != 5
+        assert torch.equal(out[others], expected[others])
+
     def test_rows_apart_and_in_place(self, emulated: Emulated, small: Packed) -> None:
         """x may be a slice of wider rows, and the output may lie where x does."""
         x, ids, weights = small.batch(16)

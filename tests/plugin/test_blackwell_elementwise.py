@@ -23,6 +23,7 @@ from tests.plugin.blackwell import (
     GELU,
     GELU_TANH,
     M3,
+    RELU2,
     SILU,
     SITU,
     STEP,
@@ -43,6 +44,7 @@ from tests.plugin.blackwell_layer import (
     quant_config_of,
     run,
 )
+from tests.plugin.reference import relu2
 
 
 class Operators:
@@ -96,13 +98,20 @@ OPERATOR: dict[Gate, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("gate", [SILU, *OPERATOR], ids=str)
+@pytest.mark.parametrize("gate", [SILU, *OPERATOR, RELU2], ids=str)
 def test_vllm_cutlass(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     module = importlib.import_module(f"{FUSED_MOE}.experts.cutlass_moe")
     operators = Operators(monkeypatch)
     fused: list[Any] = []
-    first = torch.randn(TOKENS * TOPK, 2 * INNER, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    width = 2 * INNER if gate.gated else INNER
+    first = torch.randn(TOKENS * TOPK, width, dtype=torch.bfloat16)
+    inputs: list[torch.Tensor] = []
     quantized = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+
+    def quantize(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs.append(x.clone())
+        return quantized
 
     def product(out: torch.Tensor, *_: Any) -> None:
         out.copy_(first if out.shape == first.shape else torch.zeros_like(out))
@@ -113,7 +122,7 @@ def test_vllm_cutlass(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
         SimpleNamespace(
             get_cutlass_moe_mm_data=lambda *_, **__: None,
             shuffle_rows=lambda a, _: a.expand(TOKENS * TOPK, -1) if len(a) == 1 else a,
-            scaled_fp4_experts_quant=lambda *_: quantized,
+            scaled_fp4_experts_quant=quantize,
             silu_and_mul_scaled_fp4_experts_quant=lambda *a: (fused.append(a), quantized)[1],
             cutlass_fp4_moe_mm=product,
         ),
@@ -121,6 +130,10 @@ def test_vllm_cutlass(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     run(experts_of("VLLM_CUTLASS", module.CutlassExpertsFp4, gate), gate, packed=False)
     if gate == SILU:  # a kernel of its own, fused with the quantization
         assert len(fused) == 1 and not operators.calls
+        return
+    if gate == RELU2:  # plain PyTorch
+        assert not operators.calls and not fused
+        torch.testing.assert_close(inputs[-1], relu2(first))
         return
     assert operators.only == OPERATOR[gate] and not fused
     assert torch.equal(operators.calls[0][1], first)  # all of gate, then all of up, unscaled

@@ -7,13 +7,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4
 
 from tests.plugin import nemotron
@@ -22,10 +20,8 @@ from tests.plugin.blackwell import (
     FUSED_MOE,
     RELU2,
     FlashInferActivation,
-    moe_config,
     pretend_flashinfer,
 )
-from tests.plugin.blackwell_layer import EXPERTS as KERNELS_EXPERTS
 from tests.plugin.blackwell_layer import INNER, TOKENS, TOPK, experts_of, run
 from tests.plugin.conversions import EXPERTS, Experts, bits, marlin_scales, padded, unswizzled
 from tests.plugin.test_blackwell_conversions import SIZES, assert_tiled, up
@@ -38,7 +34,6 @@ from tests.plugin.test_blackwell_flashinfer import (
 )
 from tests.plugin.test_vllm_kernels import Calls
 from tests.plugin.test_vllm_kernels import calls as calls  # a fixture
-from vllm_nvfp4_moe.backends.vllm_kernels import VllmKernelsMethod
 
 ALL_SIZES = (*SIZES, (256, 48), (320, 208))
 
@@ -164,33 +159,6 @@ def test_cutedsl_is_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(recorder.seen["w1_alpha"], torch.tensor([0.5, 0.02, 3.0, 0.125]) * 0.25)
 
 
-def test_vllm_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module(f"{FUSED_MOE}.experts.cutlass_moe")
-    torch.manual_seed(0)
-    first = torch.randn(TOKENS * TOPK, INNER, dtype=torch.bfloat16)
-    quantized: list[torch.Tensor] = []
-
-    def quantize(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        quantized.append(x.clone())
-        return torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
-
-    def product(out: torch.Tensor, *_: Any) -> None:
-        out.copy_(first if out.shape == first.shape else torch.zeros_like(out))
-
-    monkeypatch.setattr(
-        module,
-        "ops",
-        SimpleNamespace(
-            get_cutlass_moe_mm_data=lambda *_, **__: None,
-            shuffle_rows=lambda a, _: a.expand(TOKENS * TOPK, -1) if len(a) == 1 else a,
-            scaled_fp4_experts_quant=quantize,
-            cutlass_fp4_moe_mm=product,
-        ),
-    )
-    run(experts_of("VLLM_CUTLASS", module.CutlassExpertsFp4, RELU2), RELU2, packed=False)
-    torch.testing.assert_close(quantized[-1], relu2(first))
-
-
 def test_marlin_and_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's elementwise function, which both call."""
     torch.manual_seed(0)
@@ -221,44 +189,6 @@ def test_humming() -> None:
     assert asked["activation_type"] == "unary"
     for value in (-9.0, -0.5, 0.0, 0.25, 3.0):
         assert evaluated(asked["activation_impl"], value, 5.0) == max(value, 0.0) ** 2
-
-
-@pytest.mark.parametrize("backend", ["VLLM_CUTLASS", "FLASHINFER_CUTLASS", "FLASHINFER_CUTEDSL"])
-def test_prepared_kernel(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """From checked weights to vLLM's kernel object: all but the kernel's launch."""
-    monkeypatch.setattr(nvfp4, "nvfp4_swizzled_scale_to_cutedsl_mma_view", lambda scale: scale)
-    experts = Experts.random(256, 128)
-    method: Any = object.__new__(VllmKernelsMethod)
-    method.moe = moe_config(RELU2, experts=EXPERTS, hidden=256, inner=128)
-    method.weight_only = False
-    method.nvfp4_backend = nvfp4.NvFp4MoeBackend(backend)
-    (method.experts_cls,) = nvfp4.backend_to_kernel_cls(method.nvfp4_backend)
-    layer: Any = torch.nn.Module()
-    tensors = {
-        "w13_weight": experts.up,
-        "w13_weight_scale": experts.up_scale,
-        "w13_weight_scale_2": experts.w13_global.unsqueeze(1),
-        "w13_input_scale": torch.full((EXPERTS, 1), 0.25),
-        "w2_weight": experts.down,
-        "w2_weight_scale": experts.down_scale,
-        "w2_weight_scale_2": experts.down_global,
-        "w2_input_scale": torch.full((EXPERTS,), 0.5),
-    }
-    for name, tensor in tensors.items():
-        # A copy: since 0.33 vLLM writes what it converts where the parameter was.
-        own = tensor.clone()
-        layer.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
-    layer.activation, layer.moe_config = method.moe.activation, method.moe
-    layer._expert_routing_tables = lambda: None
-    with set_current_vllm_config(VllmConfig()):
-        method.prepare(layer)
-    kernel = method.moe_kernel.fused_experts
-    assert type(kernel) is method.experts_cls
-    assert torch.equal(kernel.g1_alphas, experts.w13_global * 0.25)
-    assert torch.equal(kernel.g2_alphas, experts.down_global * 0.5)
-    assert kernel.a1_gscale.tolist() == [4.0] * EXPERTS
-    assert torch.equal(unswizzled(kernel.w1_scale), bits(experts.up_scale))
-    assert KERNELS_EXPERTS != EXPERTS  # so that no two tests' layers are taken for each other
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.plugin.reference import experts_of, routed
+from tests.plugin import nemotron
+from tests.plugin.reference import dequantize, experts_of, m3_gate, relu2, routed
+from tests.quantize.plain import plainly
 
 LAYER = "model.layers.1.mlp.experts"
 
@@ -20,6 +23,13 @@ def relative(out: torch.Tensor, truth: torch.Tensor) -> float:
 def routing(tokens: int, experts: int = 32, k: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]).int()
     return torch.rand(tokens, k) + 0.1, ids
+
+
+GATED: dict[bool, tuple[tuple[Any, ...], Callable[..., torch.Tensor]]] = {
+    True: (("swiglu_oai", 1.702, 1.0, 7.0), m3_gate),
+    False: (("relu2", 1.0, 0.0, None), relu2),
+}
+"""Form and numbers, and what they are, by whether up has a gate before it."""
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
@@ -34,16 +44,27 @@ def test_experts_match_the_reference(load, shallow: dict[str, Path], layout: str
         assert relative(out, routed(x, truth_weights, weights, ids)) < 1e-5, tokens
 
 
-def test_bfloat16_loses_only_roundings_of_activations(load, shallow: dict[str, Path]) -> None:
-    layer = load(shallow["modelopt"])[LAYER].routed_experts
-    truth_weights = experts_of(shallow["modelopt"], LAYER, "modelopt", 32)
+@pytest.mark.parametrize("gated", [True, False])
+def test_bfloat16_loses_only_roundings_of_activations(
+    load, shallow: dict[str, Path], ungated: dict[str, Path], gated: bool
+) -> None:
+    folder, layer, stored, experts, hidden, top_k = (
+        (shallow["modelopt"], LAYER, LAYER, 32, 384, 4)
+        if gated
+        else (ungated["modelopt"], nemotron.LAYER, nemotron.STORED, nemotron.EXPERTS,
+              nemotron.LATENT, nemotron.TOP_K)
+    )  # fmt: skip
+    kinds = () if gated else (("up_proj", "down_proj"),)
+    truth_weights = experts_of(folder, stored, "modelopt", experts, *kinds)
+    module = load(folder)[layer].routed_experts
     torch.manual_seed(0)
     for tokens in (1, 300):
-        x = torch.randn(tokens, 384).bfloat16()
-        weights, ids = routing(tokens)
-        out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+        x = torch.randn(tokens, hidden).bfloat16()
+        weights, ids = routing(tokens, experts, top_k)
+        out = module.quant_method.apply(module, x, weights, ids, None, None)
         assert out.dtype == torch.bfloat16
-        assert relative(out, routed(x, truth_weights, weights, ids)) < 6e-3, tokens
+        truth = routed(x, truth_weights, weights, ids, GATED[gated][1])
+        assert relative(out, truth) < 6e-3, tokens
 
 
 def test_a_hidden_size_that_is_padded(
@@ -128,14 +149,14 @@ def test_router_matches_transformers(load, shallow: dict[str, Path], shallow_bf1
     assert runner.routed_scaling_factor == config.routed_scaling_factor == 2
 
 
-def test_expert_map_and_weight_on_input() -> None:
+@pytest.mark.parametrize("gated", GATED)
+def test_expert_map_and_weight_on_input(gated: bool) -> None:
     """Experts of other ranks contribute nothing; router weights may multiply the input instead."""
-    from tests.plugin.reference import dequantize, m3_gate
-    from tests.quantize.plain import plainly
     from vllm_nvfp4_moe.backends.cpu import forward
 
+    gate, truth_gate = GATED[gated]
     torch.manual_seed(2)
-    weights13 = [plainly([torch.randn(64, 48) / 5])[0] for _ in range(3)]
+    weights13 = [plainly([torch.randn(32 * (1 + gated), 48) / 5])[0] for _ in range(3)]
     weights2 = [plainly([torch.randn(48, 32) / 5])[0] for _ in range(3)]
     stacked = [
         torch.stack([getattr(w, field) for w in weights])
@@ -143,7 +164,8 @@ def test_expert_map_and_weight_on_input() -> None:
         for field in ("codes", "block_scale", "global_scale")
     ]
     plain = [
-        [*dequantize(*a).chunk(2), dequantize(*b)] for a, b in zip(weights13, weights2, strict=True)
+        [*dequantize(*a).chunk(1 + gated), dequantize(*b)]
+        for a, b in zip(weights13, weights2, strict=True)
     ]
     expert_map = torch.tensor([-1, 0, -1, 1, 2], dtype=torch.int32)
     for tokens in (5, 400):
@@ -152,19 +174,17 @@ def test_expert_map_and_weight_on_input() -> None:
         local = expert_map[ids.long()]
         masked = torch.where(local < 0, 0.0, factors)
         for on_input in (False, True):
-            out = forward.experts_forward(
-                x, *stacked, factors, ids, expert_map, "swiglu_oai", 1.702, 1.0, 7.0, on_input
-            )
+            out = forward.experts_forward(x, *stacked, factors, ids, expert_map, *gate, on_input)
             if not on_input:
-                truth = routed(x, plain, masked, local.clamp(min=0))
+                truth = routed(x, plain, masked, local.clamp(min=0), truth_gate)
             else:
                 truth = torch.zeros(tokens, 48, dtype=torch.float64)
                 for t in range(tokens):
                     for f, e in zip(factors[t].double(), local[t].tolist(), strict=True):
                         if e >= 0:
-                            gate, up, down = plain[e]
+                            *first, down = plain[e]
                             row = x[t].double() * f
-                            truth[t] += down @ m3_gate(gate @ row, up @ row)
+                            truth[t] += down @ truth_gate(*(weight @ row for weight in first))
             assert relative(out, truth) < 1e-5, (tokens, on_input)
 
 
@@ -188,8 +208,6 @@ OTHER_GATES: dict[tuple[str, float, float | None], Any] = {
 
 @pytest.mark.parametrize(("form", "alpha", "limit"), OTHER_GATES)
 def test_other_gates(form: str, alpha: float, limit: float | None) -> None:
-    from tests.plugin.reference import dequantize
-    from tests.quantize.plain import plainly
     from vllm_nvfp4_moe.backends.cpu import forward
 
     torch.manual_seed(3)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from tests.plugin import nemotron
 from tests.plugin.conftest import Damage
 from vllm_nvfp4_moe import self_check, settings
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
@@ -150,10 +151,26 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda f: f.__name__)
+def shift_rows(layer: Any) -> None:
+    for tensor in (layer.w13_weight.data, layer.w13_weight_scale.data.view(torch.uint8)):
+        tensor.copy_(tensor.roll(16, 1))
+
+
+def lose_the_last_rows(layer: Any) -> None:
+    inner = layer.w13_weight.shape[1]
+    layer.w13_weight.data[:, inner // 2 :] = 0  # as if half of them were a gate's
+
+
+UNGATED = [shift_rows, lose_the_last_rows]
+"""Conversions that break experts without a gate."""
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, *UNGATED], ids=lambda f: f.__name__)
 def test_a_conversion_that_breaks_weights(
-    load: Load, shallow: dict, monkeypatch: MonkeyPatch, broken: Callable[[Any], None]
-) -> None:
+    load: Load, shallow: dict, ungated: dict, monkeypatch: MonkeyPatch,
+    broken: Callable[[Any], None],
+) -> None:  # fmt: skip
+    folder, name = (shallow, LAYER) if broken in BROKEN else (ungated, nemotron.LAYER)
     prepare = CpuMethod.prepare
 
     def convert(self: CpuMethod, layer: Any) -> None:
@@ -162,12 +179,10 @@ def test_a_conversion_that_breaks_weights(
 
     monkeypatch.setattr(CpuMethod, "prepare", convert)
     with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
-        load(shallow["modelopt"])
+        load(folder["modelopt"])
     monkeypatch.setenv(settings.SELF_CHECK, "0")
-    assert (
-        load(shallow["modelopt"])[LAYER].routed_experts.quant_method.context.self_check.worst
-        is None
-    )
+    method = load(folder["modelopt"])[name].routed_experts.quant_method
+    assert method.context.self_check.worst is None
 
 
 def rounded(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:

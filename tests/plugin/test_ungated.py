@@ -16,29 +16,16 @@ from quantize.experts.gates import Gate
 from tests.plugin import mixed, nemotron
 from tests.plugin.conftest import Damage
 from tests.plugin.nemotron import EXPERTS, HIDDEN, INNER, LATENT, LAYER, STORED, TOP_K
-from tests.plugin.reference import dequantize, experts_of, relu2, routed
+from tests.plugin.reference import experts_of, relu2, routed
 from tests.plugin.test_layer import relative, routing
 from tests.plugin.test_reload import check, convert_for
 from tests.plugin.test_self_check import Routes, round_activations
-from tests.quantize.plain import plainly
 from vllm_nvfp4_moe.backends.cpu import forward
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 
 LAYOUTS = ("modelopt", "compressed-tensors")
 Load = Callable[..., dict[str, Any]]
 MonkeyPatch = pytest.MonkeyPatch
-
-
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A layer of attention and one of latent experts, not quantized."""
-    return nemotron.write(tmp_path_factory.mktemp("ungated") / "bf16")
-
-
-@pytest.fixture(scope="module")
-def nvfp4(bf16: Path) -> dict[str, Path]:
-    """The same, in each layout; treat as read-only."""
-    return {name: nemotron.quantized(bf16, bf16.parent / name, name) for name in LAYOUTS}
 
 
 def truth(
@@ -53,10 +40,10 @@ def truth(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("latent", [LATENT, None])
 def test_experts_match_the_reference(
-    load: Load, nvfp4: dict[str, Path], tmp_path: Path, layout: str, latent: int | None
+    load: Load, ungated: dict[str, Path], tmp_path: Path, layout: str, latent: int | None
 ) -> None:
     """With the hidden size of the model's, and with one of the experts' own."""
-    folder = nvfp4[layout]
+    folder = ungated[layout]
     if latent is None:
         source = nemotron.write(tmp_path / "bf16", moe_latent_size=None)
         folder = nemotron.quantized(source, tmp_path / layout, layout)
@@ -75,52 +62,14 @@ def test_experts_match_the_reference(
         assert relative(out, truth(folder, layout, x, weights, ids)) < 1e-5, tokens
 
 
-def test_expert_map_and_weight_on_input() -> None:
-    """Experts of other ranks contribute nothing; router weights may multiply the input, which
-    ReLU² squares."""
-    torch.manual_seed(2)
-    weights13 = [plainly([torch.randn(32, 48) / 5])[0] for _ in range(3)]
-    weights2 = [plainly([torch.randn(48, 32) / 5])[0] for _ in range(3)]
-    stacked = [
-        torch.stack([getattr(w, field) for w in weights])
-        for weights in (weights13, weights2)
-        for field in ("codes", "block_scale", "global_scale")
-    ]
-    plain = [[dequantize(*a), dequantize(*b)] for a, b in zip(weights13, weights2, strict=True)]
-    expert_map = torch.tensor([-1, 0, -1, 1, 2], dtype=torch.int32)
-    for tokens in (5, 400):
-        x = torch.randn(tokens, 48)
-        factors, ids = routing(tokens, experts=5, k=2)
-        local = expert_map[ids.long()]
-        masked = torch.where(local < 0, 0.0, factors)
-        for on_input in (False, True):
-            out = forward.experts_forward(
-                x, *stacked, factors, ids, expert_map, "relu2", 1.0, 0.0, None, on_input
-            )
-            # relu(w x) ** 2 is w ** 2 times as much for positive w.
-            of = masked**2 if on_input else masked
-            assert relative(out, routed(x, plain, of, local.clamp(min=0), relu2)) < 1e-5, on_input
-
-
-def test_bfloat16_loses_only_roundings_of_activations(load: Load, nvfp4: dict[str, Path]) -> None:
-    layer = load(nvfp4["modelopt"])[LAYER].routed_experts
-    torch.manual_seed(0)
-    for tokens in (1, 300):
-        x = torch.randn(tokens, LATENT).bfloat16()
-        weights, ids = routing(tokens, EXPERTS, TOP_K)
-        out = layer.quant_method.apply(layer, x, weights, ids, None, None)
-        want = truth(nvfp4["modelopt"], "modelopt", x, weights, ids)
-        assert relative(out, want) < 6e-3, tokens
-
-
 @pytest.mark.parametrize("stacked", [False, True])
 def test_on_the_fly(
-    load: Load, bf16: Path, nvfp4: dict[str, Path], tmp_path: Path, stacked: bool
+    load: Load, ungated_bf16: Path, ungated: dict[str, Path], tmp_path: Path, stacked: bool
 ) -> None:
     """Bit for bit what the offline export has; up has nothing to wait for."""
-    folder, export = bf16, nvfp4["modelopt"]
+    folder, export = ungated_bf16, ungated["modelopt"]
     if stacked:
-        folder = nemotron.stacked(bf16, tmp_path / "stacked")
+        folder = nemotron.stacked(ungated_bf16, tmp_path / "stacked")
         export = nemotron.quantized(folder, tmp_path / "export")
     offline = load(export)[LAYER].routed_experts
     layer = load(folder, hf_overrides={"nvfp4_moe": contract(Gate("relu2"))})[LAYER].routed_experts
@@ -161,7 +110,7 @@ def test_numbers_and_widths_by_layer(
 
 
 def test_groups_that_name_the_projections(
-    load: Load, nvfp4: dict[str, Path], tmp_path: Path
+    load: Load, ungated: dict[str, Path], tmp_path: Path
 ) -> None:
     """As llm-compressor may: no pattern matches the projection that these experts do not have."""
 
@@ -169,17 +118,17 @@ def test_groups_that_name_the_projections(
         (group,) = config["quantization_config"]["config_groups"].values()
         group["targets"] = [r"re:.*mixer\.experts\.\d+\.(up|down)_proj$"]
 
-    folder = damaged(nvfp4, tmp_path, "compressed-tensors").config(name_them)
+    folder = damaged(ungated, tmp_path, "compressed-tensors").config(name_them)
     assert isinstance(load(folder)[LAYER].routed_experts.quant_method, CpuMethod)
 
 
-def test_mixed_with_fp8(load: Load, nvfp4: dict[str, Path], tmp_path: Path) -> None:
+def test_mixed_with_fp8(load: Load, ungated: dict[str, Path], tmp_path: Path) -> None:
     """NVIDIA's Super and Ultra: a list of layers, here with experts alone in it."""
-    folder = mixed.write(nvfp4["modelopt"], tmp_path / "mixed", map_in_config=True)
+    folder = mixed.write(ungated["modelopt"], tmp_path / "mixed", map_in_config=True)
     layer = load(folder, dtype="float32")[LAYER].routed_experts
     x, (weights, ids) = torch.randn(3, LATENT), routing(3, EXPERTS, TOP_K)
     out = layer.quant_method.apply(layer, x, weights, ids, None, None)
-    assert relative(out, truth(nvfp4["modelopt"], "modelopt", x, weights, ids)) < 1e-5
+    assert relative(out, truth(ungated["modelopt"], "modelopt", x, weights, ids)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -193,49 +142,51 @@ def test_mixed_with_fp8(load: Load, nvfp4: dict[str, Path], tmp_path: Path) -> N
     ],
 )
 def test_reload(
-    load: Load, bf16: Path, nvfp4: dict[str, Path], tmp_path: Path, monkeypatch: MonkeyPatch,
-    kernel: str | None, source: str,
+    load: Load, ungated_bf16: Path, ungated: dict[str, Path], tmp_path: Path,
+    monkeypatch: MonkeyPatch, kernel: str | None, source: str,
 ) -> None:  # fmt: skip
     """On a CPU, or converted for a GPU's kernels, which pad what has no gate."""
     if kernel is not None:
         convert_for(kernel, monkeypatch)
     other = nemotron.write(tmp_path / "other", seed=1)
     if source == "on the fly":
-        pair = [Damage(folder, tmp_path / f"copy-{n}") for n, folder in enumerate((bf16, other))]
+        pair = [
+            Damage(folder, tmp_path / f"copy-{n}") for n, folder in enumerate((ungated_bf16, other))
+        ]
         stated = {"nvfp4_moe": contract(Gate("relu2"))}
         check(load, *(copy.config(lambda c: c.update(stated)) for copy in pair))
         return
-    check(load, nvfp4[source], nemotron.quantized(other, tmp_path / "quantized", source))
+    check(load, ungated[source], nemotron.quantized(other, tmp_path / "quantized", source))
 
 
 # -- what is refused -------------------------------------------------------------------------------
 
 
-def damaged(nvfp4: dict[str, Path], tmp_path: Path, layout: str = "modelopt") -> Damage:
-    return Damage(nvfp4[layout], tmp_path / "damaged")
+def damaged(ungated: dict[str, Path], tmp_path: Path, layout: str = "modelopt") -> Damage:
+    return Damage(ungated[layout], tmp_path / "damaged")
 
 
 @pytest.mark.parametrize("form", ["silu", "relu"])
 def test_a_contract_that_is_not_the_layers(
-    load: Load, nvfp4: dict[str, Path], tmp_path: Path, form: str
+    load: Load, ungated: dict[str, Path], tmp_path: Path, form: str
 ) -> None:
     """One with a gate, which there is none for; and one that vLLM has no name for."""
-    folder = damaged(nvfp4, tmp_path).config(lambda c: c["nvfp4_moe"].update(gate={"form": form}))
+    folder = damaged(ungated, tmp_path).config(lambda c: c["nvfp4_moe"].update(gate={"form": form}))
     with pytest.raises(ValueError, match=rf"{LAYER}: .* apply {form}, .* relu2_no_mul, .*refusing"):
         load(folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_tensor_that_is_missing(
-    load: Load, nvfp4: dict[str, Path], tmp_path: Path, layout: str
+    load: Load, ungated: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:
-    copy = damaged(nvfp4, tmp_path, layout)
+    copy = damaged(ungated, tmp_path, layout)
     folder = copy.tensors(lambda t: t.pop(f"{STORED}.3.up_proj.weight_scale"))
     with pytest.raises(ValueError, match=rf"{LAYER}: missing .*: expert 3, up \(w1\), weight_sca"):
         load(folder)
 
 
-def test_experts_that_are_not_ours(load: Load, nvfp4: dict[str, Path], tmp_path: Path) -> None:
+def test_experts_that_are_not_ours(load: Load, ungated: dict[str, Path], tmp_path: Path) -> None:
     """On a CPU vLLM has no kernels for them, and says so, if later than by itself."""
 
     def exclude(config: dict[str, Any]) -> None:
@@ -256,9 +207,9 @@ def test_experts_that_are_not_ours(load: Load, nvfp4: dict[str, Path], tmp_path:
         load(copy.config(exclude))
 
 
-def test_models_of_others_are_refused_as_ever(load: Load, bf16: Path) -> None:
+def test_models_of_others_are_refused_as_ever(load: Load, ungated_bf16: Path) -> None:
     with pytest.raises(NotImplementedError, match="is_act_and_mul=False is supported only for"):
-        load(bf16, None)
+        load(ungated_bf16, None)
 
 
 # -- the self-check --------------------------------------------------------------------------------
@@ -274,7 +225,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_kernel_that_applies_another_activation(
-    load: Load, nvfp4: dict[str, Path], monkeypatch: MonkeyPatch, wrong: str
+    load: Load, ungated: dict[str, Path], monkeypatch: MonkeyPatch, wrong: str
 ) -> None:
     class Other(Gate):
         def apply_stacked(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -283,14 +234,14 @@ def test_a_kernel_that_applies_another_activation(
     monkeypatch.setattr(forward, "Gate", lambda *_: Other("relu2"))
     monkeypatch.setattr(forward.kernels, "FORMS", {})
     with pytest.raises(ValueError, match=f"{LAYER}: self-check: the CPU kernel does not") as caught:
-        load(nvfp4["modelopt"])
+        load(ungated["modelopt"])
     assert wrong != "not squared" or "nearer to what relu would give" in str(caught.value)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 2e-5])
 @pytest.mark.parametrize("wrong", [None, "not squared"])
 def test_with_4_bit_activations(
-    load: Load, nvfp4: dict[str, Path], tmp_path: Path, monkeypatch: MonkeyPatch,
+    load: Load, ungated: dict[str, Path], tmp_path: Path, monkeypatch: MonkeyPatch,
     scale: float, wrong: str | None,
 ) -> None:  # fmt: skip
     """As Blackwell's. Squares spread far, so that calibrated input scales may be small for them:
@@ -302,7 +253,7 @@ def test_with_4_bit_activations(
                 tensor.fill_(scale)
 
     round_activations(monkeypatch, Gate("relu") if wrong else None)
-    folder = damaged(nvfp4, tmp_path).tensors(calibrate)
+    folder = damaged(ungated, tmp_path).tensors(calibrate)
     if wrong is None:
         found = load(folder)[LAYER].routed_experts.quant_method.context.self_check
         assert found.skipped is None and 0 < found.worst < 0.2
@@ -313,7 +264,7 @@ def test_with_4_bit_activations(
 
 @pytest.mark.parametrize("wrong", [None, "not squared", "negative scores", "scaled", "no bias"])
 def test_a_kernel_that_routes(
-    load: Load, nvfp4: dict[str, Path], monkeypatch: MonkeyPatch, wrong: str | None
+    load: Load, ungated: dict[str, Path], monkeypatch: MonkeyPatch, wrong: str | None
 ) -> None:
     """As TRT-LLM's, which gave wrong text for Nemotron-3 Nano (vLLM's issue 52308)."""
     routes = Routes(monkeypatch, 0.0 if wrong == "negative scores" else -torch.inf, False)
@@ -333,32 +284,8 @@ def test_a_kernel_that_routes(
         monkeypatch.setattr(forward, "Gate", lambda *_: Gate("relu"))
         monkeypatch.setattr(forward.kernels, "FORMS", {})
     if wrong is None:
-        found = load(nvfp4["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
+        found = load(ungated["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
         assert found.skipped is None and 0 < found.worst < 6e-3
         return
     with pytest.raises(ValueError, match=f"{LAYER}: self-check: the CPU kernel does not compute"):
-        load(nvfp4["modelopt"])
-
-
-def shift_rows(layer: Any) -> None:
-    for tensor in (layer.w13_weight.data, layer.w13_weight_scale.data.view(torch.uint8)):
-        tensor.copy_(tensor.roll(16, 1))
-
-
-def lose_the_last_rows(layer: Any) -> None:
-    layer.w13_weight.data[:, INNER // 2 :] = 0  # as if half of them were a gate's
-
-
-@pytest.mark.parametrize("broken", [shift_rows, lose_the_last_rows], ids=lambda f: f.__name__)
-def test_a_conversion_that_breaks_weights(
-    load: Load, nvfp4: dict[str, Path], monkeypatch: MonkeyPatch, broken: Callable[[Any], None]
-) -> None:
-    prepare = CpuMethod.prepare
-
-    def convert(self: CpuMethod, layer: Any) -> None:
-        prepare(self, layer)
-        broken(layer)
-
-    monkeypatch.setattr(CpuMethod, "prepare", convert)
-    with pytest.raises(ValueError, match="self-check: the CPU kernel does not compute what"):
-        load(nvfp4["modelopt"])
+        load(ungated["modelopt"])

@@ -165,11 +165,11 @@ def test_vllm_can_let_go_of_a_model(load: Callable, shallow: dict[str, Path]) ->
 
 def test_nothing_is_copied_for_no_padding() -> None:
     """Humming pads whole layers, most of them by nothing; elsewhere PyTorch is as it was."""
-    from vllm_nvfp4_moe import quirks
+    from vllm_nvfp4_moe.backends.padding import pad_only_what_needs_it
 
     x = torch.arange(6.0).view(2, 3)
     before = torch.nn.functional.pad
-    with quirks.pad_only_what_needs_it():
+    with pad_only_what_needs_it():
         assert torch.nn.functional.pad(x, pad=[0, 0, 0, 0], value=0).data_ptr() == x.data_ptr()
         padded = torch.nn.functional.pad(x, (0, 1, 2, 0), value=7)
         reflected = torch.nn.functional.pad(x, (1, 0), mode="reflect")
@@ -180,21 +180,21 @@ def test_nothing_is_copied_for_no_padding() -> None:
     assert torch.nn.functional.pad is before
     assert torch.equal(padded, before(x, (0, 1, 2, 0), value=7))
     assert torch.equal(reflected, before(x, (1, 0), mode="reflect"))
-    with pytest.raises(ZeroDivisionError), quirks.pad_only_what_needs_it():
+    with pytest.raises(ZeroDivisionError), pad_only_what_needs_it():
         raise ZeroDivisionError
     assert torch.nn.functional.pad is before
 
 
 def test_other_threads_pad_as_ever() -> None:
     """Two engines convert layers at the same time, one ends first, and a third thread pads."""
-    from vllm_nvfp4_moe import quirks
+    from vllm_nvfp4_moe.backends.padding import pad_only_what_needs_it
 
     before = torch.nn.functional.pad
     x = torch.arange(6.0)
     first, second = threading.Event(), threading.Event()
 
     def load(begins: threading.Event, goes_on: threading.Event) -> bool:
-        with quirks.pad_only_what_needs_it():
+        with pad_only_what_needs_it():
             begins.set()
             assert goes_on.wait(10)
             return torch.nn.functional.pad(x, (0, 0)).data_ptr() == x.data_ptr()

@@ -1,9 +1,12 @@
 """Fixtures of tests/quantize: tiny random models, saved by Transformers."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,3 +50,22 @@ def source(saved: Callable[[str], Path], tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(saved("qwen3_moe"), tmp_path / "source"))
     (folder / "tokenizer.json").write_text('{"of": "the source"}')
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python that the models were trained on the likes of: NumPy's, as JSON lines."""
+    file = tmp_path_factory.mktemp("text") / "numpy.jsonl"
+    sources = sorted(Path(np.__file__).parent.rglob("*.py"))[::4]
+    lines = [json.dumps({"text": source.read_text(errors="replace")}) for source in sources]
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    """Many small steps: threads would wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

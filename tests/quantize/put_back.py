@@ -19,7 +19,7 @@ from tests.quantize.families import UNSUPPORTED, classes
 Weights = tuple[tuple[torch.Tensor, ...], torch.Tensor]
 """One expert's (gate, up) or (up,), each ``[intermediate, hidden]``, and down."""
 
-TOWER = re.compile(r"(?:^|\.)vision_encoder\.")
+TOWER = re.compile(r"(?:^|\.)vision_(?:encoder|tower)\.")
 """Dots3 Note's, with experts of the text model's class."""
 
 

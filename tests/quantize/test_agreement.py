@@ -266,6 +266,17 @@ def test_experts_for_images_within_the_language_model(tmp_path: Path) -> None:
 # -- what is excluded is what the unquantized model stores -----------------------------------------
 
 
+def assert_same_logits(model: Any, *weights: dict[str, torch.Tensor]) -> None:
+    """Of the model with either of two sets of weights."""
+    logits = []
+    for state in weights:
+        model.load_state_dict(state)
+        with torch.no_grad():
+            logits.append(model(torch.arange(12)[None]).logits)
+    assert torch.equal(*logits)
+    assert logits[0].isfinite().all()
+
+
 @pytest.mark.parametrize("square", [False, True])
 def test_excluded_experts_of_gpt_oss_in_mxfp4(square: bool, tmp_path: Path) -> None:
     """Logits of Transformers' class: from its own dequantized weights, and from what is written."""
@@ -293,13 +304,7 @@ def test_excluded_experts_of_gpt_oss_in_mxfp4(square: bool, tmp_path: Path) -> N
     assert "model.layers.1.mlp.experts.down_proj" in excluded
     assert set(state) - set(excluded) == {n for n in state if "layers.0.mlp.experts" in n}
     assert all(torch.equal(tensor, state[name]) for name, tensor in excluded.items())
-    tokens = torch.arange(12)[None]
-    logits = []
-    for weights in (state, state | excluded):
-        model.load_state_dict(weights)
-        with torch.no_grad():
-            logits.append(model(tokens).logits)
-    assert torch.equal(*logits)
+    assert_same_logits(model, state, state | excluded)
     written_config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert written_config["quantization_config"]["quant_method"] == "modelopt"
 
@@ -359,13 +364,6 @@ def test_excluded_experts_in_fp8_and_mxfp8(
     for name, tensor in excluded.items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, state[name]), name
-    tokens = torch.arange(12)[None]
-    logits = []
-    for weights in (state, state | excluded):
-        model.load_state_dict(weights)
-        with torch.no_grad():
-            logits.append(model(tokens).logits)
-    assert torch.equal(*logits)
-    assert logits[0].isfinite().all()
+    assert_same_logits(model, state, state | excluded)
     written_config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert written_config["quantization_config"]["quant_method"] == "modelopt"

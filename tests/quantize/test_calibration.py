@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,15 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from benchmarks.m3_checkpoint import Model
@@ -35,8 +31,9 @@ from quantize.run.plan import plan
 from quantize.run.shards import header
 from quantize.verify import verify
 from tests.quantize import reference
-from tests.quantize.test_cli import refusal, run
 from tests.trained import Sizes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, LENGTH = 24, 256
 
@@ -47,27 +44,8 @@ TWO_SIDED = {"method": "two-sided"}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python that the models were trained on the likes of: NumPy's, as JSON lines."""
-    file = tmp_path_factory.mktemp("text") / "numpy.jsonl"
-    sources = sorted(Path(np.__file__).parent.rglob("*.py"))[::4]
-    lines = [json.dumps({"text": source.read_text(errors="replace")}) for source in sources]
-    file.write_text("\n".join(lines))
-    return file
-
-
-@pytest.fixture(scope="module")
 def rows(trained: Path, text: Path) -> torch.Tensor:
     return load_samples(text, trained, ROWS, LENGTH)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Many small steps: threads would wait for each other more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def calibrated(
@@ -420,53 +398,6 @@ def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
             assert budget.staged == pytest.approx(2 * model.quantized_layer_bytes, rel=1e-4)
 
 
-# -- the command -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def qwen(tmp_path: Path, trained: Path) -> Path:
-    """A random Qwen3-MoE of one layer, with SiLU experts and the trained model's tokenizer."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=48, max_position_embeddings=512,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "qwen")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(trained / name, tmp_path / "qwen" / name)
-    return tmp_path / "qwen"
-
-
-def test_the_command(qwen: Path, text: Path, tmp_path: Path) -> None:
-    """Both layouts hold the same numbers; what is needed is said before, layers while it runs."""
-    size = ("--calibration-rows", "8", "--calibration-length", "64")
-    weights = {}
-    for layout in ("modelopt", "compressed-tensors"):
-        result = run("quantize", qwen, tmp_path / layout, "--calibrate", text, *size,
-                     "--layout", layout)  # fmt: skip
-        assert result.exit_code == 0, result.output
-        assert "Calibration: about" in result.stderr
-        assert "of memory" in result.stderr
-        assert verified(qwen, tmp_path / layout) == []
-        tensors = reference.read_folder(tmp_path / layout)
-        base = "model.layers.0.mlp.experts.1"
-        weights[layout] = [
-            reference.weight(tensors, f"{base}.{name}")
-            for name in ("gate_proj", "up_proj", "down_proj")
-        ]
-        inputs = {
-            "modelopt": lambda t, b: float(t[f"{b}.up_proj.input_scale"].array().item()),
-            "compressed-tensors": lambda t, b: (
-                1 / float(t[f"{b}.up_proj.input_global_scale"].array().item())
-            ),
-        }
-        weights[layout].append(np.float32(inputs[layout](tensors, base)))
-    for one, other in zip(*weights.values(), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6)
-    assert 0 < weights["modelopt"][3] < 0.1
-
-
 def test_a_source_that_changed_is_calibrated_again(
     trained: Path, rows: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -477,33 +408,3 @@ def test_a_source_that_changed_is_calibrated_again(
     os.utime(source / "model.safetensors", (1, 1))
     again = resumed(source, tmp_path / "out", rows)
     assert min(again) == 0
-
-
-def verified(source: Path, target: Path) -> list[str]:
-    with Checkpoint(source) as original, Checkpoint(target, decode=False) as quantized:
-        return verify(original, quantized).problems
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        (("--calibrate", "nowhere.txt"), "nowhere.txt: there is no such file or folder"),
-        (("--rounding", "gptq"), "--rounding needs --calibrate"),
-        (("--input-scales", "few.txt", "--rounding", "gptq"), "--rounding needs --calibrate"),
-        (("--input-scales", "few.txt"), "tokens, and no expert can be calibrated with fewer"),
-        (("--input-scales", "few.txt", "--calibrate", "few.txt"), "leave --input-scales out"),
-        (("--input-scales", "few.txt", "--activations", "bf16"), "leave one out"),
-        (("--input-scales", "few.txt", "--all-linears"), "of experts, not of --all-linears"),
-        (("--calibration-rows", "8"), "--calibration-rows needs --calibrate"),
-        (("--calibrate", "few.txt"), "tokens, and no expert can be calibrated with fewer"),
-        (("--calibrate", "few.txt", "--calibrate", "x.txt"), "x.txt: there is no such file"),
-    ],
-)
-def test_what_the_command_refuses(
-    qwen: Path, tmp_path: Path, what: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "few.txt").write_text("x = 1\n")
-    code = 1 if "tokens, " in message or "no such file" in message else 2
-    assert message in refusal("quantize", qwen, tmp_path / "out", *what, code=code)
-    assert not (tmp_path / "out").exists()

@@ -74,20 +74,20 @@ def test_the_console_script_is_installed_with_its_three_commands() -> None:
 
 def test_options_reach_the_pipeline(saved: Folders, tmp_path: Path) -> None:
     source = saved("qwen3_moe")
-    options = ("--layout", "compressed-tensors", "--scales", "mse")
+    options = ("--layout", "compressed-tensors", "--scales", "max")
     result = run("quantize", source, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert "2 MoE layers, 8 experts, gate silu" in result.stderr
     out = reference.read_folder(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "nvfp4-pack-quantized"
-    run("quantize", source, tmp_path / "max", "--layout", "compressed-tensors")
+    run("quantize", source, tmp_path / "mse", "--layout", "compressed-tensors")
     weights = reference.read_folder(source)
     module = "model.layers.0.mlp.experts.1.up_proj"
     exact = weights[f"{module}.weight"].array()
-    mse, largest = (
+    largest, mse = (
         ((reference.weight(tensors, module) - exact) ** 2).sum()
-        for tensors in (out, reference.read_folder(tmp_path / "max"))
+        for tensors in (out, reference.read_folder(tmp_path / "mse"))
     )
     assert mse < largest
 
@@ -191,7 +191,7 @@ def test_a_stated_gate(text: str, gate: dict[str, Any], unknown: Path, tmp_path:
     assert "--gate" in refusal("quantize", unknown, tmp_path / "out")
     assert run("quantize", unknown, tmp_path / "out", "--gate", text).exit_code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["nvfp4_moe"].pop("made")["scales"] == "max"
+    assert config["nvfp4_moe"].pop("made")["scales"] == "mse"
     assert config["nvfp4_moe"] == {"version": 1, "gate": gate | {"interleaved": False}}
     assert run("verify", unknown, tmp_path / "out", "--gate", text).exit_code == 0
     assert run("inspect", unknown, "--gate", text).exit_code == 0

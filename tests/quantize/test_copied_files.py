@@ -1,13 +1,16 @@
 """Files of a source that are copied, and those that are not the model's."""
 
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantize.checkpoint import hub
+from quantize.checkpoint import companions, hub
+from quantize.checkpoint.companions import configs, folders_named
 from tests.quantize.checkpoints import contents, convert
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.user_files import Folders, tree
@@ -58,6 +61,8 @@ NOT_COPIED = {
     "additional_chat_templates/.env": "x",
     "additional_chat_templates/run.sh": "x",
     "sp/spm.bin": "x",
+    "sp/adapter_config.json": "{}",
+    "sp/x.index.json": "{}",
     "sp/.netrc": "x",
 }
 
@@ -131,6 +136,80 @@ def test_a_folder_that_is_a_link(source: Path, tmp_path: Path) -> None:
     assert b"a private key" not in tree(tmp_path / "out").values()
 
 
+def test_a_folder_of_templates_with_one_that_is_a_link(source: Path, tmp_path: Path) -> None:
+    """As above."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "a.jinja").write_text("a private key")
+    fill(source, {TEMPLATE: "{{ tools }}"})
+    ((source / TEMPLATE).parent / "more").symlink_to(tmp_path / "home")
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / TEMPLATE).exists()
+    assert b"a private key" not in tree(tmp_path / "out").values()
+
+
+@pytest.mark.parametrize("to", ["../../blobs/aa", "../../refs/main", "../other/NOTICE.txt"])
+def test_a_link_to_what_only_a_hub_cache_may_share(to: str, source: Path, tmp_path: Path) -> None:
+    """A folder of a cache's shape that is none; and in one, what is none of the model's files."""
+    where = "folders" if "blobs" in to else "snapshots"
+    folder = Path(shutil.copytree(source, tmp_path / "models--org--name" / where / "0123abcd"))
+    fill(folder, {to: "a private key"})
+    (folder / "NOTICE.txt").symlink_to(to)
+    message = refusal("quantize", folder, tmp_path / "out")
+    assert f"{folder / 'NOTICE.txt'} is a link that leads out of the checkpoint" in message
+
+
+@pytest.mark.parametrize("to", ["NOTICE.txt", "gone.txt"])
+def test_a_link_that_leads_nowhere(to: str, source: Path, tmp_path: Path) -> None:
+    (source / "NOTICE.txt").symlink_to(to)
+    message = refusal("quantize", source, tmp_path / "out")
+    assert f"{source / 'NOTICE.txt'}: the link leads nowhere; download" in message
+
+
+def test_a_file_that_is_too_large_for_its_name(source: Path, tmp_path: Path) -> None:
+    """What lies there under a tokenizer's name is no tokenizer."""
+    with (source / "vocab.json").open("wb") as file:
+        file.truncate(2**28 + 1)
+    message = refusal("quantize", source, tmp_path / "out")
+    assert f"{source / 'vocab.json'} has 268435457 bytes, too many" in message
+    os.truncate(source / "vocab.json", 2**20)
+    assert run("quantize", source, tmp_path / "out").exit_code == 0
+
+
+def test_a_folder_of_too_many_files(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them is left out without a word."""
+    monkeypatch.setattr(companions, "_MAX_FOLDER", 10)
+    fill(source, {f"additional_chat_templates/{n}.jinja": "x" for n in range(11)})
+    message = refusal("quantize", source, tmp_path / "out")
+    assert f"{source / 'additional_chat_templates'} has more than 10 files" in message
+    (source / "additional_chat_templates" / "7.jinja").unlink()
+    convert(source, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "additional_chat_templates").iterdir())) == 10
+
+
+def test_what_is_neither_file_nor_link(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it would fail, or wait for ever."""
+    monkeypatch.chdir(source)  # the path of a socket may not be long
+    with socket.socket(socket.AF_UNIX) as open_:
+        open_.bind("tokenizer.model")
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+
+
+@pytest.mark.parametrize("named", ["../private/key.json", "/private/key.json", ".ssh/key.json"])
+def test_a_config_that_names_what_is_not_the_checkpoints(
+    named: str, source: Path, tmp_path: Path
+) -> None:
+    fill(source, {"tokenizer_config.json": json.dumps({"tokenizer_file": named})})
+    fill(source, {"../private/key.json": "a private key", ".ssh/key.json": "a private key"})
+    assert folders_named(configs(source)) == ["additional_chat_templates"]
+    convert(source, tmp_path / "out")
+    assert b"a private key" not in tree(tmp_path / "out").values()
+
+
 def test_links_within_the_source_and_its_hub_cache(source: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
     shutil.copytree(source, snapshot)
@@ -175,5 +254,6 @@ def test_what_is_downloaded(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     found = {str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file()}
     weights = {"model.safetensors", "config.json", "generation_config.json"}
     assert found >= set(COPIED) | weights
-    indexes = {name for name in found if name.endswith(".index.json")}
-    assert found - set(COPIED) - weights - indexes == set()
+    indexes = {name for name in found if name.endswith(".index.json") and "/" not in name}
+    # The hub's patterns are compared with whole paths: what begins with a name is let through.
+    assert found - set(COPIED) - weights - indexes == {"sp/adapter_config.json"}

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantize.checkpoint.headers import read_header
+from quantize.checkpoint.identity import identity_of, tensor_digests
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.execute import execute
@@ -56,6 +58,46 @@ def test_any_one_tensor_that_changed(hub_cache: bool, source: Path, tmp_path: Pa
         assert name in str(caught.value)
         assert "--overwrite" in str(caught.value)
         assert tree(out) == before
+
+
+@pytest.mark.parametrize(
+    ("size", "at"),
+    [(2048, at) for at in (0, 700, 1400, 2047)] + [(9000, at) for at in (0, 511, 4500, 8488, 8999)],
+)
+def test_a_byte_that_is_looked_at(size: int, at: int, tmp_path: Path) -> None:
+    """Each of a small tensor; of a large one those at both ends and in the middle."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(size, dtype=torch.uint8), "b": torch.zeros(4)}, file)
+    tensors = read_header(file)
+    before = tensor_digests(tensors)[file.name]
+    (place,) = [info.offset for info in tensors if info.name == "a"]
+    content = bytearray(file.read_bytes())
+    content[place + at] ^= 1
+    file.write_bytes(content)
+    now = tensor_digests(tensors)[file.name]
+    assert {name for name in before if now[name] != before[name]} == {"a"}
+
+
+def test_what_else_an_identity_holds(source: Path) -> None:
+    """The header, also where the bytes of all tensors are the same; the size; copied files."""
+    file = source / "model.safetensors"
+    with Checkpoint(source) as checkpoint:
+        before = identity_of(checkpoint)
+        file.write_bytes(file.read_bytes() + b"x")
+        assert identity_of(checkpoint) == before._replace(files=identity_of(checkpoint).files)
+        assert identity_of(checkpoint).files != before.files
+    content = file.read_bytes()[:-1]
+    file.write_bytes(content.replace(b"q_norm.weight", b"Q_norm.weight"))
+    with Checkpoint(source) as checkpoint:
+        renamed = identity_of(checkpoint)
+    assert renamed.files != before.files
+    assert renamed.companions == before.companions
+    file.write_bytes(content)
+    (source / "tokenizer.json").write_text('{"of": "the sourcE"}')
+    with Checkpoint(source) as checkpoint:
+        now = identity_of(checkpoint)
+    assert now.companions["tokenizer.json"] != before.companions["tokenizer.json"]
+    assert now == before._replace(companions=now.companions)
 
 
 def test_a_blob_that_differs_where_nobody_looks(source: Path, tmp_path: Path) -> None:
@@ -131,9 +173,6 @@ def test_another_older_source_of_a_finished_target(source: Path, tmp_path: Path)
 
 def test_many_tensors_are_looked_at_in_seconds(tmp_path: Path) -> None:
     """As many as a model of a trillion parameters has."""
-    from quantize.checkpoint.headers import read_header
-    from quantize.checkpoint.identity import tensor_digests
-
     count, size = 69_000, 4096
     header = {
         f"model.layers.{n // 1152}.mlp.experts.{n % 384}.{n % 3}.weight-{n}": {

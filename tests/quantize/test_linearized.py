@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from quantize.checkpoint.reader import Checkpoint
 from quantize.verify import verify
 from tests.quantize.checkpoints import EXPERTS, build, convert, save
-from tests.quantize.published import nvfp4
-from tests.quantize.test_convert import QUANTIZATION, SUFFIXES, stored
+from tests.quantize.nvfp4_sources import QUANTIZATION, SUFFIXES, stored
+from tests.quantize.published_nvfp4 import nvfp4
 
 Tensors = dict[str, torch.Tensor]
 

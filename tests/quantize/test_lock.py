@@ -12,6 +12,7 @@ from quantize import execute as pipeline
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.execute import execute
+from quantize.run import lock
 from quantize.run.plan import plan
 from quantize.run.record import FOLDER
 from tests.conftest import ROOT
@@ -64,6 +65,26 @@ def test_two_runs_started_at_once(source: Path, tmp_path: Path) -> None:
     if codes == [0, 1]:
         assert sum("another run is at work" in error for error in errors) == 1
     assert run("verify", source, tmp_path / "out").exit_code == 0
+
+
+def test_a_lock_whose_file_goes_while_one_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its holder ends: what then locks the old file holds nothing, and tries again."""
+    folder, tries = tmp_path / FOLDER, []
+    acquire = lock._lock
+
+    def ends(*what: Any) -> None:
+        tries.append(what)
+        if len(tries) == 1:
+            (folder / lock.LOCK).unlink()
+        acquire(*what)
+
+    monkeypatch.setattr(lock, "_lock", ends)
+    with lock.locked(folder):
+        assert len(tries) == 2
+        with pytest.raises(QuantizeError, match="another run is at work"):
+            lock.check_unlocked(folder)
 
 
 def test_the_lock_is_held_while_ray_is_at_work(

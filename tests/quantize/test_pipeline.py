@@ -188,7 +188,7 @@ def test_config_keeps_everything_and_says_what_was_done(trained: Path, quantized
     for folder in quantized.values():
         after = json.loads((folder / "config.json").read_text())
         made = after["nvfp4_moe"].pop("made")
-        assert (made["layout"], made["scales"], made["activations"]) == (folder.name, "max", True)
+        assert (made["layout"], made["scales"], made["activations"]) == (folder.name, "mse", True)
         assert made["rounding"] is None and made["include"] == made["exclude"] == []
         assert after.pop("nvfp4_moe") == {
             "version": 1,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from quantize.checkpoint.reader import Checkpoint
+from quantize.run.options import Options
+from quantize.run.plan import plan
 from quantize.run.report_files import REPORT_DATA
 from tests.quantize import checkpoints, reference
 from tests.quantize.plain import plainly
@@ -68,3 +72,16 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
             ):
                 got = reference.weight(written, f"{prefix}.{expert}.{name}_proj")
                 np.testing.assert_array_equal(got, want.T.double().numpy())
+
+
+def test_a_user_of_mxfp4_hears_of_it(tmp_path: Path) -> None:
+    gpt_oss_mxfp4(tmp_path / "mxfp4", 64)
+    checkpoints.build("mixtral").save_pretrained(tmp_path / "bf16")
+
+    def said(name: str, **options: Any) -> bool:
+        with Checkpoint(tmp_path / name) as checkpoint:
+            return "--scales power-of-two" in " ".join(plan(checkpoint, Options(**options)).notes)
+
+    assert said("mxfp4")
+    assert not said("mxfp4", scales="power-of-two")
+    assert not said("bf16")

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.quantize.checkpoints import build, convert, save
-from tests.quantize.published import (
+from tests.quantize.published_integers import integers
+from tests.quantize.stored_formats import (
     E4M3,
     compressed_tensors_group,
     e2m1_pairs,
     e4m3,
     e8m0,
-    integers,
     product,
     random_bytes,
     spread,

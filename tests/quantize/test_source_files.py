@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,27 @@ def test_more_layers_of_experts_than_the_config_has(source: Path, tmp_path: Path
     message = refusal("quantize", source, tmp_path / "out")
     assert "has 2 layers, but there are 4 layers of experts" in message
     assert "layers, model.layers" in message
+
+
+def test_layers_of_nested_configs(source: Path) -> None:
+    """Of all decoders and of drafting, but of no tower beside them."""
+    with Checkpoint(source) as checkpoint:
+        groups = find(checkpoint)
+    more = [replace(group, prefix=f"talker.{group.prefix}") for group in groups]
+    one, two = {"num_hidden_layers": 1}, {"num_hidden_layers": 2}
+    for config in (
+        {"text_config": two, "talker_config": {"text_config": two}},
+        {"thinker_config": {"text_config": one | {"num_nextn_predict_layers": 1}}, "x": two},
+        one | {"n_layers": 4},
+    ):
+        check_layer_count(config, groups + more, "config.json")
+    for config in (
+        {"text_config": one, "vision_config": two},
+        {"text_config": two, "audio_config": {"text_config": two}},
+        {"text_config": two | {"num_nextn_predict_layers": 1}},
+    ):
+        with pytest.raises(QuantizeError, match=r"there are 4 layers of experts \(model"):
+            check_layer_count(config, groups + more, "config.json")
 
 
 def test_layers_that_a_list_counts(source: Path) -> None:

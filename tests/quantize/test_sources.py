@@ -29,14 +29,15 @@ from quantize.checkpoint.sources.stored_weight import StoredWeight
 from quantize.errors import QuantizeError
 from tests.quantize import published as pub
 from tests.quantize.checkpoints import save
-from tests.quantize.published import (
+from tests.quantize.published import PUBLISHED, config_of
+from tests.quantize.published_integers import integers
+from tests.quantize.stored_formats import (
     E4M3,
     E8M0,
     EXPERTS,
-    PUBLISHED,
     Published,
     assert_same,
-    config_of,
+    compressed_tensors_group,
     e2m1_pairs,
     e4m3,
     fp8,
@@ -266,7 +267,7 @@ def test_as_compressed_tensors_integers(publish: Callable[[], Published]) -> Non
 
 def test_integers_of_several_widths() -> None:
     """Which of the config's groups a weight belongs to is told by its shapes, or else its name."""
-    wide, narrow = pub.integers("a.q_proj", (20, 64), 0, bits=8), pub.int4_row()
+    wide, narrow = integers("a.q_proj", (20, 64), 0, bits=8), pub.int4_row()
     third = pub.kimi_k2_thinking()
     parts = [p.quantization["config_groups"]["group_0"] for p in (wide, narrow, third)]  # type: ignore[index]
     for group, targets in zip(parts, (["re:.*q_proj"], ["a.down_proj"], ["Linear"]), strict=True):
@@ -316,7 +317,7 @@ def test_damaged_integers() -> None:
     ],
 )
 def test_incomplete_integers(change: dict[str, torch.Tensor | None], message: str) -> None:
-    published = pub.integers("a.down_proj", (20, 96), 32, zero="packed")
+    published = integers("a.down_proj", (20, 96), 32, zero="packed")
     stored = published.stored | {f"a.down_proj.{part}": t for part, t in change.items()}
     present = {name: t for name, t in stored.items() if t is not None}
     with pytest.raises(QuantizeError, match=message):
@@ -399,7 +400,7 @@ def config(quantization: Any) -> dict[str, Any]:
             "quant_algo": "MIXED_PRECISION",
             "quantized_layers": {"a": {"quant_algo": "MXFP8"}, "b": {"quant_algo": "NVFP4"}},
         },
-        pub.compressed_tensors_group("nvfp4-pack-quantized", {"num_bits": 4}, "mixed-precision"),
+        compressed_tensors_group("nvfp4-pack-quantized", {"num_bits": 4}, "mixed-precision"),
     ],
 )
 def test_nvfp4_is_let_through(quantization: dict[str, Any]) -> None:
@@ -425,10 +426,10 @@ def test_parts_of_nvfp4_alone(name: str) -> None:
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "int4_awq"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "nvfp4_awq"),
-        (pub.compressed_tensors_group("pack-quantized", {"num_bits": 3, "type": "int"}), "int3"),
-        (pub.compressed_tensors_group("marlin-24", {"num_bits": 4, "type": "int"}), "int4"),
-        (pub.compressed_tensors_group("naive-quantized", {"num_bits": 8, "type": "int"}), "int8"),
-        (pub.compressed_tensors_group("marlin-24"), "marlin-24"),
+        (compressed_tensors_group("pack-quantized", {"num_bits": 3, "type": "int"}), "int3"),
+        (compressed_tensors_group("marlin-24", {"num_bits": 4, "type": "int"}), "int4"),
+        (compressed_tensors_group("naive-quantized", {"num_bits": 8, "type": "int"}), "int8"),
+        (compressed_tensors_group("marlin-24"), "marlin-24"),
         (
             {
                 "quant_method": "quark",

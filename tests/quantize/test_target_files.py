@@ -160,6 +160,43 @@ def test_a_file_that_has_a_new_ones_name(source: Path, tmp_path: Path) -> None:
     assert tree(out) == before
 
 
+@pytest.mark.parametrize("what", ["a folder for the index", "a file for a folder"])
+def test_what_would_fail_when_the_old_checkpoint_is_gone(
+    what: str, source: Path, tmp_path: Path
+) -> None:
+    """A file that others left calls for an index, and one of the new model's files for a folder;
+    what has the name is in the way, and that is said while the old checkpoint is whole."""
+    out = tmp_path / "out"
+    assert run("quantize", source, out).exit_code == 0
+    if what == "a folder for the index":
+        (out / "my_lora.safetensors").write_bytes(b"mine")
+        (out / INDEX).mkdir()
+        (out / INDEX / "mine").write_text("mine")
+        wanted = f"{out / INDEX} is a folder"
+    else:
+        (out / "sp").write_text("mine")
+        (source / "sp").mkdir()
+        (source / "sp" / "a.model").write_text("x")
+        (source / "tokenizer_config.json").write_text('{"tokenizer_file": "sp/a.model"}')
+        wanted = f"{out / 'sp'} is a file"
+    before = tree(out)
+    assert wanted in refusal("quantize", source, out, "--overwrite")
+    assert tree(out) == before
+
+
+def test_a_target_that_is_in_the_source_or_around_it(source: Path, tmp_path: Path) -> None:
+    """A source is not written to, nor a target read."""
+    (source / "tokenizer_config.json").write_text('{"tokenizer_file": "source/tokenizer.json"}')
+    (source / "source").mkdir()
+    (source / "source" / "tokenizer.json").write_text("another")
+    before = tree(source)
+    assert f"{source} is the source" in refusal("quantize", source, tmp_path, "--overwrite")
+    for inside in (source / "source", source / "source" / "out"):
+        assert "which is copied" in refusal("quantize", source, inside, "--overwrite")
+    assert tree(source) == before
+    assert run("quantize", source, source / "out").exit_code == 0
+
+
 # -- links in the target ---------------------------------------------------------------------------
 
 
@@ -188,6 +225,26 @@ def test_a_link_among_more_templates(source: Path, tmp_path: Path) -> None:
     (out / "additional_chat_templates").mkdir()
     (out / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path / "mine")
     assert "is a link" in refusal("quantize", source, out, "--overwrite")
+
+
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--resume"]])
+def test_a_link_in_a_folder_that_the_new_model_brings(
+    flags: list[str], source: Path, tmp_path: Path
+) -> None:
+    """Its files would come to where the link leads."""
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    (source / "tokenizer_config.json").write_text('{"tokenizer_file": "sp/more/words.txt"}')
+    (source / "sp" / "more").mkdir(parents=True)
+    (source / "sp" / "more" / "words.txt").write_text("new")
+    if flags == ["--resume"]:
+        interrupted(source, tmp_path)
+    (out / "sp").mkdir(parents=True)
+    mine.mkdir()
+    (mine / "words.txt").write_text("mine")
+    (out / "sp" / "more").symlink_to(mine)
+    message = refusal("quantize", source, out, "--max-shard-size", "5KB", *flags)
+    assert f"{out / 'sp' / 'more'} is a link to" in message
+    assert (mine / "words.txt").read_text() == "mine"
 
 
 def test_what_is_not_ours_in_the_records_folder(source: Path, tmp_path: Path) -> None:

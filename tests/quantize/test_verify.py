@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantize.checkpoint.reader import Checkpoint
+from quantize.verify import verify
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import convert
 from tests.quantize.test_cli import refusal, run
@@ -241,6 +243,31 @@ def test_verify_against_another_model(
     assert result.exit_code == 1
     for layer in range(2):
         assert f"model.layers.{layer}.mlp.experts" in result.stderr
+
+
+@pytest.mark.parametrize("how", ["bits", "bounds", "8 bits"])
+def test_verify_against_a_source_that_is_damaged(how: str, saved: Folders, tmp_path: Path) -> None:
+    """Then it is the source that is named, and not what was made of it."""
+    out = tmp_path / "out"
+    convert(saved("qwen3_moe"), out, base="mxfp8" if how == "8 bits" else None)
+    if how == "bounds":  # nobody knows how it was made
+        config = json.loads((out / "config.json").read_text())
+        del config["nvfp4_moe"]["made"]
+        (out / "config.json").write_text(json.dumps(config))
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    if how == "8 bits":
+        name = "model.layers.1.self_attn.v_proj"
+    source = Path(shutil.copytree(saved("qwen3_moe"), tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{name}.weight"][3, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with Checkpoint(source) as original, Checkpoint(out, decode=False) as target:
+        problems = verify(original, target).problems
+    wanted = (
+        f"{source / 'model.safetensors'}: {name}.weight: of {name}, weights are NaN or infinite"
+    )
+    assert [problem for problem in problems if problem.startswith(wanted)], problems
+    assert not any("are not what" in p or "is not what" in p for p in problems), problems
 
 
 def test_verify_an_unfinished_target(good: dict[str, Path], saved: Folders, tmp_path: Path) -> None:

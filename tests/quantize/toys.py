@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class WeightOnly:
     suffixes = ("q", "s", "g")
     reciprocal = False
     config_files = ("toy.json",)
+    kv_caches: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @property
     def weights_only(self) -> WeightOnly:

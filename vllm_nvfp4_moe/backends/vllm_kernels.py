@@ -19,9 +19,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dyna
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
-from vllm_nvfp4_moe import quirks, settings
+from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.backends.bias_support import marlin_w2_bias, marlin_w13_bias
 from vllm_nvfp4_moe.backends.gpu import GpuMethod
+from vllm_nvfp4_moe.backends.padding import pad_only_what_needs_it
 from vllm_nvfp4_moe.backends.selection import select
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS
@@ -93,7 +94,7 @@ class VllmKernelsMethod(GpuMethod):
         if self.input_scales_by_expert and self.moe.moe_parallel_config.enable_eplb:
             self._refuse_input_scales_that_stay(layer)
         humming = self.nvfp4_backend == NvFp4MoeBackend.HUMMING
-        with quirks.pad_only_what_needs_it() if humming else nullcontext():
+        with pad_only_what_needs_it() if humming else nullcontext():
             converted = convert_to_nvfp4_moe_kernel_format(
                 nvfp4_backend=self.nvfp4_backend,
                 layer=layer,
