@@ -13,6 +13,7 @@ from rich.filesize import decimal
 
 from quantize.calibration.budget import needed
 from quantize.calibration.calibrate import calibrate, prove_walk, runnable_model, unstaged
+from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
@@ -62,7 +63,7 @@ def execute(
     command: str = "",
     progress: Progress = lambda _: None,
     samples: torch.Tensor | None = None,
-    calibrating: Callable[[float, int], None] = lambda _, __: None,
+    calibrating: Calibrating = lambda *_: None,
     work_dir: Path | None = None,
     say: Say = lambda _: None,
 ) -> Summary:
@@ -171,7 +172,7 @@ class _Run:
         overwrite: bool,
         resume: bool,
         progress: Progress,
-        calibrating: Callable[[float, int], None],
+        calibrating: Calibrating,
     ) -> list[int]:
         """All of it; returns the shards that were made."""
         record, plan, checkpoint = self.record, self.plan, self.checkpoint
@@ -228,7 +229,7 @@ class _Run:
         missing: Sequence[int],
         space: Space,
         progress: Progress,
-        calibrating: Callable[[float, int], None],
+        calibrating: Calibrating,
     ) -> None:
         """Calibrate, make the missing shards, and finish."""
         record, plan, checkpoint = self.record, self.plan, self.checkpoint

@@ -77,7 +77,7 @@ class LayerwiseBackward(LayerwiseForward):
         """
         self._end.check()
 
-    def end_backward(self, progress: ShareDone = lambda _: None) -> None:
+    def end_backward(self, progress: ShareDone = lambda *_: None) -> None:
         """Store the gradients with respect to the outputs of the last layer with experts."""
         after = self.last + 1
         with self._end.loaded():
@@ -93,14 +93,15 @@ class LayerwiseBackward(LayerwiseForward):
                     [(logits, _logits_gradient(logits.detach(), SEED + sample))],
                     list(zip(leaves, (part[this] for part in target), strict=True)),
                 )
-                progress((sample + 1) / len(self._samples))
+                done, texts = sample + 1, len(self._samples)
+                progress(done / texts, f"text {done} of {texts}")
 
     def layer_backward(
         self,
         layer: int,
         visitor: Visitor,
         input_gradients: bool = True,
-        progress: ShareDone = lambda _: None,
+        progress: ShareDone = lambda *_: None,
     ) -> None:
         """Go back through one layer, from the gradients with respect to its outputs.
 
@@ -140,7 +141,7 @@ class LayerwiseBackward(LayerwiseForward):
         with torch.no_grad():
             self._run_batches(layer, [stand_in], {})
             output = self._compute_experts(
-                layer, stand_in, NullVisitor(), lambda share: progress(share / 3)
+                layer, stand_in, NullVisitor(), lambda share, part: progress(share / 3, part)
             )
         grad_output = store.new("grad_output", tuple(output.shape), torch.float32)
         found = ExpertGradients(output)
@@ -159,7 +160,8 @@ class LayerwiseBackward(LayerwiseForward):
             visitor.expert(expert, weights, routing)
             if input_gradients:
                 _add_input_gradients(weights, routing, expert, found)
-            progress((1 + 2 * (expert + 1) / group.num_experts) / 3)
+            done, experts = expert + 1, group.num_experts
+            progress((1 + 2 * done / experts) / 3, f"expert {done} of {experts}")
         visitor.end()
         return found
 

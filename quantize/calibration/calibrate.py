@@ -38,7 +38,7 @@ def calibrate(
     samples: torch.Tensor,
     folder: Path,
     device: torch.device,
-    progress: Progress = lambda _, __: None,
+    progress: Progress = lambda *_: None,
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
     scales alone, if that is what ``plan`` says.
@@ -132,7 +132,7 @@ def forward_pass(run: LayerwiseForward, visitor: Visitor, state: CalibrationProg
     # Between two steps, the next layer's inputs are all that is needed.
     state.resume(state.last + 1, lambda done: [states_name(done)], min(state.undone))
     for layer in range(state.done, state.last + 1):
-        state.report(0)
+        state.start_step(f"layer {layer}")
         run.layer_forward(layer, visitor, state.report)
         state.finish_step(states_name(layer + 1))
         run.remove_states(layer)
@@ -158,17 +158,17 @@ def forward_backward(run: LayerwiseBackward, visitor: Visitor, state: Calibratio
     limit = forward_steps + 1 + (run.last - max(state.undone))
     state.resume(steps, needed, limit)
     for layer in range(state.done, forward_steps):
-        state.report(0)
+        state.start_step(f"layer {layer} forward")
         run.layer_forward(layer, NullVisitor(), state.report)
         state.finish_step(states_name(layer + 1))
         if layer < state.first:
             run.remove_states(layer)
     if state.done == forward_steps:
-        state.report(0)
+        state.start_step("the model's end")
         run.end_backward(state.report)
         state.finish_step(gradients_name(forward_steps))
     for layer in reversed(range(state.first, forward_steps - (state.done - forward_steps - 1))):
-        state.report(0)
+        state.start_step(f"layer {layer} backward")
         run.layer_backward(layer, visitor, layer > state.first, state.report)
         state.finish_step(gradients_name(layer))
         run.remove_states(layer + 1)

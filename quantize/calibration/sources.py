@@ -51,7 +51,7 @@ def open_source(source: str, tokenizer: Any = None) -> Tree:
     return hub_rows(match[1], match[2], match[3], tokenizer)
 
 
-def check_there(source: str) -> None:
+def check_there(source: str | Path) -> None:
     """See that there is something to read, without reading it or asking the hub.
 
     Raises:
@@ -59,7 +59,7 @@ def check_there(source: str) -> None:
     """
     path = Path(source)
     if not path.exists():
-        if not _HUB.fullmatch(source) or kind_of(path) in SUFFIXES:
+        if not _HUB.fullmatch(str(source)) or kind_of(path) in SUFFIXES:
             raise QuantizeError(
                 f"{source}: there is no such file or folder; give a text that is there"
             )

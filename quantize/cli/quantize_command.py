@@ -39,7 +39,8 @@ from quantize.cli.options import (
     stated_base,
     stated_gate,
 )
-from quantize.cli.output import err, out, plain, progress_bar
+from quantize.cli.output import err, out, plain
+from quantize.cli.progress import progress_bar
 from quantize.run.options import Calibration, Options
 
 if TYPE_CHECKING:

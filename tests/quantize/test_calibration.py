@@ -266,7 +266,7 @@ def interrupted(moment: float, *args: Any, **more: Any) -> list[int]:
     """:func:`calibrated`, stopped at ``moment``; of how many layers it spoke."""
     spoken: list[int] = []
 
-    def stop(done: float, layers: int) -> None:
+    def stop(done: float, layers: int, _: str) -> None:
         spoken.append(layers)
         if done >= moment:
             raise Stopped
@@ -279,7 +279,7 @@ def interrupted(moment: float, *args: Any, **more: Any) -> list[int]:
 def resumed(*args: Any, **more: Any) -> list[float]:
     """:func:`calibrated`, going on with what is there; how much was done, each time it said so."""
     done: list[float] = []
-    calibrated(*args, resume=True, calibrating=lambda now, _: done.append(now), **more)
+    calibrated(*args, resume=True, calibrating=lambda now, *_: done.append(now), **more)
     return done
 
 
