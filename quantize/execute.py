@@ -12,7 +12,13 @@ import torch
 from rich.filesize import decimal
 
 from quantize.calibration.budget import needed
-from quantize.calibration.calibrate import calibrate, prove_walk, runnable_model, unstaged
+from quantize.calibration.calibrate import (
+    calibrate,
+    count_tokens,
+    prove_walk,
+    runnable_model,
+    unstaged,
+)
 from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
@@ -64,6 +70,7 @@ def execute(
     progress: Progress = lambda _: None,
     samples: torch.Tensor | None = None,
     calibrating: Calibrating = lambda *_: None,
+    counting: Calibrating | None = None,
     work_dir: Path | None = None,
     say: Say = lambda _: None,
 ) -> Summary:
@@ -83,6 +90,8 @@ def execute(
         samples: tokens to calibrate with, int64 ``[num_samples, sequence_length]``, if the plan
             says so.
         calibrating: see ``quantize.calibration.progress.Progress``.
+        counting: likewise, while the tokens that each expert gets are counted before any is rounded
+            (``quantize.calibration.calibrate.count_tokens``); None: they are not.
         work_dir: where calibration keeps hidden states and its experts; by default in ``target``.
         say: is told what is not copied, what becomes of a checkpoint that is replaced, and what the
             calibration's proof found.
@@ -128,7 +137,16 @@ def execute(
         progress(_source_bytes(plan, range(len(plan.shards))))
         return summary([])
     run = _Run(
-        checkpoint, plan, record, others, devices or all_devices(), threads, ray, samples, say
+        checkpoint,
+        plan,
+        record,
+        others,
+        devices or all_devices(),
+        threads,
+        ray,
+        samples,
+        say,
+        counting,
     )
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
@@ -166,6 +184,7 @@ class _Run:
     ray: str | None
     samples: torch.Tensor | None
     say: Say
+    counting: Calibrating | None
 
     def go(
         self,
@@ -239,7 +258,9 @@ class _Run:
             prove_walk(*what, self.say)
             if not space.has_room_to_calibrate():
                 self._clear()
-            calibrate(*what, calibrating)
+            if self.counting is not None:
+                count_tokens(*what, self.say, self.counting)
+            calibrate(*what, calibrating, self.say)
         if not space.has_room_for_shards():
             self._clear()
         if self.ray is not None:

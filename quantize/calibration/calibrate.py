@@ -19,12 +19,14 @@ from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progres
 from quantize.calibration.proof import Say, prove
 from quantize.calibration.quantizer import Quantizer, staged_outputs
 from quantize.calibration.store import Store, gradients_name, states_name
+from quantize.calibration.token_counts import TokenCounts
 from quantize.calibration.visitor import NullVisitor, Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.rounding import METHODS
 from quantize.run.kv_scales import KvRanges
+from quantize.run.options import Calibration
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 
@@ -39,6 +41,7 @@ def calibrate(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda *_: None,
+    say: Say = lambda _: None,
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
     scales alone, if that is what ``plan`` says.
@@ -47,6 +50,7 @@ def calibrate(
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+        say: is told which experts get too little text, unless :func:`count_tokens` has.
 
     Raises:
         QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
@@ -64,6 +68,7 @@ def calibrate(
     store = Store(folder / "states")
     state = CalibrationProgress(plan, model, store, undone, progress)
     visitor: Visitor
+    counts = None if settings.every_expert else TokenCounts(undone, say)
     if settings.method is None:
         visitor = RangeGatherer(checkpoint, Ranges(folder), undone, settings.every_expert)
     else:
@@ -72,14 +77,16 @@ def calibrate(
         )
     caches = plan.caches
     with watching(model, caches, KvRanges(folder)) if caches else nullcontext():
-        if settings.method is not None and METHODS[settings.method].needs_output_hessian:
-            forward_backward(
-                LayerwiseBackward(checkpoint, plan.gates, model, samples, store), visitor, state
-            )
+        if goes_back(settings):
+            run = LayerwiseBackward(checkpoint, plan.gates, model, samples, store)
+            forward_backward(run, visitor, state, counts)
         else:
-            forward_pass(
-                LayerwiseForward(checkpoint, plan.gates, model, samples, store), visitor, state
-            )
+            forward = LayerwiseForward(checkpoint, plan.gates, model, samples, store)
+            if settings.method is None and counts is not None:
+                forward_pass(forward, counts.before(visitor), state)
+                counts.sum_up()
+            else:
+                forward_pass(forward, visitor, state)
     if undone := unstaged(plan, folder):
         raise QuantizeError(
             f"{undone[0].prefix}: text does not reach these experts in Transformers' model; leave "
@@ -87,6 +94,54 @@ def calibrate(
         )
     shutil.rmtree(store.folder)
     state.finish()
+
+
+def count_tokens(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    samples: torch.Tensor,
+    folder: Path,
+    device: torch.device,
+    say: Say = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Say which experts get too little text, if :func:`calibrate` would find out only while it
+    rounds.
+
+    A layer's routing is known once the layers before it have run. So this runs the model forward
+    over all of the text, a layer at a time, as calibration does, and rounds nothing.
+
+    Args:
+        samples, folder: see :func:`calibrate`.
+    """
+    settings = plan.options.calibration
+    assert settings is not None
+    if settings.method is None or settings.every_expert or goes_back(settings):
+        return
+    undone = unstaged(plan, folder)
+    if not undone or (folder / PROGRESS).exists():  # an earlier run has counted
+        return
+    model = LayerwiseModel(
+        checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
+    )
+    counts = TokenCounts(undone, say)
+    last = max(model.layer_of(group) for group in undone)
+    shutil.rmtree(folder / "counting", ignore_errors=True)
+    try:
+        store = Store(folder / "counting")
+        run = LayerwiseForward(checkpoint, plan.gates, model, samples, store)
+        for layer in range(last + 1):
+
+            def report(share: float, part: str, layer: int = layer) -> None:
+                progress(layer + share, last + 1, f"layer {layer}, {part}")
+
+            progress(layer, last + 1, f"layer {layer}")
+            run.layer_forward(layer, counts, report)
+            run.remove_states(layer)
+    finally:
+        shutil.rmtree(folder / "counting", ignore_errors=True)
+    progress(last + 1, last + 1, "done")
+    counts.sum_up()
 
 
 def prove_walk(
@@ -121,8 +176,7 @@ def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> 
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
-    settings = plan.options.calibration
-    if settings and settings.method is not None and METHODS[settings.method].needs_output_hessian:
+    if plan.options.calibration and goes_back(plan.options.calibration):
         ModelEnd(model).check()
     return model
 
@@ -138,9 +192,18 @@ def forward_pass(run: LayerwiseForward, visitor: Visitor, state: CalibrationProg
         run.remove_states(layer)
 
 
-def forward_backward(run: LayerwiseBackward, visitor: Visitor, state: CalibrationProgress) -> None:
+def forward_backward(
+    run: LayerwiseBackward,
+    visitor: Visitor,
+    state: CalibrationProgress,
+    counts: TokenCounts | None = None,
+) -> None:
     """Go through the model without the visitor, then back from its end, and show it experts on the
-    way back: only from the end is it known what matters at their outputs."""
+    way back: only from the end is it known what matters at their outputs.
+
+    Args:
+        counts: is shown experts on the way forward.
+    """
     run.check()
     forward_steps = run.last + 1
 
@@ -159,11 +222,13 @@ def forward_backward(run: LayerwiseBackward, visitor: Visitor, state: Calibratio
     state.resume(steps, needed, limit)
     for layer in range(state.done, forward_steps):
         state.start_step(f"layer {layer} forward")
-        run.layer_forward(layer, NullVisitor(), state.report)
+        run.layer_forward(layer, counts or NullVisitor(), state.report)
         state.finish_step(states_name(layer + 1))
         if layer < state.first:
             run.remove_states(layer)
     if state.done == forward_steps:
+        if counts is not None:
+            counts.sum_up()
         state.start_step("the model's end")
         run.end_backward(state.report)
         state.finish_step(gradients_name(forward_steps))
@@ -173,6 +238,11 @@ def forward_backward(run: LayerwiseBackward, visitor: Visitor, state: Calibratio
         state.finish_step(gradients_name(layer))
         run.remove_states(layer + 1)
         run.remove_gradients(layer + 1)
+
+
+def goes_back(settings: Calibration) -> bool:
+    """Whether the model runs backward too."""
+    return settings.method is not None and METHODS[settings.method].needs_output_hessian
 
 
 def precision(device: torch.device) -> torch.dtype:

@@ -165,6 +165,10 @@ class Bar:
         """See ``quantize.calibration.progress.Progress``."""
         self.passing("Calibrating", done, steps, where)
 
+    def counting(self, done: float, steps: int, where: str) -> None:
+        """Likewise, of the pass before it that counts tokens."""
+        self.passing("Counting tokens", done, steps, where)
+
 
 @contextmanager
 def progress_bar(what: str, total: int | None = None) -> Iterator[Bar]:

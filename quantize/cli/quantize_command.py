@@ -175,6 +175,14 @@ def quantize(
             "it, e.g. --calibrate texts.jsonl --every-expert: for texts too few for some experts.",
         ),
     ] = False,
+    check_text: Annotated[
+        bool,
+        typer.Option(
+            "--check-text/--no-check-text",
+            help="Before any expert is rounded, run the model over the text once more, and list "
+            "experts that get too little of it. --no-check-text saves that pass.",
+        ),
+    ] = True,
     work_dir: Annotated[
         Path | None,
         typer.Option(
@@ -277,6 +285,7 @@ def quantize(
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
+                    counting=bar.counting if check_text else None,
                     work_dir=work_dir,
                     say=bar.say,
                 )
@@ -330,12 +339,13 @@ def _check_text(
         "calibration_rows": "--calibrate or --input-scales",
         "calibration_length": "--calibrate or --input-scales",
         "every_expert": "--calibrate or --input-scales",
+        "check_text": "--calibrate",
         "work_dir": "--calibrate or --input-scales",
         "rounding": "--calibrate",
     }
     for name, needed in needs.items():
         source = context.get_parameter_source(name)
-        there = text or (name != "rounding" and input_scales)
+        there = text or (needed != "--calibrate" and input_scales)
         if not there and source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
 
@@ -364,6 +374,7 @@ def _say_activations(steps: Plan, found: bool, by_default: bool) -> None:
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
     how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
+    how |= {"check_text", "yes"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
