@@ -19,11 +19,13 @@ from quantize.calibration.calibrate import (
     runnable_model,
     unstaged,
 )
+from quantize.calibration.estimate import check, check_memory, estimate
 from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
+from quantize.experts.group import ExpertGroup
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run import done
@@ -71,6 +73,7 @@ def execute(
     samples: torch.Tensor | None = None,
     calibrating: Calibrating = lambda *_: None,
     counting: Calibrating | None = None,
+    limited: bool | None = None,
     work_dir: Path | None = None,
     say: Say = lambda _: None,
 ) -> Summary:
@@ -92,15 +95,19 @@ def execute(
         calibrating: see ``quantize.calibration.progress.Progress``.
         counting: likewise, while the tokens that each expert gets are counted before any is rounded
             (``quantize.calibration.calibrate.count_tokens``); None: they are not.
+        limited: say how long calibration will take, before anything is changed; and refuse it if
+            that is too long, or it needs more memory than there is. False: say it alone; None:
+            neither.
         work_dir: where calibration keeps hidden states and its experts; by default in ``target``.
         say: is told what is not copied, what becomes of a checkpoint that is replaced, and what the
             calibration's proof found.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if
-            another run is at work there; if a weight is NaN or infinite; if there is not enough
-            space, or a file cannot be read or written. Then ``target`` holds the old checkpoint, or
-            no ``config.json`` and a run that can be resumed.
+            another run is at work there; if it takes too much (``limited``); if a weight is NaN or
+            infinite; if there is not enough space, or a file cannot be read or written. Then
+            ``target`` holds the old checkpoint, or no ``config.json`` and a run that can be
+            resumed.
     """
     started = time.perf_counter()
     _check_apart(checkpoint, target)
@@ -147,6 +154,7 @@ def execute(
         samples,
         say,
         counting,
+        limited,
     )
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
@@ -185,6 +193,7 @@ class _Run:
     samples: torch.Tensor | None
     say: Say
     counting: Calibrating | None
+    limited: bool | None
 
     def go(
         self,
@@ -237,11 +246,26 @@ class _Run:
                     files = record.calibration.rglob("*")
                     calibration -= sum(f.stat().st_size for f in files if f.is_file())
                 runnable_model(self.checkpoint, plan, self.devices[0])
+                left = plan.groups if fresh else unstaged(plan, record.calibration)
+                self._foresee(budget.memory, left)
         if self.ray is not None:
             check_threads(self.ray, self.threads)
         space = Space(record, shards, max(0, calibration))
         space.check()
         return space
+
+    def _foresee(self, memory: int, groups: list[ExpertGroup]) -> None:
+        """Say how long calibrating some experts will take, and refuse what is too much."""
+        if self.limited is None:
+            return
+        device = self.devices[0]
+        if self.limited:
+            check_memory(memory, device)
+        counting = self.counting is not None
+        found = estimate(self.checkpoint, self.plan, groups, device, counting)
+        if self.limited:
+            check(found)
+        self.say(f"Calibration: {found}")
 
     def _make(
         self,

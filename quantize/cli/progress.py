@@ -14,6 +14,7 @@ from threading import Event, Lock, Thread
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from quantize.calibration.duration import duration
 from quantize.cli.output import err, plain
 
 EVERY = 60.0
@@ -191,17 +192,3 @@ def progress_bar(what: str, total: int | None = None) -> Iterator[Bar]:
     finally:
         ended.set()
         thread.join()
-
-
-def duration(seconds: float) -> str:
-    """Such as ``40 s``, ``12 min``, ``3 h 12 min`` or ``2 d 4 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d {hours} h"

@@ -183,6 +183,13 @@ def quantize(
             "experts that get too little of it. --no-check-text saves that pass.",
         ),
     ] = True,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes",
+            help="Calibrate even if that takes more than three days, or more memory than there is.",
+        ),
+    ] = False,
     work_dir: Annotated[
         Path | None,
         typer.Option(
@@ -286,6 +293,7 @@ def quantize(
                     samples=tokens,
                     calibrating=bar.calibrating,
                     counting=bar.counting if check_text else None,
+                    limited=not yes,
                     work_dir=work_dir,
                     say=bar.say,
                 )
@@ -340,6 +348,7 @@ def _check_text(
         "calibration_length": "--calibrate or --input-scales",
         "every_expert": "--calibrate or --input-scales",
         "check_text": "--calibrate",
+        "yes": "--calibrate or --input-scales",
         "work_dir": "--calibrate or --input-scales",
         "rounding": "--calibrate",
     }

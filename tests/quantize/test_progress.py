@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from quantize.calibration.duration import duration
 from quantize.cli import progress
-from quantize.cli.progress import EVERY, Bar, Shown, ShownAsBars, Work, duration
+from quantize.cli.progress import EVERY, Bar, Shown, ShownAsBars, Work
+from tests.trained import Sizes
 
 
 class Clock:
@@ -99,9 +105,45 @@ def test_bars_say_the_same() -> None:
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
-        (0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (5900, "98 min"), (6000, "1 h 40 min"),
-        (47 * 3600 + 3590, "48 h 0 min"), (48 * 3600, "2 d 0 h"), (27.6 * 3600 * 10, "11 d 12 h"),
+        (0.352, "0.35 s"), (9.94, "9.9 s"), (9.96, "10 s"), (99.4, "99 s"),
+        (100, "2 min"), (5900, "98 min"), (6000, "1 h 40 min"),
+        (47 * 3600 + 3500, "47 h 58 min"), (48 * 3600, "2 d 0 h"), (27.6 * 3600 * 10, "11 d 12 h"),
     ],
 )  # fmt: skip
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+SMALL = """
+import sys
+from quantize.cli import main, progress
+progress.EVERY = 0.05
+main()
+"""
+
+
+def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
+    """A log of a calibrated run says what comes, and where it is: first counting, then rounding."""
+    rows = "".join(f"x{n} = {n} + {n * n}\n" for n in range(2000))
+    (tmp_path / "a.txt").write_text(rows)
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL, "quantize", trained, tmp_path / "out", "--calibrate",
+         tmp_path / "a.txt", "--rounding", "gptq", "--calibration-rows", "4",
+         "--calibration-length", "128", "--include", "*.layers.[13].*"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr
+    lines = done.stderr.splitlines()
+    experts = Sizes.of(trained).experts
+    (found,) = [line for line in lines if f"for one of {2 * experts} experts" in line]
+    assert found.startswith("Calibration: about")
+    where = rf"layer \d, expert \d+ of {experts}, \d+%(, .* left)?"
+    for what in ("Counting tokens", "Calibrating"):
+        own = [line for line in lines if line.startswith(f"{what}: ")]
+        assert own[0] == f"{what}: layer 0, 0%"
+        assert [line for line in own if re.fullmatch(rf"{what}: {where}", line)], own
+    order = [next(n for n, line in enumerate(lines) if line.startswith(what))
+             for what in ("Calibration: about", "Counting", "Calibrating: ")]  # fmt: skip
+    assert order == sorted(order)
+    assert re.fullmatch(r"Quantizing: (.*) of \1, 100%, .*GB/s", lines[-1])
