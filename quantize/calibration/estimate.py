@@ -104,7 +104,8 @@ def estimate(
     tokens = total if settings.every_expert else -(-total * chosen // group.num_experts)
     one = measure(checkpoint, plan, group, tokens, device)
     if one.total < AGAIN:
-        one = measure(checkpoint, plan, group, tokens, device)
+        again = measure(checkpoint, plan, group, tokens, device)
+        one = min(one, again, key=lambda found: found.total)
     # Experts of other sizes take as long as they have weights.
     size = group.parameters / group.num_experts
     experts = sum(each.parameters for each in groups) / size

@@ -16,6 +16,7 @@ from rich.progress import Progress, TextColumn
 from quantize.calibration.duration import duration
 from quantize.cli import progress
 from quantize.cli.progress import EVERY, Bar, Shown, ShownAsBars, Work
+from tests.quantize.checkpoints import ONE_THREAD
 from tests.trained import Sizes
 
 
@@ -130,7 +131,7 @@ def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", SMALL, "quantize", trained, tmp_path / "out", "--calibrate",
          tmp_path / "a.txt", "--rounding", "gptq", "--calibration-rows", "4",
          "--calibration-length", "128", "--include", "*.layers.[13].*"],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, env=ONE_THREAD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr
