@@ -239,18 +239,20 @@ class _Run:
         calibration = 0
         if plan.options.calibration and missing:
             fresh = not record.goes_on or bool(voided)
-            if fresh or unstaged(plan, record.calibration):
+            if fresh or unstaged(plan, done.staged_of(record, plan)):
                 budget = needed(self.checkpoint, plan, self.devices[0])
-                calibration = budget.states + budget.staged
+                calibration = budget.states
                 if not fresh:  # an earlier run may have left a part of it
                     files = record.calibration.rglob("*")
                     calibration -= sum(f.stat().st_size for f in files if f.is_file())
                 runnable_model(self.checkpoint, plan, self.devices[0])
-                left = plan.groups if fresh else unstaged(plan, record.calibration)
+                left = plan.groups if fresh else unstaged(plan, done.staged_of(record, plan))
                 self._foresee(budget.memory, left)
         if self.ray is not None:
             check_threads(self.ray, self.threads)
-        space = Space(record, shards, max(0, calibration))
+        if record.goes_on and not voided:
+            shards -= sum(_allocated(record.rounded(name)) for name in plan.file_names)
+        space = Space(record, max(0, shards), max(0, calibration), plan.rounds)
         space.check()
         return space
 
@@ -278,7 +280,7 @@ class _Run:
         record, plan, checkpoint = self.record, self.plan, self.checkpoint
         if plan.options.calibration and missing:
             assert self.samples is not None
-            what = checkpoint, plan, self.samples, record.calibration, self.devices[0]
+            what = checkpoint, plan, self.samples, done.staged_of(record, plan), self.devices[0]
             prove_walk(*what, self.say)
             if not space.has_room_to_calibrate():
                 self._clear()
@@ -290,7 +292,7 @@ class _Run:
         if self.ray is not None:
             make_shards_on_ray(self.ray, checkpoint, plan, record, missing, self.threads, progress)
         else:
-            work = plan.calibrated(record.calibration)
+            work = plan.calibrated(done.staged_of(record, plan))
             make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
         assert record.identity is not None
         report = collect(checkpoint, plan, record, digests(checkpoint, plan, record.identity))
@@ -316,6 +318,14 @@ class _Run:
             f"({freed}) is removed first"
         )
         self.record.clear()
+
+
+def _allocated(file: Path) -> int:
+    """Bytes of the disk that a file takes; 0 if it is not there."""
+    try:
+        return file.stat().st_blocks * 512
+    except OSError:
+        return 0
 
 
 def _some(names: Sequence[str]) -> str:

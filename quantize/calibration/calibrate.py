@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
 from quantize.calibration.proof import Say, prove
-from quantize.calibration.quantizer import Quantizer, staged_outputs
+from quantize.calibration.quantizer import Quantizer
 from quantize.calibration.store import Store, gradients_name, states_name
 from quantize.calibration.token_counts import TokenCounts
 from quantize.calibration.visitor import NullVisitor, Visitor
@@ -38,18 +37,19 @@ def calibrate(
     checkpoint: Checkpoint,
     plan: Plan,
     samples: torch.Tensor,
-    folder: Path,
+    staged: Staged,
     device: torch.device,
     progress: Progress = lambda *_: None,
     say: Say = lambda _: None,
 ) -> None:
-    """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
+    """Quantize all experts of ``plan`` with calibration, into its shards; or find their input
     scales alone, if that is what ``plan`` says.
 
     If an earlier run was interrupted, this goes on with the layer that it was at.
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+        staged: of the plan; its folder is for everything but the experts.
         say: is told which experts get too little text, unless :func:`count_tokens` has.
 
     Raises:
@@ -58,25 +58,23 @@ def calibrate(
     """
     settings = plan.options.calibration
     assert settings is not None
-    undone = unstaged(plan, folder)
+    undone = unstaged(plan, staged)
     if not undone:
-        shutil.rmtree(folder / "states", ignore_errors=True)
+        shutil.rmtree(staged.folder / "states", ignore_errors=True)
         return
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
-    store = Store(folder / "states")
+    store = Store(staged.folder / "states")
     state = CalibrationProgress(plan, model, store, undone, progress)
     visitor: Visitor
     counts = None if settings.every_expert else TokenCounts(undone, say)
     if settings.method is None:
-        visitor = RangeGatherer(checkpoint, Ranges(folder), undone, settings.every_expert)
+        visitor = RangeGatherer(checkpoint, Ranges(staged.folder), undone, settings.every_expert)
     else:
-        visitor = Quantizer(
-            checkpoint, Staged(folder), undone, plan.layout, settings, plan.options.scales
-        )
+        visitor = Quantizer(checkpoint, staged, undone, plan.layout, settings, plan.options.scales)
     caches = plan.caches
-    with watching(model, caches, KvRanges(folder)) if caches else nullcontext():
+    with watching(model, caches, KvRanges(staged.folder)) if caches else nullcontext():
         if goes_back(settings):
             run = LayerwiseBackward(checkpoint, plan.gates, model, samples, store)
             forward_backward(run, visitor, state, counts)
@@ -87,7 +85,7 @@ def calibrate(
                 counts.sum_up()
             else:
                 forward_pass(forward, visitor, state)
-    if undone := unstaged(plan, folder):
+    if undone := unstaged(plan, staged):
         raise QuantizeError(
             f"{undone[0].prefix}: text does not reach these experts in Transformers' model; leave "
             "them out with --exclude, or leave --calibrate out"
@@ -100,7 +98,7 @@ def count_tokens(
     checkpoint: Checkpoint,
     plan: Plan,
     samples: torch.Tensor,
-    folder: Path,
+    staged: Staged,
     device: torch.device,
     say: Say = lambda _: None,
     progress: Progress = lambda *_: None,
@@ -112,23 +110,23 @@ def count_tokens(
     over all of the text, a layer at a time, as calibration does, and rounds nothing.
 
     Args:
-        samples, folder: see :func:`calibrate`.
+        samples, staged: see :func:`calibrate`.
     """
     settings = plan.options.calibration
     assert settings is not None
     if settings.method is None or settings.every_expert or goes_back(settings):
         return
-    undone = unstaged(plan, folder)
-    if not undone or (folder / PROGRESS).exists():  # an earlier run has counted
+    undone = unstaged(plan, staged)
+    if not undone or (staged.folder / PROGRESS).exists():  # an earlier run has counted
         return
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
     counts = TokenCounts(undone, say)
     last = max(model.layer_of(group) for group in undone)
-    shutil.rmtree(folder / "counting", ignore_errors=True)
+    shutil.rmtree(staged.folder / "counting", ignore_errors=True)
     try:
-        store = Store(folder / "counting")
+        store = Store(staged.folder / "counting")
         run = LayerwiseForward(checkpoint, plan.gates, model, samples, store)
         for layer in range(last + 1):
 
@@ -139,7 +137,7 @@ def count_tokens(
             run.layer_forward(layer, counts, report)
             run.remove_states(layer)
     finally:
-        shutil.rmtree(folder / "counting", ignore_errors=True)
+        shutil.rmtree(staged.folder / "counting", ignore_errors=True)
     progress(last + 1, last + 1, "done")
     counts.sum_up()
 
@@ -148,22 +146,22 @@ def prove_walk(
     checkpoint: Checkpoint,
     plan: Plan,
     samples: torch.Tensor,
-    folder: Path,
+    staged: Staged,
     device: torch.device,
     say: Say = lambda _: None,
 ) -> None:
     """See that :func:`calibrate` will compute what Transformers' model does, unless that is known.
 
     Args:
-        samples, folder: see :func:`calibrate`.
+        samples, staged: see :func:`calibrate`.
         say: see ``quantize.calibration.proof.Say``.
 
     Raises:
         QuantizeError: if it does not; see ``quantize.calibration.proof``.
     """
     # An earlier run that came further has proved it.
-    if unstaged(plan, folder) and not (folder / PROGRESS).exists():
-        prove(checkpoint, plan, samples, folder / "proof", device, say)
+    if unstaged(plan, staged) and not (staged.folder / PROGRESS).exists():
+        prove(checkpoint, plan, samples, staged.folder / "proof", device, say)
 
 
 def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LayerwiseModel:
@@ -250,23 +248,10 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def unstaged(plan: Plan, folder: Path) -> list[ExpertGroup]:
+def unstaged(plan: Plan, staged: Staged) -> list[ExpertGroup]:
     """Return the groups of experts that are still to be calibrated."""
     settings = plan.options.calibration
     if settings is not None and settings.method is None:
-        ranges = Ranges(folder)
+        ranges = Ranges(staged.folder)
         return [group for group in plan.groups if not ranges.is_done(group)]
-    staged = Staged(folder)
-    return [
-        group
-        for group in plan.groups
-        if not staged.is_done(group, list(staged_outputs(group, plan.layout)))
-    ]
-
-
-def staged_bytes(plan: Plan) -> int:
-    """Return how many bytes of experts the folder holds in the end."""
-    settings = plan.options.calibration
-    if settings is None or settings.method is None:
-        return 0
-    return sum(out.nbytes for group in plan.groups for out in staged_outputs(group, plan.layout))
+    return [group for group in plan.groups if not staged.is_done(group)]

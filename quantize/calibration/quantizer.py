@@ -15,9 +15,8 @@ from quantize.calibration.product import Product
 from quantize.calibration.routing import Chunk, Routing
 from quantize.calibration.second_moments import SecondMoments
 from quantize.checkpoint.reader import Checkpoint
-from quantize.checkpoint.tensors import TensorInfo
 from quantize.experts.group import ExpertGroup
-from quantize.layouts.layout import Layout, stored_tensors
+from quantize.layouts.layout import Layout
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, quantize_weights
 from quantize.nvfp4.rounding import METHODS
@@ -63,7 +62,7 @@ class Quantizer:
         self._findings = Findings(group.prefix)
         self._largest: list[tuple[float, float]] = []
         self._undersampled: set[int] = set()
-        self._writer = self._staged.writer(group, list(staged_outputs(group, self._layout)))
+        self._writer = self._staged.writer(group)
 
     def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
         """Quantize one expert; the model goes on with the original.
@@ -178,10 +177,3 @@ class Quantizer:
         for suffix, tensor in tensors.items():
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
             self._writer.write(f"{module}.{suffix}", data)
-
-
-def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[TensorInfo]:
-    """Yield the tensors that all experts of a group are written as, without their biases."""
-    for expert in range(group.num_experts):
-        for module, shape in zip(group.modules(expert), group.shapes, strict=True):
-            yield from stored_tensors(module, shape, layout)

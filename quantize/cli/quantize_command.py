@@ -195,8 +195,8 @@ def quantize(
         typer.Option(
             "--work-dir",
             metavar="DIR",
-            help="Keep calibration's hidden states and finished experts in a folder of the run's "
-            "own in DIR, not in DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
+            help="Keep calibration's hidden states in a folder of the run's own in DIR, not in "
+            "DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
         ),
     ] = None,
 ) -> None:

@@ -344,17 +344,18 @@ def test_what_an_interrupted_run_left_is_looked_at(
 
     interrupted(3, trained, target, rows)
     folder = target / ".nvfp4_moe" / "calibration"
-    (staged,) = folder.glob("*.safetensors")
+    (staged,) = folder.parent.glob("*.rounded")
+    (findings,) = [file for file in folder.glob("*.json") if file.name != "next.json"]
     if damage == "states":
         next((folder / "states").glob("states-*")).unlink()
     elif damage == "findings":
-        staged.with_suffix(".json").write_text('{"prefix": "x"}')
+        findings.write_text('{"prefix": "x"}')
     elif damage == "half":
         os.truncate(staged, staged.stat().st_size // 2)
     else:
         staged.unlink()
         if damage == "both staged":
-            staged.with_suffix(".json").unlink()
+            findings.unlink()
     calibrated(trained, target, rows, resume=True)
     assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -395,7 +396,6 @@ def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
             budget = needed(checkpoint, steps, torch.device(device))
             assert 2e9 < budget.memory < 16e9
             assert 1e10 < budget.states < 3e10
-            assert budget.staged == pytest.approx(2 * model.quantized_layer_bytes, rel=1e-4)
 
 
 def test_a_source_that_changed_is_calibrated_again(
