@@ -9,6 +9,10 @@ class QuantizeError(Exception):
     """Something is wrong with the input or the target, and the user can correct it."""
 
 
+class TooMuchError(QuantizeError):
+    """What is asked for takes more time or memory than is likely to be meant."""
+
+
 class DamagedWeightsError(QuantizeError):
     """Weights of the source are damaged.
 

@@ -12,11 +12,20 @@ import torch
 from rich.filesize import decimal
 
 from quantize.calibration.budget import needed
-from quantize.calibration.calibrate import calibrate, prove_walk, runnable_model, unstaged
+from quantize.calibration.calibrate import (
+    calibrate,
+    count_tokens,
+    prove_walk,
+    runnable_model,
+    unstaged,
+)
+from quantize.calibration.estimate import check, check_memory, estimate
+from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
+from quantize.experts.group import ExpertGroup
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run import done
@@ -62,7 +71,9 @@ def execute(
     command: str = "",
     progress: Progress = lambda _: None,
     samples: torch.Tensor | None = None,
-    calibrating: Callable[[float, int], None] = lambda _, __: None,
+    calibrating: Calibrating = lambda *_: None,
+    counting: Calibrating | None = None,
+    limited: bool | None = None,
     work_dir: Path | None = None,
     say: Say = lambda _: None,
 ) -> Summary:
@@ -82,15 +93,21 @@ def execute(
         samples: tokens to calibrate with, int64 ``[num_samples, sequence_length]``, if the plan
             says so.
         calibrating: see ``quantize.calibration.progress.Progress``.
+        counting: likewise, while the tokens that each expert gets are counted before any is rounded
+            (``quantize.calibration.calibrate.count_tokens``); None: they are not.
+        limited: say how long calibration will take, before anything is changed; and refuse it if
+            that is too long, or it needs more memory than there is. False: say it alone; None:
+            neither.
         work_dir: where calibration keeps hidden states and its experts; by default in ``target``.
         say: is told what is not copied, what becomes of a checkpoint that is replaced, and what the
             calibration's proof found.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if
-            another run is at work there; if a weight is NaN or infinite; if there is not enough
-            space, or a file cannot be read or written. Then ``target`` holds the old checkpoint, or
-            no ``config.json`` and a run that can be resumed.
+            another run is at work there; if it takes too much (``limited``); if a weight is NaN or
+            infinite; if there is not enough space, or a file cannot be read or written. Then
+            ``target`` holds the old checkpoint, or no ``config.json`` and a run that can be
+            resumed.
     """
     started = time.perf_counter()
     _check_apart(checkpoint, target)
@@ -127,7 +144,17 @@ def execute(
         progress(_source_bytes(plan, range(len(plan.shards))))
         return summary([])
     run = _Run(
-        checkpoint, plan, record, others, devices or all_devices(), threads, ray, samples, say
+        checkpoint,
+        plan,
+        record,
+        others,
+        devices or all_devices(),
+        threads,
+        ray,
+        samples,
+        say,
+        counting,
+        limited,
     )
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
@@ -165,13 +192,15 @@ class _Run:
     ray: str | None
     samples: torch.Tensor | None
     say: Say
+    counting: Calibrating | None
+    limited: bool | None
 
     def go(
         self,
         overwrite: bool,
         resume: bool,
         progress: Progress,
-        calibrating: Callable[[float, int], None],
+        calibrating: Calibrating,
     ) -> list[int]:
         """All of it; returns the shards that were made."""
         record, plan, checkpoint = self.record, self.plan, self.checkpoint
@@ -210,41 +239,60 @@ class _Run:
         calibration = 0
         if plan.options.calibration and missing:
             fresh = not record.goes_on or bool(voided)
-            if fresh or unstaged(plan, record.calibration):
+            if fresh or unstaged(plan, done.staged_of(record, plan)):
                 budget = needed(self.checkpoint, plan, self.devices[0])
-                calibration = budget.states + budget.staged
+                calibration = budget.states
                 if not fresh:  # an earlier run may have left a part of it
                     files = record.calibration.rglob("*")
                     calibration -= sum(f.stat().st_size for f in files if f.is_file())
                 runnable_model(self.checkpoint, plan, self.devices[0])
+                left = plan.groups if fresh else unstaged(plan, done.staged_of(record, plan))
+                self._foresee(budget.memory, left)
         if self.ray is not None:
             check_threads(self.ray, self.threads)
-        space = Space(record, shards, max(0, calibration))
+        if record.goes_on and not voided:
+            shards -= sum(_allocated(record.rounded(name)) for name in plan.file_names)
+        space = Space(record, max(0, shards), max(0, calibration), plan.rounds)
         space.check()
         return space
+
+    def _foresee(self, memory: int, groups: list[ExpertGroup]) -> None:
+        """Say how long calibrating some experts will take, and refuse what is too much."""
+        if self.limited is None:
+            return
+        device = self.devices[0]
+        if self.limited:
+            check_memory(memory, device)
+        counting = self.counting is not None
+        found = estimate(self.checkpoint, self.plan, groups, device, counting)
+        if self.limited:
+            check(found)
+        self.say(f"Calibration: {found}")
 
     def _make(
         self,
         missing: Sequence[int],
         space: Space,
         progress: Progress,
-        calibrating: Callable[[float, int], None],
+        calibrating: Calibrating,
     ) -> None:
         """Calibrate, make the missing shards, and finish."""
         record, plan, checkpoint = self.record, self.plan, self.checkpoint
         if plan.options.calibration and missing:
             assert self.samples is not None
-            what = checkpoint, plan, self.samples, record.calibration, self.devices[0]
+            what = checkpoint, plan, self.samples, done.staged_of(record, plan), self.devices[0]
             prove_walk(*what, self.say)
             if not space.has_room_to_calibrate():
                 self._clear()
-            calibrate(*what, calibrating)
+            if self.counting is not None:
+                count_tokens(*what, self.say, self.counting)
+            calibrate(*what, calibrating, self.say)
         if not space.has_room_for_shards():
             self._clear()
         if self.ray is not None:
             make_shards_on_ray(self.ray, checkpoint, plan, record, missing, self.threads, progress)
         else:
-            work = plan.calibrated(record.calibration)
+            work = plan.calibrated(done.staged_of(record, plan))
             make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
         assert record.identity is not None
         report = collect(checkpoint, plan, record, digests(checkpoint, plan, record.identity))
@@ -270,6 +318,14 @@ class _Run:
             f"({freed}) is removed first"
         )
         self.record.clear()
+
+
+def _allocated(file: Path) -> int:
+    """Bytes of the disk that a file takes; 0 if it is not there."""
+    try:
+        return file.stat().st_blocks * 512
+    except OSError:
+        return 0
 
 
 def _some(names: Sequence[str]) -> str:

@@ -78,7 +78,7 @@ class LayerwiseBackward(LayerwiseForward):
         """
         self._end.check()
 
-    def end_backward(self, progress: ShareDone = lambda _: None) -> None:
+    def end_backward(self, progress: ShareDone = lambda *_: None) -> None:
         """Store the gradients with respect to the outputs of the last layer with experts."""
         after = self.last + 1
         with self._end.loaded():
@@ -94,14 +94,15 @@ class LayerwiseBackward(LayerwiseForward):
                     [(logits, _logits_gradient(logits.detach(), SEED + sample))],
                     list(zip(leaves, (part[this] for part in target), strict=True)),
                 )
-                progress((sample + 1) / len(self._samples))
+                done, texts = sample + 1, len(self._samples)
+                progress(done / texts, f"text {done} of {texts}")
 
     def layer_backward(
         self,
         layer: int,
         visitor: Visitor,
         input_gradients: bool = True,
-        progress: ShareDone = lambda _: None,
+        progress: ShareDone = lambda *_: None,
     ) -> None:
         """Go back through one layer, from the gradients with respect to its outputs.
 
@@ -141,7 +142,7 @@ class LayerwiseBackward(LayerwiseForward):
         with torch.no_grad():
             self._run_batches(layer, [stand_in], {})
             output = self._compute_experts(
-                layer, stand_in, NullVisitor(), lambda share: progress(share / 3)
+                layer, stand_in, NullVisitor(), lambda share, part: progress(share / 3, part)
             )
         grad_output = store.new("grad_output", tuple(output.shape), torch.float32)
         found = ExpertGradients(output)
@@ -161,7 +162,8 @@ class LayerwiseBackward(LayerwiseForward):
             visitor.expert(expert, weights, routing)
             if sums is not None:
                 _add_input_gradients(weights, routing, expert, found, sums)
-            progress((1 + 2 * (expert + 1) / group.num_experts) / 3)
+            done, experts = expert + 1, group.num_experts
+            progress((1 + 2 * done / experts) / 3, f"expert {done} of {experts}")
         visitor.end()
         if found.x is not None and sums is not None and sums is not found.x:
             found.x.copy_(sums)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from rich.filesize import decimal
 
-from quantize.calibration.calibrate import precision, staged_bytes
+from quantize.calibration.calibrate import precision
 from quantize.calibration.forward import TOKENS_PER_RUN
 from quantize.calibration.proof import PRECISION, SMALL_MODEL, number_of_texts
 from quantize.calibration.reference import WHOLE_LAYER
@@ -31,18 +31,15 @@ class Budget(NamedTuple):
             a run's activations; or what the proof (``quantize.calibration.proof``) takes. Beside
             it, the system keeps as much of its files in memory as there is room for.
         states: on disk, hidden states: of one layer; with gradients, of all layers.
-        staged: on disk, quantized experts.
     """
 
     memory: int
     states: int
-    staged: int
 
     def __str__(self) -> str:
-        staged = f" and {decimal(self.staged)} of experts" if self.staged else ""
         return (
-            f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states"
-            f"{staged} on disk until the run is complete"
+            f"about {decimal(self.memory)} of memory; {decimal(self.states)} of hidden states on "
+            "disk until the run is complete"
         )
 
 
@@ -87,7 +84,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     proof_states = compared * wide * PRECISION.itemsize * (2 * (last + 1) + 4)
     if method is None or not method.needs_output_hessian:
         states = max(total * wide * (3 * width + 4), proof_states)
-        return Budget(max(memory, proof), states, staged_bytes(plan))
+        return Budget(max(memory, proof), states)
     memory += max(2 * inner, hidden) ** 2 * method.output_hessian_bytes + 2 * run + chunk
     # One text at the model's end: logits, probabilities and gradients, with the head's weights.
     vocabulary = max(
@@ -103,7 +100,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     if checkpoint.nbytes <= SMALL_MODEL:
         proof += vocabulary * (model + 2 * compared) * PRECISION.itemsize
     states = max(states, proof_states)
-    return Budget(max(memory, end, proof), states, staged_bytes(plan))
+    return Budget(max(memory, end, proof), states)
 
 
 STREAMS = ("hc_mult", "hc_count")

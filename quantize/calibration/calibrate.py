@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +16,16 @@ from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
 from quantize.calibration.proof import Say, prove
-from quantize.calibration.quantizer import Quantizer, staged_outputs
+from quantize.calibration.quantizer import Quantizer
 from quantize.calibration.store import Store, gradients_name, states_name
+from quantize.calibration.token_counts import TokenCounts
 from quantize.calibration.visitor import NullVisitor, Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.rounding import METHODS
 from quantize.run.kv_scales import KvRanges
+from quantize.run.options import Calibration
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
 
@@ -36,17 +37,20 @@ def calibrate(
     checkpoint: Checkpoint,
     plan: Plan,
     samples: torch.Tensor,
-    folder: Path,
+    staged: Staged,
     device: torch.device,
-    progress: Progress = lambda _, __: None,
+    progress: Progress = lambda *_: None,
+    say: Say = lambda _: None,
 ) -> None:
-    """Quantize all experts of ``plan`` with calibration, into ``folder``; or find their input
+    """Quantize all experts of ``plan`` with calibration, into its shards; or find their input
     scales alone, if that is what ``plan`` says.
 
     If an earlier run was interrupted, this goes on with the layer that it was at.
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+        staged: of the plan; its folder is for everything but the experts.
+        say: is told which experts get too little text, unless :func:`count_tokens` has.
 
     Raises:
         QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
@@ -54,33 +58,34 @@ def calibrate(
     """
     settings = plan.options.calibration
     assert settings is not None
-    undone = unstaged(plan, folder)
+    undone = unstaged(plan, staged)
     if not undone:
-        shutil.rmtree(folder / "states", ignore_errors=True)
+        shutil.rmtree(staged.folder / "states", ignore_errors=True)
         return
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
-    store = Store(folder / "states")
+    store = Store(staged.folder / "states")
     state = CalibrationProgress(plan, model, store, undone, progress)
     visitor: Visitor
+    counts = None if settings.every_expert else TokenCounts(undone, say)
     if settings.method is None:
-        visitor = RangeGatherer(checkpoint, Ranges(folder), undone, settings.every_expert)
+        visitor = RangeGatherer(checkpoint, Ranges(staged.folder), undone, settings.every_expert)
     else:
-        visitor = Quantizer(
-            checkpoint, Staged(folder), undone, plan.layout, settings, plan.options.scales
-        )
+        visitor = Quantizer(checkpoint, staged, undone, plan.layout, settings, plan.options.scales)
     caches = plan.caches
-    with watching(model, caches, KvRanges(folder)) if caches else nullcontext():
-        if settings.method is not None and METHODS[settings.method].needs_output_hessian:
-            forward_backward(
-                LayerwiseBackward(checkpoint, plan.gates, model, samples, store), visitor, state
-            )
+    with watching(model, caches, KvRanges(staged.folder)) if caches else nullcontext():
+        if goes_back(settings):
+            run = LayerwiseBackward(checkpoint, plan.gates, model, samples, store)
+            forward_backward(run, visitor, state, counts)
         else:
-            forward_pass(
-                LayerwiseForward(checkpoint, plan.gates, model, samples, store), visitor, state
-            )
-    if undone := unstaged(plan, folder):
+            forward = LayerwiseForward(checkpoint, plan.gates, model, samples, store)
+            if settings.method is None and counts is not None:
+                forward_pass(forward, counts.before(visitor), state)
+                counts.sum_up()
+            else:
+                forward_pass(forward, visitor, state)
+    if undone := unstaged(plan, staged):
         raise QuantizeError(
             f"{undone[0].prefix}: text does not reach these experts in Transformers' model; leave "
             "them out with --exclude, or leave --calibrate out"
@@ -89,26 +94,74 @@ def calibrate(
     state.finish()
 
 
+def count_tokens(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    samples: torch.Tensor,
+    staged: Staged,
+    device: torch.device,
+    say: Say = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Say which experts get too little text, if :func:`calibrate` would find out only while it
+    rounds.
+
+    A layer's routing is known once the layers before it have run. So this runs the model forward
+    over all of the text, a layer at a time, as calibration does, and rounds nothing.
+
+    Args:
+        samples, staged: see :func:`calibrate`.
+    """
+    settings = plan.options.calibration
+    assert settings is not None
+    if settings.method is None or settings.every_expert or goes_back(settings):
+        return
+    undone = unstaged(plan, staged)
+    if not undone or (staged.folder / PROGRESS).exists():  # an earlier run has counted
+        return
+    model = LayerwiseModel(
+        checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
+    )
+    counts = TokenCounts(undone, say)
+    last = max(model.layer_of(group) for group in undone)
+    shutil.rmtree(staged.folder / "counting", ignore_errors=True)
+    try:
+        store = Store(staged.folder / "counting")
+        run = LayerwiseForward(checkpoint, plan.gates, model, samples, store)
+        for layer in range(last + 1):
+
+            def report(share: float, part: str, layer: int = layer) -> None:
+                progress(layer + share, last + 1, f"layer {layer}, {part}")
+
+            progress(layer, last + 1, f"layer {layer}")
+            run.layer_forward(layer, counts, report)
+            run.remove_states(layer)
+    finally:
+        shutil.rmtree(staged.folder / "counting", ignore_errors=True)
+    progress(last + 1, last + 1, "done")
+    counts.sum_up()
+
+
 def prove_walk(
     checkpoint: Checkpoint,
     plan: Plan,
     samples: torch.Tensor,
-    folder: Path,
+    staged: Staged,
     device: torch.device,
     say: Say = lambda _: None,
 ) -> None:
     """See that :func:`calibrate` will compute what Transformers' model does, unless that is known.
 
     Args:
-        samples, folder: see :func:`calibrate`.
+        samples, staged: see :func:`calibrate`.
         say: see ``quantize.calibration.proof.Say``.
 
     Raises:
         QuantizeError: if it does not; see ``quantize.calibration.proof``.
     """
     # An earlier run that came further has proved it.
-    if unstaged(plan, folder) and not (folder / PROGRESS).exists():
-        prove(checkpoint, plan, samples, folder / "proof", device, say)
+    if unstaged(plan, staged) and not (staged.folder / PROGRESS).exists():
+        prove(checkpoint, plan, samples, staged.folder / "proof", device, say)
 
 
 def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LayerwiseModel:
@@ -121,8 +174,7 @@ def runnable_model(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> 
     model = LayerwiseModel(
         checkpoint, plan.found, device, precision(device), plan.options.trust_remote_code
     )
-    settings = plan.options.calibration
-    if settings and settings.method is not None and METHODS[settings.method].needs_output_hessian:
+    if plan.options.calibration and goes_back(plan.options.calibration):
         ModelEnd(model).check()
     return model
 
@@ -132,15 +184,24 @@ def forward_pass(run: LayerwiseForward, visitor: Visitor, state: CalibrationProg
     # Between two steps, the next layer's inputs are all that is needed.
     state.resume(state.last + 1, lambda done: [states_name(done)], min(state.undone))
     for layer in range(state.done, state.last + 1):
-        state.report(0)
+        state.start_step(f"layer {layer}")
         run.layer_forward(layer, visitor, state.report)
         state.finish_step(states_name(layer + 1))
         run.remove_states(layer)
 
 
-def forward_backward(run: LayerwiseBackward, visitor: Visitor, state: CalibrationProgress) -> None:
+def forward_backward(
+    run: LayerwiseBackward,
+    visitor: Visitor,
+    state: CalibrationProgress,
+    counts: TokenCounts | None = None,
+) -> None:
     """Go through the model without the visitor, then back from its end, and show it experts on the
-    way back: only from the end is it known what matters at their outputs."""
+    way back: only from the end is it known what matters at their outputs.
+
+    Args:
+        counts: is shown experts on the way forward.
+    """
     run.check()
     forward_steps = run.last + 1
 
@@ -158,21 +219,28 @@ def forward_backward(run: LayerwiseBackward, visitor: Visitor, state: Calibratio
     limit = forward_steps + 1 + (run.last - max(state.undone))
     state.resume(steps, needed, limit)
     for layer in range(state.done, forward_steps):
-        state.report(0)
-        run.layer_forward(layer, NullVisitor(), state.report)
+        state.start_step(f"layer {layer} forward")
+        run.layer_forward(layer, counts or NullVisitor(), state.report)
         state.finish_step(states_name(layer + 1))
         if layer < state.first:
             run.remove_states(layer)
     if state.done == forward_steps:
-        state.report(0)
+        if counts is not None:
+            counts.sum_up()
+        state.start_step("the model's end")
         run.end_backward(state.report)
         state.finish_step(gradients_name(forward_steps))
     for layer in reversed(range(state.first, forward_steps - (state.done - forward_steps - 1))):
-        state.report(0)
+        state.start_step(f"layer {layer} backward")
         run.layer_backward(layer, visitor, layer > state.first, state.report)
         state.finish_step(gradients_name(layer))
         run.remove_states(layer + 1)
         run.remove_gradients(layer + 1)
+
+
+def goes_back(settings: Calibration) -> bool:
+    """Whether the model runs backward too."""
+    return settings.method is not None and METHODS[settings.method].needs_output_hessian
 
 
 def precision(device: torch.device) -> torch.dtype:
@@ -180,23 +248,10 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def unstaged(plan: Plan, folder: Path) -> list[ExpertGroup]:
+def unstaged(plan: Plan, staged: Staged) -> list[ExpertGroup]:
     """Return the groups of experts that are still to be calibrated."""
     settings = plan.options.calibration
     if settings is not None and settings.method is None:
-        ranges = Ranges(folder)
+        ranges = Ranges(staged.folder)
         return [group for group in plan.groups if not ranges.is_done(group)]
-    staged = Staged(folder)
-    return [
-        group
-        for group in plan.groups
-        if not staged.is_done(group, list(staged_outputs(group, plan.layout)))
-    ]
-
-
-def staged_bytes(plan: Plan) -> int:
-    """Return how many bytes of experts the folder holds in the end."""
-    settings = plan.options.calibration
-    if settings is None or settings.method is None:
-        return 0
-    return sum(out.nbytes for group in plan.groups for out in staged_outputs(group, plan.layout))
+    return [group for group in plan.groups if not staged.is_done(group)]

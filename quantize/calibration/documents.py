@@ -1,156 +1,202 @@
-"""Reading documents: texts from a file, a folder of files, or a dataset."""
+"""Reading one file of documents, or one data set: its texts, one after the other."""
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
-import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from quantize.errors import QuantizeError, first_line
 
-FIELDS = ("text", "content", "prompt", "messages")
-"""Where the text of a JSON object or a dataset's row is, in order of preference."""
+FIELDS = ("text", "content", "messages", "prompt")
+"""Where the text of a JSON object or a data set's row is, in order of preference."""
+
+SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl", ".parquet")
+"""Of files that are read in a folder; all but Parquet with ``.gz`` too."""
+
+EXTRA = "pip install 'vllm-nvfp4-moe[datasets]'"
 
 _PIECE = 2**20
-"""Characters of a text file that are read at a time."""
-
-_SUFFIXES = (".jsonl", ".txt", ".md", ".py", ".parquet")
+"""Bytes of a text file that are read at a time."""
 
 
-def documents(source: Path, tokenizer: Any = None) -> Iterator[str]:
-    """Yield the texts in ``source``.
+class Piece(NamedTuple):
+    """A document, or a part of a long one.
+
+    Attributes:
+        text: of it.
+        templated: a chat template made the text, with all special tokens that there are to be.
+        begins, ends: the document begins with this piece, and ends with it.
+    """
+
+    text: str
+    templated: bool = False
+    begins: bool = True
+    ends: bool = True
+
+
+def documents(file: Path, tokenizer: Any = None) -> Iterator[Piece]:
+    """Yield the texts in ``file``, without empty ones.
 
     Args:
-        source: a text file; a ``.jsonl`` file, each of whose lines is a string or has one of
-            ``FIELDS``; a ``.parquet`` file with one of these columns; or a folder, which is a
-            dataset as ``datasets`` saves it, or holds such files.
+        file: a ``.json`` file with a list of strings or objects, or with such a list as ``data``; a
+            ``.jsonl`` file with one of these on each line; a ``.parquet`` file; a folder that is a
+            data set as ``datasets`` saves it; or else a text. Text and JSON may be gzipped
+            (``.gz``). Objects and rows have one of ``FIELDS``.
         tokenizer: has the chat template for ``messages``.
 
     Raises:
-        QuantizeError: naming the file and line that cannot be read.
+        QuantizeError: naming the file, and line, entry or row, that cannot be read.
     """
-    if source.is_dir():
-        yield from _folder(source, tokenizer)
-    elif source.suffix == ".jsonl":
-        yield from _json_lines(source, tokenizer)
-    elif source.suffix == ".parquet":
-        yield from _parquet(source, tokenizer)
-    else:
-        yield from _text_file(source)
+    kind = kind_of(file)
+    if file.is_dir():
+        return rows(_saved(file), file, tokenizer)
+    if kind == ".jsonl":
+        return _json_lines(file, tokenizer)
+    if kind == ".json":
+        return _json(file, tokenizer)
+    if kind == ".parquet":
+        return rows(_parquet(file), file, tokenizer)
+    return _text_file(file)
 
 
-def check_there(source: Path) -> None:
-    """See that there is something to read, without reading it.
+def kind_of(file: Path) -> str:
+    """A file's suffix, in lower case and without ``.gz``."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def rows(found: Iterable[Any], where: object, tokenizer: Any) -> Iterator[Piece]:
+    """Yield the texts of a data set's rows.
 
     Raises:
-        QuantizeError: if there is not.
+        QuantizeError: naming ``where`` and the row, if it cannot be read or has no text.
     """
-    if not source.exists():
-        raise QuantizeError(f"{source}: there is no such file or folder; give a text that is there")
-    if not os.access(source, os.R_OK):
-        raise QuantizeError(f"{source}: you may not read it; change its permissions")
-    if source.is_dir() and not _is_dataset(source):
-        _files(source)
-
-
-def _text_file(file: Path) -> Iterator[str]:
-    """Yield pieces that end with a line, so that the rest of a large file need not be read."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            while piece := lines.readlines(_PIECE):
-                yield "".join(piece)
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuantizeError(f"{file}: cannot be read as text: {error}") from error
-
-
-def _json_lines(file: Path, tokenizer: Any) -> Iterator[str]:
     number = 0
     try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text(json.loads(line), f"{file}, line {number}", tokenizer)
-    except (OSError, ValueError, RecursionError) as error:
-        raise QuantizeError(f"{file}, line {number}: cannot be read as JSON: {error}") from error
-
-
-def _folder(folder: Path, tokenizer: Any) -> Iterator[str]:
-    if _is_dataset(folder):
-        yield from _dataset(folder, tokenizer)
-        return
-    for file in _files(folder):
-        yield from (
-            _parquet(file, tokenizer) if file.suffix == ".parquet" else documents(file, tokenizer)
-        )
-
-
-def _is_dataset(folder: Path) -> bool:
-    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
-
-
-def _files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _SUFFIXES)
-    if not files:
+        for number, row in enumerate(found):
+            yield from _pieces(row, f"{where}, row {number}", tokenizer)
+    except QuantizeError:
+        raise
+    except Exception as error:  # PyArrow and datasets raise many kinds
         raise QuantizeError(
-            f"{folder}: holds no {', '.join(_SUFFIXES)} files and no dataset; give a text or such "
-            "a folder"
-        )
-    return files
-
-
-def _dataset(folder: Path, tokenizer: Any) -> Iterator[str]:
-    datasets = _needed("datasets", folder)
-    try:
-        data = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise QuantizeError(
-            f"{folder}: cannot be read as a dataset: {first_line(error)}"
+            f"{where}: cannot be read as a data set, at or after row {number}: {first_line(error)}"
         ) from error
-    parts = data.values() if isinstance(data, dict) else [data]
-    for part in parts:
-        for number, row in enumerate(part):
-            yield _text(row, f"{folder}, row {number}", tokenizer)
 
 
-def _parquet(file: Path, tokenizer: Any) -> Iterator[str]:
-    parquet = _needed("pyarrow.parquet", file)
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                yield _text(row, f"{file}, row {number}", tokenizer)
-                number += 1
-    except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
-        raise QuantizeError(f"{file}: cannot be read as Parquet: {first_line(error)}") from error
+def needed(module: str, source: object) -> Any:
+    """Import a module that not every installation has.
 
-
-def _needed(module: str, source: Path) -> Any:
-    """Import a module that not every installation has."""
+    Raises:
+        QuantizeError: if it is not there; it says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise QuantizeError(f"{source}: reading it needs `pip install {package}`") from error
+        raise QuantizeError(f"{source}: reading it needs `{EXTRA}`") from error
 
 
-def _text(row: Any, where: str, tokenizer: Any) -> str:
-    """Return the text of one JSON value or dataset's row, which is at ``where``."""
-    if isinstance(row, str):
-        return row
-    found = row if isinstance(row, dict) else {}
+def _opened(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file)) if file.name.lower().endswith(".gz") else file.open("rb")
+
+
+_UNREADABLE = (OSError, EOFError, zlib.error, ValueError, RecursionError)
+"""What reading, unzipping, decoding and parsing raise."""
+
+
+def _text_file(file: Path) -> Iterator[Piece]:
+    """Yield pieces that end with a line, so that the rest of a large file need not be read."""
+    begins, text = True, ""
+    try:
+        with _opened(file) as lines:
+            while read := lines.readlines(_PIECE):
+                if text:
+                    yield Piece(text, begins=begins, ends=False)
+                    begins = False
+                text = b"".join(read).decode("utf-8-sig" if begins and not text else "utf-8")
+    except _UNREADABLE as error:
+        raise QuantizeError(f"{file}: cannot be read as text: {error}") from error
+    if not begins or text.strip():
+        yield Piece(text, begins=begins)
+
+
+def _json_lines(file: Path, tokenizer: Any) -> Iterator[Piece]:
+    number = 0
+    try:
+        with _opened(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield from _pieces(json.loads(line), f"{file}, line {number}", tokenizer)
+    except _UNREADABLE as error:
+        # Parsing says where on a line it stopped; reading stops at the line after the last.
+        at = number if isinstance(error, ValueError | RecursionError) else number + 1
+        raise QuantizeError(f"{file}, line {at}: cannot be read as JSON: {error}") from error
+
+
+def _json(file: Path, tokenizer: Any) -> Iterator[Piece]:
+    try:
+        with _opened(file) as whole:
+            value = json.loads(whole.read())
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # many files of JSON lines are called .json
+            yield from _json_lines(file, tokenizer)
+            return
+        raise QuantizeError(
+            f"{file}, line {error.lineno}: cannot be read as JSON: {error}"
+        ) from error
+    except _UNREADABLE as error:
+        raise QuantizeError(f"{file}: cannot be read as JSON: {error}") from error
+    if isinstance(value, dict):
+        value = value.get("data", [value])
+    if not isinstance(value, list):
+        raise QuantizeError(
+            f"{file}: is neither a list of texts, nor an object with such a list as `data`"
+        )
+    for number, entry in enumerate(value, 1):
+        yield from _pieces(entry, f"{file}, entry {number}", tokenizer)
+
+
+def _saved(folder: Path) -> Iterator[Any]:
+    datasets = needed("datasets", folder)
+    yield from datasets.load_from_disk(str(folder))
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    parquet = needed("pyarrow.parquet", file)
+    with parquet.ParquetFile(file) as opened:
+        there = [name for name in (*FIELDS, "tools") if name in opened.schema_arrow.names]
+        for batch in opened.iter_batches(batch_size=64, columns=there or None):
+            yield from batch.to_pylist()
+
+
+def _pieces(row: Any, where: str, tokenizer: Any) -> Iterator[Piece]:
+    """Yield the text of one JSON value or data set's row, which is at ``where``, if it is not
+    empty."""
+    found = row if isinstance(row, dict) else {"text": row}
     for field in FIELDS:
         value = found.get(field)
         if isinstance(value, str):
-            return value
+            if value.strip():
+                yield Piece(value)
+            return
         if field == "messages" and isinstance(value, list):
-            try:
-                return str(tokenizer.apply_chat_template(value, tokenize=False))
-            except Exception as error:
-                raise QuantizeError(
-                    f"{where}: its messages do not fit the tokenizer's chat template "
-                    f"({first_line(error)})"
-                ) from error
+            yield Piece(_templated(value, found.get("tools"), where, tokenizer), templated=True)
+            return
     raise QuantizeError(f"{where}: has none of the fields {', '.join(FIELDS)}")
+
+
+def _templated(messages: list[Any], tools: Any, where: str, tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise QuantizeError(
+            f"{where}: has messages, and the model's tokenizer has no chat template; copy the "
+            "original's chat_template.jinja beside it, or give plain text"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False))
+    except Exception as error:  # a template may raise anything
+        raise QuantizeError(
+            f"{where}: its messages do not fit the tokenizer's chat template ({first_line(error)})"
+        ) from error

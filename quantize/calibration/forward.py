@@ -28,8 +28,8 @@ from quantize.experts.group import ExpertGroup
 TOKENS_PER_RUN = 4096
 """About so many tokens go through a layer in one run."""
 
-ShareDone = Callable[[float], None]
-"""Is told which share of a step is done."""
+ShareDone = Callable[[float, str], None]
+"""Is told which share of a step is done, and which part of it was the last."""
 
 
 class LayerwiseForward:
@@ -61,7 +61,7 @@ class LayerwiseForward:
         return self._model.last
 
     def layer_forward(
-        self, layer: int, visitor: Visitor, progress: ShareDone = lambda _: None
+        self, layer: int, visitor: Visitor, progress: ShareDone = lambda *_: None
     ) -> None:
         """Run one layer on all texts, and store its outputs.
 
@@ -172,7 +172,8 @@ class LayerwiseForward:
             for chunk in routing.of(expert):
                 own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
                 sums.index_add_(0, chunk.tokens.to(sums.device), own.float().to(sums.device))
-            progress((expert + 1) / group.num_experts)
+            done = expert + 1
+            progress(done / group.num_experts, f"expert {done} of {group.num_experts}")
         visitor.end()
         if sums is not output:
             output.copy_(sums)

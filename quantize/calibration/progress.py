@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 PROGRESS = "next.json"
 """The name of the file, beside the folder of states."""
 
-Progress = Callable[[float, int], None]
-"""Is told how many steps are done, parts included, and how many there are. A step is a layer that
-is run forward, a layer that is run backward, or the model's end."""
+Progress = Callable[[float, int, str], None]
+"""Is told how many steps are done, parts included, how many there are, and where the run is. A step
+is a layer that is run forward, a layer that is run backward, or the model's end."""
 
 
 class CalibrationProgress:
@@ -48,6 +48,7 @@ class CalibrationProgress:
         self.first, self.last = min(layers), max(layers)
         self.undone = [model.layer_of(group) for group in undone]
         self.steps = self.done = 0
+        self._where = ""
 
     def resume(self, steps: int, needed: Callable[[int], list[str]], limit: int) -> None:
         """Go on where an earlier run stopped, if it left behind what is needed; else begin.
@@ -82,9 +83,14 @@ class CalibrationProgress:
                     self._model.return_forms = {int(layer): form for layer, form in forms.items()}
         self._store.remove_all_but(needed(self.done) if self.done else [])
 
-    def report(self, share: float) -> None:
-        """Say that this share of the present step is done."""
-        self._progress(self.done + share, self.steps)
+    def start_step(self, where: str) -> None:
+        """Say that the next step begins, which is at ``where``."""
+        self._where = where
+        self._progress(self.done, self.steps, where)
+
+    def report(self, share: float, part: str) -> None:
+        """Say that this share of the present step is done, up to and with ``part``."""
+        self._progress(self.done + share, self.steps, f"{self._where}, {part}")
 
     def finish_step(self, written: str) -> None:
         """Record that a step is done, which has written the tensors with the prefix ``written``."""
@@ -104,4 +110,4 @@ class CalibrationProgress:
 
     def finish(self) -> None:
         """Say that all steps are done."""
-        self._progress(self.steps, self.steps)
+        self._progress(self.steps, self.steps, "done")

@@ -18,9 +18,8 @@ from quantize.calibration.room import side_by_side
 from quantize.calibration.routing import Chunk, Routing
 from quantize.calibration.second_moments import SecondMoments
 from quantize.checkpoint.reader import Checkpoint
-from quantize.checkpoint.tensors import TensorInfo
 from quantize.experts.group import ExpertGroup
-from quantize.layouts.layout import Layout, stored_tensors
+from quantize.layouts.layout import Layout
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, quantize_weights
 from quantize.nvfp4.rounding import METHODS
@@ -71,7 +70,7 @@ class Quantizer:
         self._routing = routing
         self._waiting: list[tuple[int, ExpertWeights]] = []
         self._together = 0
-        self._writer = self._staged.writer(group, list(staged_outputs(group, self._layout)))
+        self._writer = self._staged.writer(group)
 
     def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
         """Quantize one expert, or let it wait for others that are to be rounded together with it;
@@ -90,6 +89,11 @@ class Quantizer:
         if len(self._waiting) == self._together:
             self._quantize_waiting(self._group)
         return weights
+
+    @property
+    def waiting(self) -> int:
+        """How many experts wait to be rounded together with others."""
+        return len(self._waiting) if self._group is not None else 0
 
     def end(self) -> None:
         """Quantize the experts that wait, write the input scales, and finish the group's file.
@@ -233,10 +237,3 @@ class Quantizer:
         for suffix, tensor in tensors.items():
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
             self._writer.write(f"{module}.{suffix}", data)
-
-
-def staged_outputs(group: ExpertGroup, layout: Layout) -> Iterator[TensorInfo]:
-    """Yield the tensors that all experts of a group are written as, without their biases."""
-    for expert in range(group.num_experts):
-        for module, shape in zip(group.modules(expert), group.shapes, strict=True):
-            yield from stored_tensors(module, shape, layout)

@@ -1,7 +1,7 @@
 """What a user sees when something goes wrong: one line, and an exit code.
 
-Exit codes: 0 for success, 1 for an error (or problems that ``verify`` found), 2 for wrong usage,
-130 when interrupted.
+Exit codes: 0 for success, 1 for an error (or problems that ``verify`` found), 2 for wrong usage
+or what would take too much, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import typer
 
 from quantize.cli.output import complain
-from quantize.errors import QuantizeError, first_line
+from quantize.errors import QuantizeError, TooMuchError, first_line
 
 TRACEBACK = "NVFP4_MOE_TRACEBACK"
 """Environment variable: if it is set, unexpected errors end the command with their traceback."""
@@ -35,7 +35,7 @@ def reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
         yield
     except QuantizeError as error:
         complain("error", str(error))
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2 if isinstance(error, UsageError | TooMuchError) else 1)
     except KeyboardInterrupt:
         complain("interrupted", advice)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""What the commands print: tables, JSON, complaints and progress.
+"""What the commands print: tables, JSON and complaints.
 
 Results go to standard output, everything else to standard error.
 """
@@ -6,23 +6,10 @@ Results go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 out = Console()
 err = Console(stderr=True)
@@ -58,50 +45,3 @@ def table(title: str, first: str, *others: str) -> Table:
     for name in others:
         made.add_column(name, justify="right", overflow="fold")
     return made
-
-
-class Bar:
-    """Progress in bytes, and a second bar for the layers if there is calibration."""
-
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
-        self._progress = progress
-        self._bytes = progress.add_task(what, total=total)
-        self._layers: TaskID | None = None
-
-    def advance(self, nbytes: int) -> None:
-        """Say that so many bytes more are done."""
-        self._progress.advance(self._bytes, nbytes)
-
-    def say(self, line: str) -> None:
-        """Print a line above the bars."""
-        self._progress.console.print(plain(line), highlight=False, soft_wrap=True)
-
-    def calibrating(self, done: float, layers: int) -> None:
-        """Say how many of the layers are calibrated."""
-        if self._layers is None:
-            self._layers = self._progress.add_task("Calibrating", total=layers, unit="layers")
-        self._progress.update(self._layers, completed=done)
-
-
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Bar]:
-    """Show a bar for ``total`` bytes on standard error until the context ends."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        _Speed(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
-        yield Bar(progress, what, total)
-
-
-class _Speed(ProgressColumn):
-    """Bytes a second, or layers of all layers."""
-
-    def render(self, task: Task) -> Text:
-        if task.fields.get("unit") == "layers":
-            return Text(f"{task.completed:.1f} of {task.total:.0f} layers")
-        speed = task.finished_speed or task.speed or 0
-        return Text(f"{speed / 1e9:.2f} GB/s")

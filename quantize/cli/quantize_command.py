@@ -39,7 +39,8 @@ from quantize.cli.options import (
     stated_base,
     stated_gate,
 )
-from quantize.cli.output import err, out, plain, progress_bar
+from quantize.cli.output import err, out, plain
+from quantize.cli.progress import progress_bar
 from quantize.run.options import Calibration, Options
 
 if TYPE_CHECKING:
@@ -123,22 +124,24 @@ def quantize(
         ),
     ] = None,
     input_scales: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
             "--input-scales",
             metavar="TEXT",
             help="Run the model over a little of this text, and find nothing but the input scales "
-            "of its experts: minutes instead of hours, e.g. --input-scales texts.jsonl.",
+            "of its experts: minutes instead of hours, e.g. --input-scales texts.jsonl. What TEXT "
+            "may be: see --calibrate.",
         ),
     ] = None,
     text: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
             "--calibrate",
             metavar="TEXT",
             help="Run the model over this text, a layer at a time, and quantize each expert for "
-            "what it is given: much closer, hours instead of minutes. A text file, JSON lines or a "
-            "folder, e.g. --calibrate texts.jsonl.",
+            "what it is given: much closer, hours instead of minutes. A file (text, JSON, JSON "
+            "lines, Parquet), a folder, or a data set on the hub, e.g. --calibrate texts.jsonl or "
+            "--calibrate ORG/NAME:train; several are mixed evenly.",
         ),
     ] = None,
     calibration_rows: Annotated[
@@ -172,13 +175,28 @@ def quantize(
             "it, e.g. --calibrate texts.jsonl --every-expert: for texts too few for some experts.",
         ),
     ] = False,
+    check_text: Annotated[
+        bool,
+        typer.Option(
+            "--check-text/--no-check-text",
+            help="Before any expert is rounded, run the model over the text once more, and list "
+            "experts that get too little of it. --no-check-text saves that pass.",
+        ),
+    ] = True,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes",
+            help="Calibrate even if that takes more than three days, or more memory than there is.",
+        ),
+    ] = False,
     work_dir: Annotated[
         Path | None,
         typer.Option(
             "--work-dir",
             metavar="DIR",
-            help="Keep calibration's hidden states and finished experts in a folder of the run's "
-            "own in DIR, not in DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
+            help="Keep calibration's hidden states in a folder of the run's own in DIR, not in "
+            "DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
         ),
     ] = None,
 ) -> None:
@@ -188,11 +206,13 @@ def quantize(
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         _check_text(context, text, input_scales, activations, all_linears)
-        if (read := text or input_scales) is not None:
-            from quantize.calibration.documents import check_there
+        read = text or input_scales or []
+        if read:
+            from quantize.calibration.sources import check_there
 
-            check_there(read)
-        found = text is not None or input_scales is not None
+            for one in read:
+                check_there(one)
+        found = bool(read)
         # Calibration sees the inputs of experts alone.
         default = Activations.NVFP4 if found and not all_linears else Activations.BF16
         chosen = activations or default
@@ -238,16 +258,21 @@ def quantize(
             steps = plan(checkpoint, options)
             err.print(_summary(steps), highlight=False)
             for note in steps.notes:
-                err.print(plain(note), highlight=False, soft_wrap=True)
+                _say(note)
             _say_activations(steps, found, activations is None)
             tokens = None
-            if read is not None:
+            if read:
                 steps.check_can_calibrate()
-                shape = calibration_rows or (128 if text else 32), calibration_length
-                tokens = load_samples(read, checkpoint.folder, *shape, trust_remote_code)
-                method = rounding.value if text else None
+                wanted = calibration_rows or (128 if text else 32), calibration_length
+                tokens = load_samples(read, checkpoint.folder, *wanted, trust_remote_code, _say)
+                rows, length = tokens.shape
                 calibration = Calibration(
-                    str(read), *shape, digest_of(tokens), method, every_expert
+                    ", ".join(read),
+                    rows,
+                    length,
+                    digest_of(tokens),
+                    rounding.value if text else None,
+                    every_expert,
                 )
                 steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
@@ -267,6 +292,8 @@ def quantize(
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
+                    counting=bar.counting if check_text else None,
+                    limited=not yes,
                     work_dir=work_dir,
                     say=bar.say,
                 )
@@ -277,6 +304,10 @@ def quantize(
             soft_wrap=True,
             highlight=False,
         )
+
+
+def _say(line: str) -> None:
+    err.print(plain(line), highlight=False, soft_wrap=True)
 
 
 def _summary(steps: Plan) -> str:
@@ -293,8 +324,8 @@ def _summary(steps: Plan) -> str:
 
 def _check_text(
     context: typer.Context,
-    text: Path | None,
-    input_scales: Path | None,
+    text: list[str] | None,
+    input_scales: list[str] | None,
     activations: Activations | None,
     linears: bool,
 ) -> None:
@@ -303,11 +334,11 @@ def _check_text(
     Raises:
         UsageError: if there are any.
     """
-    if text is not None and input_scales is not None:
+    if text and input_scales:
         raise UsageError("--calibrate finds input scales too; leave --input-scales out")
-    if input_scales is not None and activations is Activations.BF16:
+    if input_scales and activations is Activations.BF16:
         raise UsageError("--activations bf16 leaves no use for --input-scales; leave one out")
-    if input_scales is not None and linears and activations is None:
+    if input_scales and linears and activations is None:
         raise UsageError(
             "--input-scales finds the input scales of experts, not of --all-linears; with "
             "--activations nvfp4, those of linears are 1.0"
@@ -316,12 +347,14 @@ def _check_text(
         "calibration_rows": "--calibrate or --input-scales",
         "calibration_length": "--calibrate or --input-scales",
         "every_expert": "--calibrate or --input-scales",
+        "check_text": "--calibrate",
+        "yes": "--calibrate or --input-scales",
         "work_dir": "--calibrate or --input-scales",
         "rounding": "--calibrate",
     }
     for name, needed in needs.items():
         source = context.get_parameter_source(name)
-        there = text is not None or (name != "rounding" and input_scales is not None)
+        there = text or (needed != "--calibrate" and input_scales)
         if not there and source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
 
@@ -350,6 +383,7 @@ def _say_activations(steps: Plan, found: bool, by_default: bool) -> None:
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
     how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
+    how |= {"check_text", "yes"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

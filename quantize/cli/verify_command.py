@@ -12,7 +12,8 @@ from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import GateOption, JsonOption, TrustOption, stated_gate
-from quantize.cli.output import complain, err, out, plain, print_json, progress_bar, table
+from quantize.cli.output import complain, err, out, plain, print_json, table
+from quantize.cli.progress import progress_bar
 
 
 def verify(

@@ -11,6 +11,7 @@ from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
 from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
 from quantize.run import done
+from quantize.run.done import staged_of
 from quantize.run.kv_scales import KvRanges
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
@@ -32,7 +33,7 @@ def collect(
     settings = plan.options.calibration
     rounded = settings if settings and settings.method is not None else None
     ranges = settings if plan.options.activations else None
-    staged = Staged(record.calibration) if rounded else None
+    staged = staged_of(record, plan) if rounded else None
     return RunReport(
         source=record.source,
         target=record.target.name,

@@ -27,7 +27,7 @@ from uuid import uuid4
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.run.done import is_done
+from quantize.run.done import is_done, staged_of
 from quantize.run.plan import Plan, plan
 from quantize.run.record import Record
 from quantize.run.version import package_version
@@ -227,6 +227,8 @@ def _make_shard(run: bytes, stop: str, shard: int) -> None:
             raise QuantizeError("stopped by the driver")
 
     go_on()
+    if is_done(record, steps, shard):
+        return  # by a task that was taken for dead
     make_shards(checkpoint, steps, record, [shard], all_devices(), threads, go_on)
 
 
@@ -249,7 +251,7 @@ def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
         )
     record = Record(Path(target), fingerprint)
     record.cleared = cleared
-    return checkpoint, steps.calibrated(Path(staged)), record, threads
+    return checkpoint, steps.calibrated(staged_of(record, steps, Path(staged))), record, threads
 
 
 def _ours(cause: Any) -> QuantizeError:

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
+from pathlib import Path
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.shards import is_complete
+from quantize.run.staged import Shard, Staged
 from quantize.run.weight_error import WeightError
+
+
+def staged_of(record: Record, plan: Plan, folder: Path | None = None) -> Staged:
+    """What calibration leaves of a run: experts in its shards, and files in a folder.
+
+    Args:
+        folder: by default the record's.
+    """
+    shards = [
+        Shard(
+            [module for job in plan.shards[number] for module in job.modules],
+            plan.outputs(number),
+            record.rounded(name),
+            partial(is_done, record, plan, number),
+        )
+        for number, name in enumerate(plan.file_names)
+        if plan.rounds
+    ]
+    return Staged(folder or record.calibration, shards, plan.groups)
 
 
 def is_done(record: Record, plan: Plan, shard: int) -> bool:
@@ -52,6 +74,7 @@ def discard_changed(record: Record, checkpoint: Checkpoint, plan: Plan) -> None:
     for shard in voided(record, checkpoint, plan):
         record.shard_records.file(plan.file_names[shard]).unlink(missing_ok=True)
         record.place(plan.file_names[shard]).unlink(missing_ok=True)
+        record.rounded(plan.file_names[shard]).unlink(missing_ok=True)
     record.write()
 
 

@@ -188,12 +188,12 @@ class QuantizeExpert:
 
 
 @dataclass(frozen=True)
-class CopyStaged:
-    """Copies an expert's weights that calibration has rounded already.
+class KeepRounded:
+    """Keeps an expert's weights that calibration has written into the shard already.
 
     Attributes:
         job: the job that would have quantized them; both write the same tensors.
-        staged: the files that calibration has written.
+        staged: what calibration has written.
     """
 
     job: QuantizeExpert
@@ -223,14 +223,14 @@ class CopyStaged:
 
     @property
     def memory(self) -> int:
-        return self.written
+        return 0
 
     def will_need(self, checkpoint: Checkpoint) -> None:
         """Does nothing: the job reads no tensor of the source."""
 
     def run(self, worker: Worker, writer: ShardWriter) -> list[WeightError]:
         for out in self.outputs:
-            writer.write(out.name, self.staged.tensor(self.job.group, out.name))
+            writer.there(out.name)
         return self.staged.lost(self.job.group, self.modules)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint.identity import Identity, identity_of
@@ -39,7 +38,7 @@ from quantize.run.convert import (
     convertible_linears,
     with_activations,
 )
-from quantize.run.jobs import CopyStaged, Job, QuantizeExpert, QuantizeLinears
+from quantize.run.jobs import Job, KeepRounded, QuantizeExpert, QuantizeLinears
 from quantize.run.kv_carried import CarryKvScales, with_kv_cache
 from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.notes import bare_fp8, left_over, of_mxfp4, other_parts
@@ -177,9 +176,15 @@ class Plan:
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-    def calibrated(self, folder: Path) -> Plan:
-        """The plan as it is carried out, with what calibration has left in ``folder``: what it has
-        rounded is copied, or weights get the input scales that it has found.
+    @property
+    def rounds(self) -> bool:
+        """Whether calibration rounds the experts, and writes them into the shards itself."""
+        used = self.options.calibration
+        return used is not None and used.method is not None
+
+    def calibrated(self, staged: Staged) -> Plan:
+        """The plan as it is carried out, with what calibration has left: what it has rounded is
+        there already, or weights get the input scales that it has found.
 
         Without calibration, the plan itself.
 
@@ -188,8 +193,7 @@ class Plan:
         """
         if not self.options.calibration:
             return self
-        staged = Staged(folder)
-        with_ranges = self.options.calibration.method is None
+        folder, with_ranges = staged.folder, not self.rounds
         scales = {g.prefix: Ranges(folder).of(g) for g in self.groups} if with_ranges else {}
 
         kept = KvRanges(folder)
@@ -200,7 +204,7 @@ class Plan:
             if not isinstance(job, QuantizeExpert):
                 return job
             if not with_ranges:
-                return CopyStaged(job, staged)
+                return KeepRounded(job, staged)
             gate_up, down = scales[job.group.prefix][job.expert]
             return replace(job, input_scale=gate_up if job.gate_up else down)
 

@@ -224,6 +224,11 @@ class Record:
         # Of one process: where machines work together, one may take over from another that lives.
         return self.folder / f"{name}.{platform.node()}-{os.getpid()}.partial"
 
+    def rounded(self, name: str) -> Path:
+        """Where the shard ``name`` is until it is complete, if calibration writes into it: unlike
+        :meth:`partial`, another process goes on with it."""
+        return self.folder / f"{name}.rounded"
+
     def save_errors(self, name: str, errors: list[WeightError]) -> None:
         """Keep what the weights of shard ``name`` lost; before the shard gets its name."""
         self.shard_records.save(name, errors, self.partial(f"{name}.json"))
@@ -347,7 +352,7 @@ class Record:
         for folder in ("new", "calibration"):
             if (self.folder / folder).exists():
                 shutil.rmtree(self.folder / folder)
-        for pattern in (PATTERN, "*.partial", "*.stop", SOURCE):
+        for pattern in (PATTERN, "*.partial", "*.rounded", "*.stop", SOURCE):
             for file in self.folder.glob(pattern):
                 file.unlink()
 

@@ -60,16 +60,23 @@ class ShardWriter:
 
     Args:
         partial: in the same file system as ``path``; by default hidden beside it.
+        kept: a partial file of these ``outputs`` that is there is gone on with, and one that is not
+            finished stays.
 
     Raises:
         QuantizeError: naming the file, if it cannot be written.
     """
 
     def __init__(
-        self, path: Path, outputs: Sequence[TensorInfo], partial: Path | None = None
+        self,
+        path: Path,
+        outputs: Sequence[TensorInfo],
+        partial: Path | None = None,
+        kept: bool = False,
     ) -> None:
         self.path = path
         self._partial = partial or path.with_name(f".{path.name}.partial")
+        self._kept = kept
         self._outputs = {out.name: out for out in outputs}
         self._offsets: dict[str, int] = {}
         first = header(outputs)
@@ -79,7 +86,12 @@ class ShardWriter:
             position += out.nbytes
         self._missing = position
         self._lock = Lock()
+        self._goes_on = kept and is_complete(self._partial, outputs)
         try:
+            if self._goes_on:
+                self._file = os.open(self._partial, os.O_WRONLY | os.O_NOFOLLOW)
+                self._missing -= len(first)
+                return
             self._partial.unlink(missing_ok=True)
             # A new file, and never where a link leads.
             self._file = os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -87,7 +99,10 @@ class ShardWriter:
             raise QuantizeError(f"{self._partial}: {error.strerror or error}") from error
         try:
             self._write(first, 0)
+            if kept:
+                os.ftruncate(self._file, position)
         except BaseException:
+            self._kept = False
             self.abort()
             raise
 
@@ -106,6 +121,21 @@ class ShardWriter:
             raise AssertionError(f"{name}: {data.nbytes} bytes at {start}, announced {out}")
         self._write(data.data, self._offsets[name] + start)
 
+    def there(self, name: str) -> None:
+        """Say that the tensor ``name`` was in the partial file already, in place of writing it."""
+        assert self._goes_on
+        with self._lock:
+            self._missing -= self._outputs[name].nbytes
+
+    def pause(self) -> None:
+        """Flush what was written to the disk, and leave the partial file to another writer."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise QuantizeError(f"{self._partial}: {error.strerror or error}") from error
+        finally:
+            os.close(self._file)
+
     def finish(self) -> None:
         """Flush everything to the disk, then give the file its name in one step."""
         if self._missing:
@@ -114,16 +144,20 @@ class ShardWriter:
             os.fsync(self._file)
             self._partial.replace(self.path)
         except OSError as error:
-            self._partial.unlink(missing_ok=True)
+            if self._kept and is_complete(self.path, list(self._outputs.values())):
+                return  # another machine was faster with the same
+            if not self._kept:
+                self._partial.unlink(missing_ok=True)
             raise QuantizeError(f"{self.path}: {error.strerror or error}") from error
         finally:
             os.close(self._file)
 
     def abort(self) -> None:
-        """Remove the unfinished file."""
+        """Remove the unfinished file, unless it is kept."""
         os.close(self._file)
         self._file = -1  # a thread that still writes must not meet another file of that number
-        self._partial.unlink(missing_ok=True)
+        if not self._kept:
+            self._partial.unlink(missing_ok=True)
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
         view = memoryview(data)

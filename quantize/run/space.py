@@ -17,11 +17,13 @@ class Space:
     Attributes:
         shards: bytes of the checkpoint, in the target.
         calibration: bytes of calibration's files, in ``record.calibration``.
+        rounds: calibration writes a part of the shards.
     """
 
     record: Record
     shards: int
     calibration: int
+    rounds: bool = False
 
     def check(self) -> None:
         """Count what goes of the old checkpoint as free.
@@ -50,12 +52,14 @@ class Space:
                 )
 
     def has_room_to_calibrate(self) -> bool:
-        """Whether calibration fits beside an old checkpoint."""
-        return not self._same_disk or self._fits(self.calibration)
+        """Whether calibration fits beside an old checkpoint, with the shards that it begins."""
+        wanted = self.calibration * self._same_disk + self.shards * self.rounds
+        return not wanted or self._fits(wanted)
 
     def has_room_for_shards(self) -> bool:
-        """Whether a new checkpoint fits beside an old one, now that calibration is done."""
-        return self._fits(self.shards)
+        """Whether a new checkpoint fits beside an old one, now that calibration is done; shards
+        that it has begun were asked about before."""
+        return self.rounds or self._fits(self.shards)
 
     def _fits(self, nbytes: int) -> bool:
         return self.record.cleared or nbytes <= _free(self.record.target)

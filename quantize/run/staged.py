@@ -1,27 +1,27 @@
-"""Experts that calibration has quantized, until they are copied to the output's shards.
+"""Experts that calibration has rounded: they are written straight into the output's shards.
 
-Each group of experts has a safetensors file with the very tensors that the output will hold, and a
-JSON file with what the report says of them. The JSON file is written last, so a group counts as
-staged only if it is there.
+Their places follow from the plan. So calibration fills a part of each partial shard
+(``Record.rounded``), a group of experts after the other. The jobs that make everything else fill
+the rest, and finish it. Beside, each group has a JSON file with what the report says of it. That is
+written last, once the group's tensors are on the disk, so a group counts as staged only if it is
+there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from quantize.checkpoint.headers import read_header
-from quantize.checkpoint.reader import read_fully
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
-from quantize.run.files import write_json
+from quantize.run.files import sync, write_json
 from quantize.run.shards import ShardWriter, is_complete
 from quantize.run.weight_error import WeightError
 
@@ -48,30 +48,66 @@ class Findings:
     lost: list[list[Any]] = field(default_factory=list)
 
 
-class Staged:
-    """The staged groups in one folder."""
+class Shard(NamedTuple):
+    """One of the output's shards.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        modules: module paths of the weights that are quantized in it.
+        outputs: all its tensors.
+        partial: the file until it is complete.
+        is_done: whether it is complete, and in its place.
+    """
+
+    modules: Sequence[str]
+    outputs: Sequence[TensorInfo]
+    partial: Path
+    is_done: Callable[[], bool]
+
+
+class Staged:
+    """The staged groups of a run.
+
+    Args:
+        folder: of the JSON files.
+        shards: of the output.
+        groups: all that are to be staged.
+    """
+
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard] = (), groups: Sequence[ExpertGroup] = ()
+    ) -> None:
         self.folder = folder
-        self._headers: dict[Path, dict[str, TensorInfo]] = {}
+        self._shards = shards
+        self._groups = groups
+        self._shard_of = {module: n for n, shard in enumerate(shards) for module in shard.modules}
         self._lost: dict[Path, dict[str, list[Any]]] = {}
 
-    def is_done(self, group: ExpertGroup, outputs: list[TensorInfo]) -> bool:
-        """Whether a file of just ``outputs`` is there for the group, with its findings."""
+    def is_done(self, group: ExpertGroup) -> bool:
+        """Whether the group's tensors are in their shards, and its findings are there."""
         try:
             found = self.findings(group)
             lost = sorted(entry[0] for entry in found.lost)
         except (QuantizeError, LookupError, TypeError):
             return False
         wanted = sorted(m for expert in range(group.num_experts) for m in group.modules(expert))
-        return lost == wanted and is_complete(self._file(group), outputs)
+        return lost == wanted and all(
+            is_complete(shard.partial, shard.outputs) or shard.is_done()
+            for shard in map(self._shards.__getitem__, self._numbers(group))
+        )
 
-    def writer(self, group: ExpertGroup, outputs: list[TensorInfo]) -> ShardWriter:
+    def writer(self, group: ExpertGroup) -> GroupWriter:
         """A writer for the group's tensors; :meth:`finish` comes after its own."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._findings(group).unlink(missing_ok=True)
-        file = self._file(group)
-        return ShardWriter(file, outputs, file.with_suffix(".partial"))
+        writers: dict[int, ShardWriter | None] = {}
+        for number in self._numbers(group):
+            shard = self._shards[number]
+            writers[number] = None  # what is in its place already has the same bytes
+            if is_complete(shard.partial, shard.outputs) or not shard.is_done():
+                if not is_complete(shard.partial, shard.outputs):
+                    self._void(number)
+                writers[number] = ShardWriter(shard.partial, shard.outputs, shard.partial, True)
+        return GroupWriter(self._shard_of, writers)
 
     def finish(self, group: ExpertGroup, findings: Findings) -> None:
         """Write the findings; from then on the group is staged."""
@@ -92,28 +128,49 @@ class Staged:
 
     def lost(self, group: ExpertGroup, modules: tuple[str, ...]) -> list[WeightError]:
         """What quantizing some of the group's modules lost."""
-        file = self._file(group)
+        file = self._findings(group)
         if file not in self._lost:
             self._lost[file] = {entry[0]: entry for entry in self.findings(group).lost}
         return [WeightError(*self._lost[file][module]) for module in modules]
 
-    def tensor(self, group: ExpertGroup, name: str) -> torch.Tensor:
-        """The bytes of one of the group's tensors, uint8 ``[nbytes]``."""
-        file = self._file(group)
-        if file not in self._headers:
-            self._headers[file] = {info.name: info for info in read_header(file)}
-        info = self._headers[file][name]
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            read_fully(descriptor, buffer, info)
-        finally:
-            os.close(descriptor)
-        return buffer
+    def _void(self, number: int) -> None:
+        """Before a partial shard is begun anew: no group is staged any more that was in it."""
+        for group in self._groups:
+            if number in self._numbers(group):
+                self._findings(group).unlink(missing_ok=True)
+        sync(self.folder)
 
-    def _file(self, group: ExpertGroup) -> Path:
-        key = f"{group.prefix} {group.first}"  # a prefix may be too long for a file's name
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    def _numbers(self, group: ExpertGroup) -> list[int]:
+        """The shards that the group's tensors are in."""
+        modules = (m for expert in range(group.num_experts) for m in group.modules(expert))
+        return sorted({self._shard_of[module] for module in modules})
 
     def _findings(self, group: ExpertGroup) -> Path:
-        return self._file(group).with_suffix(".json")
+        key = f"{group.prefix} {group.first}"  # a prefix may be too long for a file's name
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+class GroupWriter:
+    """Writes one group's tensors into the partial shards that they are in."""
+
+    def __init__(self, shard_of: dict[str, int], writers: dict[int, ShardWriter | None]) -> None:
+        self._shard_of, self._writers = shard_of, writers
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor, of the dtype and shape announced for it."""
+        writer = self._writers[self._shard_of[name.rpartition(".")[0]]]
+        if writer is not None:
+            writer.write(name, tensor)
+
+    def finish(self) -> None:
+        """Flush everything to the disk."""
+        for writer in self._open():
+            writer.pause()
+
+    def abort(self) -> None:
+        """Stop writing; the group is not staged."""
+        for writer in self._open():
+            writer.abort()
+
+    def _open(self) -> list[ShardWriter]:
+        return [writer for writer in self._writers.values() if writer is not None]

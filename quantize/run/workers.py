@@ -17,10 +17,11 @@ from threading import Lock
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
-from quantize.run.jobs import Job
+from quantize.errors import QuantizeError
+from quantize.run.jobs import Job, KeepRounded
 from quantize.run.plan import Plan
 from quantize.run.record import Record
-from quantize.run.shards import ShardWriter
+from quantize.run.shards import ShardWriter, is_complete
 from quantize.run.weight_error import WeightError
 from quantize.run.worker import Worker
 
@@ -140,11 +141,17 @@ class _OpenShards:
         with self._lock:
             if shard not in self._writers:
                 name = self._plan.file_names[shard]
-                self._writers[shard] = ShardWriter(
-                    self._record.place(name),
-                    self._plan.outputs(shard),
-                    self._record.partial(name),
-                )
+                outputs, partial = self._plan.outputs(shard), self._record.partial(name)
+                kept = any(isinstance(job, KeepRounded) for job in self._plan.shards[shard])
+                if kept:
+                    partial = self._record.rounded(name)
+                    if not is_complete(partial, outputs):
+                        raise QuantizeError(
+                            f"{partial}: what calibration has rounded is gone; run the same "
+                            "command with --resume"
+                        )
+                place = self._record.place(name)
+                self._writers[shard] = ShardWriter(place, outputs, partial, kept)
                 self._errors[shard] = []
             return self._writers[shard]
 

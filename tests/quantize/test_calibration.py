@@ -268,7 +268,7 @@ def interrupted(moment: float, *args: Any, **more: Any) -> list[int]:
     """:func:`calibrated`, stopped at ``moment``; of how many layers it spoke."""
     spoken: list[int] = []
 
-    def stop(done: float, layers: int) -> None:
+    def stop(done: float, layers: int, _: str) -> None:
         spoken.append(layers)
         if done >= moment:
             raise Stopped
@@ -281,7 +281,7 @@ def interrupted(moment: float, *args: Any, **more: Any) -> list[int]:
 def resumed(*args: Any, **more: Any) -> list[float]:
     """:func:`calibrated`, going on with what is there; how much was done, each time it said so."""
     done: list[float] = []
-    calibrated(*args, resume=True, calibrating=lambda now, _: done.append(now), **more)
+    calibrated(*args, resume=True, calibrating=lambda now, *_: done.append(now), **more)
     return done
 
 
@@ -346,17 +346,18 @@ def test_what_an_interrupted_run_left_is_looked_at(
 
     interrupted(3, trained, target, rows)
     folder = target / ".nvfp4_moe" / "calibration"
-    (staged,) = folder.glob("*.safetensors")
+    (staged,) = folder.parent.glob("*.rounded")
+    (findings,) = [file for file in folder.glob("*.json") if file.name != "next.json"]
     if damage == "states":
         next((folder / "states").glob("states-*")).unlink()
     elif damage == "findings":
-        staged.with_suffix(".json").write_text('{"prefix": "x"}')
+        findings.write_text('{"prefix": "x"}')
     elif damage == "half":
         os.truncate(staged, staged.stat().st_size // 2)
     else:
         staged.unlink()
         if damage == "both staged":
-            staged.with_suffix(".json").unlink()
+            findings.unlink()
     calibrated(trained, target, rows, resume=True)
     assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -397,7 +398,6 @@ def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
             budget = needed(checkpoint, steps, torch.device(device))
             assert 2e9 < budget.memory < 16e9
             assert 1e10 < budget.states < 3e10
-            assert budget.staged == pytest.approx(2 * model.quantized_layer_bytes, rel=1e-4)
 
 
 def test_a_source_that_changed_is_calibrated_again(

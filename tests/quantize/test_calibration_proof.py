@@ -363,7 +363,7 @@ def test_a_run_that_is_refused_leaves_nothing(
             execute(checkpoint, plan(checkpoint, wrong), tmp_path / "out", samples=rows)
         assert not list((tmp_path / "out").iterdir())
 
-        def stop(done: float, steps: int) -> None:
+        def stop(done: float, steps: int, _: str) -> None:
             if done >= 2:
                 raise KeyboardInterrupt
 

@@ -209,7 +209,7 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
         found[:] = [Staged(record.calibration).findings(group) for group in steps.groups]
         return results.collect(checkpoint, steps, record, digests)
 
-    def stop(done: float, layers: int) -> None:
+    def stop(done: float, layers: int, _: str) -> None:
         if done >= 2.5:
             raise Stopped
 

@@ -13,14 +13,13 @@ from tests.quantize.checkpoints import contents, convert
 from tests.quantize.user_files import calibrate, tree
 
 
-def test_calibration_elsewhere(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Nothing large is in the target, nothing is left, and the files are the same."""
+def test_calibration_elsewhere(source: Path, tmp_path: Path) -> None:
+    """The target holds nothing but its shards, nothing is left, and the files are the same."""
     calibrate(source, tmp_path / "plain", "two-sided")
     work, out = tmp_path / "scratch" / "mine", tmp_path / "out"
     work.mkdir(parents=True)
     (work / "data.bin").write_bytes(b"mine")
     sizes: dict[str, int] = {}
-    make = pipeline.make_shards
 
     def looking(*args: Any) -> None:
         sizes.update(
@@ -31,15 +30,13 @@ def test_calibration_elsewhere(source: Path, tmp_path: Path, monkeypatch: Any) -
                 if path.is_file()
             }
         )
-        make(*args)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "make_shards", looking)
-        calibrate(source, out, "two-sided", work_dir=work)
+    calibrate(source, out, "two-sided", work_dir=work, calibrating=looking)
     (own,) = {name.split("/")[2] for name in sizes if name.startswith("scratch/mine/nvfp4_moe-")}
     assert any(name.startswith(f"scratch/mine/{own}/") and size > 10_000
                for name, size in sizes.items())  # fmt: skip
-    assert not [n for n in sizes if n.startswith("out/") and n.endswith(".safetensors")]
+    large = [Path(n).suffix for n, size in sizes.items() if n.startswith("out/") and size > 10_000]
+    assert set(large) == {".rounded"}
     assert tree(work) == {"data.bin": b"mine"}
     assert contents(out) == contents(tmp_path / "plain")
 
@@ -60,7 +57,7 @@ def test_going_on_with_a_calibration_elsewhere(
 ) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     stopped(source, out, work, monkeypatch)
-    assert list(work.rglob("*.safetensors"))
+    assert list(work.rglob("*.json"))
     before = tree(tmp_path)
     with pytest.raises(QuantizeError, match=r"was started --work-dir .*work; go on so"):
         calibrate(source, out, work_dir=tmp_path / "other", resume=True)

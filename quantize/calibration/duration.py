@@ -1,0 +1,17 @@
+"""How long something takes, for people."""
+
+
+def duration(seconds: float) -> str:
+    """Such as ``0.35 s``, ``40 s``, ``12 min``, ``3 h 12 min`` or ``2 d 4 h``."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h"

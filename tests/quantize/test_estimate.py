@@ -1,0 +1,169 @@
+"""How long calibration takes is said before, from one expert; too much is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from quantize.calibration import estimate as module
+from quantize.calibration.estimate import Seconds, estimate, measure
+from quantize.calibration.quantizer import Quantizer
+from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import TooMuchError
+from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.rounding.method import Method
+from quantize.run.options import Calibration, Options
+from quantize.run.plan import plan
+from tests.quantize.test_cli import refusal, run
+from tests.trained import Sizes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+def steps_of(checkpoint: Checkpoint, method: str | None, **more: Any) -> Any:
+    calibration = Calibration("text", 16, 128, "digest", method, **more)
+    return plan(checkpoint, Options(calibration=calibration, include=("*.layers.[13].*",)))
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_one_expert_is_really_rounded(
+    every: bool, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its own weights, the method, and as many tokens as an expert gets on average."""
+    given: list[tuple[torch.Tensor, ...]] = []
+    descent = METHODS["descent"]
+
+    def spy(*args: Any) -> Any:
+        given.append(args)
+        return descent.round(*args)
+
+    monkeypatch.setattr("quantize.nvfp4.rounding.descent.DESCENT", Method(spy))
+    seen: list[int] = []
+    quantize = Quantizer._quantize
+    monkeypatch.setattr(
+        Quantizer, "_quantize",
+        lambda self, group, number, weights, routing: seen.append(len(routing.x))
+        or quantize(self, group, number, weights, routing),
+    )  # fmt: skip
+    with Checkpoint(trained) as checkpoint:
+        steps = steps_of(checkpoint, "descent", every_expert=every)
+        found = estimate(checkpoint, steps, steps.groups, CPU)
+    config = json.loads((trained / "config.json").read_text())
+    per_expert = 16 * 128 * config["num_experts_per_tok"] // config["num_local_experts"]
+    assert seen == [16 * 128 if every else per_expert] * 2  # the first compiles
+    assert found.tokens == seen[0]
+    gate_up, down = given[-2:]
+    with safe_open(trained / "model.safetensors", "pt") as file:
+        weights = file.get_tensor("model.layers.1.mlp.experts.down_proj")
+    assert torch.equal(down[0], weights[0].float())
+    assert gate_up[0].shape == (2 * Sizes.of(trained).intermediate, Sizes.of(trained).hidden)
+
+
+def test_what_is_measured(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 11.0, 13.0, 43.0])
+    monkeypatch.setattr(module, "clock", lambda: next(times))
+    with Checkpoint(trained) as checkpoint:
+        steps = steps_of(checkpoint, "gptq")
+        assert measure(checkpoint, steps, steps.groups[0], 40, CPU) == Seconds(1, 2, 30)
+
+
+@pytest.mark.parametrize(
+    ("method", "counting", "reads", "works"),
+    [
+        ("gptq", False, 1, 1),
+        ("gptq", True, 2, 2),
+        ("two-sided", True, 3, 5),  # forward, which counts; outputs again; gradients
+        (None, True, 1, 1),
+    ],
+)
+def test_all_experts_take_as_long_as_one(
+    method: str | None, counting: bool, reads: int, works: int, trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    sizes = Sizes.of(trained)
+    calls: list[int] = []
+
+    def measured(checkpoint: Any, steps: Any, group: Any, tokens: int, device: Any) -> Seconds:
+        calls.append(tokens)
+        return Seconds(1, 2, 30)
+
+    monkeypatch.setattr(module, "measure", measured)
+    with Checkpoint(trained) as checkpoint:
+        steps = steps_of(checkpoint, method)
+        found = estimate(checkpoint, steps, steps.groups, CPU, counting)
+    with safe_open(trained / "model.safetensors", "pt") as file:
+        beside = sum(
+            file.get_tensor(name).numel()
+            for name in file.keys()  # noqa: SIM118
+            for layer in range(4)
+            if f".layers.{layer}." in name and ".mlp.experts." not in name
+        )
+    (tokens,) = calls
+    work = 3 * sizes.hidden * sizes.intermediate * tokens  # in two seconds
+    experts = 2 * sizes.experts * (reads * 1 + works * 2 + 30)
+    assert found.seconds == pytest.approx(experts + 2 * works * beside * 16 * 128 * 2 / work)
+    assert (found.experts, found.group.hidden) == (2 * sizes.experts, sizes.hidden)
+
+
+SIZE = ("--calibration-rows", "4", "--calibration-length", "64", "--include", "*.layers.1.*")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text("".join(f"x{n} = {n}\n" for n in range(999)))
+    return tmp_path / "a.txt"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("time", r"calibration would take about .* for one of .* give --yes"),
+        ("memory", r"calibration needs about .* of memory, and cpu has 1.0 kB.* give --yes"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--calibrate", "--input-scales"])
+def test_too_much_is_refused_unless_the_user_insists(
+    option: str, what: str, message: str, trained: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if what == "time":
+        monkeypatch.setattr(module, "LIMIT", 1e-9)
+    else:
+        monkeypatch.setattr(module, "memory_of", lambda _: 1000)
+    out = tmp_path / "out"
+    command = ("quantize", trained, out, option, text, *SIZE, "--device", "cpu")
+    assert re.search(message, refusal(*command, code=2))
+    assert not out.exists() or not list(out.iterdir())
+    result = run(*command, "--yes")
+    assert result.exit_code == 0, result.output
+    assert "Calibration: about" in result.stderr and " for one of " in result.stderr
+    assert (out / "config.json").exists()
+    assert "--yes" not in (out / "nvfp4_moe_report.json").read_text()
+
+
+def test_three_days_are_the_limit() -> None:
+    group: Any = type("Group", (), {"hidden": 6144, "intermediate": 3072})()
+    for seconds, refused in ((3 * 86400 - 1, False), (3 * 86400 + 1, True)):
+        found = module.Estimate(seconds, Seconds(0.1, 0.05, 0.2), group, 16384, 7296)
+        assert str(found) == (
+            "about 3 d 0 h here: 0.35 s for one of 7296 experts (6144 x 3072, with 16384 tokens; "
+            "measured)"
+        )
+        if refused:
+            with pytest.raises(TooMuchError, match="3 d 0 h"):
+                module.check(found)
+        else:
+            module.check(found)
+
+
+def test_the_machines_memory() -> None:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (total,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")]
+    assert module.memory_of(CPU) == total

@@ -1,0 +1,150 @@
+"""How far a command is: lines where there is no terminal, with a clock of the tests' own; bars."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from quantize.calibration.duration import duration
+from quantize.cli import progress
+from quantize.cli.progress import EVERY, Bar, Shown, ShownAsBars, Work
+from tests.quantize.checkpoints import ONE_THREAD
+from tests.trained import Sizes
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    found = io.StringIO()
+    monkeypatch.setattr(progress, "err", Console(file=found, width=40))
+    return found
+
+
+def test_a_line_a_minute(printed: io.StringIO) -> None:
+    """One when work begins, one each minute though nothing has happened, one at the end."""
+    clock, waited = Clock(), []
+    shown = Shown()
+    bar = Bar(shown, "Quantizing", 4 * 10**9, clock)
+    moments: list[Any] = [
+        lambda: bar.calibrating(0, 8, "layer 0"),
+        lambda: bar.calibrating(0.5, 8, "layer 0, expert 4 of 8"),
+        lambda: None,
+        lambda: [bar.calibrating(6, 8, f"layer {n}") for n in range(6)],
+        lambda: (bar.advance(0), bar.calibrating(8, 8, "done")),
+        lambda: (bar.advance(10**9), bar.say("a [b]line[/b]")),
+    ]
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        clock.now += seconds
+        if moments:
+            moments.pop(0)()
+            return False
+        bar.advance(3 * 10**9)
+        return True
+
+    shown.print_until(wait)
+    assert set(waited) == {EVERY} and EVERY == 60
+    assert printed.getvalue().splitlines() == [
+        "Quantizing: 0 bytes of 4.0 GB, 0%",
+        "Calibrating: layer 0, 0%",
+        "Calibrating: layer 0, 0%",
+        "Calibrating: layer 0, expert 4 of 8, 6%, 15 min left",
+        "Calibrating: layer 0, expert 4 of 8, 6%, 30 min left",
+        "Calibrating: layer 5, 75%, 60 s left",
+        "Quantizing: 0 bytes of 4.0 GB, 0%",
+        "Calibrating: done, 100%",
+        "Calibrating: done, 100%",
+        "Quantizing: 1.0 GB of 4.0 GB, 25%, 0.02 GB/s, 3 min left",
+        "a [b]line[/b]",
+        "Quantizing: 1.0 GB of 4.0 GB, 25%, 0.02 GB/s, 3 min left",
+        "Quantizing: 4.0 GB of 4.0 GB, 100%, 0.03 GB/s",
+    ]
+
+
+def test_what_an_earlier_run_has_done_took_no_time(printed: io.StringIO) -> None:
+    clock = Clock()
+    work = Work("Calibrating", 60, clock, steps=True)
+    work.update(40, "layer 40")
+    clock.now += 100
+    work.update(45, "layer 45")
+    assert str(work) == "Calibrating: layer 45, 75%, 5 min left"
+
+
+def test_bars_say_the_same() -> None:
+    clock, found = Clock(), io.StringIO()
+    console = Console(file=found, force_terminal=True, width=200)
+    with Progress(
+        TextColumn("{task.description} {task.percentage:.0f} {task.fields[about]}"),
+        console=console, auto_refresh=False,
+    ) as bars:  # fmt: skip
+        bar = Bar(ShownAsBars(bars), "Quantizing", 4 * 10**9, clock)
+        bar.calibrating(0, 8, "layer 0")
+        clock.now += 60
+        bar.calibrating(2, 8, "layer [2]")
+        bar.advance(10**9)
+        bars.refresh()
+    last = found.getvalue()
+    assert "Calibrating 25 layer [2], 3 min left" in last
+    assert "Quantizing 25 1.0 GB of 4.0 GB" in last
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.352, "0.35 s"), (9.94, "9.9 s"), (9.96, "10 s"), (99.4, "99 s"),
+        (100, "2 min"), (5900, "98 min"), (6000, "1 h 40 min"),
+        (47 * 3600 + 3500, "47 h 58 min"), (48 * 3600, "2 d 0 h"), (27.6 * 3600 * 10, "11 d 12 h"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+SMALL = """
+import sys
+from quantize.cli import main, progress
+progress.EVERY = 0.05
+main()
+"""
+
+
+def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
+    """A log of a calibrated run says what comes, and where it is: first counting, then rounding."""
+    rows = "".join(f"x{n} = {n} + {n * n}\n" for n in range(2000))
+    (tmp_path / "a.txt").write_text(rows)
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL, "quantize", trained, tmp_path / "out", "--calibrate",
+         tmp_path / "a.txt", "--rounding", "gptq", "--calibration-rows", "4",
+         "--calibration-length", "128", "--include", "*.layers.[13].*"],
+        capture_output=True, text=True, check=False, env=ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr
+    lines = done.stderr.splitlines()
+    experts = Sizes.of(trained).experts
+    (found,) = [line for line in lines if f"for one of {2 * experts} experts" in line]
+    assert found.startswith("Calibration: about")
+    where = rf"layer \d, expert \d+ of {experts}, \d+%(, .* left)?"
+    for what in ("Counting tokens", "Calibrating"):
+        own = [line for line in lines if line.startswith(f"{what}: ")]
+        assert own[0] == f"{what}: layer 0, 0%"
+        assert [line for line in own if re.fullmatch(rf"{what}: {where}", line)], own
+    order = [next(n for n, line in enumerate(lines) if line.startswith(what))
+             for what in ("Calibration: about", "Counting", "Calibrating: ")]  # fmt: skip
+    assert order == sorted(order)
+    assert re.fullmatch(r"Quantizing: (.*) of \1, 100%, .*GB/s", lines[-1])
