@@ -63,9 +63,7 @@ class WeightLoader:
         self._renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         self._parameters = model.state_dict()
-        self._prefix = next(
-            (p for p in _PREFIXES if groups and self._parameter(p + groups[0].tensor_names[0])), ""
-        )
+        self._prefix = next((p for p in _PREFIXES if groups and self._experts(p, groups[0])), "")
         self._stored = self._by_parameter(checkpoint.tensors.keys() - tensor_names_of(groups))
 
     def parameter_of(self, name: str) -> str:
@@ -74,6 +72,11 @@ class WeightLoader:
         If it becomes several parameters, the first of them; if none, an empty string.
         """
         return self._parameter(self._prefix + name)
+
+    def module_of(self, group: ExpertGroup) -> str:
+        """Return the path of the module that a group of experts is in the model; an empty string if
+        there is none."""
+        return self._experts(self._prefix, group)
 
     def is_stored(self, parameter: str) -> bool:
         """Whether the checkpoint has a tensor for one of the model's parameters."""
@@ -122,6 +125,13 @@ class WeightLoader:
             if parameter := self.parameter_of(name):
                 found[parameter].append(name)
         return found
+
+    def _experts(self, prefix: str, group: ExpertGroup) -> str:
+        # Written experts may have names that no rule of their class has; then their module tells.
+        ends = {name.rpartition(".")[2] for name in self._parameters if ".experts." in name}
+        names = [group.tensor_names[0], *(f"{group.prefix}.{end}" for end in sorted(ends))]
+        found = (self._parameter(prefix + name) for name in names)
+        return next((name.rpartition(".")[0] for name in found if name), "")
 
     def _parameter(self, name: str) -> str:
         prefix = self._model.base_model_prefix

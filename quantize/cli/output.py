@@ -86,15 +86,40 @@ class Bar:
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Bar]:
     """Show a bar for ``total`` bytes on standard error until the context ends."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        _Speed(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
+    with Progress(*_columns(), console=err) as progress:
         yield Bar(progress, what, total)
+
+
+class LayersBar:
+    """Progress in layers."""
+
+    def __init__(self, progress: Progress, what: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(what, total=None, unit="layers")
+
+    def layers(self, done: float, total: int) -> None:
+        """Say how many of how many steps are done."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(plain(line), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def layers_bar(what: str) -> Iterator[LayersBar]:
+    """Show a bar for the steps of a pass through a model on standard error until the context
+    ends."""
+    with Progress(*_columns(), console=err) as progress:
+        yield LayersBar(progress, what)
+
+
+def _columns() -> Iterator[ProgressColumn]:
+    yield TextColumn("{task.description}")
+    yield BarColumn()
+    yield TaskProgressColumn()
+    yield _Speed()
+    yield TimeRemainingColumn()
 
 
 class _Speed(ProgressColumn):
@@ -102,6 +127,6 @@ class _Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         if task.fields.get("unit") == "layers":
-            return Text(f"{task.completed:.1f} of {task.total:.0f} layers")
+            return Text(f"{task.completed:.1f} of {task.total or 0:.0f} layers")
         speed = task.finished_speed or task.speed or 0
         return Text(f"{speed / 1e9:.2f} GB/s")
