@@ -110,6 +110,7 @@ def evaluate(
             from quantize.calibration.documents import check_there
             from quantize.checkpoint.reader import Checkpoint
             from quantize.evaluate import evaluate as run
+            from quantize.evaluate import tokens_of
             from quantize.run.workers import all_devices
 
         check_there(text)
@@ -118,12 +119,12 @@ def evaluate(
             Checkpoint(folders[1]) as second,
             layers_bar("Evaluating") as bar,
         ):
+            tokens = tokens_of(text, first, second, samples, length, trust_remote_code)
             found = run(
                 first,
                 second,
-                text,
-                samples=samples,
-                length=length,
+                tokens,
+                text=str(text),
                 activations=activations.value if activations else None,
                 device=device_of(device) if device else all_devices()[0],
                 gate=stated,

@@ -10,9 +10,13 @@ import torch
 
 from quantize.calibration.samples import digest_of, load_samples
 from quantize.checkpoint.descriptions import without_descriptions
+from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.evaluate.side import Side
 from quantize.experts.gates import KEY
+
+LENGTH = 2048
+"""Tokens of a row by default."""
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _OF_WRITING = {KEY, "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
@@ -68,24 +72,47 @@ def differences(source: Side, target: Side) -> Iterator[str]:
 
 def tokens_of(
     text: Path,
-    source: Path,
-    target: Path,
+    source: Checkpoint,
+    target: Checkpoint,
     samples: int,
-    length: int,
+    length: int | None = None,
     trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """Tokens of the text, int64 ``[samples, length]``, by the source's tokenizer.
 
+    Args:
+        length: by default ``LENGTH``, or as many as the model takes.
+
     Raises:
-        QuantizeError: if the target's makes other tokens, or see
-            ``quantize.calibration.samples.load_samples``.
+        QuantizeError: if the target's tokenizer makes other tokens, the model takes fewer in a row,
+            or see ``quantize.calibration.samples.load_samples``.
     """
-    tokens = load_samples(text, source, samples, length, trust_remote_code)
-    if any((target / name).exists() for name in _TOKENIZER):
-        others = load_samples(text, target, samples, length, trust_remote_code)
+    folders = source.folder, target.folder
+    shape = samples, _length(source, length)
+    tokens = load_samples(text, folders[0], *shape, trust_remote_code)
+    if any((folders[1] / name).exists() for name in _TOKENIZER):
+        others = load_samples(text, folders[1], *shape, trust_remote_code)
         if digest_of(tokens) != digest_of(others):
             raise QuantizeError(
-                f"{target}: its tokenizer makes other tokens of {text} than that in {source}; "
-                "copy the original's tokenizer files there, or give the model that it was made of"
+                f"{folders[1]}: its tokenizer makes other tokens of {text} than that in "
+                f"{folders[0]}; copy the original's tokenizer files there, or give the model that "
+                "it was made of"
             )
     return tokens
+
+
+def _length(checkpoint: Checkpoint, wanted: int | None) -> int:
+    """Tokens of a row: what is wanted, or as many as are usual and the model takes.
+
+    Raises:
+        QuantizeError: if the model takes fewer than are wanted.
+    """
+    most = checkpoint.text_config().get("max_position_embeddings")
+    if not isinstance(most, int) or most < 2:
+        return wanted or LENGTH
+    if wanted is not None and wanted > most:
+        raise QuantizeError(
+            f"--length {wanted}: {checkpoint.folder / 'config.json'} says that the model takes "
+            f"{most} tokens (max_position_embeddings); give a shorter length"
+        )
+    return wanted or min(LENGTH, most)

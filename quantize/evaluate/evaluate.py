@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,9 +21,8 @@ from quantize.calibration.proof import prove_pass
 from quantize.calibration.samples import digest_of
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
-from quantize.errors import QuantizeError
 from quantize.evaluate.activations import BF16, NVFP4, check_has_scales, stated, visitor_of
-from quantize.evaluate.agreement import check_same_model, differences, tokens_of
+from quantize.evaluate.agreement import check_same_model, differences
 from quantize.evaluate.depth import Depth, distance
 from quantize.evaluate.predictions import figures_of, row_of
 from quantize.evaluate.result import Result
@@ -35,9 +35,6 @@ from quantize.run.version import VERSIONS, package_version
 Say = Callable[[str], None]
 """Is told, in one line, what a user should know."""
 
-LENGTH = 2048
-"""Tokens of a row by default."""
-
 _KV_SCALE = re.compile(r".*\.(?:[kv]_scale|kv_scale|[kv]_proj\.output_scale)")
 
 PRECISION = torch.float32
@@ -48,10 +45,9 @@ GPUs too: an evaluation takes the time that it takes to read the weights."""
 def evaluate(
     source: Checkpoint,
     target: Checkpoint,
-    text: Path,
+    samples: torch.Tensor,
     *,
-    samples: int = 32,
-    length: int | None = None,
+    text: str = "",
     activations: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = PRECISION,
@@ -69,9 +65,9 @@ def evaluate(
     as floats; of the target, what goes into the products of quantized experts is rounded.
 
     Args:
-        text: see ``quantize.calibration.documents.documents``.
-        samples, length: rows of the text, and tokens of each; by default ``LENGTH``, or as many as
-            the model takes.
+        samples: tokens, int64 ``[num_samples, sequence_length]``, see
+            ``quantize.evaluate.agreement.tokens_of``.
+        text: where they are from, for the result.
         activations: how they are rounded, see ``quantize.evaluate.activations``; by default what
             the target says.
         device: what computes; by default the CPU.
@@ -92,40 +88,39 @@ def evaluate(
         first = Side(source, device, dtype, gate, trust_remote_code)
         second = Side(target, device, dtype, gate, trust_remote_code)
         check_same_model(first, second)
-        shape = samples, _length(first, length)
-        tokens = tokens_of(text, source.folder, target.folder, *shape, trust_remote_code)
         if activations == NVFP4:
             check_has_scales(target, second.groups)
         chosen = activations or stated(target, second.groups)
         notes = (*differences(first, second), *_ignored(second, chosen))
         for note in notes:
             say(note)
-        say(_needs(first, tokens))
+        say(_needs(first, samples))
         share(first, second)
-        versions = (package_version(), torch.__version__, VERSIONS)
-        mark = fingerprint(
-            *map(identity_of, (source, target)), digest_of(tokens), tokens.shape, chosen, dtype,
-            device.type, gate, versions,
-        )  # fmt: skip
+        mark = ""
+        if work_dir is not None:
+            mark = fingerprint(
+                *map(identity_of, (source, target)), digest_of(samples), samples.shape, chosen,
+                dtype, device.type, gate, package_version(), [version(name) for name in VERSIONS],
+            )  # fmt: skip
         with work_folder(work_dir, beside, mark, resume) as folder:
             state = Progress(folder)
             if not state.begun and not any(map(source.is_nvfp4, tensor_names_of(first.groups))):
                 prove_pass(
-                    source, first.gates, first.model, tokens, folder / "proof",
+                    source, first.gates, first.model, samples, folder / "proof",
                     trust_remote_code, logits=True, what="Evaluation", say=say,
                 )  # fmt: skip
-            first.begin(tokens, state.store("source"), visitor_of(BF16, source))
-            second.begin(tokens, state.store("target"), visitor_of(chosen, target))
+            first.begin(samples, state.store("source"), visitor_of(BF16, source))
+            second.begin(samples, state.store("target"), visitor_of(chosen, target))
             state.resume((first, second))
             earlier = state.seconds
-            _run(first, second, tokens, state, progress, started)
+            _run(first, second, samples, state, progress, started)
     return Result(
         source.folder,
         target.folder,
         text,
-        digest_of(tokens),
-        len(tokens),
-        tokens.shape[1],
+        digest_of(samples),
+        len(samples),
+        samples.shape[1],
         chosen,
         figures_of(state.rows),
         state.depth,
@@ -170,22 +165,6 @@ def _run(
             state.rows.append(row_of(first, second, tokens, row))
             state.write(sides, seconds())
     progress(layers + 1, layers + 1)
-
-
-def _length(side: Side, wanted: int | None) -> int:
-    """Tokens of a row: what is wanted, or as many as are usual and the model takes.
-
-    Raises:
-        QuantizeError: if the model takes fewer than are wanted.
-    """
-    most = getattr(side.model.model.config.get_text_config(), "max_position_embeddings", None)
-    most = most if isinstance(most, int) and most > 1 else LENGTH
-    if wanted is not None and wanted > most:
-        raise QuantizeError(
-            f"--length {wanted}: {side.folder} says that it takes {most} tokens "
-            "(max_position_embeddings); give a shorter length"
-        )
-    return wanted or min(LENGTH, most)
 
 
 def _ignored(side: Side, activations: str) -> Iterator[str]:

@@ -34,7 +34,7 @@ class Result:
 
     source: Path
     target: Path
-    text: Path
+    text: str
     text_digest: str
     samples: int
     length: int
@@ -63,7 +63,7 @@ class Result:
             "tokens": figures.tokens,
             "depth": [each._asdict() for each in self.depth],
             "activations": self.activations,
-            "text": str(self.text),
+            "text": self.text,
             "text_digest": self.text_digest,
             "samples": self.samples,
             "length": self.length,
