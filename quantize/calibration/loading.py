@@ -25,6 +25,7 @@ from transformers.utils import logging
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.experts.names import layer_number
 
 _PRECISE = torch.float32
 _PREFIXES = ("", "language_model.")
@@ -127,11 +128,18 @@ class WeightLoader:
         return found
 
     def _experts(self, prefix: str, group: ExpertGroup) -> str:
-        # Written experts may have names that no rule of their class has; then their module tells.
-        ends = {name.rpartition(".")[2] for name in self._parameters if ".experts." in name}
-        names = [group.tensor_names[0], *(f"{group.prefix}.{end}" for end in sorted(ends))]
-        found = (self._parameter(prefix + name) for name in names)
-        return next((name.rpartition(".")[0] for name in found if name), "")
+        # Written experts may have names that no rule of their class has. Then their module tells,
+        # or their layer, if it has one such module.
+        every = [name.rpartition(".") for name in self._parameters if ".experts." in name]
+        ends = sorted({end for _, _, end in every})
+        names = [group.tensor_names[0], *(f"{group.prefix}.{end}" for end in ends)]
+        for name in names:
+            if found := self._parameter(prefix + name):
+                return found.rpartition(".")[0]
+        layer = layer_number(group.prefix)
+        of_layer = {path for path, _, _ in every if layer_number(path) == layer}
+        of_layer = {path for path in of_layer if path.endswith(".experts")}
+        return of_layer.pop() if len(of_layer) == 1 and layer is not None else ""
 
     def _parameter(self, name: str) -> str:
         prefix = self._model.base_model_prefix
