@@ -33,6 +33,8 @@ SILU = {
     "olmoe", "qwen2_moe", "qwen3_moe", "solar_open",
 }  # fmt: skip
 """Families whose experts ``evaluated`` can take the place of."""
+SLOW = {"glm5_next"}
+"""Families whose linear attention takes minutes without kernels of its own."""
 GATES = {"minimax_m3_vl": m3_gate}
 
 
@@ -173,7 +175,7 @@ def test_of_two_nvfp4_checkpoints(tmp_path: Path) -> None:
     check(run(*targets), truth)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_RUN))
+@pytest.mark.parametrize("family", sorted(FAMILIES - NOT_RUN - SLOW))
 def test_written_checkpoints_of_each_family(family: str, tmp_path: Path) -> None:
     """They run, whatever their experts are called; and to the same numbers, where the gate is
     SiLU's and the class takes weights ``[out, in]``."""
@@ -320,11 +322,11 @@ def test_what_is_not_rounded_is_said(tmp_path: Path) -> None:
     source, target = saved("minimax_m3_vl", tmp_path / "source"), tmp_path / "target"
     convert(source, target, base="mxfp8", activations=True)
     tensors = load_file(target / "model.safetensors")
-    linears = sum(tensor.dtype == torch.uint8 and ".experts." not in name and name.endswith("_scale")
-                  for name, tensor in tensors.items())  # fmt: skip
+    others = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    count = sum(name.endswith("weight_scale") for name in others)
     name = next(name for name in tensors if name.endswith("k_proj.weight"))
     tensors[name.replace("weight", "k_scale")] = torch.tensor(0.5)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     cache, beside = run(source, target).notes
     assert "key-value cache are ignored" in cache
-    assert beside.startswith(f"{linears} quantized linears beside the experts")
+    assert beside.startswith(f"{count} quantized linears beside the experts")
