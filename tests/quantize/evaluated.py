@@ -122,10 +122,11 @@ def replaced(
     quantized: Path,
     gate: Gate,
     activations: str = "bf16",
-    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
 ) -> Any:
     """The model of ``folder`` with what ``quantized`` holds."""
     model, stored = model_of(folder), Stored(quantized)
+    mixtral = any(".w1.weight" in name for name in stored.tensors)
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for name, weight in stored.eight_bits().items():
         model.get_parameter(name).data.copy_(weight)
     for path, module in list(model.named_modules()):
