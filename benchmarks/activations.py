@@ -31,7 +31,6 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.simulate import round_nvfp4
 from examples.perplexity import cut, standard_library, token_stream
 from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.expert_weights import ExpertWeights
@@ -43,6 +42,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.find import find
 from quantize.experts.group import ExpertGroup
 from quantize.experts.identify import identify
+from quantize.nvfp4.activations import round_nvfp4
 from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX
 
 PRIORS = (1e-4, 1e-2, 1e-1, 1.0)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.simulate import round_nvfp4
+from quantize.nvfp4.activations import round_nvfp4
 from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX, decode, pack, round_to_e2m1
 
 

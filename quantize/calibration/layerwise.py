@@ -186,13 +186,18 @@ class LayerwiseModel:
             return next(parts)
         return tuple(next(parts) if there else None for there in form)
 
-    def call(self, tokens: torch.Tensor, part: Callable[[Any], Any] = lambda all_: all_) -> Any:
+    def call(
+        self, tokens: torch.Tensor, part: Callable[[Any], Any] = lambda all_: all_, **more: Any
+    ) -> Any:
         """Call the model, and return ``part`` of its output.
+
+        Args:
+            more: arguments of its ``forward``.
 
         Raises:
             QuantizeError: if its code fails.
         """
-        return part(call(self.model, tokens.to(self.device), self.folder))
+        return part(call(self.model, tokens.to(self.device), self.folder, **more))
 
     def _load_beside(self) -> None:
         """Load embeddings and whatever else the decoder has besides its layers."""
@@ -210,7 +215,7 @@ class LayerwiseModel:
         """Find the module path of the list of layers, and the experts."""
         layers, sites = "", []
         for group in groups:
-            path = self.loader.parameter_of(group.tensor_names[0]).rpartition(".")[0]
+            path = self.loader.module_of(group)
             try:
                 module = self.model.get_submodule(path)
                 list_path, number = re.findall(r"(.*?\.?layers)\.([0-9]+)\.", f"{path}.")[0]
@@ -234,14 +239,17 @@ class LayerwiseModel:
         return layers, sites
 
 
-def call(model: Any, tokens: torch.Tensor, folder: Path) -> Any:
+def call(model: Any, tokens: torch.Tensor, folder: Path, **more: Any) -> Any:
     """Call Transformers' model of the checkpoint in ``folder`` on texts, and return its output.
+
+    Args:
+        more: further arguments of its ``forward``.
 
     Raises:
         QuantizeError: if the model's code fails.
     """
     try:
-        return model(input_ids=tokens, use_cache=False)
+        return model(input_ids=tokens, use_cache=False, **more)
     except (StopForward, QuantizeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # any code may be in there

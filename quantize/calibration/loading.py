@@ -25,6 +25,7 @@ from transformers.utils import logging
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.experts.names import layer_number
 
 _PRECISE = torch.float32
 _PREFIXES = ("", "language_model.")
@@ -63,9 +64,7 @@ class WeightLoader:
         self._renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         self._parameters = model.state_dict()
-        self._prefix = next(
-            (p for p in _PREFIXES if groups and self._parameter(p + groups[0].tensor_names[0])), ""
-        )
+        self._prefix = next((p for p in _PREFIXES if groups and self._experts(p, groups[0])), "")
         self._stored = self._by_parameter(checkpoint.tensors.keys() - tensor_names_of(groups))
 
     def parameter_of(self, name: str) -> str:
@@ -74,6 +73,11 @@ class WeightLoader:
         If it becomes several parameters, the first of them; if none, an empty string.
         """
         return self._parameter(self._prefix + name)
+
+    def module_of(self, group: ExpertGroup) -> str:
+        """Return the path of the module that a group of experts is in the model; an empty string if
+        there is none."""
+        return self._experts(self._prefix, group)
 
     def is_stored(self, parameter: str) -> bool:
         """Whether the checkpoint has a tensor for one of the model's parameters."""
@@ -122,6 +126,20 @@ class WeightLoader:
             if parameter := self.parameter_of(name):
                 found[parameter].append(name)
         return found
+
+    def _experts(self, prefix: str, group: ExpertGroup) -> str:
+        # Written experts may have names that no rule of their class has. Then their module tells,
+        # or their layer, if it has one such module.
+        every = [name.rpartition(".") for name in self._parameters if ".experts." in name]
+        ends = sorted({end for _, _, end in every})
+        names = [group.tensor_names[0], *(f"{group.prefix}.{end}" for end in ends)]
+        for name in names:
+            if found := self._parameter(prefix + name):
+                return found.rpartition(".")[0]
+        layer = layer_number(group.prefix)
+        of_layer = {path for path, _, _ in every if layer_number(path) == layer}
+        of_layer = {path for path in of_layer if path.endswith(".experts")}
+        return of_layer.pop() if len(of_layer) == 1 and layer is not None else ""
 
     def _parameter(self, name: str) -> str:
         prefix = self._model.base_model_prefix

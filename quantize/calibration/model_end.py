@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,17 +30,10 @@ class ModelEnd:
             QuantizeError: if the model's class makes no logits, the checkpoint has no weights for
                 them, or a layer has two groups of experts.
         """
-        model, folder = self._layerwise.model, self._layerwise.folder
-        if not self._heads():
+        if lacks := self.lacks():
             raise QuantizeError(
-                f"{folder}: {type(model).__name__} makes no logits, and "
-                "--rounding two-sided needs them; take another rounding"
-            )
-        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-        for name in () if tied else self._missing_parameters():
-            raise QuantizeError(
-                f"{folder}: {name} is not there, and --rounding two-sided "
-                "needs the model's logits; take another rounding"
+                f"{self._layerwise.folder}: {lacks}, and --rounding two-sided needs the model's "
+                "logits; take another rounding"
             )
         sites = self._layerwise.sites
         numbers = [site.layer for site in sites]
@@ -49,6 +43,16 @@ class ModelEnd:
                     f"{site.group.prefix}: its layer has another group of experts, and --rounding "
                     "two-sided knows layers with one; take another rounding"
                 )
+
+    def lacks(self) -> str | None:
+        """Why there are no logits: the model's class makes none, or a weight that they need is not
+        in the checkpoint. None if there are."""
+        model = self._layerwise.model
+        if not self._heads():
+            return f"{type(model).__name__} makes no logits"
+        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        missing = [] if tied else self._missing_parameters()
+        return f"{missing[0]} is not there" if missing else None
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -76,15 +80,27 @@ class ModelEnd:
             for module in parts.values():
                 drop_weights(module)
 
-    def logits(self, tokens: torch.Tensor, states: States) -> torch.Tensor:
+    def logits(
+        self, tokens: torch.Tensor, states: States, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the model's logits ``[texts, sequence_length, vocabulary]``.
 
         Args:
             tokens: int64 ``[texts, sequence_length]``.
             states: what the last layer with experts returned for them.
+            positions: int64 ``[n]``: only those of these positions, ``[texts, n, vocabulary]``. The
+                head then runs for them alone, if the model's class can do so.
         """
-        self._layerwise.set_input(states)
-        found: torch.Tensor = self._layerwise.call(tokens, lambda output: output.logits)
+        layerwise = self._layerwise
+        layerwise.set_input(states)
+        more = {}
+        if positions is not None:
+            positions = positions.to(layerwise.device)
+            if "logits_to_keep" in inspect.signature(layerwise.model.forward).parameters:
+                more["logits_to_keep"] = positions
+        found: torch.Tensor = layerwise.call(tokens, lambda output: output.logits, **more)
+        if positions is not None and found.shape[1] != len(positions):
+            return found[:, positions]
         return found
 
     def _heads(self) -> list[tuple[str, torch.nn.Module]]:

@@ -31,6 +31,7 @@ from quantize.calibration.store import Store, states_name
 from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
+from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.rounding import METHODS
 
@@ -59,35 +60,60 @@ def prove(
     device: torch.device,
     say: Say = lambda _: None,
 ) -> None:
+    """Compare the forward pass of a plan's calibration with Transformers' own model.
+
+    Args:
+        samples, folder, say: see :func:`prove_pass`.
+
+    Raises:
+        QuantizeError: see :func:`prove_pass`.
+    """
+    settings = plan.options.calibration
+    assert settings is not None
+    method = METHODS[settings.method] if settings.method is not None else None
+    trust = plan.options.trust_remote_code
+    logits = method is not None and method.needs_output_hessian
+    model = LayerwiseModel(checkpoint, plan.found, device, PRECISION, trust)
+    prove_pass(checkpoint, plan.gates, model, samples, folder, trust, logits=logits, say=say)
+
+
+def prove_pass(
+    checkpoint: Checkpoint,
+    gates: Gates,
+    model: LayerwiseModel,
+    samples: torch.Tensor,
+    folder: Path,
+    trust_remote_code: bool = False,
+    *,
+    logits: bool,
+    what: str = "Calibration",
+    say: Say = lambda _: None,
+) -> None:
     """Compare the forward pass with Transformers' own model on the first of ``samples``.
 
     Args:
+        model: what goes through it is compared; in float32 or better.
         samples: tokens, int64 ``[num_samples, sequence_length]``.
         folder: is made for states, and removed.
+        logits: whether the model makes them, and they are needed: a small model's are compared.
+        what: goes through the model, for what is said.
 
     Raises:
         QuantizeError: if they disagree, naming the layer; or if either cannot be run.
     """
     started = time.perf_counter()
     texts = samples[: number_of_texts(samples.shape[1])]
-    trust = plan.options.trust_remote_code
     shutil.rmtree(folder, ignore_errors=True)
     try:
         store = Store(folder)
-        model = LayerwiseModel(checkpoint, plan.found, device, PRECISION, trust)
         first = first_layers(model)
         small = checkpoint.nbytes <= SMALL_MODEL
         last = model.last if small else first
-        settings = plan.options.calibration
-        assert settings is not None
-        method = METHODS[settings.method] if settings.method is not None else None
-        to_the_end = small and method is not None and method.needs_output_hessian
-        if to_the_end:
-            ModelEnd(model).check()
-        reference = Reference(checkpoint, model, store, trust)
-        logits = reference.run(texts, last, to_the_end)
+        to_the_end = small and logits
+        reference = Reference(checkpoint, model, store, trust_remote_code)
+        truth = reference.run(texts, last, to_the_end)
         del reference
-        run = LayerwiseForward(checkpoint, plan.gates, model, texts, store)
+        run = LayerwiseForward(checkpoint, gates, model, texts, store)
         inputs = _Inputs(model, store, first)
         worst = 0.0
         for layer in range(last + 1):
@@ -99,11 +125,11 @@ def prove(
         if last < model.last:
             states = tuple(part[:1] for part in store.open_all(states_name(last + 1)))
             check_chain(model, range(last + 1, model.last + 1), texts[:1], states)
-        if logits is not None:
+        if truth is not None:
             end = ModelEnd(model)
             with end.loaded(), torch.no_grad():
                 states = tuple(store.open_all(states_name(last + 1)))
-                error = _error(end.logits(texts, states).cpu(), logits.cpu())
+                error = _error(end.logits(texts, states).cpu(), truth.cpu())
             if not float(error.median()) <= FAR:
                 raise QuantizeError(
                     _disagreement(model, "the model's end", "makes other logits", error)
@@ -111,7 +137,7 @@ def prove(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     say(
-        f"Calibration agrees with Transformers' own model: {len(texts)} texts, {last + 1} of "
+        f"{what} agrees with Transformers' own model: {len(texts)} texts, {last + 1} of "
         f"{len(model.layers)} layers, median error at most {worst:.1e} "
         f"({time.perf_counter() - started:.0f} s)"
     )

@@ -110,6 +110,16 @@ class Checkpoint:
         weight = self._stored_weights.get(name)
         return weight is not None and weight.input_scale is not None
 
+    def input_scale(self, name: str, expert: int | None = None) -> torch.Tensor | None:
+        """Read the input scale of a weight that is stored as NVFP4, or of one of its stacked
+        experts: float32 scalar, as it multiplies E4M3 block scales. None if there is none."""
+        weight = self._stored_weights.get(name)
+        if weight is None or weight.input_scale is None:
+            return None
+        numbers = self._read(self.stored[weight.input_scale], None, None).float().flatten()
+        number = numbers[0 if expert is None or len(numbers) == 1 else expert]
+        return number.reciprocal() if weight.input_scale_divides else number
+
     def load_nvfp4(
         self, name: str, expert: int | None = None, arena: Arena | None = None
     ) -> tuple[NvFp4, torch.Tensor | None]:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from quantize.cli.evaluate_command import evaluate
 from quantize.cli.inspect_command import inspect
 from quantize.cli.quantize_command import quantize
 from quantize.cli.verify_command import verify
@@ -25,6 +26,9 @@ app.command(
 )(quantize)
 app.command(epilog="Example: nvfp4-moe inspect MiniMaxAI/MiniMax-M3 --json")(inspect)
 app.command(epilog="Example: nvfp4-moe verify MiniMaxAI/MiniMax-M3 m3-nvfp4 --json")(verify)
+app.command(epilog="Example: nvfp4-moe evaluate MiniMaxAI/MiniMax-M3 m3-nvfp4 --text wiki.txt")(
+    evaluate
+)
 
 
 def _print_version(wanted: bool) -> None:

@@ -51,6 +51,14 @@ class Activations(StrEnum):
     NVFP4 = "nvfp4"
 
 
+class Rounded(StrEnum):
+    """How kernels round what goes into quantized experts."""
+
+    NVFP4 = "nvfp4"
+    FP8 = "fp8"
+    BF16 = "bf16"
+
+
 MODELOPT, MSE, DESCENT = LayoutName("modelopt"), RuleName("mse"), MethodName("descent")
 KEPT = BaseName(KEEP)
 

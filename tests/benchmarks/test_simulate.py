@@ -13,8 +13,6 @@ from benchmarks.simulate import (
     Simulated,
     experts_of,
     own_experts,
-    round_nvfp4,
-    round_rows_e4m3,
     simulated,
     weights_in_e4m3,
 )
@@ -24,6 +22,7 @@ from quantize.errors import QuantizeError
 from quantize.execute import execute
 from quantize.experts.gates import Gate, Gates
 from quantize.layouts import LAYOUTS
+from quantize.nvfp4.activations import round_nvfp4, round_rows_e4m3
 from quantize.nvfp4.format import NvFp4
 from quantize.run.options import Options
 from quantize.run.plan import plan

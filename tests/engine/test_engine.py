@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from examples.perplexity import held_out_rows, model_perplexity
+from quantize.checkpoint.reader import Checkpoint
+from quantize.evaluate import evaluate
+from quantize.evaluate.predictions import Figures
 from tests.conftest import ROOT
 from tests.engine.score import prompts
 from tests.plugin.reference import experts_of
@@ -81,6 +84,24 @@ def test_agrees_with_transformers_on_the_dequantized_weights(
     kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
     assert abs(kl) < 1e-5  # rounding of the normalisation may leave it just below zero
 
+    # What `evaluate` says of the folder is what the engine does: its CPU kernel rounds no inputs.
+    found = evaluated(each_trained, folder, rows)
+    assert abs(found.before / original - 1) < 1e-5
+    assert abs(found.after / result["perplexity"] - 1) < 1e-4
+    unquantized = AutoModelForCausalLM.from_pretrained(each_trained, dtype="float32")
+    with torch.inference_mode():
+        logits = torch.cat([unquantized(torch.tensor([row])).logits[0, :-1] for row in few])
+    before = torch.log_softmax(logits.double(), -1)
+    kl = (before.exp() * (before - ours)).sum(-1).mean()
+    assert kl > 1e-3
+    assert abs(evaluated(each_trained, folder, few).kl / kl - 1) < 1e-2
+
+
+def evaluated(source: Path, target: Path, rows: list[list[int]]) -> Figures:
+    """What ``nvfp4-moe evaluate --activations bf16`` finds on these rows."""
+    with Checkpoint(source) as first, Checkpoint(target) as second:
+        return evaluate(first, second, torch.tensor(rows), activations="bf16").figures
+
 
 def test_tensor_parallelism_that_would_give_garbage_is_refused(quantized: dict[str, Path]) -> None:
     """vLLM's Transformers backend adds MiniMax-M3's shared expert once per rank, silently."""
@@ -96,7 +117,6 @@ def test_experts_are_sharded(tmp_path: Path) -> None:
     """A random Qwen3-MoE (no shared expert): one rank, two tensor-parallel, two expert-parallel."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from quantize.checkpoint.reader import Checkpoint
     from quantize.execute import execute
     from quantize.run.plan import plan
 
@@ -130,6 +150,9 @@ def test_experts_are_sharded(tmp_path: Path) -> None:
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=1e-4, atol=1e-4)
     assert scores[0].std() > 0.5  # not a constant that any weights would give
+    found = evaluated(tmp_path / "source", tmp_path / "nvfp4", prompts())
+    assert abs(found.after / float((-scores[0].double().mean()).exp()) - 1) < 1e-4
+    assert abs(found.after / found.before - 1) > 1e-3  # and it is not the source's
 
 
 def test_experts_without_a_gate(tmp_path: Path) -> None:
@@ -193,7 +216,6 @@ def test_experts_without_a_gate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gpt_oss(tmp_path: Path, ranks: int) -> None:
     """vLLM's own class, with attention sinks, sliding windows and experts that have biases."""
-    from quantize.checkpoint.reader import Checkpoint
     from quantize.execute import execute
     from quantize.run.plan import plan
     from tests.engine.score import prompts

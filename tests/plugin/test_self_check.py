@@ -199,7 +199,7 @@ def test_activations_are_rounded_as_by_vllm(scale: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 96) * torch.logspace(-3, 2, 7).unsqueeze(1)
     x[3, :16] = 0
-    ours = sample.round_activations(x, torch.tensor(scale))
+    ours = sample.round_nvfp4(x, torch.tensor(scale))
     torch.testing.assert_close(ours, rounded(x, torch.tensor(scale)), rtol=1e-6, atol=0)
 
 

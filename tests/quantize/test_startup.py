@@ -30,7 +30,7 @@ LARGE = {
     *("numpy", "safetensors", "huggingface_hub", "triton"),
 }
 
-COMMANDS = ("quantize", "inspect", "verify")
+COMMANDS = ("quantize", "inspect", "verify", "evaluate")
 
 # What the console script and ``python -m quantize`` do, and then a note of what happened.
 PROBE = """
@@ -122,6 +122,11 @@ def test_version_loads_nothing_large(tmp_path: Path) -> None:
         (["quantize", "src", "dst", "--device", "tpu"], "neither cpu, nor cuda"),
         (["quantize", "src", "dst", "--device", "cpu", "--ray", "auto"], "--ray"),
         (["quantize", "src", "dst", "--gate", "swish9"], "unknown gate form 'swish9'"),
+        (["evaluate", "src", "dst"], "--text"),
+        (["evaluate", "src", "dst", "--text", "t", "--resume"], "--resume needs --work-dir"),
+        (["evaluate", "src", "dst", "--text", "t", "--activations", "int4"], "nvfp4"),
+        (["evaluate", "src", "dst", "--text", "t", "--device", "tpu"], "neither cpu, nor cuda"),
+        (["evaluate", "src", "dst", "--text", "t", "--samples", "0"], "--samples"),
         (["verify", "src", "dst", "--gate", "{"], "neither a form's name nor its JSON"),
         (["inspect", "src", "--gate", '{"form": "silu", "gamma": 2}'], "gamma"),
         (["inspect", "src", "--gate", '{"form": "silu", "alpha": "big"}'], "must be a number"),
@@ -158,8 +163,8 @@ def test_completion_loads_nothing_large(line: str, offers: set[str], tmp_path: P
 
 
 def test_a_source_that_is_not_there_loads_nothing_large(tmp_path: Path) -> None:
-    for words in (["inspect"], ["verify"]):
-        dst = [tmp_path / "out"] * (words == ["verify"])
+    for words in (["inspect"], ["verify"], ["evaluate", "--text", "t"]):
+        dst = [tmp_path / "out"] * (words != ["inspect"])
         ended = process(tmp_path / "note", *words, tmp_path / "nowhere", *dst)
         assert ended.code == 1
         assert "neither a folder nor a hub id" in ended.stderr

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantize.experts.gates import Gate
-from quantize.nvfp4.format import BLOCK, E2M1_MAX, E4M3_MAX, decode, dequantize, pack, round_to_e2m1
+from quantize.nvfp4.activations import round_nvfp4
+from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX, dequantize
 from vllm_nvfp4_moe.self_check.alone import route
 
 if TYPE_CHECKING:
@@ -219,18 +220,4 @@ class _Expert:
     def _seen(self, values: torch.Tensor, gemm: int) -> torch.Tensor:
         if self.input_scales is None:
             return values
-        return round_activations(values, self.input_scales[gemm])
-
-
-def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
-    """``x``, rounded to NVFP4 and back, as kernels with 4-bit activations do it.
-
-    Args:
-        x: float32 ``[tokens, n]``, where ``n`` is a multiple of 16.
-        input_scale: float32 scalar. The E4M3 block scales are multiplied by it.
-    """
-    blocks = x.unflatten(-1, (-1, BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / E2M1_MAX / input_scale
-    step = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * input_scale
-    codes = round_to_e2m1(torch.where(step > 0, blocks / step, 0.0))
-    return (decode(pack(codes)) * step).flatten(-2)
+        return round_nvfp4(values, self.input_scales[gemm])

@@ -160,6 +160,7 @@ def _weight(
         frozenset(shared),
         restore,
         inputs.name if inputs is not None else None,
+        naming.divides,
     )
 
 

@@ -45,6 +45,7 @@ class StoredWeight:
         nvfp4: of a weight that is NVFP4, a function that takes the parts as ``decode`` does and
             returns what they are: ``[out, in]``, and the input scale, if there is one.
         input_scale: the name of the part that is an NVFP4 weight's input scale.
+        input_scale_divides: whether that part is the reciprocal, by which inputs are multiplied.
     """
 
     format: str
@@ -55,6 +56,7 @@ class StoredWeight:
     shared: frozenset[str] = frozenset()
     nvfp4: Callable[..., tuple[NvFp4, torch.Tensor | None]] | None = None
     input_scale: str | None = None
+    input_scale_divides: bool = False
 
 
 def is_scale(name: str) -> bool:
