@@ -64,7 +64,7 @@ class WeightLoader:
         self._renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         self._parameters = model.state_dict()
-        self._prefix = next((p for p in _PREFIXES if groups and self._experts(p, groups[0])), "")
+        self._prefix = next((p for p in _PREFIXES if groups and self._named(p, groups[0])), "")
         self._stored = self._by_parameter(checkpoint.tensors.keys() - tensor_names_of(groups))
 
     def parameter_of(self, name: str) -> str:
@@ -77,7 +77,14 @@ class WeightLoader:
     def module_of(self, group: ExpertGroup) -> str:
         """Return the path of the module that a group of experts is in the model; an empty string if
         there is none."""
-        return self._experts(self._prefix, group)
+        if path := self._named(self._prefix, group):
+            return path
+        # Written experts may have names that no rule of their class has. Then their layer tells, if
+        # it has one such module.
+        layer = layer_number(group.prefix)
+        paths = {path for path, _ in self._of_experts() if layer_number(path) == layer}
+        paths = {path for path in paths if path.endswith(".experts")}
+        return paths.pop() if len(paths) == 1 and layer is not None else ""
 
     def is_stored(self, parameter: str) -> bool:
         """Whether the checkpoint has a tensor for one of the model's parameters."""
@@ -127,19 +134,18 @@ class WeightLoader:
                 found[parameter].append(name)
         return found
 
-    def _experts(self, prefix: str, group: ExpertGroup) -> str:
-        # Written experts may have names that no rule of their class has. Then their module tells,
-        # or their layer, if it has one such module.
-        every = [name.rpartition(".") for name in self._parameters if ".experts." in name]
-        ends = sorted({end for _, _, end in every})
-        names = [group.tensor_names[0], *(f"{group.prefix}.{end}" for end in ends)]
-        for name in names:
+    def _named(self, prefix: str, group: ExpertGroup) -> str:
+        """The module that a group's names lead to: those that it has, or those of its module."""
+        ends = sorted({end for _, end in self._of_experts()})
+        for name in (group.tensor_names[0], *(f"{group.prefix}.{end}" for end in ends)):
             if found := self._parameter(prefix + name):
                 return found.rpartition(".")[0]
-        layer = layer_number(group.prefix)
-        of_layer = {path for path, _, _ in every if layer_number(path) == layer}
-        of_layer = {path for path in of_layer if path.endswith(".experts")}
-        return of_layer.pop() if len(of_layer) == 1 and layer is not None else ""
+        return ""
+
+    def _of_experts(self) -> list[tuple[str, str]]:
+        """Modules of experts and the names of their parameters."""
+        found = [name.rpartition(".") for name in self._parameters if ".experts." in name]
+        return [(path, end) for path, _, end in found]
 
     def _parameter(self, name: str) -> str:
         prefix = self._model.base_model_prefix

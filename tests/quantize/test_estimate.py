@@ -46,11 +46,11 @@ def test_one_expert_is_really_rounded(
 
     monkeypatch.setattr("quantize.nvfp4.rounding.descent.DESCENT", Method(spy))
     seen: list[int] = []
-    quantize = Quantizer._quantize
+    expert = Quantizer.expert
     monkeypatch.setattr(
-        Quantizer, "_quantize",
-        lambda self, group, number, weights, routing: seen.append(len(routing.x))
-        or quantize(self, group, number, weights, routing),
+        Quantizer, "expert",
+        lambda self, number, weights, routing: seen.append(len(routing.x))
+        or expert(self, number, weights, routing),
     )  # fmt: skip
     with Checkpoint(trained) as checkpoint:
         steps = steps_of(checkpoint, "descent", every_expert=every)
