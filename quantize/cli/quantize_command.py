@@ -180,14 +180,15 @@ def quantize(
         typer.Option(
             "--check-text/--no-check-text",
             help="Before any expert is rounded, run the model over the text once more, and list "
-            "experts that get too little of it. --no-check-text saves that pass.",
+            "experts that get too little of it; e.g. --no-check-text saves that pass.",
         ),
     ] = True,
     yes: Annotated[
         bool,
         typer.Option(
             "--yes",
-            help="Calibrate even if that takes more than three days, or more memory than there is.",
+            help="Calibrate even if that takes more than three days, or more memory than there is, "
+            "e.g. --calibrate texts.jsonl --yes.",
         ),
     ] = False,
     work_dir: Annotated[

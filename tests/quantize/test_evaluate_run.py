@@ -110,7 +110,6 @@ def test_what_is_printed(here: Path) -> None:
     ("change", "more", "says"),
     [
         (None, ("--length", 64), "takes 32 tokens"),
-        (None, ("--samples", 40), "give more text"),
         (None, ("--text", "nowhere.txt"), "there is no such file"),
         (
             lambda dst: give_tokenizer(dst, WORDS[::-1]),
@@ -119,7 +118,7 @@ def test_what_is_printed(here: Path) -> None:
         ),
         (lambda dst: (dst / "model.safetensors").unlink(), (), "dst"),
     ],
-    ids=["length", "samples", "text", "tokenizer", "no weights"],
+    ids=["length", "text", "tokenizer", "no weights"],
 )
 def test_refusals(
     change: Callable[[Path], None] | None, more: tuple[object, ...], says: str, here: Path
@@ -231,7 +230,7 @@ def test_another_target_does_not_go_on_with_it(
     with pytest.raises(KeyboardInterrupt):
         run(here, tmp_path / "work")
     monkeypatch.setattr(Progress, "write", plain)
-    convert(here / "src", here / "dst", scales="mse", overwrite=True)
+    convert(here / "src", here / "dst", scales="max", overwrite=True)
     fresh = run(here, tmp_path / "elsewhere").figures
     assert run(here, tmp_path / "work", resume=True).figures == fresh
     assert len(list((tmp_path / "work").iterdir())) == 1  # the interrupted one's
