@@ -250,7 +250,7 @@ def test_two_sided_is_closer_in_what_the_model_says(
     each_trained: Path, text: Path, tmp_path: Path
 ) -> None:
     """On the text of the calibration; on other text, with so little of it, the two are alike. By
-    how much hangs on the rows: by more than a tenth with earlier ones, by a twentieth with these."""
+    how much hangs on the rows: more than a tenth with earlier ones, a twentieth with these."""
     rows, last = load_samples(text, each_trained, ROWS, LENGTH), Sizes.of(each_trained).sparse[-1]
     found = []
     for method in ("descent", "two-sided"):
