@@ -12,13 +12,13 @@ import torch
 from rich.filesize import decimal
 
 from quantize.calibration.calibrate import goes_back, precision
-from quantize.calibration.duration import duration
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.quantizer import Quantizer
 from quantize.calibration.routing import Routing
 from quantize.calibration.visitor import Visitor
 from quantize.checkpoint.reader import Checkpoint
+from quantize.duration import duration
 from quantize.errors import TooMuchError
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.names import layer_number

@@ -14,8 +14,8 @@ from threading import Event, Lock, Thread
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from quantize.calibration.duration import duration
 from quantize.cli.output import err, plain
+from quantize.duration import duration
 
 EVERY = 60.0
 """Seconds between two lines."""

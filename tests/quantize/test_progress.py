@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from quantize.calibration.duration import duration
 from quantize.cli import progress
 from quantize.cli.progress import EVERY, Bar, Shown, ShownAsBars, Work
+from quantize.duration import duration
 from tests.quantize.checkpoints import ONE_THREAD
 from tests.trained import Sizes
 

@@ -89,5 +89,5 @@ def test_a_text_that_is_not_there(
         text.mkdir()
     message = refusal("quantize", saved("qwen3_moe"), tmp_path / "out", option, text)
     said = {"missing": "there is no such file or folder; give a text that is there"}
-    assert f"{text}: {said.get(kind, 'holds no .jsonl')}" in message
+    assert f"{text}: {said.get(kind, 'holds no .txt')}" in message
     assert not (tmp_path / "out").exists()
