@@ -93,8 +93,8 @@ def test_agrees_with_transformers_on_the_dequantized_weights(
         logits = torch.cat([unquantized(torch.tensor([row])).logits[0, :-1] for row in few])
     before = torch.log_softmax(logits.double(), -1)
     kl = (before.exp() * (before - ours)).sum(-1).mean()
-    assert kl > 1e-3
-    assert abs(evaluated(each_trained, folder, few).kl / kl - 1) < 1e-2
+    assert kl > 1e-4
+    assert abs(evaluated(each_trained, folder, few).kl - kl) < 1e-2 * kl + 2e-6
 
 
 def evaluated(source: Path, target: Path, rows: list[list[int]]) -> Figures:
