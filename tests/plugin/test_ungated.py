@@ -285,7 +285,7 @@ def test_a_kernel_that_routes(
         monkeypatch.setattr(forward.kernels, "FORMS", {})
     if wrong is None:
         found = load(ungated["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
-        assert found.skipped is None and 0 < found.worst < 6e-3
+        assert found.skipped is None and 0 < found.worst < 8e-3
         return
     with pytest.raises(ValueError, match=f"{LAYER}: self-check: the CPU kernel does not compute"):
         load(ungated["modelopt"])
