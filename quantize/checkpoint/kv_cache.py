@@ -95,6 +95,11 @@ class StoredCache:
         return {attention: (pair["k"], pair["v"]) for attention, pair in self.scales.items()}
 
 
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor is called as a scale of keys and values is, whatever describes it."""
+    return _SCALES.fullmatch(name) is not None
+
+
 def kv_cache_of(
     folder: Path, config: dict[str, Any], stored: Mapping[str, TensorInfo]
 ) -> StoredCache:

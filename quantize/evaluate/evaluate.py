@@ -7,7 +7,6 @@ on the disk, of both models.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from quantize.calibration.budget import state_size
 from quantize.calibration.proof import prove_pass
 from quantize.calibration.samples import digest_of
 from quantize.checkpoint.identity import identity_of
+from quantize.checkpoint.kv_cache import is_cache_scale
 from quantize.checkpoint.reader import Checkpoint
 from quantize.evaluate.activations import BF16, NVFP4, check_has_scales, stated, visitor_of
 from quantize.evaluate.agreement import check_same_model, differences
@@ -34,8 +34,6 @@ from quantize.run.version import VERSIONS, package_version
 
 Say = Callable[[str], None]
 """Is told, in one line, what a user should know."""
-
-_KV_SCALE = re.compile(r".*\.(?:[kv]_scale|kv_scale|[kv]_proj\.output_scale)")
 
 PRECISION = torch.float32
 """In bf16, a few tokens go to other experts by rounding alone, and that would count as loss. On
@@ -171,7 +169,7 @@ def _ignored(side: Side, activations: str) -> Iterator[str]:
     """Notes about what an engine may round in the target, and this does not."""
     experts = tensor_names_of(side.groups)
     checkpoint = side.checkpoint
-    if any(_KV_SCALE.fullmatch(name) for name in checkpoint.stored):
+    if any(map(is_cache_scale, checkpoint.stored)):
         yield "The scales of an FP8 key-value cache are ignored: keys and values are not rounded."
     linears = [
         name

@@ -22,6 +22,9 @@ from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS, TensorKind
 if TYPE_CHECKING:
     from quantize.nvfp4.kernels.kernel import Quantized
 
+RULE = Options.scales
+"""The rule of block scales: an export's default, so that weights are the same both ways."""
+
 
 def _place(
     layer: RoutedExperts,
@@ -34,10 +37,6 @@ def _place(
     """Slice ``tensor`` and store it as vLLM does for most models; False if it is another rank's."""
     # Not the layer's own method: DBRX's reads stacks alone (``quirks.DBRX``).
     return RoutedExperts.weight_loader(layer, param, tensor, name, shard, expert, True)
-
-
-RULE = Options.scales
-"""The rule of block scales: an export's default, so that weights are the same both ways."""
 
 
 class WeightLoader(ABC):
