@@ -239,20 +239,17 @@ def test_another_target_does_not_go_on_with_it(
 # -- memory ----------------------------------------------------------------------------------------
 
 MEASURE = """
-import re, sys, threading, time
+import sys
 from pathlib import Path
 import torch
 from quantize.calibration import forward, routing
 from quantize.checkpoint.reader import Checkpoint
 from quantize.evaluate import depth, evaluate
+from tests.quantize.own_memory import Watch
 
 # Tokens at a time: so few that the shorter text has more.
 routing.CHUNK = 256
 forward.TOKENS_PER_RUN = depth._TOKENS = 1024
-
-def anonymous():
-    # Memory of this process's own; pages of mapped files, which the kernel can drop, do not count.
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 def run(folder, rows):
     rows = torch.randint(0, 4000, (rows, 64), generator=torch.Generator().manual_seed(0))
@@ -261,18 +258,9 @@ def run(folder, rows):
 
 small, deep = map(Path, sys.argv[1:3])
 for folder, rows in ((small, 20), (small, 20), (deep, 20), (small, 320)):
-    peak, done = 0, False
-    def watch():
-        global peak
-        while not done:
-            peak = max(peak, anonymous())
-            time.sleep(0.004)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    run(folder, rows)
-    done = True
-    thread.join()
-    print(peak)
+    with Watch() as watch:
+        run(folder, rows)
+    print(watch.peak)
 """
 
 

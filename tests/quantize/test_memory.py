@@ -18,23 +18,13 @@ Folders = Callable[[str], Path]
 
 
 MEASURE = """
-import re, sys, threading, time
+import sys
 from pathlib import Path
 from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import execute
 from quantize.run.options import Options
 from quantize.run.plan import plan
-
-def anonymous():
-    # Memory of this process's own; pages of mapped files, which the kernel can drop, do not count.
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.004)
+from tests.quantize.own_memory import Watch, own_memory
 
 def convert(source, target):
     with Checkpoint(Path(source)) as checkpoint:
@@ -43,13 +33,10 @@ def convert(source, target):
 
 small, large, out = sys.argv[1:]
 convert(small, out + "/small")  # so that imports, threads and caches are in the baseline
-before = anonymous()
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
-convert(large, out + "/large")
-done = True
-thread.join()
-print(peak - before)
+before = own_memory()
+with Watch() as watch:
+    convert(large, out + "/large")
+print(watch.peak - before)
 """
 
 
