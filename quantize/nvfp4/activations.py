@@ -34,6 +34,17 @@ def round_nvfp4(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
     return (values * (scale / inverse)).flatten(-2).to(x.dtype)
 
 
+def round_nvfp4_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[rows, 16 * n]`` rounded to NVFP4 with an input scale for each row, in its dtype.
+
+    A row's input scale is ``amax / (6 * 448)``. So do kernels that are asked for activations with a
+    scale for each token (flashinfer-python 0.7.2, ``nvfp4_quantize`` with ``per_token_activation``
+    and vLLM's ``NVFP4_PER_TOKEN_BASE_GLOBAL_SCALE``).
+    """
+    largest = x.float().abs().amax(-1)
+    return round_nvfp4(x, torch.where(largest == 0, 1.0, largest / (E2M1_MAX * E4M3_MAX)))
+
+
 def round_rows_e4m3(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[rows, columns]`` rounded to E4M3 with a scale for each row, in its dtype."""
     largest = x.float().abs().amax(-1, keepdim=True)
