@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 _WEIGHT_ONLY = (NvFp4MoeBackend.MARLIN, NvFp4MoeBackend.HUMMING)
 """Backends that take activations as they are, whatever the checkpoint asks for."""
 
+_BY_EXPERT = (NvFp4MoeBackend.VLLM_CUTLASS, NvFp4MoeBackend.B12X)
+"""Backends that take each expert's own input scale. The others that take any get the largest."""
+
 _EIGHT_BITS = {
     NvFp4MoeBackend.HUMMING: settings.humming_input,
     NvFp4MoeBackend.MARLIN: settings.marlin_input,
@@ -75,7 +78,7 @@ class VllmKernelsMethod(GpuMethod):
                 "--quantization-config"
             )
         self.passed_over = selection.passed_over
-        self.input_scales_by_expert = self.nvfp4_backend == NvFp4MoeBackend.VLLM_CUTLASS
+        self.input_scales_by_expert = self.nvfp4_backend in _BY_EXPERT
         self.global_input_scales = is_global_sf_supported_for_nvfp4_backend(self.nvfp4_backend)
 
     @property
