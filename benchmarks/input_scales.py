@@ -33,8 +33,8 @@ from quantize.run.options import Calibration, Options
 from quantize.run.plan import plan
 
 Layers = dict[int, Experts]
-KERNELS = ("shared", "expert", "four-six")
-"""Of ``benchmarks.simulate.SCALES``: those that depend on the checkpoint's input scales."""
+KERNELS = ("shared", "expert")
+"""Of ``benchmarks.simulate.SCALES``: those that depend most on the checkpoint's input scales."""
 
 
 def quantized(source: Path, target: Path, rule: str, rows: torch.Tensor) -> None:
@@ -82,8 +82,9 @@ def lines(bench: Bench, rows: torch.Tensor, folder: Path) -> Iterator[str]:
     for kernels in KERNELS:
         for rule, layers in found.items():
             yield line(rule, kernels, layers, kernels)
-    for kernels in ("token", "token-four-six"):
-        yield line("-", kernels, found["max"], kernels)
+    for kernels in ("four-six", "token", "token-four-six"):
+        rule = "max" if kernels == "four-six" else "-"
+        yield line(rule, kernels, found["max"], kernels)
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ variable                     meaning
 ``NVFP4_MOE_SELF_CHECK``     ``0`` turns off the check that each kind of layer gets at load.
 ``NVFP4_MOE_HOPPER``         ``0`` leaves Hopper GPUs to vLLM's own kernels.
 ``NVFP4_MOE_ACTIVATIONS``    ``bf16`` (the default) or ``fp8``: what our Hopper kernel multiplies.
-                             ``nvfp4``: experts that are quantized while they load have input
+                             ``bf16``, if it is said: so do all kernels, whatever the checkpoint
+                             says. ``nvfp4``: experts that are quantized while they load have input
                              scales of 1.0, for kernels with 4-bit activations.
 ``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
                              (``VLLM_CACHE_ROOT``).
@@ -14,7 +15,8 @@ variable                     meaning
 ===========================  ======================================================================
 
 Beside them, the plugin respects two variables of vLLM by which users have the activations of vLLM's
-own kernels quantized, and CUDA's two that say where its compiler is.
+own kernels quantized, says when FlashInfer's for four over six is set, and looks at CUDA's two that
+say where its compiler is.
 
 Variables are read when a function here is called, not when it is imported. An empty variable counts
 as one that is not set. This module imports nothing heavy: vLLM loads it in each of its processes.
@@ -34,13 +36,15 @@ ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
 CACHE = "NVFP4_MOE_CACHE"
 ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
 
-NVFP4 = "nvfp4"
-"""A value of ``NVFP4_MOE_ACTIVATIONS``."""
+BF16, NVFP4 = "bf16", "nvfp4"
+"""Values of ``NVFP4_MOE_ACTIVATIONS``."""
 
 HUMMING_INPUT = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
 """vLLM's: how Humming quantizes activations."""
 MARLIN_INPUT = "VLLM_MARLIN_INPUT_DTYPE"
 """vLLM's: the type to which Marlin quantizes activations."""
+FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
+"""FlashInfer's: the largest value of a block of activations becomes 6 or 4, whichever is better."""
 
 
 def self_check() -> bool:
@@ -58,8 +62,19 @@ def hopper_activations() -> str:
 
     Whoever has the kernels checks that there is one of that name.
     """
-    asked = os.environ.get(ACTIVATIONS) or "bf16"
-    return "bf16" if asked == NVFP4 else asked
+    asked = os.environ.get(ACTIVATIONS) or BF16
+    return BF16 if asked == NVFP4 else asked
+
+
+def activations_stay() -> bool:
+    """Whether the user has said that activations stay as they are on any kernel, also where the
+    checkpoint has input scales (``NVFP4_MOE_ACTIVATIONS``)."""
+    return os.environ.get(ACTIVATIONS) == BF16
+
+
+def four_over_six() -> bool:
+    """Whether the user has asked FlashInfer's kernels for it, as FlashInfer reads it."""
+    return os.environ.get(FOUR_OVER_SIX) == "1"
 
 
 def on_the_fly_activations() -> bool:

@@ -135,6 +135,37 @@ def test_without_being_asked_for_nothing_changes(
     assert torch.equal(seen["convert"]["a2_scale"], stock["convert"]["a2_scale"])
 
 
+def test_activations_stay_if_the_user_says_so(
+    load: Load, shallow: dict[str, Path], damage: Callable, seen: Seen, monkeypatch: Any
+) -> None:
+    """vLLM's own choice for the same weights without input scales is the judge."""
+    load(weights_only(damage, "modelopt"), "modelopt_fp4")
+    stock = {name: dict(each) for name, each in seen.items()}
+    assert stock["keys"]["activation"] is None
+    assert stock["convert"]["use_a16"] is True
+    seen.clear()
+    monkeypatch.setenv("NVFP4_MOE_ACTIVATIONS", "bf16")
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    assert seen["keys"] == stock["keys"]
+    assert seen["convert"]["use_a16"] is True
+    assert not layer.quant_method.quantizes_activations
+    with pytest.raises(ValueError, match="contradict each other; leave one out"):
+        load(shallow["modelopt"], **ASKED)
+
+
+def test_four_over_six_is_said(
+    load: Load, shallow: dict[str, Path], seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6", "1")
+    method = load(shallow["modelopt"], **ASKED)[LAYER].routed_experts.quant_method
+    assert method.kernel == "FLASHINFER_TRTLLM (Stub, a scale for each token, four over six)"
+    # Without a scale for each token, TRT-LLM's kernels do not do it.
+    method = load(shallow["modelopt"])[LAYER].routed_experts.quant_method
+    assert method.kernel == "FLASHINFER_TRTLLM (Stub)"
+    method.nvfp4_backend = NvFp4MoeBackend.FLASHINFER_CUTLASS
+    assert method.kernel == "FLASHINFER_CUTLASS (Stub, four over six)"
+
+
 @pytest.mark.parametrize("gate", [SILU, M3, RELU2], ids=str)
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3)], ids=str)
 def test_where_it_runs(

@@ -46,6 +46,10 @@ _WEIGHT_ONLY = (NvFp4MoeBackend.MARLIN, NvFp4MoeBackend.HUMMING)
 _BY_EXPERT = (NvFp4MoeBackend.VLLM_CUTLASS, NvFp4MoeBackend.B12X)
 """Backends that take each expert's own input scale. The others that take any get the largest."""
 
+_FOUR_OVER_SIX = (NvFp4MoeBackend.FLASHINFER_CUTLASS,)
+"""Backends that read FlashInfer's variable where they round the second product's inputs. With a
+scale for each token, TRT-LLM's kernel does so for both products' (flashinfer-python 0.7.2)."""
+
 _EIGHT_BITS = {
     NvFp4MoeBackend.HUMMING: settings.humming_input,
     NvFp4MoeBackend.MARLIN: settings.marlin_input,
@@ -66,7 +70,12 @@ class VllmKernelsMethod(GpuMethod):
     def __init__(self, context: ModelContext, layer: RoutedExperts, weight_only: bool) -> None:
         super().__init__(context, layer, weight_only)
         self.per_token_activation = context.format.per_token
-        key = None if self.weight_only else kNvfp4Dynamic
+        if self.per_token_activation and settings.activations_stay():
+            raise ValueError(
+                f"{settings.ACTIVATIONS}={settings.BF16} and 'nvfp4_per_token' in "
+                "--quantization-config contradict each other; leave one out"
+            )
+        key = None if self.use_a16 else kNvfp4Dynamic
         if self.per_token_activation:
             key = kNvfp4DynamicToken
         selection = select(self.moe, kNvfp4Static, key, self.gate)
@@ -83,8 +92,9 @@ class VllmKernelsMethod(GpuMethod):
 
     @property
     def use_a16(self) -> bool:
-        """What vLLM's method calls activations that stay as they are, if the kernel can that."""
-        return self.weight_only and not self.per_token_activation
+        """What vLLM's method calls activations that are to stay as they are."""
+        stay = self.weight_only or settings.activations_stay()
+        return stay and not self.per_token_activation
 
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
@@ -96,8 +106,13 @@ class VllmKernelsMethod(GpuMethod):
 
     @property
     def kernel(self) -> str:
-        per_token = ", a scale for each token" if self.per_token_activation else ""
-        return f"{self.nvfp4_backend.value} ({self.experts_cls.__name__}{per_token})"
+        told = [self.experts_cls.__name__]
+        if self.per_token_activation:
+            told.append("a scale for each token")
+        four_over_six = self.per_token_activation or self.nvfp4_backend in _FOUR_OVER_SIX
+        if four_over_six and settings.four_over_six():
+            told.append("four over six")
+        return f"{self.nvfp4_backend.value} ({', '.join(told)})"
 
     @property
     def quantizes_activations(self) -> bool:
