@@ -208,19 +208,6 @@ def test_another_kernel_of_vllm_is_refused(
         load(shallow["modelopt"], **ASKED)
 
 
-@pytest.mark.parametrize(
-    "moe",
-    [
-        {"activation": "fp8_per_token"},
-        {"weight": "mxfp8", "activation": "nvfp4_per_token"},
-        "nvfp4_per_token",
-    ],
-)
-def test_anything_else_is_refused(load: Load, shallow: dict[str, Path], moe: Any) -> None:
-    with pytest.raises(ValueError, match="remove 'moe' from --quantization-config"):
-        load(shallow["modelopt"], quantization_config={"moe": moe})
-
-
 def test_rows_are_rounded_as_by_vllm_with_scales_of_their_own() -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 96) * torch.logspace(-6, 5, 7).unsqueeze(1)
