@@ -144,6 +144,23 @@ def test_every_code_and_every_scale(kernel: Kernel) -> None:
     assert torch.equal(out.T.double(), dequantize(codes, scales, ones))
 
 
+def test_between_the_products_ties_go_to_even(kernel: Kernel) -> None:
+    """1.0625 squared lies in the middle between two bfloat16 numbers."""
+    x = torch.full((1, 16), 0.0)
+    x[0, 0] = 1.0625
+    one = torch.zeros(16, 8, dtype=torch.uint8)
+    one[0, 0] = 2  # the code of 1.0, of row 0 and column 0
+    scales = torch.ones(1, 16, 1).to(torch.float8_e4m3fn)
+    ones, expert = torch.ones(1), torch.zeros(1, 1, dtype=torch.int32)
+    out = kernel.run(
+        x.bfloat16(), one[None], scales, ones, one[None], scales, ones, ones[None], expert, None,
+        Gate("relu2"), False, None, None,
+    )  # fmt: skip
+    squared = torch.tensor(1.0625**2)
+    rounds = kernel.instructions.takes == (torch.bfloat16,)
+    assert out[0, 0] == (squared.bfloat16() if rounds else squared)
+
+
 def test_the_same_bits_whatever_the_neighbours_and_threads(kernel: Kernel) -> None:
     torch.manual_seed(3)
     case, (weights, ids) = Case(272, 144), routing(70, EXPERTS, TOP_K)
@@ -160,6 +177,22 @@ def test_the_same_bits_whatever_the_neighbours_and_threads(kernel: Kernel) -> No
             assert torch.equal(case.run(kernel, x, weights, ids, gate), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_other_defaults_of_pytorch(kernel: Kernel) -> None:
+    """vLLM loads under the model's dtype and device as defaults, and kernels run then, too."""
+    torch.manual_seed(6)
+    case, (weights, ids) = Case(48, 32), routing(7, EXPERTS, TOP_K)
+    x = torch.randn(7, 48).bfloat16()
+    want = case.run(kernel, x, weights, ids, Gate("silu"))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            out = case.run(kernel, x, weights, ids, Gate("silu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, want)
 
 
 def test_nothing_to_do(kernel: Kernel) -> None:

@@ -146,10 +146,10 @@ class Kernel:
         for tensor in (*weight, *(each for each in optional if each is not None)):
             assert tensor.is_contiguous()
         made = [self._room(tokens, hidden), self._room(ids.numel(), inner)]
-        output = torch.zeros(tokens, hidden)
-        counts = torch.empty(2 * experts + 1 + ids.numel(), dtype=torch.int64).split(
-            [experts, experts + 1, ids.numel()]
-        )
+        # vLLM loads under the model's dtype and device as defaults.
+        output = torch.zeros(tokens, hidden, dtype=torch.float32, device="cpu")
+        lengths = [experts, experts + 1, ids.numel()]
+        counts = torch.empty(sum(lengths), dtype=torch.int64, device="cpu").split(lengths)
         at = [None if t is None else t.data_ptr() for t in (*inputs, *weight, *optional)]
         x_at, ids_at, weights_at, *weight_at, map_at, b13, b2 = at
         work = Work(
@@ -167,7 +167,7 @@ class Kernel:
         """Rows for a product's inputs, with zeros beyond the last column."""
         wide = -(-columns // self._columns) * self._columns
         new = torch.empty if wide == columns else torch.zeros
-        return new(rows, wide, dtype=self._input)
+        return new(rows, wide, dtype=self._input, device="cpu")
 
 
 def flags() -> frozenset[str]:
