@@ -5,6 +5,7 @@ variable                     meaning
 ===========================  ======================================================================
 ``NVFP4_MOE_SELF_CHECK``     ``0`` turns off the check that each kind of layer gets at load.
 ``NVFP4_MOE_HOPPER``         ``0`` leaves Hopper GPUs to vLLM's own kernels.
+``NVFP4_MOE_CPP``            ``0`` has numba compile the CPU's kernel, not the C++ compiler.
 ``NVFP4_MOE_ACTIVATIONS``    ``bf16`` (the default) or ``fp8``: what our Hopper kernel multiplies.
                              ``bf16``, if it is said: so do all kernels, whatever the checkpoint
                              says. ``nvfp4``: experts that are quantized while they load have input
@@ -16,7 +17,7 @@ variable                     meaning
 
 Beside them, the plugin respects two variables of vLLM by which users have the activations of vLLM's
 own kernels quantized, says when FlashInfer's for four over six is set, and looks at CUDA's two that
-say where its compiler is.
+say where its compiler is and at ``CXX``, the C++ compiler.
 
 Variables are read when a function here is called, not when it is imported. An empty variable counts
 as one that is not set. This module imports nothing heavy: vLLM loads it in each of its processes.
@@ -32,6 +33,7 @@ NAME = "nvfp4_moe"
 
 SELF_CHECK = "NVFP4_MOE_SELF_CHECK"
 HOPPER = "NVFP4_MOE_HOPPER"
+CPP = "NVFP4_MOE_CPP"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
 CACHE = "NVFP4_MOE_CACHE"
 ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
@@ -56,6 +58,11 @@ def self_check() -> bool:
 def hopper() -> bool:
     """Whether our kernel may be chosen on a Hopper GPU (``NVFP4_MOE_HOPPER``)."""
     return os.environ.get(HOPPER, "1") != "0"
+
+
+def cpp() -> bool:
+    """Whether the CPU's kernel may be compiled from C++ (``NVFP4_MOE_CPP``)."""
+    return os.environ.get(CPP, "1") != "0"
 
 
 def hopper_activations() -> str:
@@ -113,3 +120,8 @@ def marlin_input() -> str | None:
 def cuda_home() -> str | None:
     """CUDA's folder by ``CUDA_HOME``, else by ``CUDA_PATH``; None if neither is set."""
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
+
+
+def cxx() -> str | None:
+    """The C++ compiler, if ``CXX`` says which."""
+    return os.environ.get("CXX") or None

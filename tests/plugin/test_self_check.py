@@ -470,9 +470,10 @@ def test_a_kernel_that_routes_wrong(
 
 
 KERNELS = ("forward", "expand")
-"""The CPU's two: its loops for few tokens an expert, and what expands weights for many."""
+"""The CPU's two with numba: loops for few tokens an expert, and what expands weights for many."""
 
 
+@pytest.mark.usefixtures("numba")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_kernel_that_a_backend_chooses_among(
     load: Load, shallow: dict, monkeypatch: MonkeyPatch, kernel: str
