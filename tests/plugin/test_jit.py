@@ -97,6 +97,31 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
         jit.load("", jit.cuda("90a"))
 
 
+def test_cpp(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """For this host: by ``$CXX``, and with the names of PyTorch's OpenMP."""
+    noted = tmp_path / "cxx.log"
+    compiler = tmp_path / "my-c++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {noted}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    source = SOURCE.replace(
+        "return 42;",
+        "int n = 0;\n#pragma omp parallel for reduction(+ : n)\n"
+        "for (int i = 0; i < 42; i++) n += __AVX2__;\nreturn n;",
+    )
+    assert jit.load(source, jit.cpp("-mavx2")).answer() == 42
+    assert "-mavx2" in noted.read_text()
+    (library,) = libraries(tmp_path)
+    needed = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
+    assert "omp" not in needed
+    with pytest.raises(jit.KernelError, match=r"my-c\+\+ failed: .*no_such_type"):
+        jit.load("no_such_type x;", jit.cpp())
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX")
+    with pytest.raises(jit.KernelError, match=r"no C\+\+ compiler: neither \$CXX"):
+        jit.load(source, jit.cpp("-mavx2"))
+
+
 @pytest.mark.parametrize("what", ["source", "architecture", "compiler", "processor", "C library"])
 def test_what_the_library_depends_on(log: Path, monkeypatch: MonkeyPatch, what: str) -> None:
     jit.load(SOURCE, jit.cuda("90a"))

@@ -45,12 +45,14 @@ class Language:
         target: the processor.
         compiler: finds the compiler, or raises KernelError.
         options: what the compiler is told.
+        linked: what it is told when it links, if it is not to do that at once.
     """
 
     suffix: str
     target: str
     compiler: Callable[[], Path]
     options: tuple[str, ...]
+    linked: tuple[str, ...] = ()
 
 
 def cuda(architecture: str) -> Language:
@@ -73,16 +75,14 @@ def cpp(*options: str) -> Language:
         options: the instruction sets that may be used, such as ``-mavx2``.
     """
     # OpenMP's runtime is that of PyTorch, whose names are global: a second one would have threads
-    # of its own, on cores that vLLM has given to others.
+    # of its own, on cores that vLLM has given to others. With -fopenmp the linker asks for one.
     return Language(
         ".cpp",
         "this processor",
         lambda: cxx(),
-        (
-            "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp",
-            "-nostdlib", "-lm", "-lc", "-lgcc", *options,
-        ),
-    )  # fmt: skip
+        ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-c", *options),
+        ("-shared", "-nostdlib", "-lm", "-lc", "-lgcc"),
+    )
 
 
 def cxx() -> Path:
@@ -171,7 +171,7 @@ def build(source: str, language: Language, folder: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     # The host's part of the library needs a processor and a C library like this host's.
     host = [platform.machine(), *platform.libc_ver()]
-    key = "\0".join([version.stdout, *language.options, *host, source])
+    key = "\0".join([version.stdout, *language.options, *language.linked, *host, source])
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with _locked(library.with_suffix(".lock")):
@@ -202,12 +202,18 @@ def _compile(compiler: Path, language: Language, source: str, library: Path) -> 
         file = Path(temporary, "kernel").with_suffix(language.suffix)
         made = file.with_suffix(".so")
         file.write_text(source)
-        command = [str(compiler), "-o", str(made), str(file), *language.options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise KernelError(f"{compiler.name} failed: {(done.stderr or done.stdout)[-2000:]}")
+        compiled = file.with_suffix(".o") if language.linked else made
+        _run(compiler, "-o", compiled, file, *language.options)
+        if language.linked:
+            _run(compiler, "-o", made, compiled, *language.linked)
         made.chmod(0o755)
         made.replace(library)
+
+
+def _run(compiler: Path, *arguments: str | Path) -> None:
+    done = subprocess.run([compiler, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise KernelError(f"{compiler.name} failed: {(done.stderr or done.stdout)[-2000:]}")
 
 
 def load(source: str, language: Language) -> ctypes.CDLL:
