@@ -15,7 +15,7 @@ from quantize.experts.gates import Gate
 from tests.plugin.reference import dequantize, m3_gate, relu2, routed
 from tests.plugin.test_layer import OTHER_GATES, relative, routing
 from vllm_nvfp4_moe import settings
-from vllm_nvfp4_moe.backends.cpu import forward
+from vllm_nvfp4_moe.backends.cpu import forward, huge_pages
 from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
 from vllm_nvfp4_moe.kernels.cpu.kernel import ANY, FORMS, INSTRUCTIONS, Instructions, Kernel
@@ -311,3 +311,22 @@ def test_what_its_own_arithmetic_is_worth(kernel: Kernel) -> None:
     truth = routed(x, case.plain, weights, ids, OTHER_GATES["silu", 1.0, None])
     case.s2 = case.s2.view(torch.uint8).roll(1, -1).view(case.s2.dtype).contiguous()
     assert relative(case.run(kernel, x, weights, ids, Gate("silu")), truth) > 100 * bound(kernel)
+
+
+def test_huge_pages() -> None:
+    """Where the kernel of Linux has them, weights lie in them."""
+    has = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    tensor = torch.empty(64 << 20, dtype=torch.uint8)  # not from what was freed before
+    asked = huge_pages.advise(tensor)
+    assert asked == (has.exists() and "[never]" not in has.read_text())
+    tensor.fill_(1)
+    sizes, inside = {}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if "-" in name and not name.endswith(":"):
+            begin, end = (int(part, 16) for part in name.split("-"))
+            inside = begin <= tensor.data_ptr() + (32 << 20) < end
+        elif inside:
+            sizes[name] = int(rest[0]) if rest[0].isdigit() else 0
+    assert (sizes["AnonHugePages:"] > 0) == asked
+    assert not huge_pages.advise(torch.empty(1 << 20, dtype=torch.uint8))

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_nvfp4_moe import quirks
+from vllm_nvfp4_moe.backends.cpu import huge_pages
 from vllm_nvfp4_moe.backends.cpu.forward import MANY, experts_forward
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
@@ -47,6 +48,11 @@ class CpuMethod(NvFp4MoEMethod):
     @property
     def kernel(self) -> str:
         return "the CPU kernel"
+
+    def create_weights(self, layer: RoutedExperts, *args: Any, **more: Any) -> None:
+        super().create_weights(layer, *args, **more)
+        for parameter in layer.parameters():
+            huge_pages.advise(parameter.data)
 
     def prepare_router(self, layer: RoutedExperts) -> None:
         quirks.use_grouped_routing(layer)

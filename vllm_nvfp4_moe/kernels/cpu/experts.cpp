@@ -66,11 +66,14 @@ void multiply(const uint8_t* const* codes, const uint8_t* const* scales, const I
     for (auto& row : sums)
         for (auto& each : row) each = zero();
     const int64_t whole = columns / COLUMNS;
+    // The next rows but a few: hardware sees no stream, since each row is a short one.
+    const int64_t ahead = R * (columns / 2);
     for (int64_t c = 0; c < whole; c++)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const Weights weights =
-                decode(codes[r] + c * (COLUMNS / 2), scales[r] + c * (COLUMNS / 16));
+            const uint8_t* at = codes[r] + c * (COLUMNS / 2);
+            if (c % (128 / COLUMNS) == 0) __builtin_prefetch(at + ahead);
+            const Weights weights = decode(at, scales[r] + c * (COLUMNS / 16));
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) add(sums[r][t], weights, x[t] + c * COLUMNS);
         }
