@@ -89,7 +89,7 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
     tasks = list(comparison.tasks())
     report.problems += comparison.problems
     lost: dict[str, list[Lost]] = {weights.prefix: [] for weights in comparison.weights}
-    lost |= {BASE: []} if comparison.base else {}
+    lost |= {linear.prefix: [] for linear in comparison.base}
     before = len(report.problems)
     for part, nbytes in _in_threads(comparison.source, tasks, cores(comparison.memory)):
         report.problems += part.problems
@@ -131,8 +131,8 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
 
 def _worst(comparison: Comparison, prefix: str, lost: list[Lost]) -> Worst | None:
     """The weight of a layer that lost most, and its worst block, for which it is read again."""
-    if prefix == BASE:
-        return None
+    if all(weights.prefix != prefix for weights in comparison.weights):
+        return None  # in 8 bits
     finite = [weight for weight in lost if math.isfinite(weight.noise)]
     if not finite:
         return None
