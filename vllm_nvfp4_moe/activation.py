@@ -93,6 +93,24 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
         )
 
 
+def differs(layer: RoutedExperts, gate: Gate) -> str | None:
+    """The gate that ``layer`` is set to, if that is another than ``gate``; else None.
+
+    This is for experts that another method than ours runs: it applies what vLLM's class for the
+    model says. GPT-OSS's alternates gate and up in memory, which only that class knows.
+    """
+    forms = [VLLM_NAME.get(gate.form)]
+    if gate.form == "swiglu_oai":
+        forms.append(MoEActivation.SWIGLUOAI)
+    pairs = (
+        (gate.alpha, layer.swiglu_alpha),
+        (gate.beta, layer.swiglu_beta),
+        (gate.limit, layer.swiglu_limit),
+    )
+    same = gate.form != "swiglu_oai" or all(b is None or a == b for a, b in pairs)
+    return None if layer.activation in forms and same else engine_gate(layer)
+
+
 def _has_kernel(gate: Gate) -> bool:
     """Whether this platform's kernels can apply the gate's numbers."""
     if current_platform.is_cpu():  # this package's own kernels apply all forms

@@ -184,12 +184,26 @@ class ExpertsConfig(Format, QuantizationConfig):
                     f"but {module} is: vLLM would take its codes for weights. Correct the "
                     "quantization_config, or quantize the model again"
                 )
+            self._check_gate(layer)
             self.context.summary.left(prefix)
         method = self.method_of_layout(layer, prefix)
         if method is not None and not self._watched:
             self._watched = True
             self._watch(method)
         return method
+
+    def _check_gate(self, layer: RoutedExperts) -> None:
+        """Refuse experts that are left to a method of vLLM's, if it would apply another gate."""
+        from vllm_nvfp4_moe.activation import differs
+
+        assert self.gates is not None
+        gate = self.gates.of(layer.layer_name)
+        if not gate.post_norm and (found := differs(layer, gate)) is not None:
+            raise RefusedError(
+                f"{layer.layer_name}: its experts are not NVFP4, so that vLLM's own method runs "
+                f"them, and that would apply {found}; the checkpoint's apply {gate}. Try another "
+                "--model-impl, or quantize all layers to NVFP4 (without --bits or --exclude)"
+            )
 
     @cached_property
     def _drafting(self) -> list[str] | None:

@@ -100,7 +100,8 @@ def within_bits(
             if own is not None:
                 own.make()
             folder = own.folder / MEASURED if own else kept.folder
-            _measure(checkpoint, plan, samples, kept, undone, folder, device, limited, progress, say)
+            what = checkpoint, plan, samples, kept, undone, folder, device
+            _measure(*what, limited, progress, say)
     losses: dict[str, dict[str, float]] = {prefix: defaultdict(float) for prefix in layers}
     for group in plan.groups:
         for name, loss in kept.of(group).items():
@@ -122,14 +123,12 @@ def summary(choice: Choice) -> str:
     counts += [f"{name} {', '.join(numbers)}" for name, numbers in sorted(layers.items())]
     all_nvfp4 = sum(losses[NVFP4] for losses in choice.losses.values())
     return (
-        f"--bits {choice.bits:g}: {'; '.join(counts)}. {choice.taken:.3f} bits a weight, loss about "
-        f"{choice.loss:.3g} nats a token (all in NVFP4, rounded to nearest: {all_nvfp4:.3g})"
+        f"--bits {choice.bits:g}: {'; '.join(counts)}. {choice.taken:.3f} bits a weight. Loss by "
+        f"rounding to nearest about {choice.loss:.3g} nats a token, {all_nvfp4:.3g} all in NVFP4"
     )
 
 
-def _planned(
-    checkpoint: Checkpoint, plan: Plan, options: Options, formats: dict[str, str]
-) -> Plan:
+def _planned(checkpoint: Checkpoint, plan: Plan, options: Options, formats: dict[str, str]) -> Plan:
     chosen = plan_of(checkpoint, replace(options, formats=tuple(formats.items())), plan.gates)
     used = plan.options.calibration
     return replace(chosen, options=replace(chosen.options, calibration=used))

@@ -159,7 +159,8 @@ class LossGatherer:
                 return [one.weight.dequantize() for one in found]
 
             gate_up, (down,) = in_nvfp4(list(weights.gate_up)), in_nvfp4([weights.down])
-            return weights.replaced(tuple(gate_up), down), _in_nvfp4 if self._activations else _as_is
+            rounds = _in_nvfp4 if self._activations else _as_is
+            return weights.replaced(tuple(gate_up), down), rounds
         base = BASES[name]
         *gate_up, down = (
             base.decode(*base.encode(weight)) for weight in (*weights.gate_up, weights.down)

@@ -20,10 +20,10 @@ NVFP4, BF16 = "nvfp4", "bf16"
 """The names of the formats that are not in ``BASES``."""
 
 MEASURED = "measured"
-"""The name of the folder of losses in a record's folder, and of that of states in ``--work-dir``."""
+"""The name of the folder of losses in a record's folder, and of states in ``--work-dir``."""
 
 LEAST, MOST = 4 + 8 / 16, 16.0
-"""Bits of a weight in NVFP4, its share of a block scale included, and of one that stays bfloat16."""
+"""Bits of a weight in NVFP4, its share of a block scale included, and in bfloat16."""
 
 Losses = Mapping[str, Mapping[str, float]]
 """By the prefix of a layer's experts and the name of a format: what the layer loses in it, nats a

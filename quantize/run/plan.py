@@ -313,7 +313,19 @@ def plan(
         *other_parts(checkpoint, stays),
         *bare_fp8(checkpoint),
     )
-    made = Plan(decided, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes, eight_bit)
+    made = Plan(
+        decided,
+        found,
+        groups,
+        dense,
+        rounded,
+        gates,
+        layout,
+        sorted(left),
+        shards,
+        notes,
+        eight_bit,
+    )
     if not made.quantizes and decided.scales != Options.scales:
         raise QuantizeError(
             f"--scales {decided.scales}: {checkpoint.folder} is NVFP4 already, and its scales are "

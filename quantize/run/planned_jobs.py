@@ -49,8 +49,10 @@ def jobs_of(
             interleaved = gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
                 for job in expert_jobs(checkpoint, group, expert, interleaved, layout, rule):
-                    rounds = group.prefix in formats and isinstance(job, QuantizeExpert)
-                    yield RoundExpert(job, formats[group.prefix]) if rounds else job
+                    if group.prefix in formats and isinstance(job, QuantizeExpert):
+                        yield RoundExpert(job, formats[group.prefix])
+                    else:
+                        yield job
         elif name in sets and checkpoint.is_nvfp4(name):
             rows, columns = info.shape
             nbytes = checkpoint.stored_bytes(name)

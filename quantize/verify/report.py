@@ -95,8 +95,8 @@ def _base_problems(
         elif of is not None:
             after = 0
             for module, base in modules.items():
-                shape = target.tensors[f"{module}.{CODES}"].shape
-                stored = stored_base(module, shape[:2], base, layout.name, key != BASE)
+                rows, columns = target.tensors[f"{module}.{CODES}"].shape
+                stored = stored_base(module, (rows, columns), base, layout.name, key != BASE)
                 after += sum(out.nbytes for out in stored)
             for name, ours, theirs in (
                 ("bytes_before", before.get(key), of.bytes_before),
@@ -106,7 +106,8 @@ def _base_problems(
             ):
                 if ours is not None and ours != theirs:
                     yield (
-                        f"{REPORT_DATA}: {what}: {name} is {theirs}, but it is {ours}; quantize again"
+                        f"{REPORT_DATA}: {what}: {name} is {theirs}, but it is {ours}; quantize "
+                        "again"
                     )
 
 

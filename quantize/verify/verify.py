@@ -22,7 +22,7 @@ from quantize.nvfp4.format import BLOCK
 from quantize.run.worker import Worker
 from quantize.run.workers import cores, threads_of_our_own
 from quantize.verify.base import BaseLinear, base_modules
-from quantize.verify.claims import BASE, Claims, read_claims
+from quantize.verify.claims import Claims, read_claims
 from quantize.verify.compare import Comparison, Task
 from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
 from quantize.verify.files import file_problems

@@ -1,5 +1,5 @@
-"""Formats of 8 bits for what is beside NVFP4 experts: attention, shared experts, dense layers, and the
-experts of other layers.
+"""Formats of 8 bits for what is beside NVFP4 experts: attention, shared experts, dense layers, and
+the experts of other layers.
 
 Start at ``BASES`` (all of them by name) and ``quantize.layouts.base.base_format``. To add one,
 write one file here and add one line to ``BASES``.

@@ -65,7 +65,7 @@ class BaseFormat(Protocol):
         """Float32 ``[out, in]`` of what :meth:`encode` returns."""
 
     def round_inputs(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs ``[n, in]`` as the format's kernels round them while they run, in ``x``'s dtype."""
+        """Inputs ``[n, in]`` as the format's kernels round them while they run, in their dtype."""
 
 
 def stored_base(

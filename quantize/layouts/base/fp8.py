@@ -3,8 +3,8 @@
 The scale is ``amax / 448`` of its block, and codes are rounded to nearest, ties to even. Sources:
 ModelOpt's ``FP8_PB_WO`` (scales ``[out / 128, 1, in / 128, 1]``), compressed-tensors' preset
 ``FP8_BLOCK`` (``[out / 128, in / 128]``), and vLLM 0.32's readers of both (``KFp8Block128``,
-``CompressedTensorsW8A8Fp8``). Kernels quantize activations for each token and 128 inputs. vLLM reads
-ModelOpt's experts by the method for DeepSeek's (``Fp8MoEMethod``), so these have DeepSeek's names.
+``CompressedTensorsW8A8Fp8``). Kernels quantize activations for each token and 128 inputs. vLLM
+reads ModelOpt's experts as DeepSeek's (``Fp8MoEMethod``), so their scales have DeepSeek's name.
 """
 
 from __future__ import annotations
