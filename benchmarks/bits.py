@@ -2,17 +2,17 @@
 
     python -m benchmarks.bits SOURCE FOLDER [--budgets 4.5 5.2 ...] [--modelopt] [--rows 48]
 
-FOLDER was made of SOURCE by ``nvfp4-moe quantize SOURCE FOLDER --bits 4.5 --calibrate TEXT``: all of
+FOLDER was made of SOURCE by ``nvfp4-moe quantize SOURCE FOLDER --bits 4.5 --calibrate TEXT``: all
 its experts are NVFP4, and its report has each layer's loss in each format. What ``--bits`` writes
 for another budget has the same tensors in the layers that stay NVFP4 (calibration gives each layer
-what the unquantized model does), so for each budget those of FOLDER are taken, and experts in 8
-bits are rounded here (``tests/quantize/test_bits.py`` holds the command to that).
+what the unquantized model does). So for each budget those of FOLDER are taken, and experts in 8
+bits are rounded here.
 
 ModelOpt (``benchmarks.peers``) may choose among NVFP4, FP8 and bf16 for each layer's experts, and
 everything else is disabled; ``effective_bits`` counts what is disabled too, so it is given the
-budget that leaves the experts as much. KL and text are those of ``benchmarks.accuracy``: **weights**
-alone, and **with activations** rounded as each layer's format has them. ModelOpt's FP8 has one scale
-for a tensor, ours for 128 x 128 weights and a token.
+budget that leaves the experts as much. KL and text are those of ``benchmarks.accuracy``:
+**weights** alone, and **with activations** rounded as each layer's format has them. ModelOpt's FP8
+has one scale for a tensor, ours for 128 x 128 weights, and here for a token.
 """
 
 from __future__ import annotations

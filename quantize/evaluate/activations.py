@@ -90,8 +90,7 @@ class RoundedInputs(ExpertWeights):
 
 
 class Nvfp4Inputs(NullVisitor):
-    """A visitor that rounds the inputs of experts in NVFP4 that have input scales, and of those in 8
-    bits."""
+    """A visitor that rounds the inputs of experts in NVFP4 with input scales, and in 8 bits."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint

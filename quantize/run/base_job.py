@@ -133,9 +133,11 @@ def _round(
     """Write one weight as codes and scale, ``stored``; returns what it lost."""
     if not torch.isfinite(weight).all():
         files = worker.checkpoint.files_of(job.tensor_names)
+        read = [name for name in job.tensor_names if name != f"{module}.weight"]
+        of = f" ({', '.join(read)})" if len(read) == len(job.tensor_names) else ""
         raise DamagedWeightsError(
-            f"{', '.join(sorted(files))}: {module} ({', '.join(job.tensor_names)}) holds NaN or "
-            "infinite weights; the source is damaged: get it again, and go on with --resume",
+            f"{', '.join(sorted(files))}: {module}.weight{of} holds NaN or infinite weights; the "
+            "source is damaged: get it again, and go on with --resume",
             files,
         )
     codes, scale = base.encode(weight)

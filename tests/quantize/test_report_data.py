@@ -18,6 +18,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.report import (
     BaseReport,
+    BitsReport,
     CalibrationReport,
     ExpertStats,
     LayerReport,
@@ -130,7 +131,7 @@ def test_a_run_leaves_both(saved: Callable[[str], Path], tmp_path: Path) -> None
 
 def test_the_documentation_has_every_field() -> None:
     page = (ROOT / "docs" / "users" / "report.md").read_text(encoding="utf-8")
-    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport, BaseReport):
+    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport, BaseReport, BitsReport):
         for field in fields(kind):
             assert f"`{field.name}`" in page
             assert f'"{field.name}"' in page  # in the example
