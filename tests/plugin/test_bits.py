@@ -152,14 +152,30 @@ def test_layers_that_stay(load: Load, made: Callable, source: Path, layout: str)
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "bf16"])
 @pytest.mark.usefixtures("as_loaded")
-def test_another_gate_is_refused(
-    load: Load, random_m3: dict[int, Path], tmp_path: Path, name: str
+def test_they_apply_the_checkpoints_gate(
+    load: Load, random_m3: dict[int, Path], tmp_path: Path, name: str, monkeypatch: Any
 ) -> None:
-    """vLLM's Transformers backend applies SiLU, and only our own methods are told better."""
+    """vLLM's Transformers backend says SiLU, whatever the model's class does."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    # As GPUs' kernels do.
+    monkeypatch.setattr(CPUUnquantizedExperts, "_supports_activation", lambda activation: True)
     formats = (("model.layers.2.mlp.experts", name),)
     checkpoints.convert(random_m3[3], tmp_path / "out", bits=9.0, formats=formats)
-    message = (
-        r"layers\.2\.mlp\.experts: its experts are not NVFP4.* apply silu; .* apply swiglu_oai"
-    )
+    layer = load(tmp_path / "out")["model.layers.2.mlp.experts"].routed_experts
+    assert not isinstance(layer.quant_method, NvFp4MoEMethod)
+    for owner in (layer, layer.quant_method.moe):
+        assert owner.activation.value == "swigluoai_uninterleave"
+        assert (owner.swiglu_alpha, owner.swiglu_beta, owner.swiglu_limit) == (1.702, 1.0, 7.0)
+
+
+@pytest.mark.parametrize("name", ["fp8", "bf16"])
+def test_a_gate_without_kernels_is_refused(
+    load: Load, random_m3: dict[int, Path], tmp_path: Path, name: str
+) -> None:
+    """vLLM's own kernels for CPUs do not apply MiniMax-M3's."""
+    formats = (("model.layers.2.mlp.experts", name),)
+    checkpoints.convert(random_m3[3], tmp_path / "out", bits=9.0, formats=formats)
+    message = r"layers\.2\.mlp\.experts: the checkpoint's experts apply swiglu_oai.* apply silu"
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "out")

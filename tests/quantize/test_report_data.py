@@ -44,6 +44,13 @@ FULL = run(
     dense=layer(4, projections=("weight",), errors=[(0.1,)], names=("lm_head",), gate=""),
     calibration=CalibrationReport(NASTY, 4, 128, "gptq", False, 32),
     fingerprint="0123abcd",
+    bits=BitsReport(
+        4.75,
+        4.7,
+        {"layers.0": "nvfp4", NASTY: "fp8"},
+        {NASTY: {"nvfp4": 0.5, "fp8": 0.001}},
+        [BaseReport("fp8", [f"{NASTY}.experts.0.up_proj"], [NAN], 16, 8)],
+    ),
 )
 
 
