@@ -193,8 +193,8 @@ class ExpertsConfig(Format, QuantizationConfig):
         return method
 
     def _set_gate(self, layer: RoutedExperts) -> None:
-        """Set experts that a method of vLLM's will run to the checkpoint's gate, if vLLM's class for
-        the model, its Transformers backend for example, has set them to another.
+        """Set experts that a method of vLLM's will run to the checkpoint's gate, if vLLM's class
+        for the model, its Transformers backend for example, has set them to another.
 
         Raises:
             ValueError: if vLLM has no kernels for it.

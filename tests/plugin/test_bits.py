@@ -59,10 +59,12 @@ def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
 
 @pytest.fixture
 def as_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What vLLM's methods for experts of 8 bits load stays as it is, and no kernel is looked for."""
+    """What vLLM's methods for experts of 8 bits load stays so, and no kernel is looked for."""
     from vllm.model_executor.layers.quantization import fp8, modelopt
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_fp8 as ct_fp8,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_mxfp8 as ct_mxfp8,
     )
 

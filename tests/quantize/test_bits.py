@@ -387,6 +387,13 @@ def test_the_command(
     assert problems(qwen, tmp_path / "out") == []
     page = (tmp_path / "out/nvfp4_moe_report.html").read_text()
     assert "experts in FP8" in page
+    # Layers that stay NVFP4 are calibrated as if all did: benchmarks.bits rests on that.
+    assert run(*command[:2], tmp_path / "all", *command[3:-1], "4.5").exit_code == 0
+    found, whole = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "all"))
+    for prefix, name in report.formats.items():
+        names = [key for key in whole if key.startswith(f"{prefix}.")]
+        same = all(key in found and torch.equal(found[key], whole[key]) for key in names)
+        assert same is (name == "nvfp4")
 
 
 @pytest.mark.parametrize(
