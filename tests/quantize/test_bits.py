@@ -370,7 +370,7 @@ def test_the_command(
         raise QuantizeError("interrupted here")
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.execute.collect", interrupt)
+        patch.setattr("quantize.execute.calibrate", interrupt)
         assert run(*command).exit_code == 1
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "_measure", interrupt)
