@@ -1,6 +1,7 @@
 """One routed-experts layer in vLLM: our Hopper kernels beside Humming, Marlin and bf16, in one run.
 
     python -m benchmarks.moe_layer [--shapes minimax-m3] [--tp 1 2 4 8] [--out results.json]
+    python -m benchmarks.moe_layer --device cpu --shapes minimax-m3-16 --tp 1 --bandwidth 0.02
     python -m benchmarks.moe_layer --table results.json    Markdown of saved runs, without a GPU
 
 Every kernel runs in the layer that vLLM builds, from the same random weights (bf16 gets them
@@ -383,13 +384,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds to stop after")
     parser.add_argument("--out", type=Path, help="results in JSON, written after each row")
     parser.add_argument("--table", nargs="+", type=Path, help="print these saved runs, and stop")
-    parser.add_argument("--device", default="cuda", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cuda", choices=WAYS)
     args = parser.parse_args(arguments)
     if min(args.tokens) < 1:
         parser.error("--tokens: at least 1")
     if args.rounds < 2:
         parser.error("--rounds: at least 2, for quartiles")
-    args.kernels = [name for name in TITLES if name in args.kernels]  # ours first
+    here = WAYS[args.device]
+    args.kernels = [name for name in TITLES if name in here and name in args.kernels]  # ours first
     return args
 
 

@@ -75,6 +75,8 @@ MORE = {
         Shape("gpt-oss-120b", 128, 2880, 2880, 4, CLAMPED, biased=True),
         # What biases cost is the difference.
         Shape("gpt-oss-120b-unbiased", 128, 2880, 2880, 4, CLAMPED),
+        # A part of MiniMax-M3's layer, for CPUs: vLLM's bf16 experts take SiLU alone there.
+        Shape("minimax-m3-16", 16, 6144, 3072, 4),
     )
 }
 

@@ -183,7 +183,7 @@ def _measure(
         {prefix: formats_of(groups) for prefix, groups in layers.items()},
         undone,
         plan.options.scales,
-        plan.layout is not plan.layout.weights_only,
+        used.input_scale_rule if plan.layout is not plan.layout.weights_only else None,
     )
     state = CalibrationProgress(plan, model, store, undone, progress)
     forward_backward(run, visitor, state)

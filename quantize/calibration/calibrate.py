@@ -70,7 +70,7 @@ def calibrate(
     visitor: Visitor
     counts = None if settings.every_expert else TokenCounts(undone, say)
     if settings.method is None:
-        visitor = RangeGatherer(checkpoint, Ranges(staged.folder), undone, settings.every_expert)
+        visitor = RangeGatherer(checkpoint, Ranges(staged.folder), undone, settings)
     else:
         visitor = Quantizer(checkpoint, staged, undone, plan.layout, settings, plan.options.scales)
     caches = plan.caches

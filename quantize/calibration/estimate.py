@@ -147,7 +147,7 @@ def measure(
     computed = clock()
     visitor: Visitor
     if settings.method is None:
-        visitor = RangeGatherer(checkpoint, cast(Any, None), [group], settings.every_expert)
+        visitor = RangeGatherer(checkpoint, cast(Any, None), [group], settings)
     else:
         visitor = Quantizer(
             checkpoint, cast(Any, _Nowhere()), [group], plan.layout, settings, plan.options.scales

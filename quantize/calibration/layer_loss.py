@@ -27,13 +27,14 @@ import torch
 
 from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
-from quantize.calibration.input_scales import input_scale
 from quantize.calibration.routing import Routing
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.base import BASES
 from quantize.nvfp4.activations import round_nvfp4
+from quantize.nvfp4.input_scales import INPUT_RULES
+from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
 from quantize.run.bits import BF16, NVFP4
@@ -90,7 +91,8 @@ class LossGatherer:
         formats: those that each layer may have, by its prefix (``quantize.run.bits.formats_of``).
         groups: the experts whose losses are wanted; it lets others pass.
         rule: the scale rule of NVFP4.
-        activations: kernels of NVFP4 layers round inputs too; those of other formats always do.
+        inputs: the rule for input scales by which kernels of NVFP4 layers round inputs too, one of
+            ``INPUT_RULES``; None: they do not. Those of 8 bits always do.
     """
 
     def __init__(
@@ -100,14 +102,14 @@ class LossGatherer:
         formats: dict[str, list[str]],
         groups: list[ExpertGroup],
         rule: str,
-        activations: bool,
+        inputs: str | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._kept = kept
         self._formats = formats
         self._groups = groups
         self._rule = rule
-        self._activations = activations
+        self._inputs = inputs
 
     def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
         """Prepare for the group's experts."""
@@ -159,19 +161,18 @@ class LossGatherer:
                 return [one.weight.dequantize() for one in found]
 
             gate_up, (down,) = in_nvfp4(list(weights.gate_up)), in_nvfp4([weights.down])
-            rounds = _in_nvfp4 if self._activations else _as_is
-            return weights.replaced(tuple(gate_up), down), rounds
+            return weights.replaced(tuple(gate_up), down), self._in_nvfp4
         base = BASES[name]
         *gate_up, down = (
             base.decode(*base.encode(weight)) for weight in (*weights.gate_up, weights.down)
         )
         return weights.replaced(tuple(gate_up), down), base.round_inputs
 
-
-def _as_is(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def _in_nvfp4(x: torch.Tensor) -> torch.Tensor:
-    """Inputs as kernels round them with the scale that calibration would give them."""
-    return round_nvfp4(x, torch.tensor(input_scale(float(x.abs().amax())), device=x.device))
+    def _in_nvfp4(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs as kernels round them with the scale that calibration would give them."""
+        if self._inputs is None:
+            return x
+        magnitudes = Magnitudes()
+        magnitudes.add(x)
+        scale = INPUT_RULES[self._inputs](magnitudes)
+        return round_nvfp4(x, torch.tensor(scale, device=x.device))

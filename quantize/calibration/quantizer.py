@@ -20,6 +20,8 @@ from quantize.calibration.second_moments import SecondMoments
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import Layout
+from quantize.nvfp4.input_scales import INPUT_RULES
+from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, quantize_weights
 from quantize.nvfp4.rounding import METHODS
@@ -65,7 +67,7 @@ class Quantizer:
         if self._group is None:
             return
         self._findings = Findings(group.prefix)
-        self._largest: list[tuple[float, float]] = []
+        self._magnitudes: list[tuple[Magnitudes, Magnitudes]] = []
         self._undersampled: set[int] = set()
         self._routing = routing
         self._waiting: list[tuple[int, ExpertWeights]] = []
@@ -107,7 +109,8 @@ class Quantizer:
         if group is None:
             return
         self._quantize_waiting(group)
-        scales = input_scales(self._largest, self._undersampled)
+        rule = INPUT_RULES[self._settings.input_scale_rule]
+        scales = input_scales(self._magnitudes, self._undersampled, rule)
         for expert, (gate_up, down) in enumerate(scales):
             modules = group.modules(expert)
             for module, scale in zip(modules, [gate_up] * (len(modules) - 1) + [down], strict=True):
@@ -150,13 +153,13 @@ class Quantizer:
             intermediate = SecondMoments(group.intermediate, device)
             for chunk in tokens(number):
                 intermediate.add(weights.intermediate(chunk.x, found), chunk.weights)
-            if not math.isfinite(intermediate.largest):
+            if not math.isfinite(intermediate.magnitudes.largest):
                 raise damaged(self._checkpoint, group, number, OF_TEXT)
             downs[number] = Product([weights.down], intermediate, gradients[number])
         down_results = self._round(group, downs, rules, kernel)
         for number, _ in experts:
             gate_up, down = gate_ups[number], downs[number]
-            self._largest.append((gate_up.inputs.largest, down.inputs.largest))
+            self._magnitudes.append((gate_up.inputs.magnitudes, down.inputs.magnitudes))
             findings = self._findings
             findings.tokens.append(int(self._routing.counts[number]))
             findings.rules.append(rules[number])

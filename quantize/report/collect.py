@@ -84,7 +84,8 @@ def _kv_scales(checkpoint: Checkpoint, plan: Plan, record: Record) -> dict[str, 
 def _settings(used: Calibration) -> CalibrationReport:
     samples, length = used.num_samples, used.sequence_length
     method, every = used.method or "", used.every_expert
-    return CalibrationReport(used.text, samples, length, method, every, MIN_TOKENS)
+    rule = used.input_scale_rule
+    return CalibrationReport(used.text, samples, length, method, every, MIN_TOKENS, rule)
 
 
 def _layer(

@@ -33,6 +33,7 @@ class CalibrationReport:
         every_expert: experts were calibrated with all tokens, not only those routed to them.
         min_tokens: an expert with fewer tokens is rounded to nearest instead, and has its layer's
             input scales.
+        input_scale_rule: how input scales were found from the experts' inputs.
     """
 
     text: str
@@ -41,6 +42,7 @@ class CalibrationReport:
     method: str
     every_expert: bool
     min_tokens: int
+    input_scale_rule: str = "max"
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ def loads(text: str | bytes) -> RunReport:
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):
             if parts[name]:
-                parts[name] = CalibrationReport(**_fields(CalibrationReport, parts[name]))
+                values = {"input_scale_rule": "max"} | parts[name]  # older reports have none
+                parts[name] = CalibrationReport(**_fields(CalibrationReport, values))
         if parts["base"]:
             parts["base"] = _base(parts["base"])
         if parts["bits"]:

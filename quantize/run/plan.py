@@ -28,6 +28,7 @@ from quantize.experts.layers import (
 )
 from quantize.experts.names import ignored_modules
 from quantize.experts.parts import other_part
+from quantize.experts.strangers import check_no_strangers
 from quantize.layouts import LAYOUTS
 from quantize.layouts.base import BASES
 from quantize.layouts.beside import Beside
@@ -259,6 +260,8 @@ def plan(
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
     eight_bit = [group for group in found if dict(options.formats).get(group.prefix) in BASES]
+    # What stays is copied with whatever lies beside it, but a model that is run needs all of it.
+    check_no_strangers(checkpoint, found if options.calibration else groups + eight_bit)
     base = BASES[options.base] if options.base else None
     converted = convertible_linears(checkpoint, found, options.takes)
     candidates = [

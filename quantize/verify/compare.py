@@ -20,6 +20,7 @@ from quantize.experts import linears
 from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.experts.strangers import check_no_strangers
 from quantize.layouts.base import BASES
 from quantize.layouts.base.base_format import BaseFormat
 from quantize.layouts.layout import INPUT_SCALE, Layout
@@ -72,6 +73,7 @@ class Comparison:
         groups = find(self.source, self._asked)
         quantized = [group for group in groups if self._is_quantized(group)]
         eight_bit = [group for group in groups if self._is_eight_bit(group)]
+        check_no_strangers(self.source, quantized + eight_bit)
         self.experts_left = {g.prefix for g in groups if g not in quantized + eight_bit}
         self.experts_left.update(left_as_is(self.source))
         dense = [
