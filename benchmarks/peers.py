@@ -128,6 +128,68 @@ def without_inputs(model: Any) -> None:
     mtq.disable_quantizer(model, "*input_quantizer")
 
 
+def auto_quantize(
+    model: Any, bits: float, rows: Rows, recipe: str, scores: Path, batch: int = 4
+) -> tuple[Any, dict[str, str], float]:
+    """``model`` as ModelOpt's ``auto_quantize`` makes it, its routed experts alone.
+
+    Args:
+        bits: a weight of the experts may take on average.
+        rows: text that calibrates, and whose gradients score.
+        recipe: the name of ModelOpt's config for NVFP4; for 8 bits it has ``FP8_DEFAULT_CFG``.
+        scores: a file of its scores, which are the same for all budgets: it is made, or read.
+
+    Returns:
+        the model; by the experts' module path, ``nvfp4``, ``fp8`` or ``bf16``; and the bits that a
+        weight of the experts takes.
+
+    Raises:
+        PeerError: if ModelOpt fails.
+    """
+    import modelopt.torch.quantization as mtq
+
+    weights = {
+        name: sum(p.numel() for p in module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+    }
+    others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    beside = sum(model.get_submodule(name).weight.numel() for name in others)
+    total = sum(weights.values())
+
+    def loss(output: Any, ids: torch.Tensor) -> torch.Tensor:
+        logits = output.logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+
+    parts = [part.to(model.device) for part in torch.tensor(rows).split(batch)]
+    try:
+        model, state = mtq.auto_quantize(
+            model,
+            # It counts all linears.
+            constraints={"effective_bits": (bits * total + 16 * beside) / (total + beside) + 1e-9},
+            quantization_formats=[recipe, "FP8_DEFAULT_CFG"],
+            data_loader=parts,
+            forward_step=lambda model, ids: model(input_ids=ids, use_cache=False),
+            loss_func=loss,
+            disabled_layers=others,
+            num_calib_steps=len(parts),
+            num_score_steps=len(parts),
+            checkpoint=str(scores),
+        )
+    except Exception as error:  # whatever fails in there, the table goes on
+        raise PeerError(f"{type(error).__name__}: {error}") from error
+    names = {recipe: "nvfp4", "FP8_DEFAULT_CFG": "fp8", "NONE": "bf16"}
+    found = {}
+    for key, chosen in state["best"]["recipe"].items():
+        name = key.removesuffix(".quant_recipe")
+        if name in weights:
+            found[name] = names[str(chosen).partition("(")[0]]
+    if found.keys() != weights.keys():
+        raise PeerError(f"ModelOpt chose for {', '.join(found) or 'no experts'} alone")
+    taken = {"nvfp4": 4.5, "fp8": 8.0, "bf16": 16.0}
+    return model, found, sum(taken[found[n]] * weights[n] for n in weights) / total
+
+
 LLM_COMPRESSOR = ("data-free", "GPTQ")
 
 _SCRIPT = r"""

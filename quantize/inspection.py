@@ -62,8 +62,8 @@ def expert_rows(checkpoint: Checkpoint, plan: Plan) -> list[ExpertRow]:
 
 def other_rows(checkpoint: Checkpoint, plan: Plan) -> list[OtherRow]:
     """One row for each kind of tensor that stays as it is, largest first."""
-    quantized = tensor_names_of(plan.groups) | {name for names in plan.dense for name in names}
-    quantized.update(plan.base)
+    quantized = tensor_names_of(plan.groups + plan.eight_bit)
+    quantized.update(plan.base, (name for names in plan.dense for name in names))
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, info in checkpoint.tensors.items():
         if name not in quantized:

@@ -51,10 +51,13 @@ def engine_gate(layer: RoutedExperts) -> str:
     return f"{layer.activation.value}({said})" if said else layer.activation.value
 
 
-def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
+def apply_contract(layer: RoutedExperts, gate: Gate, ours: bool = True) -> None:
     """Set ``layer`` and its ``moe_config``, which it shares with its runner, to ``gate``.
 
     This must run before kernels are chosen, since the choice depends on the activation.
+
+    Args:
+        ours: a backend of this package runs the layer; else one of vLLM's own methods does.
 
     Raises:
         ValueError: if vLLM's kernels cannot apply the gate in this layer; the message has the gate
@@ -71,7 +74,7 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
     if (
         activation is None
         or gate.interleaved
-        or not _has_kernel(gate)
+        or not _has_kernel(gate, ours)
         or activation.is_gated != layer.moe_config.is_act_and_mul
     ):
         raise ValueError(
@@ -93,10 +96,29 @@ def apply_contract(layer: RoutedExperts, gate: Gate) -> None:
         )
 
 
-def _has_kernel(gate: Gate) -> bool:
+def differs(layer: RoutedExperts, gate: Gate) -> bool:
+    """Whether ``layer`` is set to another gate than ``gate``.
+
+    GPT-OSS's class alternates gate and up in memory, which is no other gate.
+    """
+    if layer.activation == MoEActivation.SWIGLUOAI and gate.form == "swiglu_oai":
+        return False
+    pairs = (
+        (gate.alpha, layer.swiglu_alpha),
+        (gate.beta, layer.swiglu_beta),
+        (gate.limit, layer.swiglu_limit),
+    )
+    numbers = gate.form == "swiglu_oai" and any(a != b for a, b in pairs)
+    return layer.activation != VLLM_NAME.get(gate.form) or numbers
+
+
+def _has_kernel(gate: Gate, ours: bool) -> bool:
     """Whether this platform's kernels can apply the gate's numbers."""
-    if current_platform.is_cpu():  # this package's own kernels apply all forms
-        return True
+    if current_platform.is_cpu():
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+        # This package's own kernels apply all forms.
+        return ours or CPUUnquantizedExperts._supports_activation(VLLM_NAME[gate.form])
     if gate.form == "swiglu_step":
         return gate.limit == STEP_LIMIT
     return gate.form != "swiglu_oai" or gate.limit is not None

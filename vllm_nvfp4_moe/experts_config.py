@@ -190,12 +190,27 @@ class ExpertsConfig(Format, QuantizationConfig):
                     f"but {module} is: vLLM would take its codes for weights. Correct the "
                     "quantization_config, or quantize the model again"
                 )
+            self._set_gate(layer)
             self.context.summary.left(prefix)
         method = self.method_of_layout(layer, prefix)
         if method is not None and not self._watched:
             self._watched = True
             self._watch(method)
         return method
+
+    def _set_gate(self, layer: RoutedExperts) -> None:
+        """Set experts that a method of vLLM's will run to the checkpoint's gate, if vLLM's class
+        for the model, its Transformers backend for example, has set them to another.
+
+        Raises:
+            ValueError: if vLLM has no kernels for it.
+        """
+        from vllm_nvfp4_moe.activation import apply_contract, differs
+
+        assert self.gates is not None
+        gate = self.gates.of(layer.layer_name)
+        if not gate.post_norm and differs(layer, gate):
+            apply_contract(layer, gate, ours=False)
 
     @cached_property
     def _drafting(self) -> list[str] | None:

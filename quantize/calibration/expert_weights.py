@@ -34,6 +34,10 @@ class ExpertWeights:
         self._gate = gate
         self._post_norm = post_norm
 
+    def replaced(self, gate_up: tuple[torch.Tensor, ...], down: torch.Tensor) -> ExpertWeights:
+        """The same expert with other weights."""
+        return ExpertWeights(gate_up, down, self._biases, self._gate, self._post_norm)
+
     def intermediate(self, x: torch.Tensor, gate_up: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         """Return down's inputs for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``, in ``x``'s
         dtype.

@@ -100,6 +100,12 @@ class Checkpoint:
         weight = self._stored_weights.get(name)
         return weight.parts if weight else (name,)
 
+    def format_of(self, name: str) -> str | None:
+        """The name of a weight's quantized format, a key of ``sources.FORMATS``; None if it has
+        none."""
+        weight = self._stored_weights.get(name)
+        return weight.format if weight else None
+
     def is_nvfp4(self, name: str) -> bool:
         """Whether ``tensors[name]`` is stored as NVFP4."""
         weight = self._stored_weights.get(name)

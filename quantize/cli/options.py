@@ -22,6 +22,7 @@ from quantize.layouts.base import BASES
 from quantize.nvfp4.input_scales import INPUT_RULES
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
+from quantize.run.bits import check_bits
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,16 @@ BaseOption = Annotated[
         "publishes MiniMax-M3; e.g. --base mxfp8.",
     ),
 ]
+BitsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--bits",
+        metavar="BITS",
+        help="Bits that a weight of the experts may take on average, scales included, e.g. --bits "
+        "4.75 --calibrate texts.jsonl: layers that lose most in NVFP4 (4.5 bits), measured with "
+        "the text, become FP8 (8), MXFP8 (8.25) or stay bf16 (16).",
+    ),
+]
 KvCacheOption = Annotated[
     KvCache | None,
     typer.Option(
@@ -181,6 +192,20 @@ def stated_base(base: BaseName, all_linears: bool) -> str | None:
             f"--base {base.value} and --all-linears (NVFP4) are for the same linears; leave one out"
         )
     return str(base.value)
+
+
+def stated_bits(bits: float | None) -> float | None:
+    """What ``--bits`` says.
+
+    Raises:
+        UsageError: if nothing fits, or everything does.
+    """
+    if bits is not None:
+        try:
+            check_bits(bits)
+        except QuantizeError as error:
+            raise UsageError(str(error)) from None
+    return bits
 
 
 def shard_size(text: str) -> int:

@@ -166,6 +166,10 @@ class Bar:
         """See ``quantize.calibration.progress.Progress``."""
         self.passing("Calibrating", done, steps, where)
 
+    def measuring(self, done: float, steps: int, where: str) -> None:
+        """Likewise, of the passes before it that measure layers' losses."""
+        self.passing("Measuring losses", done, steps, where)
+
     def counting(self, done: float, steps: int, where: str) -> None:
         """Likewise, of the pass before it that counts tokens."""
         self.passing("Counting tokens", done, steps, where)

@@ -22,6 +22,7 @@ from quantize.cli.options import (
     MSE,
     Activations,
     BaseOption,
+    BitsOption,
     ExcludeOption,
     GateOption,
     IncludeOption,
@@ -39,6 +40,7 @@ from quantize.cli.options import (
     device_of,
     shard_size,
     stated_base,
+    stated_bits,
     stated_gate,
 )
 from quantize.cli.output import err, out, plain
@@ -71,6 +73,7 @@ def quantize(
     exclude: ExcludeOption = None,
     all_linears: LinearsOption = False,
     base: BaseOption = KEPT,
+    bits: BitsOption = None,
     kv_cache: KvCacheOption = None,
     overwrite: Annotated[
         bool,
@@ -231,6 +234,7 @@ def quantize(
             exclude=tuple(exclude or ()),
             linears=all_linears,
             base=stated_base(base, all_linears),
+            bits=stated_bits(bits),
             kv_cache=kv_cache.value if kv_cache else None,
             kv_scales=kv_cache is KvCache.FP8 and found,
             trust_remote_code=trust_remote_code,
@@ -240,6 +244,7 @@ def quantize(
         if ray and device:
             raise UsageError("--device is for this machine, and --ray uses a cluster's devices")
         with large_imports():
+            from quantize.calibration.bits import within_bits
             from quantize.calibration.budget import needed
             from quantize.calibration.samples import digest_of, load_samples
             from quantize.checkpoint.reader import Checkpoint
@@ -259,7 +264,7 @@ def quantize(
         check_unlocked(target / FOLDER)
         check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
-            steps = plan(checkpoint, options)
+            steps = plan(checkpoint, replace(options, bits=None))
             err.print(_summary(steps), highlight=False)
             for note in steps.notes:
                 _say(note)
@@ -284,6 +289,21 @@ def quantize(
                 needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
                 err.print(f"Calibration: {needs}", highlight=False)
             with progress_bar("Quantizing", checkpoint.nbytes) as bar:
+                if bits is not None:
+                    assert tokens is not None
+                    steps = within_bits(
+                        checkpoint,
+                        steps,
+                        options,
+                        tokens,
+                        target,
+                        (devices or all_devices())[0],
+                        resume=resume,
+                        work_dir=work_dir,
+                        limited=not yes,
+                        progress=bar.measuring,
+                        say=bar.say,
+                    )
                 done = execute(
                     checkpoint,
                     steps,
@@ -355,6 +375,7 @@ def _check_text(
         "calibration_rows": "--calibrate or --input-scales",
         "calibration_length": "--calibrate or --input-scales",
         "every_expert": "--calibrate or --input-scales",
+        "bits": "--calibrate or --input-scales",
         "input_scale_rule": "--calibrate or --input-scales",
         "check_text": "--calibrate",
         "yes": "--calibrate or --input-scales",

@@ -4,7 +4,8 @@
   and projection. Kernels get one for each of a layer's two products: the largest of all its
   experts, gate and up counting as one. So vLLM's emulation and FlashInfer's kernels have it (vLLM
   0.32, ``fused_moe/oracle/nvfp4.py``: ``convert_to_nvfp4_moe_kernel_format``). vLLM's CUTLASS
-  kernel and b12x take each expert's own;
+  kernel and b12x take each expert's own. Experts of other layers that are FP8 or MXFP8 get their
+  inputs rounded as kernels for these do, with a scale for each token and 128 or 32 inputs;
 * ``fp8``: E4M3, with a scale for each token: its largest magnitude over 448;
 * ``bf16``: not at all. So do weight-only kernels.
 """
@@ -24,6 +25,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts import detect
+from quantize.layouts.base import BASES
 from quantize.nvfp4.activations import round_nvfp4, round_rows_e4m3
 
 NVFP4, FP8, BF16 = "nvfp4", "fp8", "bf16"
@@ -88,7 +90,7 @@ class RoundedInputs(ExpertWeights):
 
 
 class Nvfp4Inputs(NullVisitor):
-    """A visitor that rounds the inputs of experts in NVFP4 that have input scales."""
+    """A visitor that rounds the inputs of experts in NVFP4 with input scales, and in 8 bits."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -109,7 +111,12 @@ class Nvfp4Inputs(NullVisitor):
 
     def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
         """Return the expert with its inputs rounded."""
-        return RoundedInputs(weights, *self._rounds) if self._rounded[number] else weights
+        if self._rounded[number]:
+            return RoundedInputs(weights, *self._rounds)
+        base = BASES.get(str(self._checkpoint.format_of(self._group.weights_of(number)[0])))
+        if base is None or not all(base.fits(*shape) for shape in self._group.shapes):
+            return weights
+        return RoundedInputs(weights, base.round_inputs, base.round_inputs)
 
     def _scales(self, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The input scales of gate and up together, and of down; None if one is missing."""

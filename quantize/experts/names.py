@@ -47,6 +47,9 @@ SINGLE_PATTERN = re.compile(
     rf"(?P<kind>{'|'.join(name for names in PROJECTIONS for name in names)})"
     r"\.(?P<what>weight|bias)"
 )
+_MODULE = re.compile(
+    EXPERTS + rf"[0-9]{{1,9}}\.(?:{'|'.join(name for names in PROJECTIONS for name in names)})"
+)
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 
 
@@ -54,6 +57,11 @@ def layer_number(name: str) -> int | None:
     """The number of the decoder layer that holds a tensor or module; None if no layer does."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module path is that of a routed expert's written weight."""
+    return _MODULE.fullmatch(module) is not None
 
 
 def natural_order(name: str) -> list[int | str]:

@@ -12,15 +12,14 @@ class Beside:
     """What is beside the NVFP4 weights.
 
     Attributes:
-        base: the format of ``linears``; None if there are none.
-        linears: module paths of the linears in that format.
+        eight_bit: formats of 8 bits, each with the module paths of what is in it, linears and
+            experts.
         nvfp4: module paths of those in NVFP4: a config for several formats names each.
         kv_cache: how engines are to keep keys and values, one of the layout's ``kv_caches``; None:
             as they like.
     """
 
-    base: BaseFormat | None = None
-    linears: tuple[str, ...] = ()
+    eight_bit: tuple[tuple[BaseFormat, tuple[str, ...]], ...] = ()
     nvfp4: tuple[str, ...] = ()
     kv_cache: str | None = None
 

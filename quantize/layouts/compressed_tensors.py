@@ -74,14 +74,14 @@ class CompressedTensors:
         scheme = preset_name_to_scheme(preset, ["Linear"])
         scheme.format = _FORMAT
         groups = {"group_0": scheme}
-        if beside.base:
+        for number, (base, modules) in enumerate(beside.eight_bit, 1):
             # Readers look for a module's name before its class, so these are not the first group's.
-            groups["group_1"] = preset_name_to_scheme(beside.base.preset, sorted(beside.linears))
-            groups["group_1"].format = beside.base.format
+            groups[f"group_{number}"] = preset_name_to_scheme(base.preset, sorted(modules))
+            groups[f"group_{number}"].format = base.format
         cache = self.kv_caches[beside.kv_cache] if beside.kv_cache else None
         config = QuantizationConfig(
             config_groups=groups,
-            format=_MIXED if beside.base else _FORMAT,
+            format=_MIXED if beside.eight_bit else _FORMAT,
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=ignore,
             kv_cache_scheme=QuantizationArgs(**cache) if cache else None,

@@ -81,7 +81,7 @@ class ModelOpt:
     def quantization_config(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, Any]:
         cache = {"kv_cache_scheme": self.kv_caches[beside.kv_cache]} if beside.kv_cache else {}
         producer = {"producer": {"name": "vllm-nvfp4-moe"}}
-        if beside.base:
+        if beside.eight_bit:
             return {
                 "quant_method": "modelopt",
                 "quant_algo": MIXED,
@@ -108,7 +108,7 @@ class ModelOpt:
         }
 
     def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:
-        mixed = {"quantized_layers": self._layers(beside)} if beside.base else {}
+        mixed = {"quantized_layers": self._layers(beside)} if beside.eight_bit else {}
         quantization = {
             "quant_algo": MIXED if mixed else self._algorithm,
             "kv_cache_quant_algo": beside.kv_cache.upper() if beside.kv_cache else None,
@@ -125,11 +125,9 @@ class ModelOpt:
 
     def _layers(self, beside: Beside) -> dict[str, dict[str, Any]]:
         """``quantized_layers``: each module with an algorithm, as ModelOpt writes it."""
-        assert beside.base is not None
         ours = {"quant_algo": self._algorithm, "group_size": BLOCK}
-        return dict.fromkeys(beside.nvfp4, ours) | dict.fromkeys(
-            beside.linears, beside.base.modelopt
-        )
+        others = ((module, base.modelopt) for base, names in beside.eight_bit for module in names)
+        return dict.fromkeys(beside.nvfp4, ours) | dict(others)
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         method = str(quantization_config.get("quant_method", "modelopt")).lower()

@@ -8,6 +8,7 @@ was never interrupted. This room may import ``run`` and what is below it, and no
 
 from quantize.report.data import (
     BaseReport,
+    BitsReport,
     CalibrationReport,
     ExpertStats,
     LayerReport,
@@ -19,6 +20,7 @@ from quantize.report.page import render
 
 __all__ = [
     "BaseReport",
+    "BitsReport",
     "CalibrationReport",
     "ExpertStats",
     "LayerReport",

@@ -7,10 +7,19 @@ from importlib.metadata import version
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
+from quantize.layouts.base import BASES
 from quantize.layouts.base.base_format import stored_base
 from quantize.layouts.layout import stored_tensors
-from quantize.report.data import BaseReport, CalibrationReport, ExpertStats, LayerReport, RunReport
+from quantize.report.data import (
+    BaseReport,
+    BitsReport,
+    CalibrationReport,
+    ExpertStats,
+    LayerReport,
+    RunReport,
+)
 from quantize.run import done
+from quantize.run.bits import Choice
 from quantize.run.done import staged_of
 from quantize.run.kv_scales import KvRanges
 from quantize.run.options import MIN_TOKENS, Calibration
@@ -32,6 +41,7 @@ def collect(
     lost = done.errors(record, plan)
     settings = plan.options.calibration
     rounded = settings if settings and settings.method is not None else None
+    choice = plan.choice
     ranges = settings if plan.options.activations else None
     staged = staged_of(record, plan) if rounded else None
     return RunReport(
@@ -52,6 +62,7 @@ def collect(
         activations="nvfp4" if plan.options.activations else "bf16",
         input_scales=_settings(ranges) if ranges else None,
         base=_base(checkpoint, plan, lost) if plan.base else None,
+        bits=_bits(checkpoint, plan, choice, lost) if choice else None,
         kv_cache=plan.options.kv_cache,
         kv_scales=_kv_scales(checkpoint, plan, record),
         converted=plan.converts,
@@ -134,22 +145,49 @@ def _dense(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> 
 
 
 def _base(checkpoint: Checkpoint, plan: Plan, lost: dict[str, WeightError]) -> BaseReport:
-    beside = plan.beside
-    assert beside.base is not None
+    assert plan.options.base is not None
+    base, modules = BASES[plan.options.base], [name.removesuffix(".weight") for name in plan.base]
     written = 0
-    for name, module in zip(plan.base, beside.linears, strict=True):
+    for name, module in zip(plan.base, modules, strict=True):
         rows, columns = checkpoint.tensors[name].shape
         written += sum(
-            out.nbytes
-            for out in stored_base(module, (rows, columns), beside.base, plan.layout.name)
+            out.nbytes for out in stored_base(module, (rows, columns), base, plan.layout.name)
         )
     return BaseReport(
-        beside.base.name,
-        list(beside.linears),
-        [_relative(lost[module]) for module in beside.linears],
+        base.name,
+        modules,
+        [_relative(lost[module]) for module in modules],
         sum(checkpoint.stored_bytes(name) for name in plan.base),
         written,
     )
+
+
+def _bits(
+    checkpoint: Checkpoint, plan: Plan, choice: Choice, lost: dict[str, WeightError]
+) -> BitsReport:
+    experts = []
+    for group in plan.eight_bit:
+        base = BASES[plan.format_of(group)]
+        modules = [m for expert in range(group.num_experts) for m in group.modules(expert)]
+        written = sum(
+            out.nbytes
+            for module, shape in zip(group.modules(0), group.shapes, strict=True)
+            for out in stored_base(module, shape, base, plan.layout.name, expert=True)
+        )
+        experts.append(
+            BaseReport(
+                base.name,
+                modules,
+                [_relative(lost[module]) for module in modules],
+                sum(checkpoint.stored_bytes(name) for name in group.tensor_names),
+                written * group.num_experts,
+            )
+        )
+    losses = {
+        prefix: {name: _rounded(loss) for name, loss in of.items()}
+        for prefix, of in choice.losses.items()
+    }
+    return BitsReport(choice.bits, _rounded(choice.taken), dict(choice.formats), losses, experts)
 
 
 def _relative(weight: WeightError) -> float:

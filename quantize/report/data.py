@@ -122,6 +122,26 @@ class BaseReport:
 
 
 @dataclass(frozen=True)
+class BitsReport:
+    """The formats that ``--bits`` chose.
+
+    Attributes:
+        asked, taken: bits of a weight of the experts, on average: at most, and as it is.
+        formats: by a layer's prefix: ``nvfp4``, a key of ``quantize.layouts.base.BASES``, or
+            ``bf16``.
+        losses: by a layer's prefix and by format, what the layer would lose, in nats a token, with
+            NVFP4 rounded to nearest.
+        experts: of each layer in 8 bits.
+    """
+
+    asked: float
+    taken: float
+    formats: dict[str, str]
+    losses: dict[str, dict[str, float]]
+    experts: list[BaseReport]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """A whole run.
 
@@ -141,6 +161,7 @@ class RunReport:
             if only weights are.
         input_scales: how the input scales were found; None if there are none, or all are 1.0.
         base: the linears in 8 bits, if there are any.
+        bits: the formats of the layers' experts, if not all are NVFP4 by choice of a budget.
         kv_cache: ``fp8`` if the config asks for keys and values in FP8; or another kind of
             ``quantize.checkpoint.kv_cache``, which the source has.
         kv_scales: by attention, the scales of its keys and then of its values, if calibration has
@@ -166,6 +187,7 @@ class RunReport:
     activations: str = "bf16"
     input_scales: CalibrationReport | None = None
     base: BaseReport | None = None
+    bits: BitsReport | None = None
     kv_cache: str | None = None
     kv_scales: dict[str, list[float]] = field(default_factory=dict)
     converted: bool = False
@@ -175,6 +197,7 @@ _LATER: dict[str, Any] = {
     "files": [],
     "digests": {},
     "base": None,
+    "bits": None,
     "kv_cache": None,
     "kv_scales": {},
     "converted": False,
@@ -209,8 +232,10 @@ def loads(text: str | bytes) -> RunReport:
                 values = {"input_scale_rule": "max"} | parts[name]  # older reports have none
                 parts[name] = CalibrationReport(**_fields(CalibrationReport, values))
         if parts["base"]:
-            base = _fields(BaseReport, parts["base"])
-            parts["base"] = BaseReport(**base | {"errors": _floats(base["errors"])})
+            parts["base"] = _base(parts["base"])
+        if parts["bits"]:
+            bits = _fields(BitsReport, parts["bits"])
+            parts["bits"] = BitsReport(**bits | {"experts": [_base(x) for x in bits["experts"]]})
         run = RunReport(**parts)
         if not _fits(run, RunReport) or any(len(x.scale_counts) != 127 for x in run.layers):
             raise TypeError("a value of another type")
@@ -247,6 +272,11 @@ def _layer(value: dict[str, Any]) -> LayerReport:
             stats[name] = [_floats(errors) for errors in stats[name]]
         parts["calibration"] = ExpertStats(**stats)
     return LayerReport(**parts)
+
+
+def _base(value: dict[str, Any]) -> BaseReport:
+    parts = _fields(BaseReport, value)
+    return BaseReport(**parts | {"errors": _floats(parts["errors"])})
 
 
 def _fields(kind: type, value: dict[str, Any]) -> dict[str, Any]:

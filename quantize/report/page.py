@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from functools import cache
+from itertools import groupby
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,18 @@ def _sizes(run: RunReport) -> list[tuple[str, int, int]]:
     if run.base:
         name = f"linears in {run.base.format.upper()}"
         sizes.append((name, run.base.bytes_before, run.base.bytes_after))
+    for name, layers in groupby(
+        sorted(run.bits.experts if run.bits else (), key=lambda one: one.format),
+        key=lambda one: one.format,
+    ):
+        of = list(layers)
+        sizes.append(
+            (
+                f"experts in {name.upper()}",
+                sum(one.bytes_before for one in of),
+                sum(one.bytes_after for one in of),
+            )
+        )
     before = run.bytes_before - sum(size for _, size, _ in sizes)
     after = run.bytes_after - sum(size for *_, size in sizes)
     return [*sizes, ("all else", max(before, 0), max(after, 0))]

@@ -6,13 +6,13 @@
                    "made": {"version": "0.1.0", "arithmetic": 1, "layout": "modelopt",
                             "scales": "max", "activations": false, "rounding": null,
                             "text": false, "include": [], "exclude": [], "linears": false,
-                   "base": null, "kv_cache": null, "kv_scales": false,
+                   "base": null, "bits": null, "formats": {}, "kv_cache": null, "kv_scales": false,
                    "converted": false, "kv_carried": false}}}
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from quantize.errors import QuantizeError
@@ -34,8 +34,8 @@ class Made:
     Attributes:
         version: of this package.
         arithmetic: see ``ARITHMETIC``.
-        layout, scales, activations, include, exclude, linears, base, kv_cache, kv_scales,
-            kv_carried: as in ``Options``, decided.
+        layout, scales, activations, include, exclude, linears, base, bits, formats, kv_cache,
+            kv_scales, kv_carried: as in ``Options``, decided.
         rounding: a key of ``quantize.nvfp4.rounding.METHODS``; None if experts were rounded to
             nearest, without calibration.
         converted: some weights were NVFP4 in the source, and keep their bits and input scales.
@@ -53,6 +53,8 @@ class Made:
     exclude: list[str]
     linears: bool
     base: str | None = None
+    bits: float | None = None
+    formats: dict[str, str] = field(default_factory=dict)
     kv_cache: str | None = None
     kv_scales: bool = False
     converted: bool = False
@@ -65,6 +67,8 @@ class Made:
             exclude=tuple(self.exclude),
             linears=self.linears,
             base=self.base,
+            bits=self.bits,
+            formats=tuple(self.formats.items()),
         )
 
 
@@ -88,6 +92,8 @@ def record_of(options: Options, converted: bool = False) -> dict[str, Any]:
             list(options.exclude),
             options.linears,
             options.base,
+            options.bits,
+            dict(options.formats),
             options.kv_cache,
             options.kv_scales,
             converted,
@@ -111,16 +117,19 @@ def made(config: dict[str, Any], where: str) -> Made | None:
     value = contract[FIELD]
     kinds = {
         "str": str, "int": int, "bool": bool, "list[str]": list, "str | None": str | None,
+        "float | None": float | None, "dict[str, str]": dict,
     }  # fmt: skip
     problem = f"{where}: {KEY}.{FIELD} cannot be read"
     if isinstance(value, dict):  # an earlier version did not write what has a default
+        value = {"formats": {}} | value
         value = {f.name: f.default for f in fields(Made) if f.default is not MISSING} | value
-    if not isinstance(value, dict) or set(value) != {field.name for field in fields(Made)}:
+    if not isinstance(value, dict) or set(value) != {one.name for one in fields(Made)}:
         raise QuantizeError(f"{problem}: its fields are not those of this version; update it")
-    for field in fields(Made):
-        found = value[field.name]
-        kind = kinds[str(field.type)]
-        strings = not isinstance(found, list) or all(isinstance(item, str) for item in found)
+    for one in fields(Made):
+        found = value[one.name]
+        kind = kinds[str(one.type)]
+        items = found.values() if isinstance(found, dict) else found
+        strings = not isinstance(found, list | dict) or all(isinstance(i, str) for i in items)
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is int) or not strings:
-            raise QuantizeError(f"{problem}: {field.name} is {found!r}; quantize again")
+            raise QuantizeError(f"{problem}: {one.name} is {found!r}; quantize again")
     return Made(**value)

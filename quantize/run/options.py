@@ -61,6 +61,10 @@ class Options:
         linears: quantize dense linears too (``quantize.experts.linears``).
         base: a key of ``quantize.layouts.base.BASES``: the format of dense linears beside the
             experts; None: they stay.
+        bits: a weight of the experts may take so many on average, scales of blocks included; None:
+            all are NVFP4.
+        formats: module paths of experts that are not NVFP4, though included, each with the name of
+            their format (``quantize.run.bits``): what was chosen for ``bits``.
         kv_cache: ``fp8`` if the config asks engines to keep keys and values in FP8; ``KV_AUTO`` if
             it says nothing of them; None: as the source says. In a plan it is decided: a kind of
             ``quantize.checkpoint.kv_cache``, or None for nothing.
@@ -79,6 +83,8 @@ class Options:
     exclude: tuple[str, ...] = ()
     linears: bool = False
     base: str | None = None
+    bits: float | None = None
+    formats: tuple[tuple[str, str], ...] = ()
     kv_cache: str | None = None
     kv_scales: bool = False
     kv_carried: bool = False
@@ -100,9 +106,11 @@ class Options:
         )
 
     def takes(self, module: str) -> bool:
-        """Whether ``include`` and ``exclude`` leave ``module`` to be quantized."""
+        """Whether ``include`` and ``exclude`` leave ``module`` to be quantized, and ``formats`` say
+        nothing else of it."""
         wanted = not self.include or matches(module, self.include)
-        return wanted and not matches(module, self.exclude)
+        stays = matches(module, self.exclude) or any(module == prefix for prefix, _ in self.formats)
+        return wanted and not stays
 
 
 def matches(module: str, patterns: tuple[str, ...]) -> bool:

@@ -34,6 +34,7 @@ from quantize.layouts.base import BASES
 from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
+from quantize.run.bits import Choice
 from quantize.run.convert import (
     Converts,
     convertible_linears,
@@ -60,10 +61,12 @@ class Plan:
         dense: the linears that are, in sets that share a global scale. Those that are NVFP4 in the
             source have sets of their own.
         base: the linears that are rounded to ``options.base``, by their weights' names.
+        eight_bit: the experts that are rounded to what ``options.formats`` say, a key of ``BASES``.
         ignore: modules with a weight of two or more dimensions that stay, and the head, which may
             have none.
         notes: what the user should know about the source, a sentence each.
         shards: jobs, in the order of their outputs in each shard.
+        choice: how ``options.formats`` were chosen; None if they were not, or nobody needs to know.
     """
 
     options: Options
@@ -76,6 +79,8 @@ class Plan:
     ignore: list[str]
     shards: list[list[Job]] = field(repr=False)
     notes: tuple[str, ...] = ()
+    eight_bit: list[ExpertGroup] = field(default_factory=list)
+    choice: Choice | None = field(default=None, repr=False)
 
     @property
     def converts(self) -> bool:
@@ -109,12 +114,22 @@ class Plan:
         """What the config must say of what is not in NVFP4."""
         nvfp4 = [m for g in self.groups for e in range(g.num_experts) for m in g.modules(e)]
         nvfp4 += [name.removesuffix(".weight") for names in self.dense for name in names]
+        eight_bit: dict[str, list[str]] = {}
+        if self.base and self.options.base:
+            linears = [name.removesuffix(".weight") for name in self.base]
+            eight_bit[self.options.base] = linears
+        for group in self.eight_bit:
+            modules = (m for expert in range(group.num_experts) for m in group.modules(expert))
+            eight_bit.setdefault(self.format_of(group), []).extend(modules)
         return Beside(
-            BASES[self.options.base] if self.base and self.options.base else None,
-            tuple(name.removesuffix(".weight") for name in self.base),
+            tuple((BASES[name], tuple(eight_bit[name])) for name in sorted(eight_bit)),
             tuple(nvfp4),
             self.options.kv_cache,
         )
+
+    def format_of(self, group: ExpertGroup) -> str:
+        """The key of ``BASES`` that one of ``eight_bit`` has."""
+        return dict(self.options.formats)[group.prefix]
 
     @property
     def caches(self) -> list[str]:
@@ -244,8 +259,9 @@ def plan(
     for group in found:
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
+    eight_bit = [group for group in found if dict(options.formats).get(group.prefix) in BASES]
     # What stays is copied with whatever lies beside it, but a model that is run needs all of it.
-    check_no_strangers(checkpoint, found if options.calibration else groups)
+    check_no_strangers(checkpoint, found if options.calibration else groups + eight_bit)
     base = BASES[options.base] if options.base else None
     converted = convertible_linears(checkpoint, found, options.takes)
     candidates = [
@@ -275,10 +291,10 @@ def plan(
             "--include and --exclude leave nothing to quantize; linears that engines fuse (query, "
             "key and value; gate and up) are quantized only if all of them are included"
         )
-    quantized = tensor_names_of(groups) | {name for names in dense for name in names}
+    quantized = tensor_names_of(groups + eight_bit) | {name for names in dense for name in names}
     changed = quantized.union(rounded)
     left = {name.removesuffix(".weight") for name in _linear_weights(checkpoint) - changed}
-    unquantized = [group.prefix for group in found if group not in groups]
+    unquantized = [group.prefix for group in found if group not in groups + eight_bit]
     stays = left_as_is(checkpoint, asked)
     for prefix in (*unquantized, *stays):
         if not any(name.startswith(f"{prefix}.") for name in converted):
@@ -289,7 +305,7 @@ def plan(
     decided, of_scales = with_activations(checkpoint, said, groups, dense)
     layout = LAYOUTS[decided.layout]
     layout = layout if decided.activations else layout.weights_only
-    jobs = jobs_of(checkpoint, groups, dense, rounded, gates, layout, decided)
+    jobs = jobs_of(checkpoint, groups, dense, rounded, gates, layout, decided, eight_bit)
     shards = into_shards(jobs, decided.max_shard_size)
     check_unique(shards)
     notes = (
@@ -300,7 +316,19 @@ def plan(
         *other_parts(checkpoint, stays),
         *bare_fp8(checkpoint),
     )
-    made = Plan(decided, found, groups, dense, rounded, gates, layout, sorted(left), shards, notes)
+    made = Plan(
+        decided,
+        found,
+        groups,
+        dense,
+        rounded,
+        gates,
+        layout,
+        sorted(left),
+        shards,
+        notes,
+        eight_bit,
+    )
     if not made.quantizes and decided.scales != Options.scales:
         raise QuantizeError(
             f"--scales {decided.scales}: {checkpoint.folder} is NVFP4 already, and its scales are "

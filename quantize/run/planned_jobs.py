@@ -11,7 +11,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.layouts.layout import Layout
-from quantize.run.base_job import RoundBase
+from quantize.run.base_job import RoundBase, RoundExpert
 from quantize.run.convert import ConvertExpert, ConvertLinear, is_converted
 from quantize.run.jobs import Biases, Copy, Job, QuantizeExpert, QuantizeLinears
 from quantize.run.kv_carried import carried_of
@@ -27,6 +27,7 @@ def jobs_of(
     gates: Gates,
     layout: Layout,
     options: Options,
+    eight_bit: list[ExpertGroup],
 ) -> Iterator[Job]:
     """Yield all jobs in the order of the source's files and tensors: reading stays sequential."""
     rule = options.scales
@@ -37,16 +38,21 @@ def jobs_of(
             f"{a}.v_proj.weight": a for a in attentions(checkpoint.tensors, checkpoint.config)
         }
     carried = carried_of(checkpoint, layout.name) if options.kv_carried else {}
-    first = {group.tensor_names[0]: group for group in groups}
+    first = {group.tensor_names[0]: group for group in (*groups, *eight_bit)}
+    formats = dict(options.formats)
     sets = {names[0]: names for names in dense}
-    done = tensor_names_of(groups) | {name for names in dense for name in names}
+    done = tensor_names_of([*groups, *eight_bit]) | {name for names in dense for name in names}
     done |= kv_cache_of(checkpoint.folder, checkpoint.config, checkpoint.stored).names
     for name, info in checkpoint.tensors.items():
         if name in first:
             group = first[name]
             interleaved = gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
-                yield from expert_jobs(checkpoint, group, expert, interleaved, layout, rule)
+                for job in expert_jobs(checkpoint, group, expert, interleaved, layout, rule):
+                    if group.prefix in formats and isinstance(job, QuantizeExpert):
+                        yield RoundExpert(job, formats[group.prefix])
+                    else:
+                        yield job
         elif name in sets and checkpoint.is_nvfp4(name):
             rows, columns = info.shape
             nbytes = checkpoint.stored_bytes(name)

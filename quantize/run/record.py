@@ -26,6 +26,7 @@ from pathlib import Path
 from quantize.checkpoint.identity import Identity
 from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.errors import DamagedWeightsError, QuantizeError
+from quantize.run.bits import MEASURED
 from quantize.run.files import sync, write_json
 from quantize.run.leftovers import SOURCE, repaired, replaced_by_new, replaced_by_same
 from quantize.run.lock import LOCK
@@ -242,6 +243,7 @@ class Record:
             self.check_ours()
             begun = any(self.folder.glob(PATTERN))
             begun = begun or (self.calibration / "next.json").exists()
+            begun = begun or (self.folder / MEASURED).exists()
             if self.cleared:
                 begun = begun or {file.name for file in self.target.iterdir()} != {FOLDER}
             if not begun:
@@ -255,6 +257,7 @@ class Record:
         if self.folder.exists():
             self._run.unlink(missing_ok=True)
             self._void()
+            shutil.rmtree(self.folder / MEASURED, ignore_errors=True)
             (self.folder / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # something is there that is not ours
                 self.folder.rmdir()

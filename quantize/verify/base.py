@@ -1,4 +1,4 @@
-"""The target's linears in 8 bits, beside the experts: are they sane, and what the source's give?
+"""The target's weights in 8 bits, linears and experts: are they sane, and what the source's give?
 
 Their rounding needs no data, so its bits are made again and compared. Checkpoints of other tools
 are compared with what rounding to E4M3 can lose.
@@ -7,14 +7,16 @@ are compared with what rounding to E4M3 can lose.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.tensors import TensorInfo
+from quantize.experts.names import is_expert
 from quantize.layouts.base import BASES
-from quantize.layouts.base.base_format import CODES, SCALE, BaseFormat, stored_base
+from quantize.layouts.base.base_format import CODES, SCALES, BaseFormat, stored_base
 from quantize.layouts.layout import Layout
 from quantize.nvfp4.format import bad_scales
 from quantize.run.worker import Worker
@@ -28,12 +30,13 @@ step of a code is at most 1/8 of it."""
 
 
 def base_modules(target: Checkpoint) -> dict[str, BaseFormat]:
-    """The format of each linear in 8 bits, by module path, as its scale's dtype tells."""
+    """The format of each weight in 8 bits, by module path, as its scale's dtype tells."""
     kinds = {"U8": BASES["mxfp8"], "F32": BASES["fp8"]}
     found = {}
     for name, info in target.tensors.items():
         module, _, suffix = name.rpartition(".")
-        scale = target.tensors.get(f"{module}.{SCALE}")
+        scales = (target.tensors.get(f"{module}.{name}") for name in SCALES)
+        scale = next(filter(None, scales), None)
         if suffix == CODES and info.dtype == "F8_E4M3" and scale and scale.dtype in kinds:
             found[module] = kinds[scale.dtype]
     return found
@@ -41,23 +44,33 @@ def base_modules(target: Checkpoint) -> dict[str, BaseFormat]:
 
 @dataclass(frozen=True)
 class BaseLinear:
-    """One linear in 8 bits.
+    """One weight in 8 bits.
 
     Attributes:
-        source: the name and the shape ``[out, in]`` of the source's weight; None if there is none.
+        source: the names of the source's tensors that hold it, and its shape ``[out, in]``; None if
+            there is no source.
         bits: it must be, bit for bit, what the format's rounding makes; else it is bounded.
         nbytes: of the source.
+        load: reads the source's weight; None: it is all of one tensor.
+        prefix: of the layer's experts, if it is one's.
     """
 
     module: str
     base: BaseFormat
-    source: tuple[str, tuple[int, int]] | None = None
+    source: tuple[tuple[str, ...], tuple[int, int]] | None = None
     bits: bool = False
     nbytes: int = 0
+    load: Callable[[Worker], torch.Tensor] | None = None
+    prefix: str = BASE
+
+    def outputs(self, shape: tuple[int, int], layout: Layout) -> tuple[TensorInfo, TensorInfo]:
+        """The tensors that hold it."""
+        expert = is_expert(self.module)
+        return stored_base(self.module, shape, self.base, layout.name, expert)
 
     def check(self, target: Checkpoint, layout: Layout, worker: Worker) -> tuple[Part, int]:
         """Check its tensors; return what was found and ``nbytes``."""
-        part = Part(BASE)
+        part = Part(self.prefix)
         part.problems += self._problems(target, layout, worker, part)
         return part, self.nbytes
 
@@ -75,7 +88,7 @@ class BaseLinear:
             return
         else:
             shape = codes.shape[0], codes.shape[1]
-        wanted = stored_base(self.module, shape, self.base, layout.name)
+        wanted = self.outputs(shape, layout)
         if wrong := list(misfits(target, wanted)):
             yield from wrong
             return
@@ -87,13 +100,14 @@ class BaseLinear:
             yield f"{where[1]}: {problem}; quantize again"
         if self.source is None:
             return
-        weight = worker.load(self.source[0])
+        names = self.source[0]
+        weight = self.load(worker) if self.load else worker.load(names[0])
         signal = float(weight.double().square().sum())
         noise = float((self.base.decode(*found) - weight.float()).double().square().sum())
         file, counts = target.tensors[wanted[0].name].file.name, torch.zeros(0, dtype=torch.int64)
         part.lost.append(Lost(self.module, noise, signal, counts, file))
         if not math.isfinite(signal):
-            yield not_finite(worker.checkpoint, [self.source[0]], [self.module])
+            yield not_finite(worker.checkpoint, list(names), [self.module])
             return
         if self.bits:
             for at, ours, theirs in zip(where, found, self.base.encode(weight), strict=True):

@@ -17,6 +17,7 @@ from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
 from quantize.report import RunReport, dumps, loads, render
 from quantize.report.data import LayerReport
+from quantize.run.bits import NVFP4 as NVFP4_FORMAT
 from quantize.run.made import ARITHMETIC, FIELD, Made, made
 from quantize.run.report_files import REPORT, REPORT_DATA, mark
 from quantize.run.version import PACKAGE, VERSIONS, package_version
@@ -52,6 +53,11 @@ class Claims:
                 errors: list[tuple[float, ...]] = [(error,) for error in self.run.base.errors]
                 names = tuple(self.run.base.names)
                 dense.append(LayerReport(BASE, "", ("weight",), errors, [], 0, 0, names))
+            for found in self.run.bits.experts if self.run.bits else ():
+                errors = [(error,) for error in found.errors]
+                names = tuple(found.names)
+                prefix = names[0].rsplit(".", 2)[0] if names else ""
+                dense.append(LayerReport(prefix, "", ("weight",), errors, [], 0, 0, names))
             for layer in (*self.run.layers, *dense):  # experts of several sizes have one prefix
                 self._layers.setdefault(layer.prefix, []).append(layer)
 
@@ -172,6 +178,12 @@ def read_claims(source: Checkpoint | None, target: Checkpoint, report: Report) -
     return claims
 
 
+def _others(run: RunReport) -> dict[str, str]:
+    """The formats of layers' experts that are not NVFP4."""
+    every = run.bits.formats if run.bits else {}
+    return {prefix: name for prefix, name in every.items() if name != NVFP4_FORMAT}
+
+
 def _run(target: Checkpoint, report: Report, expected: bool) -> RunReport | None:
     data, page = target.folder / REPORT_DATA, target.folder / REPORT
     for file in (data, page):
@@ -222,6 +234,8 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "converted": (said.converted, run.converted),
         "text": (said.text, run.input_scales is not None),
         "base": (said.base, run.base.format if run.base else None),
+        "bits": (said.bits, run.bits.asked if run.bits else None),
+        "formats": (said.formats, _others(run)),
         "kv_cache": (said.kv_cache, run.kv_cache),
         "kv_scales": (said.kv_scales or said.kv_carried, bool(run.kv_scales)),
         "linears": (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -22,7 +22,7 @@ from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.strangers import check_no_strangers
 from quantize.layouts.base import BASES
-from quantize.layouts.base.base_format import BaseFormat, stored_base
+from quantize.layouts.base.base_format import BaseFormat
 from quantize.layouts.layout import INPUT_SCALE, Layout
 from quantize.run.convert import ConvertExpert, ConvertLinear, convertible_linears
 from quantize.run.jobs import PIECE, Biases, QuantizeExpert
@@ -48,7 +48,7 @@ class Comparison:
         expected: names of all tensors that the target must have, once :meth:`tasks` is through.
         memory: the most bytes that a task takes.
         problems: what is wrong with all of it.
-        base: the linears in 8 bits.
+        base: the weights in 8 bits, of linears and of experts.
         kv_scales: the scales of a key-value cache.
         experts_left: module paths of the experts that are not quantized.
         before: bytes in the source of what is quantized, by the prefix of a layer.
@@ -72,8 +72,9 @@ class Comparison:
         """Everything that is to be done."""
         groups = find(self.source, self._asked)
         quantized = [group for group in groups if self._is_quantized(group)]
-        check_no_strangers(self.source, quantized)
-        self.experts_left = {g.prefix for g in groups if g not in quantized}
+        eight_bit = [group for group in groups if self._is_eight_bit(group)]
+        check_no_strangers(self.source, quantized + eight_bit)
+        self.experts_left = {g.prefix for g in groups if g not in quantized + eight_bit}
         self.experts_left.update(left_as_is(self.source))
         dense = [
             names
@@ -89,12 +90,12 @@ class Comparison:
         }
         biases: list[Task] = []
         for prefix, names in (
-            *((group.prefix, group.tensor_names) for group in quantized),
+            *((group.prefix, group.tensor_names) for group in quantized + eight_bit),
             *((DENSE, names) for names in (*dense, *((name,) for name in converted))),
         ):
             stored = sum(map(self.source.stored_bytes, names))
             self.before[prefix] = self.before.get(prefix, 0) + stored
-        for group in quantized:
+        for group in quantized + eight_bit:
             interleaved = self.gates.of(group.prefix).interleaved
             for expert in range(group.num_experts):
                 for job in expert_jobs(self.source, group, expert, interleaved, self.layout, "max"):
@@ -102,8 +103,10 @@ class Comparison:
                         self.expected.update(out.name for out in job.outputs)
                         self.memory = max(self.memory, job.memory)
                         biases.append(partial(self._biases, job))
-                    else:
+                    elif group in quantized:
                         self._add(self._expert(job))
+                    else:
+                        self.base += self._in_eight_bit(job)
         for names in dense:
             self._add(self._linears(names))
         for name in converted:
@@ -118,16 +121,18 @@ class Comparison:
         yield from biases
         self.kv_scales = kv_scales_of(self.source, self.target, self.layout, self.claims)
         self.expected.update(out.name for job in self.kv_scales for out in job.outputs)
-        self.base = list(self._base(groups))
+        for linear in self._base(groups):
+            self.before[BASE] = self.before.get(BASE, 0) + linear.nbytes
+            self.base.append(linear)
         for linear in self.base:
             assert linear.source is not None
-            self.before[BASE] = self.before.get(BASE, 0) + linear.nbytes
-            outputs = stored_base(linear.module, linear.source[1], linear.base, self.layout.name)
+            outputs = linear.outputs(linear.source[1], self.layout)
             self.expected.update(out.name for out in outputs)
             self.memory = max(self.memory, 32 * math.prod(linear.source[1]))
             yield partial(linear.check, self.target, self.layout)
         done = tensor_names_of(quantized) | {name for names in dense for name in names}
-        done.update(linear.source[0] for linear in self.base if linear.source)
+        done.update(name for each in self.base if each.source for name in each.source[0])
+        done.update(tensor_names_of(eight_bit))
         done.update(converted)
         # What is not written as the layout has it is left out, or was copied by older versions.
         cache = kv_cache_of(self.source.folder, self.source.config, self.source.stored).names
@@ -172,6 +177,40 @@ class Comparison:
             return made.selection().takes(group.prefix)
         return self._has_nvfp4(m for e in range(group.num_experts) for m in group.modules(e))
 
+    def _is_eight_bit(self, group: ExpertGroup) -> bool:
+        made, stored = self.claims.made, self.stored_base
+        if made is not None:
+            return made.formats.get(group.prefix) in BASES
+        modules = {m for e in range(group.num_experts) for m in group.modules(e)}
+        # What the source has in 8 bits is a copy.
+        return modules <= stored.keys() and not any(
+            self.source.tensors[n].dtype not in PLAIN for n in group.tensor_names
+        )
+
+    def _in_eight_bit(self, job: QuantizeExpert) -> Iterator[BaseLinear]:
+        """The weights of one expert's gate and up, or of its down."""
+        group, made = job.group, self.claims.made
+        shape = group.shapes[0 if job.gate_up else -1]
+
+        def load(number: int, worker: Worker) -> torch.Tensor:
+            return job.weights(worker)[number]
+
+        for number, module in enumerate(job.modules):
+            yield BaseLinear(
+                module,
+                BASES[made.formats[group.prefix]] if made else self.stored_base[module],
+                (job.tensor_names, shape),
+                self.claims.known,
+                job.nbytes // len(job.modules),
+                partial(load, number),
+                group.prefix,
+            )
+
+    @cached_property
+    def stored_base(self) -> dict[str, BaseFormat]:
+        """The format of each of the target's weights that it stores in 8 bits."""
+        return base_modules(self.target)
+
     def _are_quantized(self, modules: list[str], names: tuple[str, ...]) -> bool:
         made = self.claims.made
         if made is not None and not self.claims.foreign:
@@ -195,7 +234,7 @@ class Comparison:
 
     def _base(self, groups: list[ExpertGroup]) -> Iterator[BaseLinear]:
         """The linears that the target has, or should have, in 8 bits."""
-        made, stored = self.claims.made, base_modules(self.target)
+        made, stored = self.claims.made, self.stored_base
         if made is not None and made.base not in BASES:
             return
         chosen: dict[str, BaseFormat] = {}
@@ -206,18 +245,21 @@ class Comparison:
                 if all(map(options.takes, modules)):
                     chosen |= dict.fromkeys(modules, base)
         else:
+            experts = {each.module for each in self.base}
             names_of = {name.removesuffix(".weight") for name in self.source.tensors}
             chosen = {
                 module: base
                 for module, base in stored.items()
-                if module in names_of and self.source.tensors[f"{module}.weight"].dtype in PLAIN
+                if module not in experts
+                and module in names_of
+                and self.source.tensors[f"{module}.weight"].dtype in PLAIN
             }
         for module, base in chosen.items():
             info = self._info(f"{module}.weight")
             yield BaseLinear(
                 module,
                 base,
-                (info.name, (info.shape[0], info.shape[1])),
+                ((info.name,), (info.shape[0], info.shape[1])),
                 self.claims.known,
                 self.source.stored_bytes(info.name),
             )

@@ -88,11 +88,13 @@ def quantization_problems(
     """What is wrong with ``quantization_config``, and with the layout's files beside it."""
     where = target.folder / CONFIG
     config = target.config["quantization_config"]
-    bases = list(modules.base.values())
+    bases = {base.name: base for base in modules.base.values()}
     kind = claims.made.kv_cache if claims.made else None
     beside = Beside(
-        bases[0] if bases else None,
-        tuple(modules.base),
+        tuple(
+            (bases[name], tuple(m for m, base in modules.base.items() if base.name == name))
+            for name in sorted(bases)
+        ),
         tuple(modules.quantized),
         kind if kind in layout.kv_caches else None,
     )

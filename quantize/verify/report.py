@@ -12,8 +12,9 @@ from dataclasses import replace
 from quantize.checkpoint.json_files import INDEX
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.gates import Gate, Gates
+from quantize.experts.names import is_expert
 from quantize.layouts import config_files
-from quantize.layouts.base.base_format import CODES, stored_base
+from quantize.layouts.base.base_format import CODES, BaseFormat, stored_base
 from quantize.layouts.layout import Layout, stored_nbytes
 from quantize.report.data import LayerReport, RunReport
 from quantize.run.report_files import REPORT, REPORT_DATA
@@ -72,31 +73,42 @@ def report_problems(
         yield from _layer_problems(
             target, prefix, said[prefix], found[prefix], layout, gates, before.get(prefix)
         )
-    yield from _base_problems(target, run, layout, before.get(BASE))
+    yield from _base_problems(target, run, layout, before)
     yield from _file_list_problems(target, claims)
 
 
 def _base_problems(
-    target: Checkpoint, run: RunReport, layout: Layout, before: int | None
+    target: Checkpoint, run: RunReport, layout: Layout, before: Mapping[str, int]
 ) -> Iterator[str]:
-    found = base_modules(target)
-    said = run.base
-    if sorted(said.names if said else ()) != sorted(found):
-        yield f"{REPORT_DATA}: base names other linears than are in 8 bits; quantize again"
-    elif said is not None:
-        after = 0
-        for module, base in found.items():
-            shape = target.tensors[f"{module}.{CODES}"].shape
-            after += sum(
-                out.nbytes for out in stored_base(module, (shape[0], shape[1]), base, layout.name)
-            )
-        for name, ours, theirs in (
-            ("bytes_before", before, said.bytes_before),
-            ("bytes_after", after, said.bytes_after),
-            ("errors", len(found), len(said.errors)),
-        ):
-            if ours is not None and ours != theirs:
-                yield f"{REPORT_DATA}: base: {name} is {theirs}, but it is {ours}; quantize again"
+    """Likewise, of what is in 8 bits: linears, and each layer's experts."""
+    found: dict[str, dict[str, BaseFormat]] = {}
+    for module, base in base_modules(target).items():
+        key = module.rsplit(".", 2)[0] if is_expert(module) else BASE
+        found.setdefault(key, {})[module] = base
+    said = {BASE: run.base} if run.base else {}
+    said |= {one.names[0].rsplit(".", 2)[0]: one for one in run.bits.experts} if run.bits else {}
+    for key in sorted(found.keys() | said.keys()):
+        of, what = said.get(key), "base" if key == BASE else f"bits: {key}"
+        modules = found.get(key, {})
+        if sorted(of.names if of else ()) != sorted(modules):
+            yield f"{REPORT_DATA}: {what} names other weights than are in 8 bits; quantize again"
+        elif of is not None:
+            after = 0
+            for module, base in modules.items():
+                rows, columns = target.tensors[f"{module}.{CODES}"].shape
+                stored = stored_base(module, (rows, columns), base, layout.name, key != BASE)
+                after += sum(out.nbytes for out in stored)
+            for name, ours, theirs in (
+                ("bytes_before", before.get(key), of.bytes_before),
+                ("bytes_after", after, of.bytes_after),
+                ("errors", len(modules), len(of.errors)),
+                ("format", {base.name for base in modules.values()}, {of.format}),
+            ):
+                if ours is not None and ours != theirs:
+                    yield (
+                        f"{REPORT_DATA}: {what}: {name} is {theirs}, but it is {ours}; quantize "
+                        "again"
+                    )
 
 
 def edited(target: Checkpoint, claims: Claims, problems: Sequence[str]) -> Iterator[str]:

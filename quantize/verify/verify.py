@@ -22,7 +22,7 @@ from quantize.nvfp4.format import BLOCK
 from quantize.run.worker import Worker
 from quantize.run.workers import cores, threads_of_our_own
 from quantize.verify.base import BaseLinear, base_modules
-from quantize.verify.claims import BASE, Claims, read_claims
+from quantize.verify.claims import Claims, read_claims
 from quantize.verify.compare import Comparison, Task
 from quantize.verify.configs import Modules, config_problems, gate_problems, quantization_problems
 from quantize.verify.files import file_problems
@@ -89,7 +89,7 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
     tasks = list(comparison.tasks())
     report.problems += comparison.problems
     lost: dict[str, list[Lost]] = {weights.prefix: [] for weights in comparison.weights}
-    lost |= {BASE: []} if comparison.base else {}
+    lost |= {linear.prefix: [] for linear in comparison.base}
     before = len(report.problems)
     for part, nbytes in _in_threads(comparison.source, tasks, cores(comparison.memory)):
         report.problems += part.problems
@@ -131,8 +131,8 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
 
 def _worst(comparison: Comparison, prefix: str, lost: list[Lost]) -> Worst | None:
     """The weight of a layer that lost most, and its worst block, for which it is read again."""
-    if prefix == BASE:
-        return None
+    if all(weights.prefix != prefix for weights in comparison.weights):
+        return None  # in 8 bits
     finite = [weight for weight in lost if math.isfinite(weight.noise)]
     if not finite:
         return None

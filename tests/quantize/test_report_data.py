@@ -18,6 +18,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.report import (
     BaseReport,
+    BitsReport,
     CalibrationReport,
     ExpertStats,
     LayerReport,
@@ -43,6 +44,13 @@ FULL = run(
     dense=layer(4, projections=("weight",), errors=[(0.1,)], names=("lm_head",), gate=""),
     calibration=CalibrationReport(NASTY, 4, 128, "gptq", False, 32),
     fingerprint="0123abcd",
+    bits=BitsReport(
+        4.75,
+        4.7,
+        {"layers.0": "nvfp4", NASTY: "fp8"},
+        {NASTY: {"nvfp4": 0.5, "fp8": 0.001}},
+        [BaseReport("fp8", [f"{NASTY}.experts.0.up_proj"], [NAN], 16, 8)],
+    ),
 )
 
 
@@ -130,7 +138,7 @@ def test_a_run_leaves_both(saved: Callable[[str], Path], tmp_path: Path) -> None
 
 def test_the_documentation_has_every_field() -> None:
     page = (ROOT / "docs" / "users" / "report.md").read_text(encoding="utf-8")
-    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport, BaseReport):
+    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport, BaseReport, BitsReport):
         for field in fields(kind):
             assert f"`{field.name}`" in page
             assert f'"{field.name}"' in page  # in the example

@@ -1,4 +1,5 @@
-"""Formats of 8 bits for the linears beside NVFP4 experts: attention, shared experts, dense layers.
+"""Formats of 8 bits for what is beside NVFP4 experts: attention, shared experts, dense layers, and
+the experts of other layers.
 
 Start at ``BASES`` (all of them by name) and ``quantize.layouts.base.base_format``. To add one,
 write one file here and add one line to ``BASES``.
@@ -19,4 +20,4 @@ BASES: Registry[BaseFormat] = Registry(
         "mxfp8": "quantize.layouts.base.mxfp8:MXFP8",
     }
 )
-"""By the name that ``--base`` takes."""
+"""By the name that ``--base`` takes. ``--bits`` chooses among all of them."""

@@ -3,7 +3,8 @@
 The scale is ``amax / 448`` of its block, and codes are rounded to nearest, ties to even. Sources:
 ModelOpt's ``FP8_PB_WO`` (scales ``[out / 128, 1, in / 128, 1]``), compressed-tensors' preset
 ``FP8_BLOCK`` (``[out / 128, in / 128]``), and vLLM 0.32's readers of both (``KFp8Block128``,
-``CompressedTensorsW8A8Fp8``). Kernels quantize activations for each token and 128 inputs.
+``CompressedTensorsW8A8Fp8``). Kernels quantize activations for each token and 128 inputs. vLLM
+reads ModelOpt's experts as DeepSeek's (``Fp8MoEMethod``), so their scales have DeepSeek's name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from quantize.checkpoint.sources.fp8_block import decode
-from quantize.layouts.base.base_format import LARGEST
+from quantize.layouts.base.base_format import LARGEST, SCALE
+from quantize.nvfp4.activations import round_rows_e4m3
 
 _BLOCK = 128
 
@@ -26,14 +28,18 @@ class Fp8:
     preset = "FP8_BLOCK"
     format = "float-quantized"
     scale_dtype = torch.float32
+    bits = 8 + 32 / _BLOCK**2
 
     def fits(self, rows: int, columns: int) -> bool:
         # A joined weight has one grid of blocks, so each part must end where a block does.
         return rows % _BLOCK == 0 and columns % _BLOCK == 0
 
-    def scale_shape(self, rows: int, columns: int, layout: str) -> tuple[int, ...]:
+    def scale_name(self, layout: str, expert: bool) -> str:
+        return "weight_scale_inv" if layout == "modelopt" and expert else SCALE
+
+    def scale_shape(self, rows: int, columns: int, layout: str, expert: bool) -> tuple[int, ...]:
         down, across = rows // _BLOCK, columns // _BLOCK
-        return (down, 1, across, 1) if layout == "modelopt" else (down, across)
+        return (down, 1, across, 1) if layout == "modelopt" and not expert else (down, across)
 
     def encode(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = _blocks(weight.float())
@@ -45,6 +51,9 @@ class Fp8:
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return decode(codes, scale, block=(_BLOCK, _BLOCK))
+
+    def round_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        return round_rows_e4m3(x.unflatten(-1, (-1, _BLOCK))).flatten(-2)
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from quantize.checkpoint.sources.mxfp8 import BLOCK, decode
-from quantize.layouts.base.base_format import LARGEST
+from quantize.layouts.base.base_format import LARGEST, SCALE
 
 _BIAS = 127
 
@@ -27,11 +27,15 @@ class MxFp8:
     preset = "MXFP8"
     format = "mxfp8-quantized"
     scale_dtype = torch.uint8
+    bits = 8 + 8 / BLOCK
 
     def fits(self, rows: int, columns: int) -> bool:
         return columns % BLOCK == 0
 
-    def scale_shape(self, rows: int, columns: int, layout: str) -> tuple[int, ...]:
+    def scale_name(self, layout: str, expert: bool) -> str:
+        return SCALE
+
+    def scale_shape(self, rows: int, columns: int, layout: str, expert: bool) -> tuple[int, ...]:
         return rows, columns // BLOCK
 
     def encode(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +51,9 @@ class MxFp8:
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return decode(codes, scale)
+
+    def round_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(*self.encode(x)).to(x.dtype)
 
 
 MXFP8 = MxFp8()
