@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from quantize.calibration.calibrate import (
     runnable_model,
     unstaged,
 )
+from quantize.calibration.crew import Crew, Round, on_devices
 from quantize.calibration.estimate import check, check_memory, estimate
 from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
@@ -86,7 +88,8 @@ def execute(
         overwrite: replace a checkpoint, or an interrupted run, in ``target``.
         resume: go on with an interrupted run; start one if ``target`` is empty; do nothing if it
             is complete.
-        devices: what computes; by default :func:`all_devices`.
+        devices: what computes; by default :func:`all_devices`. If there are GPUs among them, these.
+            Calibration runs the model on the first, and rounds experts on all.
         threads: how many, on CPUs; by default as many as cores, within ``MEMORY``.
         ray: address of a Ray cluster that makes the shards instead of this machine.
         command: how the run was started, for the report.
@@ -148,7 +151,7 @@ def execute(
         plan,
         record,
         others,
-        devices or all_devices(),
+        _gpus_or_all(devices or all_devices()),
         threads,
         ray,
         samples,
@@ -158,6 +161,11 @@ def execute(
     )
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
+
+
+def _gpus_or_all(devices: Sequence[torch.device]) -> Sequence[torch.device]:
+    """The GPUs; all, if there are none."""
+    return [device for device in devices if device.type == "cuda"] or devices
 
 
 def _check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()) -> None:
@@ -286,7 +294,7 @@ class _Run:
                 self._clear()
             if self.counting is not None:
                 count_tokens(*what, self.say, self.counting)
-            calibrate(*what, calibrating, self.say)
+            calibrate(*what, calibrating, self.say, self._gather)
         if not space.has_room_for_shards():
             self._clear()
         if self.ray is not None:
@@ -298,6 +306,12 @@ class _Run:
         report = collect(checkpoint, plan, record, digests(checkpoint, plan, record.identity))
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
         finish(checkpoint, plan, record, self.others, files)
+
+    def _gather(self, rounds: Round) -> AbstractContextManager[Crew | None]:
+        """Who rounds experts: see ``quantize.calibration.calibrate.Gather``."""
+        if len(self.devices) == 1:
+            return nullcontext()
+        return on_devices(rounds, self.devices, self.say)
 
     def _say_what_stays(self) -> None:
         weights = [file.name for file in self.checkpoint.files]

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from quantize.calibration.calibrate import goes_back, precision
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.input_scales import RangeGatherer
-from quantize.calibration.quantizer import Quantizer
+from quantize.calibration.quantizer import Quantizer, Rounder
 from quantize.calibration.routing import Routing
 from quantize.calibration.visitor import Visitor
 from quantize.checkpoint.reader import Checkpoint
@@ -149,9 +149,8 @@ def measure(
     if settings.method is None:
         visitor = RangeGatherer(checkpoint, cast(Any, None), [group], settings.every_expert)
     else:
-        visitor = Quantizer(
-            checkpoint, cast(Any, _Nowhere()), [group], plan.layout, settings, plan.options.scales
-        )
+        rounder = Rounder(checkpoint, plan.layout, settings, plan.options.scales)
+        visitor = Quantizer(cast(Any, _Nowhere()), [group], plan.layout, rounder)
     visitor.begin(layer_number(group.prefix) or 0, group, routing)
     visitor.expert(0, weights, routing)
     together = 1

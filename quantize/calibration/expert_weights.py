@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 
@@ -33,6 +34,19 @@ class ExpertWeights:
         self._biases = biases
         self._gate = gate
         self._post_norm = post_norm
+
+    def on(self, device: torch.device) -> ExpertWeights:
+        """Return the same weights on ``device``."""
+        if self.down.device == device:
+            return self
+        norm = self._post_norm
+        return ExpertWeights(
+            tuple(weight.to(device) for weight in self.gate_up),
+            self.down.to(device),
+            tuple(bias.to(device) for bias in self._biases),
+            self._gate,
+            deepcopy(norm).to(device) if isinstance(norm, torch.nn.Module) else norm,
+        )
 
     def intermediate(self, x: torch.Tensor, gate_up: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         """Return down's inputs for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``, in ``x``'s
