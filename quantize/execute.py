@@ -272,7 +272,7 @@ class _Run:
         if self.limited:
             check_memory(memory, device)
         counting = self.counting is not None
-        found = estimate(self.checkpoint, self.plan, groups, device, counting)
+        found = estimate(self.checkpoint, self.plan, groups, device, counting, len(self.devices))
         if self.limited:
             check(found)
         self.say(f"Calibration: {found}")

@@ -51,9 +51,7 @@ def alone(
         if method not in made:
             torch.set_num_threads(1)
             target = tmp_path_factory.mktemp(method) / "out"
-            calibrated(
-                trained, target, rows, ONE_LAYER, settings={"method": method}, devices=[CPU]
-            )
+            calibrated(trained, target, rows, ONE_LAYER, settings={"method": method}, devices=[CPU])
             made[method] = (target / WEIGHTS).read_bytes()
         return made[method]
 
