@@ -20,6 +20,7 @@ from quantize.calibration.calibrate import (
     runnable_model,
     unstaged,
 )
+from quantize.calibration.cluster_crew import on_cluster
 from quantize.calibration.crew import Crew, Round, on_devices
 from quantize.calibration.estimate import check, check_memory, estimate
 from quantize.calibration.progress import Progress as Calibrating
@@ -309,6 +310,9 @@ class _Run:
 
     def _gather(self, rounds: Round) -> AbstractContextManager[Crew | None]:
         """Who rounds experts: see ``quantize.calibration.calibrate.Gather``."""
+        if self.ray is not None:
+            what = self.checkpoint, self.plan, self.record, self.threads
+            return on_cluster(self.ray, *what, self.say)
         if len(self.devices) == 1:
             return nullcontext()
         return on_devices(rounds, self.devices, self.say)

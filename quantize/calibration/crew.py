@@ -111,7 +111,7 @@ class Device:
                 experts = [(number, weights.on(self._device)) for number, weights in work.experts]
                 return self._round(Work(work.group, experts, self._routing))
         except Exception as error:
-            if not _of_the_device(error):
+            if not of_the_device(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
         # Not within the handler: the error's traceback keeps tensors alive.
@@ -233,7 +233,7 @@ def on_devices(rounds: Round, devices: Sequence[torch.device], say: Say) -> Crew
     )
 
 
-def _of_the_device(error: Exception) -> bool:
+def of_the_device(error: Exception) -> bool:
     """Whether a GPU failed or has no memory left."""
     kinds: tuple[Any, ...] = (torch.OutOfMemoryError, torch.AcceleratorError)
     words = ("CUDA", "cuBLAS", "CUBLAS", "cusolver", "CUSOLVER")

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from quantize.calibration.calibrate import goes_back, precision
 from quantize.calibration.crew import Work
-from quantize.calibration.expert_weights import ExpertWeights
+from quantize.calibration.expert_weights import read_expert
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.quantizer import Rounder
 from quantize.calibration.room import side_by_side
@@ -170,12 +170,7 @@ def measure(
     routing = Routing(x, ids, torch.ones(tokens, size), group.num_experts, device, gradient)
     gate = plan.gates.of(group.prefix)
     started = clock()
-    weights = ExpertWeights(
-        tuple(w.to(device) for w in group.gate_up(checkpoint, 0, gate.interleaved)),
-        group.down(checkpoint, 0).to(device),
-        tuple(b.to(device) for b in group.biases(checkpoint, 0, gate.interleaved).values()),
-        gate,
-    )
+    weights = read_expert(checkpoint, group, 0, gate, device)
     read = clock()
     output = torch.zeros(tokens, group.hidden)
     for chunk in routing.of(0):

@@ -47,6 +47,7 @@ class Routing:
 
     Attributes:
         x: as given.
+        given: x, ids, weights and gradient, as given.
         counts: how many tokens each expert gets, int64 ``[experts]``.
     """
 
@@ -60,6 +61,7 @@ class Routing:
         gradient: torch.Tensor | None = None,
     ) -> None:
         self.x = x
+        self.given = x, ids, weights, gradient
         self._x, self._gradient = _near(x, gradient, device)
         self._weights = weights.flatten()
         self._k = ids.shape[1]
