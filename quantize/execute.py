@@ -32,7 +32,7 @@ from quantize.experts.group import ExpertGroup
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run import done
-from quantize.run.cluster import check_threads, make_shards_on_ray
+from quantize.run.cluster import check_threads, connected, make_shards_on_ray, slots
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
@@ -273,7 +273,11 @@ class _Run:
         if self.limited:
             check_memory(memory, device)
         counting = self.counting is not None
-        found = estimate(self.checkpoint, self.plan, groups, device, counting, len(self.devices))
+        count = len(self.devices)
+        if self.ray is not None:
+            with connected(self.ray):
+                count = slots(self.threads)
+        found = estimate(self.checkpoint, self.plan, groups, device, counting, count)
         if self.limited:
             check(found)
         self.say(f"Calibration: {found}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from quantize.calibration.crew import Crew, LostError, Outcome, Work, of_the_device
@@ -57,6 +58,9 @@ class File(NamedTuple):
 Files = tuple[File | None, ...]
 """Of ``Routing.given``."""
 
+Sent = tuple[Outcome, list[tuple[str, np.ndarray]]]
+"""What became of an expert, and its tensors: bytes, which Ray copies as they are."""
+
 
 @contextmanager
 def on_cluster(
@@ -77,19 +81,19 @@ def on_cluster(
     """
     with connected(address):
         run = run_of(checkpoint, plan, record, threads)
-        count, sent, needs = slots(threads), _Sent(), resources(threads)
+        count, shared, needs = slots(threads), _Shared(), resources(threads)
 
         def together(group: ExpertGroup, method: Method) -> int:
             # How many fit on a GPU, a task sees.
             many = method.together is not None and needs["num_gpus"] > 0
             return -(-group.num_experts // count) if many else 1
 
-        members = [_Slot(run, plan.groups, sent, needs) for _ in range(count)]
+        members = [_Slot(run, plan.groups, shared, needs) for _ in range(count)]
         with Crew(members, say, together) as crew:
             yield crew
 
 
-class _Sent:
+class _Shared:
     """What was said of a layer's tokens; and that it is in their files, for other machines."""
 
     def __init__(self) -> None:
@@ -110,11 +114,11 @@ class _Slot:
     name = "a task of the cluster"
 
     def __init__(
-        self, run: bytes, groups: Sequence[ExpertGroup], sent: _Sent, needs: dict[str, int]
+        self, run: bytes, groups: Sequence[ExpertGroup], shared: _Shared, needs: dict[str, int]
     ) -> None:
         import ray
 
-        self._run, self._groups, self._sent = run, groups, sent
+        self._run, self._groups, self._shared = run, groups, shared
         self._task: Any = ray.remote(_round).options(
             **needs, max_retries=RETRIES, scheduling_strategy="SPREAD"
         )
@@ -128,19 +132,23 @@ class _Slot:
         if isinstance(norm, torch.nn.Module):
             norm = deepcopy(norm).cpu()
         numbers = [number for number, _ in work.experts]
-        files = self._sent.files(work.routing)
+        files = self._shared.files(work.routing)
         self._pending = self._task.remote(
             self._run, self._groups.index(work.group), numbers, files, norm
         )
         try:
-            found: list[Outcome] = ray.get(self._pending)
-            return found
+            found: list[Sent] = ray.get(self._pending)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, Exception) and of_the_device(error.cause):
                 raise LostError(brief(error.cause)) from None
             raise ours(error.cause) from error
         except ray.exceptions.RayError as error:
             raise LostError(brief(error)) from None
+        # Ray's memory is read-only, and PyTorch knows no such tensors.
+        return [
+            one._replace(tensors={name: torch.from_numpy(data.copy()) for name, data in sent})
+            for one, sent in found
+        ]
 
     def rest(self) -> None:
         """See ``crew.Member``."""
@@ -156,7 +164,7 @@ class _Slot:
 
 def _round(
     run: bytes, number: int, experts: list[int], files: Files, norm: Norm | None
-) -> list[Outcome]:
+) -> list[Sent]:
     """The task: some experts of the plan's group ``number``, on whichever machine it runs."""
     checkpoint, plan, rounder = _prepared(run)
     group, device = plan.groups[number], all_devices()[0]
@@ -173,7 +181,13 @@ def _round(
                 for expert in experts[first : first + size]
             ]
             outcomes += rounder.round(Work(group, batch, routing))
-    return outcomes
+    return [
+        (
+            one._replace(tensors={}),
+            [(n, t.reshape(-1).view(torch.uint8).numpy()) for n, t in one.tensors.items()],
+        )
+        for one in outcomes
+    ]
 
 
 @lru_cache(maxsize=1)

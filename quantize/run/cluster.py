@@ -211,7 +211,7 @@ def resources(threads: int | None) -> dict[str, int]:
     """What each task takes of the cluster."""
     import ray
 
-    if ray.clusterresources().get("GPU", 0) > 0:
+    if ray.cluster_resources().get("GPU", 0) > 0:
         return {"num_cpus": 1, "num_gpus": 1}
     most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     # Without any CPUs now, an autoscaler may bring some.
