@@ -32,12 +32,13 @@ from quantize.experts.group import ExpertGroup
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run import done
-from quantize.run.cluster import check_threads, connected, make_shards_on_ray, slots
+from quantize.run.cluster import make_shards_on_ray, room_on_ray
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
+from quantize.run.sessions import Sessions
 from quantize.run.space import Space
 from quantize.run.target import check_folder
 from quantize.run.workers import Progress, all_devices, make_shards
@@ -159,6 +160,7 @@ def execute(
         say,
         counting,
         limited,
+        started,
     )
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
@@ -203,6 +205,9 @@ class _Run:
     say: Say
     counting: Calibrating | None
     limited: bool | None
+    started: float
+    cluster: int = 0
+    """How many tasks the Ray cluster has room for."""
 
     def go(
         self,
@@ -216,6 +221,9 @@ class _Run:
         record.prepare(overwrite, resume)
         space = self._check()
         record.begin(overwrite, resume)
+        self.sessions = Sessions(
+            record.folder, self.devices, time.perf_counter() - self.started, self.cluster
+        )
         try:
             done.discard_changed(record, checkpoint, plan)
             missing = done.missing(record, plan)
@@ -237,6 +245,8 @@ class _Run:
     def _check(self) -> Space:
         """Whatever else can refuse the run."""
         record, plan = self.record, self.plan
+        if self.ray is not None:
+            self.cluster = room_on_ray(self.ray, self.threads)
         every = range(len(plan.shards))
         missing: Sequence[int] = every
         voided = []
@@ -257,8 +267,6 @@ class _Run:
                 runnable_model(self.checkpoint, plan, self.devices[0])
                 left = plan.groups if fresh else unstaged(plan, done.staged_of(record, plan))
                 self._foresee(budget.memory, left)
-        if self.ray is not None:
-            check_threads(self.ray, self.threads)
         if record.goes_on and not voided:
             shards -= sum(_allocated(record.rounded(name)) for name in plan.file_names)
         space = Space(record, max(0, shards), max(0, calibration), plan.rounds)
@@ -273,10 +281,7 @@ class _Run:
         if self.limited:
             check_memory(memory, device)
         counting = self.counting is not None
-        count = len(self.devices)
-        if self.ray is not None:
-            with connected(self.ray):
-                count = slots(self.threads)
+        count = self.cluster or len(self.devices)
         found = estimate(self.checkpoint, self.plan, groups, device, counting, count)
         if self.limited:
             check(found)
@@ -294,23 +299,33 @@ class _Run:
         if plan.options.calibration and missing:
             assert self.samples is not None
             what = checkpoint, plan, self.samples, done.staged_of(record, plan), self.devices[0]
-            prove_walk(*what, self.say)
+            with self.sessions.phase("proof"):
+                prove_walk(*what, self.say)
             if not space.has_room_to_calibrate():
                 self._clear()
             if self.counting is not None:
-                count_tokens(*what, self.say, self.counting)
-            calibrate(*what, calibrating, self.say, self._gather)
+                with self.sessions.phase("counting tokens"):
+                    count_tokens(*what, self.say, self.counting)
+            with self.sessions.phase("calibration"):
+                calibrate(*what, calibrating, self.say, self._gather)
         if not space.has_room_for_shards():
             self._clear()
-        if self.ray is not None:
-            make_shards_on_ray(self.ray, checkpoint, plan, record, missing, self.threads, progress)
-        else:
-            work = plan.calibrated(done.staged_of(record, plan))
-            make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
+        with self.sessions.phase("shards"):
+            self._make_shards(missing, progress)
         assert record.identity is not None
-        report = collect(checkpoint, plan, record, digests(checkpoint, plan, record.identity))
+        edited = digests(checkpoint, plan, record.identity)
+        report = collect(checkpoint, plan, record, edited, self.sessions.all)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
         finish(checkpoint, plan, record, self.others, files)
+
+    def _make_shards(self, missing: Sequence[int], progress: Progress) -> None:
+        what, threads = (self.checkpoint, self.plan, self.record), self.threads
+        if self.ray is not None:
+            make_shards_on_ray(self.ray, *what, missing, threads, progress)
+            return
+        checkpoint, plan, record = what
+        work = plan.calibrated(done.staged_of(record, plan))
+        make_shards(checkpoint, work, record, missing, self.devices, threads, progress)
 
     def _gather(self, rounds: Round) -> AbstractContextManager[Crew | None]:
         """Who rounds experts: see ``quantize.calibration.calibrate.Gather``."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from quantize.errors import QuantizeError
+from quantize.run.sessions import Machine, Session
 
 VERSION = 1
 """The version of the JSON format. It changes when a reader of an older version would misunderstand
@@ -33,6 +34,8 @@ class CalibrationReport:
         every_expert: experts were calibrated with all tokens, not only those routed to them.
         min_tokens: an expert with fewer tokens is rounded to nearest instead, and has its layer's
             input scales.
+        digest: SHA-256 of the samples' tokens, int64 ``[num_samples, sequence_length]``, in
+            hexadecimal.
     """
 
     text: str
@@ -41,6 +44,7 @@ class CalibrationReport:
     method: str
     every_expert: bool
     min_tokens: int
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,12 @@ class RunReport:
             found any or the source has some.
         converted: some weights were NVFP4 in the source, and keep their bits and input scales. Of
             them nothing was lost.
+        revision: the source's commit on the hub (``quantize.checkpoint.hub.revision_of``); None if
+            that is not known.
+        source_digest: SHA-256, in hexadecimal, of a part of each tensor of the source and of all
+            files beside (``quantize.checkpoint.identity``).
+        sessions: when, how long and where the run was made; empty if it is to be reproducible
+            (``quantize.run.sessions``).
     """
 
     source: str
@@ -167,6 +177,9 @@ class RunReport:
     kv_cache: str | None = None
     kv_scales: dict[str, list[float]] = field(default_factory=dict)
     converted: bool = False
+    revision: str | None = None
+    source_digest: str = ""
+    sessions: list[Session] = field(default_factory=list)
 
 
 _LATER: dict[str, Any] = {
@@ -176,6 +189,9 @@ _LATER: dict[str, Any] = {
     "kv_cache": None,
     "kv_scales": {},
     "converted": False,
+    "revision": None,
+    "source_digest": "",
+    "sessions": [],
 }
 """What older reports do not have."""
 
@@ -204,10 +220,12 @@ def loads(text: str | bytes) -> RunReport:
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):
             if parts[name]:
-                parts[name] = CalibrationReport(**_fields(CalibrationReport, parts[name]))
+                value = {"digest": ""} | parts[name]
+                parts[name] = CalibrationReport(**_fields(CalibrationReport, value))
         if parts["base"]:
             base = _fields(BaseReport, parts["base"])
             parts["base"] = BaseReport(**base | {"errors": _floats(base["errors"])})
+        parts["sessions"] = [_session(one) for one in parts["sessions"]]
         run = RunReport(**parts)
         if not _fits(run, RunReport) or any(len(x.scale_counts) != 127 for x in run.layers):
             raise TypeError("a value of another type")
@@ -244,6 +262,11 @@ def _layer(value: dict[str, Any]) -> LayerReport:
             stats[name] = [_floats(errors) for errors in stats[name]]
         parts["calibration"] = ExpertStats(**stats)
     return LayerReport(**parts)
+
+
+def _session(value: dict[str, Any]) -> Session:
+    machine = Machine(**_fields(Machine, value["machine"]))
+    return Session(**_fields(Session, value) | {"machine": machine})
 
 
 def _fields(kind: type, value: dict[str, Any]) -> dict[str, Any]:

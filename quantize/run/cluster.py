@@ -190,10 +190,14 @@ def _check_address(address: str) -> None:
             ) from None
 
 
-def check_threads(address: str, threads: int | None) -> None:
-    """Raise QuantizeError if no machine of the cluster has so many CPUs, or it is not there."""
+def room_on_ray(address: str, threads: int | None) -> int:
+    """How many tasks the cluster at ``address`` does at once.
+
+    Raises:
+        QuantizeError: if no machine of it has so many CPUs, or it is not there.
+    """
     with connected(address):
-        resources(threads)
+        return slots(threads)
 
 
 def slots(threads: int | None) -> int:
