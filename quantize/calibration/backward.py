@@ -172,7 +172,7 @@ class LayerwiseBackward(LayerwiseForward):
             visitor.expert(expert, weights, routing)
             if sums is not None:
                 _add_input_gradients(weights, routing, expert, found, sums)
-            done, experts = expert + 1, group.num_experts
+            done, experts = expert + 1 - visitor.behind, group.num_experts
             progress((1 + 2 * done / experts) / 3, f"expert {done} of {experts}")
         visitor.end()
         if found.x is not None and sums is not None and sums is not found.x:

@@ -165,6 +165,11 @@ class Crew:
         self.stop()
         self._pool.shutdown()
 
+    @property
+    def at_work(self) -> int:
+        """How many experts are being rounded."""
+        return sum(len(w.experts) for future, (_, w, _) in self._busy.items() if not future.done())
+
     def give(self, work: Work, take: Take) -> None:
         """Let experts be rounded by the first member that is free, and ``take`` be given what
         became of them. Returns as soon as a member has begun.

@@ -174,7 +174,7 @@ class LayerwiseForward:
             for chunk in routing.of(expert):
                 own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
                 sums.index_add_(0, chunk.tokens.to(sums.device), own.float().to(sums.device))
-            done = expert + 1
+            done = expert + 1 - visitor.behind
             progress(done / group.num_experts, f"expert {done} of {group.num_experts}")
         visitor.end()
         if sums is not output:

@@ -7,6 +7,7 @@ import math
 from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.routing import Routing
+from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX
@@ -43,7 +44,7 @@ def input_scales(
     return [(input_scale(gate_up), input_scale(down)) for gate_up, down in pairs]
 
 
-class RangeGatherer:
+class RangeGatherer(NullVisitor):
     """A visitor (``quantize.calibration.visitor``) that finds the input scales of experts.
 
     Args:

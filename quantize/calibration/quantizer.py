@@ -91,9 +91,11 @@ class Quantizer:
         return weights
 
     @property
-    def waiting(self) -> int:
-        """How many experts wait to be rounded together with others."""
-        return len(self._waiting) if self._group is not None else 0
+    def behind(self) -> int:
+        """How many experts wait to be rounded together with others, or are being rounded."""
+        if self._group is None:
+            return 0
+        return len(self._waiting) + (self._crew.at_work if self._crew is not None else 0)
 
     def end(self) -> None:
         """Quantize the experts that wait, write the input scales, and finish the group's file.

@@ -248,3 +248,33 @@ def test_a_crew_of_devices_asks_for_batches_that_fit_on_each() -> None:
     group: Any = None
     with on_devices(lambda _: [], THREE, lambda _: None) as crew:
         assert crew.together(group, METHODS["two-sided"]) == 1  # on CPUs
+
+
+def test_progress_counts_what_is_done(
+    trained: Path, rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what was only handed out: else the first experts would seem to take no time at all."""
+    go_on = threading.Event()
+    rounds = Rounder.round
+
+    def slow(self: Rounder, work: Work) -> list[Outcome]:
+        assert go_on.wait(60)
+        return rounds(self, work)
+
+    monkeypatch.setattr(Rounder, "round", slow)
+    parts: list[str] = []
+
+    def spoken(_: float, __: int, where: str) -> None:
+        if ", expert " in where and where.startswith("layer 1,"):
+            parts.append(where.partition(", ")[2])
+            if len(parts) == 3:
+                go_on.set()
+
+    calibrated(
+        trained, tmp_path / "out", rows, ONE_LAYER, settings={"method": "gptq"}, devices=THREE,
+        calibrating=spoken,
+    )  # fmt: skip
+    assert parts[:3] == ["expert 0 of 16"] * 3
+    numbers = [int(part.split()[1]) for part in parts]
+    assert numbers == sorted(numbers)
+    assert 16 - 3 <= numbers[-1] <= 16
