@@ -99,11 +99,11 @@ class Sessions:
                 seconds = self.all[-1].seconds
                 spent = seconds.get(name, 0.0) + time.perf_counter() - start
                 seconds[name] = round(spent, 1)
-                with suppress(OSError):  # a full disk: what went wrong before is what matters
-                    self._write()
+                self._write()
 
     def _write(self) -> None:
-        write_json(self._file, {"sessions": [asdict(session) for session in self.all]})
+        with suppress(OSError):  # a full disk: what the run itself says of it is what matters
+            write_json(self._file, {"sessions": [asdict(session) for session in self.all]})
 
 
 def machine(devices: Sequence[torch.device]) -> Machine:

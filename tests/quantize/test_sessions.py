@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import platform
@@ -166,3 +167,16 @@ def test_which_revision_a_folder_is_of(saved: Callable[[str], Path], tmp_path: P
     (changed / "generation_config.json").write_text("{}")
     convert(changed, tmp_path / "changed_out")
     assert report(tmp_path / "changed_out").source_digest != found[0].source_digest
+
+
+def test_a_full_disk_is_not_found_here(
+    recorded: None, saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run says of itself is no reason to stop it."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("quantize.run.sessions.write_json", full)
+    convert(saved("qwen3_moe"), tmp_path / "out")
+    assert len(report(tmp_path / "out").sessions) == 1
