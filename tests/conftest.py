@@ -1,7 +1,6 @@
 """Fixtures for all tests: a small trained model, in both of its layouts."""
 
 import functools
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # A shell that starts a runner in the background has it ignore Ctrl-C; processes that tests start
 # would inherit that, and some tests interrupt them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-# Reports are compared byte for byte: without this, they say when and where a run was made.
-os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

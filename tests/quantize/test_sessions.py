@@ -37,7 +37,7 @@ def everything(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without what all other tests have: see ``tests/conftest.py``."""
+    """Without what all other tests have: see ``tests/__init__.py``."""
     monkeypatch.delenv(REPRODUCIBLE)
 
 
