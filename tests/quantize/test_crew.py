@@ -26,6 +26,7 @@ from quantize.experts.gates import Gate
 from quantize.nvfp4.rounding import METHODS
 from quantize.run.options import Options
 from tests.quantize.test_calibration import calibrated, interrupted, resumed
+from tests.quantize.test_cli import refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,3 +279,29 @@ def test_progress_counts_what_is_done(
     numbers = [int(part.split()[1]) for part in parts]
     assert numbers == sorted(numbers)
     assert 16 - 3 <= numbers[-1] <= 16
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (("cuda", "cuda:0"), [torch.device("cuda", 0)]),
+        (("cuda:1", "cuda:0", "cuda:1"), [torch.device("cuda", 1), torch.device("cuda", 0)]),
+        (("cpu", "cpu"), [CPU]),
+        ((), None),
+    ],
+)
+def test_a_device_that_is_named_twice_is_one(
+    given: tuple[str, ...], want: list[torch.device] | None, trained: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    found: list[Any] = []
+
+    def stop(*_: Any, devices: Any, **__: Any) -> None:
+        found.append(devices)
+        raise QuantizeError("enough")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("quantize.execute.execute", stop)
+    words = [word for name in given for word in ("--device", name)]
+    assert "enough" in refusal("quantize", trained, tmp_path / "out", *words)
+    assert found == [want]
