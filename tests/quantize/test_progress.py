@@ -126,7 +126,7 @@ class Told(progress.Shown):
 progress.Shown = Told
 main()
 """
-"""The command with a line for every update: what is said must not depend on how fast a machine is."""
+"""The command with a line for every update: what is said must not depend on a machine's speed."""
 
 
 def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
