@@ -126,7 +126,7 @@ class Told(progress.Shown):
 progress.Shown = Told
 main()
 """
-"""The command with a line for every update: what is said must not depend on a machine's speed."""
+"""The command with a line for every update, so that what is said is the same on any machine."""
 
 
 def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
