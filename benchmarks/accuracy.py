@@ -50,7 +50,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import generation, peers
-from benchmarks.simulate import EIGHT_BITS, SCALES, own_experts, simulated, weights_in_e4m3
+from benchmarks.simulate import (
+    BY_TOKEN,
+    EIGHT_BITS,
+    SCALES,
+    own_experts,
+    simulated,
+    weights_in_e4m3,
+)
 from benchmarks.stored import read
 from examples.perplexity import (
     Rows,
@@ -193,7 +200,7 @@ class Bench:
             return Row(label, why=str(error))
         if self.scales == EIGHT_BITS:
             layers, _ = read(folder, weights_in_e4m3)
-        elif any(experts.input_scales is None for experts in layers.values()):
+        elif self.scales not in BY_TOKEN and any(e.input_scales is None for e in layers.values()):
             return Row(label, weights, why="no input scales: its activations stay as they are")
         with simulated(self.model, layers, gates, self.scales):
             return Row(label, weights, self.figures(self.model))

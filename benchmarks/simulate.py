@@ -11,7 +11,13 @@ ModelOpt's rule; kernels get its reciprocal. vLLM 0.32 makes of them (``fused_mo
 
 * ``shared``: the largest of all experts of the layer, one for each GEMM: emulation and every
   FlashInfer kernel (TRT-LLM, CUTLASS, CuteDSL, B12x), across ranks too;
-* ``expert``: each its own: vLLM's CUTLASS kernel alone.
+* ``expert``: each its own: vLLM's CUTLASS kernel and b12x.
+
+* ``token``: each token its own, ``amax / (6 * 448)``, whatever the checkpoint says: FlashInfer's
+  TRT-LLM kernel, if it is asked for ``nvfp4_per_token``;
+* ``four-six`` and ``token-four-six``: as ``shared`` and ``token``, with FlashInfer's
+  ``FLASHINFER_NVFP4_4OVER6=1``: a block's largest value becomes 6 or 4, whichever is nearer
+  (:func:`round_four_six`).
 
 **Eight bits** (``fp8``): E4M3 with a scale for each token, its largest magnitude over 448, as FP8
 matrix products take them; the checkpoint's input scales are not used. Such products want weights in
@@ -32,11 +38,12 @@ import torch.nn.functional as F
 
 from benchmarks.stored import Experts
 from quantize.experts.gates import Gate, Gates
-from quantize.nvfp4.activations import round_nvfp4, round_rows_e4m3
+from quantize.nvfp4.activations import round_nvfp4, round_rows_e4m3, row_scales
 from quantize.nvfp4.format import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, decode
 
 EIGHT_BITS = "fp8"
-SCALES = ("shared", "expert", EIGHT_BITS)
+BY_TOKEN = ("token", "token-four-six")
+SCALES = ("shared", "expert", "four-six", *BY_TOKEN, EIGHT_BITS)
 """How an expert's GEMMs' inputs are rounded, see the module's docstring."""
 
 _LAYER = re.compile(r"\blayers\.([0-9]{1,9})\.")
@@ -53,6 +60,18 @@ def weights_in_e4m3(weight: NvFp4) -> torch.Tensor:
     unit = torch.where(largest == 0, 1.0, largest).log2().ceil().exp2()
     values = decode(weight.codes).float().unflatten(-1, (-1, BLOCK)) * (blocks / unit)
     return (values.to(torch.float8_e4m3fn).float() * unit).flatten(-2) * weight.global_scale
+
+
+def round_four_six(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
+    """As ``round_nvfp4``; each block's largest value becomes 4 if that gives a smaller sum of
+    magnitudes of errors (flashinfer-python 0.7.2, ``quantization_utils.cuh``:
+    ``cvt_warp_fp16_to_fp4``, by default)."""
+    six, four = (
+        round_nvfp4(x, input_scale, target).unflatten(-1, (-1, BLOCK)) for target in (6, 4)
+    )
+    exact = x.unflatten(-1, (-1, BLOCK))
+    lost_by_six, lost_by_four = ((each - exact).abs().sum(-1, keepdim=True) for each in (six, four))
+    return torch.where(lost_by_four < lost_by_six, four, six).flatten(-2)
 
 
 class Simulated:
@@ -76,12 +95,13 @@ class Simulated:
         self.down = experts.down.to(device, dtype)
         self.gate = gate.concatenated()
         self.inputs: torch.Tensor | None = None
-        self.eight_bits = scales == EIGHT_BITS
-        if scales is not None and not self.eight_bits:
+        self.scales = scales
+        self._nvfp4 = round_four_six if scales and scales.endswith("four-six") else round_nvfp4
+        if scales is not None and scales not in (*BY_TOKEN, EIGHT_BITS):
             if experts.input_scales is None:
                 raise ValueError("these experts have no input scales")
             inputs = experts.input_scales.float().to(device)
-            self.inputs = inputs.amax(1, keepdim=True) if scales == "shared" else inputs
+            self.inputs = inputs if scales == "expert" else inputs.amax(1, keepdim=True)
 
     def __call__(
         self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
@@ -110,12 +130,14 @@ class Simulated:
         return restored.view(tokens, k, -1).sum(1).to(hidden.dtype)
 
     def _round(self, rows: torch.Tensor, gemm: int, experts: torch.Tensor) -> torch.Tensor:
-        if self.eight_bits:
+        if self.scales == EIGHT_BITS:
             return round_rows_e4m3(rows)
+        if self.scales in BY_TOKEN:
+            return self._nvfp4(rows, row_scales(rows))
         if self.inputs is None:
             return rows
         scales = self.inputs[gemm]
-        return round_nvfp4(rows, scales if len(scales) == 1 else scales[experts])
+        return self._nvfp4(rows, scales if len(scales) == 1 else scales[experts])
 
 
 def _by_expert(rows: torch.Tensor, weights: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.config.quantization import QuantSpec
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4DynamicToken
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -101,10 +103,14 @@ class ExpertsConfig(Format, QuantizationConfig):
         super().maybe_update_config(model_name, hf_config, revision)
         online = self.online_quantization_config  # from the user's --quantization-config
         if online is not None and online.args.moe is not None:
-            raise ValueError(
-                "--quantization nvfp4_moe takes the experts as the checkpoint has them; "
-                "remove 'moe' from --quantization-config"
-            )
+            # vLLM's own method for ModelOpt's NVFP4 experts takes this one, too.
+            if online.args.moe != QuantSpec(activation=kNvfp4DynamicToken):
+                raise ValueError(
+                    "--quantization nvfp4_moe takes the experts as the checkpoint has them; "
+                    "remove 'moe' from --quantization-config, but for "
+                    '\'{"moe": {"activation": "nvfp4_per_token"}}\''
+                )
+            self.per_token = True
         if current_platform.is_cpu() and (problem := gpu_only.refusal(hf_config)):
             raise ValueError(problem)
         self.stored = Stored(model_name, revision, self.layout.suffixes[2])

@@ -40,6 +40,12 @@ class ExpertsBackend(FusedMoEMethodBase):
     input_scales_by_expert = False
     """Whether the kernel takes each expert's own input scale. If not, it takes the largest."""
 
+    takes_per_token = False
+    """Whether the backend can be asked for activations in NVFP4 with a scale for each token."""
+
+    per_token_activation = False
+    """Whether that was asked for. The kernel then uses no input scales of the checkpoint's."""
+
     @classmethod
     @abstractmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:

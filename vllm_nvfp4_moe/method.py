@@ -113,7 +113,7 @@ class NvFp4MoEMethod(ExpertsBackend):
             (*((TensorKind.CODES,) if on_the_fly else kinds), *biases),
             self.global_input_scales,
             summary.begins,
-            input_scales=self.quantizes_activations,
+            input_scales=self.quantizes_activations and not self.per_token_activation,
         )
         gpt_oss.load_by_parameter(layer)
         dbrx.load_by_parameter(layer)

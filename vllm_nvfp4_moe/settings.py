@@ -5,8 +5,10 @@ variable                     meaning
 ===========================  ======================================================================
 ``NVFP4_MOE_SELF_CHECK``     ``0`` turns off the check that each kind of layer gets at load.
 ``NVFP4_MOE_HOPPER``         ``0`` leaves Hopper GPUs to vLLM's own kernels.
+``NVFP4_MOE_CPP``            ``0`` has numba compile the CPU's kernel, not the C++ compiler.
 ``NVFP4_MOE_ACTIVATIONS``    ``bf16`` (the default) or ``fp8``: what our Hopper kernel multiplies.
-                             ``nvfp4``: experts that are quantized while they load have input
+                             ``bf16``, if it is said: so do all kernels, whatever the checkpoint
+                             says. ``nvfp4``: experts that are quantized while they load have input
                              scales of 1.0, for kernels with 4-bit activations.
 ``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
                              (``VLLM_CACHE_ROOT``).
@@ -14,7 +16,8 @@ variable                     meaning
 ===========================  ======================================================================
 
 Beside them, the plugin respects two variables of vLLM by which users have the activations of vLLM's
-own kernels quantized, and CUDA's two that say where its compiler is.
+own kernels quantized, says when FlashInfer's for four over six is set, and looks at CUDA's two that
+say where its compiler is and at ``CXX``, the C++ compiler.
 
 Variables are read when a function here is called, not when it is imported. An empty variable counts
 as one that is not set. This module imports nothing heavy: vLLM loads it in each of its processes.
@@ -30,17 +33,21 @@ NAME = "nvfp4_moe"
 
 SELF_CHECK = "NVFP4_MOE_SELF_CHECK"
 HOPPER = "NVFP4_MOE_HOPPER"
+CPP = "NVFP4_MOE_CPP"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
 CACHE = "NVFP4_MOE_CACHE"
 ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
 
+BF16 = "bf16"
 NVFP4 = "nvfp4"
-"""A value of ``NVFP4_MOE_ACTIVATIONS``."""
+"""Values of ``NVFP4_MOE_ACTIVATIONS``."""
 
 HUMMING_INPUT = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
 """vLLM's: how Humming quantizes activations."""
 MARLIN_INPUT = "VLLM_MARLIN_INPUT_DTYPE"
 """vLLM's: the type to which Marlin quantizes activations."""
+FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
+"""FlashInfer's: the largest value of a block of activations becomes 6 or 4, whichever is better."""
 
 
 def self_check() -> bool:
@@ -53,13 +60,29 @@ def hopper() -> bool:
     return os.environ.get(HOPPER, "1") != "0"
 
 
+def cpp() -> bool:
+    """Whether the CPU's kernel may be compiled from C++ (``NVFP4_MOE_CPP``)."""
+    return os.environ.get(CPP, "1") != "0"
+
+
 def hopper_activations() -> str:
     """The type of the activations that our Hopper kernel multiplies (``NVFP4_MOE_ACTIVATIONS``).
 
     Whoever has the kernels checks that there is one of that name.
     """
-    asked = os.environ.get(ACTIVATIONS) or "bf16"
-    return "bf16" if asked == NVFP4 else asked
+    asked = os.environ.get(ACTIVATIONS) or BF16
+    return BF16 if asked == NVFP4 else asked
+
+
+def activations_stay() -> bool:
+    """Whether the user has said that activations stay as they are on any kernel, also where the
+    checkpoint has input scales (``NVFP4_MOE_ACTIVATIONS``)."""
+    return os.environ.get(ACTIVATIONS) == BF16
+
+
+def four_over_six() -> bool:
+    """Whether the user has asked FlashInfer's kernels for it, as FlashInfer reads it."""
+    return os.environ.get(FOUR_OVER_SIX) == "1"
 
 
 def on_the_fly_activations() -> bool:
@@ -97,3 +120,8 @@ def marlin_input() -> str | None:
 def cuda_home() -> str | None:
     """CUDA's folder by ``CUDA_HOME``, else by ``CUDA_PATH``; None if neither is set."""
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
+
+
+def cxx() -> str | None:
+    """The C++ compiler, if ``CXX`` says which."""
+    return os.environ.get("CXX") or None

@@ -25,6 +25,7 @@ from quantize.calibration.visitor import NullVisitor, Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
+from quantize.nvfp4.input_scales import INPUT_RULES
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.kernels.launch import full_float32
 from quantize.run.kv_scales import KvRanges
@@ -82,14 +83,15 @@ def calibrate(
     with ExitStack() as stack:
         if settings.method is None:
             ranges = Ranges(staged.folder)
-            visitor = RangeGatherer(checkpoint, ranges, undone, settings.every_expert)
+            visitor = RangeGatherer(checkpoint, ranges, undone, settings)
         else:
             # Rounding's products are in full float32, and kernels' context that sees to it is the
             # process's: members of a crew would leave each other's.
             stack.enter_context(full_float32())
             rounder = Rounder(checkpoint, plan.layout, settings, plan.options.scales)
             crew = stack.enter_context(gather(rounder.round))
-            visitor = Quantizer(staged, undone, plan.layout, rounder, crew)
+            rule = INPUT_RULES[settings.input_scale_rule]
+            visitor = Quantizer(staged, undone, plan.layout, rule, rounder, crew)
         if caches:
             stack.enter_context(watching(model, caches, KvRanges(staged.folder)))
         if goes_back(settings):

@@ -8,6 +8,7 @@ reckoned in docs/contributors/rounding-on-gpus.md.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,8 +59,9 @@ class File(NamedTuple):
 Files = tuple[File | None, ...]
 """Of ``Routing.given``."""
 
-Sent = tuple[Outcome, list[tuple[str, np.ndarray]]]
-"""What became of an expert, and its tensors: bytes, which Ray copies as they are."""
+Sent = tuple[bytes, list[tuple[str, np.ndarray]]]
+"""What became of an expert, pickled here, because Ray's own way knows no tensors; and its tensors
+as bytes, which Ray copies as they are."""
 
 
 @contextmanager
@@ -146,7 +148,9 @@ class _Slot:
             raise LostError(brief(error)) from None
         # Ray's memory is read-only, and PyTorch knows no such tensors.
         return [
-            one._replace(tensors={name: torch.from_numpy(data.copy()) for name, data in sent})
+            pickle.loads(one)._replace(
+                tensors={name: torch.from_numpy(data.copy()) for name, data in sent}
+            )
             for one, sent in found
         ]
 
@@ -183,7 +187,7 @@ def _round(
             outcomes += rounder.round(Work(group, batch, routing))
     return [
         (
-            one._replace(tensors={}),
+            pickle.dumps(one._replace(tensors={})),
             [(n, t.reshape(-1).view(torch.uint8).numpy()) for n, t in one.tensors.items()],
         )
         for one in outcomes

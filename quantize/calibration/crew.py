@@ -22,6 +22,7 @@ from quantize.calibration.room import side_by_side
 from quantize.calibration.routing import Routing
 from quantize.errors import QuantizeError, first_line
 from quantize.experts.group import ExpertGroup
+from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.rounding.method import Method
 
 
@@ -39,14 +40,14 @@ class Outcome(NamedTuple):
     Attributes:
         number: the expert's.
         tokens, rule, before, after, lost: see ``quantize.run.staged.Findings``.
-        largest: the largest magnitudes of the inputs of gate and up, and of down.
+        magnitudes: of the inputs of gate and up, and of down.
         tensors: what is to be written, by name, on the host.
     """
 
     number: int
     tokens: int
     rule: str
-    largest: tuple[float, float]
+    magnitudes: tuple[Magnitudes, Magnitudes]
     before: list[float]
     after: list[float]
     lost: list[list[Any]]

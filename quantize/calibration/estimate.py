@@ -178,7 +178,7 @@ def measure(
         output.index_add_(0, chunk.tokens, own.float().cpu())
     computed = clock()
     if settings.method is None:
-        visitor = RangeGatherer(checkpoint, cast(Any, None), [group], settings.every_expert)
+        visitor = RangeGatherer(checkpoint, cast(Any, None), [group], settings)
         visitor.begin(layer_number(group.prefix) or 0, group, routing)
         visitor.expert(0, weights, routing)
     else:

@@ -1,8 +1,9 @@
-"""From the largest inputs of a layer's experts to their input scales."""
+"""From what a layer's experts are given to their input scales."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
@@ -10,38 +11,27 @@ from quantize.calibration.routing import Routing
 from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
-from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX
-from quantize.run.options import MIN_TOKENS
+from quantize.nvfp4.input_scales import INPUT_RULES
+from quantize.nvfp4.input_scales.magnitudes import Magnitudes
+from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.ranges import Ranges
-
-HEADROOM = 2.0
-"""Inputs may be so many times as large as in calibration before they are clipped. Block scales are
-E4M3 numbers times the input scale, and E4M3 is equally precise over 15 octaves, so this room costs
-nothing."""
-
-
-def input_scale(largest: float) -> float:
-    """Return ModelOpt's ``input_scale`` with room, ``HEADROOM * largest / (6 * 448)``.
-
-    Args:
-        largest: the largest magnitude of an input; 0 if there were no inputs, and then the result
-            is 1.
-    """
-    return HEADROOM * largest / (E2M1_MAX * E4M3_MAX) if largest > 0 else 1.0
 
 
 def input_scales(
-    largest: list[tuple[float, float]], undersampled: set[int]
+    magnitudes: list[tuple[Magnitudes, Magnitudes]],
+    undersampled: set[int],
+    rule: Callable[[Magnitudes], float],
 ) -> list[tuple[float, float]]:
     """Return the input scales of a layer's experts: of gate and up, and of down.
 
     Args:
-        largest: for each expert, the largest magnitudes of these inputs.
+        magnitudes: for each expert, those of these inputs.
         undersampled: experts with fewer than ``MIN_TOKENS`` tokens; they get the layer's.
+        rule: one of ``quantize.nvfp4.input_scales.INPUT_RULES``.
     """
-    layer = tuple(max(column) for column in zip(*largest, strict=True))
-    pairs = (layer if expert in undersampled else own for expert, own in enumerate(largest))
-    return [(input_scale(gate_up), input_scale(down)) for gate_up, down in pairs]
+    layer = tuple(map(Magnitudes.of_all, zip(*magnitudes, strict=True)))
+    pairs = (layer if expert in undersampled else own for expert, own in enumerate(magnitudes))
+    return [(rule(gate_up), rule(down)) for gate_up, down in pairs]
 
 
 class RangeGatherer(NullVisitor):
@@ -49,21 +39,24 @@ class RangeGatherer(NullVisitor):
 
     Args:
         groups: the experts whose input scales are wanted; it lets others pass.
-        every_expert: each expert is given all tokens, not only those routed to it.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, ranges: Ranges, groups: list[ExpertGroup], every_expert: bool
+        self,
+        checkpoint: Checkpoint,
+        ranges: Ranges,
+        groups: list[ExpertGroup],
+        settings: Calibration,
     ) -> None:
         self._checkpoint = checkpoint
         self._ranges = ranges
         self._groups = groups
-        self._every_expert = every_expert
+        self._settings = settings
 
     def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
         """Prepare for the group's experts."""
         self._group = group if group in self._groups else None
-        self._largest: list[tuple[float, float]] = []
+        self._magnitudes: list[tuple[Magnitudes, Magnitudes]] = []
         self._undersampled: set[int] = set()
 
     def expert(self, number: int, weights: ExpertWeights, routing: Routing) -> ExpertWeights:
@@ -74,14 +67,14 @@ class RangeGatherer(NullVisitor):
         """
         if self._group is None:
             return weights
-        tokens, inputs, intermediates = 0, 0.0, 0.0
-        for chunk in routing.all() if self._every_expert else routing.of(number):
-            found = [float(x.abs().amax()) for x in (chunk.x, weights.intermediate(chunk.x))]
-            if not all(map(math.isfinite, found)):
+        tokens, inputs, intermediates = 0, Magnitudes(), Magnitudes()
+        for chunk in routing.all() if self._settings.every_expert else routing.of(number):
+            inputs.add(chunk.x)
+            intermediates.add(weights.intermediate(chunk.x))
+            if not (math.isfinite(inputs.largest) and math.isfinite(intermediates.largest)):
                 raise damaged(self._checkpoint, self._group, number, OF_TEXT)
             tokens += len(chunk.x)
-            inputs, intermediates = max(inputs, found[0]), max(intermediates, found[1])
-        self._largest.append((inputs, intermediates))
+        self._magnitudes.append((inputs, intermediates))
         if tokens < MIN_TOKENS:
             self._undersampled.add(number)
         return weights
@@ -89,5 +82,6 @@ class RangeGatherer(NullVisitor):
     def end(self) -> None:
         """Keep the layer's input scales."""
         if self._group is not None:
-            scales = input_scales(self._largest, self._undersampled)
+            rule = INPUT_RULES[self._settings.input_scale_rule]
+            scales = input_scales(self._magnitudes, self._undersampled, rule)
             self._ranges.write(self._group, scales)

@@ -21,6 +21,7 @@ from quantize.calibration.second_moments import SecondMoments
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import Layout
+from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, quantize_weights
 from quantize.nvfp4.rounding import METHODS
@@ -40,6 +41,7 @@ class Quantizer:
 
     Args:
         groups: the experts to be quantized; it lets others pass.
+        rule: one of ``quantize.nvfp4.input_scales.INPUT_RULES``.
         rounder: rounds them, unless there is a crew.
         crew: rounds several batches at once.
     """
@@ -49,9 +51,11 @@ class Quantizer:
         staged: Staged,
         groups: list[ExpertGroup],
         layout: Layout,
+        rule: Callable[[Magnitudes], float],
         rounder: Rounder,
         crew: Crew | None = None,
     ) -> None:
+        self._rule = rule
         self._staged = staged
         self._groups = groups
         self._layout = layout
@@ -112,7 +116,7 @@ class Quantizer:
         # By number, whichever came first.
         outcomes = [self._outcomes[number] for number in range(group.num_experts)]
         undersampled = {one.number for one in outcomes if one.rule == FALLBACK}
-        scales = input_scales([one.largest for one in outcomes], undersampled)
+        scales = input_scales([one.magnitudes for one in outcomes], undersampled, self._rule)
         for expert, (gate_up, down) in enumerate(scales):
             modules = group.modules(expert)
             for module, scale in zip(modules, [gate_up] * (len(modules) - 1) + [down], strict=True):
@@ -206,7 +210,7 @@ class Rounder:
             intermediate = SecondMoments(group.intermediate, device)
             for chunk in tokens(number):
                 intermediate.add(weights.intermediate(chunk.x, found), chunk.weights)
-            if not math.isfinite(intermediate.largest):
+            if not math.isfinite(intermediate.magnitudes.largest):
                 raise damaged(self._checkpoint, group, number, OF_TEXT)
             downs[number] = Product([weights.down], intermediate, gradients[number])
         down_results = self._round(group, downs, rules, kernel)
@@ -232,7 +236,7 @@ class Rounder:
                     number,
                     int(routing.counts[number]),
                     rules[number],
-                    (gate_up.inputs.largest, down.inputs.largest),
+                    (gate_up.inputs.magnitudes, down.inputs.magnitudes),
                     [before for before, _ in pairs],
                     [after for _, after in pairs],
                     lost,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from quantize.nvfp4.input_scales.magnitudes import Magnitudes
+
 ALIKE = 4
 """So many tokens of running text say as much as one independent sample, because neighbours are
 alike. On m3-nano with 4,000 tokens an expert, the KL divergence is 0.00609 if every token counts,
@@ -20,13 +22,13 @@ class SecondMoments:
     Attributes:
         total: float32 ``[in, in]``, the sum of ``r^2 x x^T``.
         tokens: how many tokens were added.
-        largest: the largest magnitude of an element of ``x``.
+        magnitudes: of the elements of ``x``.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.total = torch.zeros(size, size, device=device)
         self.tokens = 0
-        self.largest = 0.0
+        self.magnitudes = Magnitudes()
         self._squares = self._fourths = 0.0
 
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -40,10 +42,7 @@ class SecondMoments:
             self._squares += float(squares.sum())
             self._fourths += float(squares.square().sum())
             self.tokens += len(x)
-            # Not the built-in max, which would lose a NaN.
-            self.largest = float(
-                torch.maximum(x.abs().amax().float().cpu(), torch.tensor(self.largest))
-            )
+            self.magnitudes.add(x)
 
     def estimate(self) -> torch.Tensor:
         """Estimate a multiple of the mean of ``r^2 x x^T`` over all text, float32 ``[in, in]``.

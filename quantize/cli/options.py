@@ -19,6 +19,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import Gate
 from quantize.layouts import LAYOUTS
 from quantize.layouts.base import BASES
+from quantize.nvfp4.input_scales import INPUT_RULES
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # only follow enums that are written out.
 LayoutName = StrEnum("LayoutName", dict(zip(LAYOUTS, LAYOUTS, strict=True)))  # type: ignore[misc]
 RuleName = StrEnum("RuleName", dict(zip(RULES, RULES, strict=True)))  # type: ignore[misc]
+InputScaleName = StrEnum("InputScaleName", dict(zip(INPUT_RULES, INPUT_RULES, strict=True)))  # type: ignore[misc]
 MethodName = StrEnum("MethodName", dict(zip(METHODS, METHODS, strict=True)))  # type: ignore[misc]
 
 KEEP = "keep"
@@ -60,7 +62,7 @@ class Rounded(StrEnum):
 
 
 MODELOPT, MSE, DESCENT = LayoutName("modelopt"), RuleName("mse"), MethodName("descent")
-KEPT = BaseName(KEEP)
+KEPT, LARGEST = BaseName(KEEP), InputScaleName("max")
 
 Source = Annotated[
     str, typer.Argument(metavar="SRC", help="Folder or hub id of the original checkpoint.")
@@ -132,6 +134,14 @@ KvCacheOption = Annotated[
         "--kv-cache",
         help="fp8: config.json asks engines to keep keys and values in FP8, e.g. --kv-cache fp8. "
         "auto: as they like. Default: as SRC says.",
+    ),
+]
+InputScaleOption = Annotated[
+    InputScaleName,
+    typer.Option(
+        "--input-scale-rule",
+        help="How input scales follow from the text, e.g. --input-scale-rule headroom: ModelOpt's "
+        "nvfp4_act_headroom, with more room for inputs larger than the text's.",
     ),
 ]
 JsonOption = Annotated[

@@ -17,6 +17,7 @@ from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     DESCENT,
     KEPT,
+    LARGEST,
     MODELOPT,
     MSE,
     Activations,
@@ -24,6 +25,7 @@ from quantize.cli.options import (
     ExcludeOption,
     GateOption,
     IncludeOption,
+    InputScaleOption,
     KvCache,
     KvCacheOption,
     LayoutOption,
@@ -133,6 +135,7 @@ def quantize(
             "may be: see --calibrate.",
         ),
     ] = None,
+    input_scale_rule: InputScaleOption = LARGEST,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -275,6 +278,7 @@ def quantize(
                     digest_of(tokens),
                     rounding.value if text else None,
                     every_expert,
+                    input_scale_rule.value,
                 )
                 steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
@@ -338,8 +342,11 @@ def _check_text(
     """
     if text and input_scales:
         raise UsageError("--calibrate finds input scales too; leave --input-scales out")
-    if input_scales and activations is Activations.BF16:
-        raise UsageError("--activations bf16 leaves no use for --input-scales; leave one out")
+    if activations is Activations.BF16:
+        for name in ("input_scales", "input_scale_rule"):
+            if _said(context, name):
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"--activations bf16 leaves no use for {option}; leave one out")
     if input_scales and linears and activations is None:
         raise UsageError(
             "--input-scales finds the input scales of experts, not of --all-linears; with "
@@ -349,16 +356,22 @@ def _check_text(
         "calibration_rows": "--calibrate or --input-scales",
         "calibration_length": "--calibrate or --input-scales",
         "every_expert": "--calibrate or --input-scales",
+        "input_scale_rule": "--calibrate or --input-scales",
         "check_text": "--calibrate",
         "yes": "--calibrate or --input-scales",
         "work_dir": "--calibrate or --input-scales",
         "rounding": "--calibrate",
     }
     for name, needed in needs.items():
-        source = context.get_parameter_source(name)
         there = text or (needed != "--calibrate" and input_scales)
-        if not there and source is not None and source.name == "COMMANDLINE":
+        if not there and _said(context, name):
             raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
+
+
+def _said(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _say_activations(steps: Plan, found: bool, by_default: bool) -> None:

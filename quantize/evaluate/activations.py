@@ -4,7 +4,7 @@
   and projection. Kernels get one for each of a layer's two products: the largest of all its
   experts, gate and up counting as one. So vLLM's emulation and FlashInfer's kernels have it (vLLM
   0.32, ``fused_moe/oracle/nvfp4.py``: ``convert_to_nvfp4_moe_kernel_format``). vLLM's CUTLASS
-  kernel alone takes each expert's own;
+  kernel and b12x take each expert's own;
 * ``fp8``: E4M3, with a scale for each token: its largest magnitude over 448;
 * ``bf16``: not at all. So do weight-only kernels.
 """

@@ -21,6 +21,7 @@ from quantize.experts.find import find
 from quantize.experts.gates import Gate, Gates
 from quantize.experts.identify import identify
 from quantize.experts.layers import check_layer_count, check_layers_are_there
+from quantize.experts.strangers import check_no_strangers
 from quantize.run.notes import left_over
 
 
@@ -56,6 +57,7 @@ class Side:
         if not left_over(checkpoint):
             check_config(checkpoint.config, where)
         self.groups = find(checkpoint)
+        check_no_strangers(checkpoint, self.groups)
         check_layer_count(checkpoint.config, self.groups, where)
         prefixes = [group.prefix for group in self.groups]
         check_layers_are_there(checkpoint.text_config(), prefixes, checkpoint.tensors, where)

@@ -34,7 +34,6 @@ from quantize.experts.names import SINGLE_PATTERN, STACKED_PATTERNS, natural_ord
 from quantize.experts.parts import config_of_part, other_part
 from quantize.experts.single import single_groups
 from quantize.experts.stacked import stacked_group, stored_twice
-from quantize.experts.strangers import check_no_strangers
 
 
 class _Found(NamedTuple):
@@ -62,9 +61,8 @@ def find(checkpoint: Checkpoint, asked: Asked = lambda _: False) -> list[ExpertG
 
     Raises:
         QuantizeError: if there are none (the message then lists the names of the tensors), if a
-            group is incomplete, if something unknown lies beside its weights, if its shapes
-            disagree with each other or with the config, or if a dtype, size or way of storing it is
-            not supported.
+            group is incomplete, if its shapes disagree with each other or with the config, or if a
+            dtype, size or way of storing it is not supported.
     """
     found = _collect(checkpoint)
     groups: list[ExpertGroup] = []
@@ -80,7 +78,6 @@ def find(checkpoint: Checkpoint, asked: Asked = lambda _: False) -> list[ExpertG
     check_counts([(group, _config(checkpoint, group.prefix)) for group in groups])
     for group in groups:
         check_group(group, checkpoint, _config(checkpoint, group.prefix))
-    check_no_strangers(checkpoint, groups)
     return groups
 
 

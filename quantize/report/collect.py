@@ -85,7 +85,8 @@ def _kv_scales(checkpoint: Checkpoint, plan: Plan, record: Record) -> dict[str, 
 def _settings(used: Calibration) -> CalibrationReport:
     samples, length = used.num_samples, used.sequence_length
     method, every = used.method or "", used.every_expert
-    return CalibrationReport(used.text, samples, length, method, every, MIN_TOKENS, used.digest)
+    rule, digest = used.input_scale_rule, used.digest
+    return CalibrationReport(used.text, samples, length, method, every, MIN_TOKENS, rule, digest)
 
 
 def _layer(

@@ -34,6 +34,7 @@ class CalibrationReport:
         every_expert: experts were calibrated with all tokens, not only those routed to them.
         min_tokens: an expert with fewer tokens is rounded to nearest instead, and has its layer's
             input scales.
+        input_scale_rule: how input scales were found from the experts' inputs.
         digest: SHA-256 of the samples' tokens, int64 ``[num_samples, sequence_length]``, in
             hexadecimal.
     """
@@ -44,6 +45,7 @@ class CalibrationReport:
     method: str
     every_expert: bool
     min_tokens: int
+    input_scale_rule: str = "max"
     digest: str = ""
 
 
@@ -220,8 +222,9 @@ def loads(text: str | bytes) -> RunReport:
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):
             if parts[name]:
-                value = {"digest": ""} | parts[name]
-                parts[name] = CalibrationReport(**_fields(CalibrationReport, value))
+                # Older reports have neither.
+                values = {"input_scale_rule": "max", "digest": ""} | parts[name]
+                parts[name] = CalibrationReport(**_fields(CalibrationReport, values))
         if parts["base"]:
             base = _fields(BaseReport, parts["base"])
             parts["base"] = BaseReport(**base | {"errors": _floats(base["errors"])})

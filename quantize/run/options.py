@@ -29,6 +29,7 @@ class Calibration:
         method: a key of ``quantize.nvfp4.rounding.METHODS``; None: only the ranges of experts'
             inputs are gathered, and weights are rounded to nearest.
         every_expert: calibrate each expert with all tokens, not only with those routed to it.
+        input_scale_rule: a key of ``quantize.nvfp4.input_scales.INPUT_RULES``.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Calibration:
     digest: str
     method: str | None = "descent"
     every_expert: bool = False
+    input_scale_rule: str = "max"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from quantize.experts.layers import (
 )
 from quantize.experts.names import ignored_modules
 from quantize.experts.parts import other_part
+from quantize.experts.strangers import check_no_strangers
 from quantize.layouts import LAYOUTS
 from quantize.layouts.base import BASES
 from quantize.layouts.beside import Beside
@@ -243,6 +244,8 @@ def plan(
     for group in found:
         group.check_gate(gates.of(group.prefix))
     groups = [group for group in found if options.takes(group.prefix)]
+    # What stays is copied with whatever lies beside it, but a model that is run needs all of it.
+    check_no_strangers(checkpoint, found if options.calibration else groups)
     base = BASES[options.base] if options.base else None
     converted = convertible_linears(checkpoint, found, options.takes)
     candidates = [

@@ -20,6 +20,7 @@ from quantize.experts import linears
 from quantize.experts.find import find, left_as_is
 from quantize.experts.gates import Gates
 from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.experts.strangers import check_no_strangers
 from quantize.layouts.base import BASES
 from quantize.layouts.base.base_format import BaseFormat, stored_base
 from quantize.layouts.layout import INPUT_SCALE, Layout
@@ -71,6 +72,7 @@ class Comparison:
         """Everything that is to be done."""
         groups = find(self.source, self._asked)
         quantized = [group for group in groups if self._is_quantized(group)]
+        check_no_strangers(self.source, quantized)
         self.experts_left = {g.prefix for g in groups if g not in quantized}
         self.experts_left.update(left_as_is(self.source))
         dense = [

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import modelopt_on_cpu, peers
+from benchmarks import input_scales, modelopt_on_cpu, peers
 from benchmarks.accuracy import RECIPES, Bench, Figures, Row, table
 from examples.perplexity import model_perplexity
 from quantize.layouts import LAYOUTS
@@ -153,3 +153,25 @@ def test_trained_models_known_figures(
     assert 1.5 * weights.kl < activations.kl < 3.5 * weights.kl
     for one, other in ((rows[1].weights, weights), (rows[1].activations, activations)):
         assert one is not None and one.kl == pytest.approx(other.kl, rel=1e-3)  # another layout
+
+
+def test_the_table_of_input_scales(bench: Bench, tmp_path: Path) -> None:
+    """The rules in their order; without rounded inputs it is the bench's own figure."""
+    rows = torch.tensor(bench.calibration(3))
+    found = [line.split("|")[1:4] for line in input_scales.lines(bench, rows, tmp_path)][2:]
+    cells = [tuple(cell.strip() for cell in row) for row in found]
+    by_rule = ["no room", "max", "headroom"]
+    assert [cell[:2] for cell in cells] == [
+        ("-", "bf16"),
+        ("-", "fp8"),
+        ("1.0", "shared"),
+        *((rule, kernels) for kernels in ("shared", "expert") for rule in by_rule),
+        ("max", "four-six"),
+        ("-", "token"),
+        ("-", "token-four-six"),
+    ]
+    kl = {cell[:2]: float(cell[2].split()[0]) for cell in cells}
+    weights = bench.ours("mse", tmp_path / "mse").weights
+    assert weights is not None
+    assert kl["-", "bf16"] == pytest.approx(weights.kl, abs=1e-5)
+    assert min(kl, key=lambda cell: kl[cell]) == ("-", "bf16")

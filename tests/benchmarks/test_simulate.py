@@ -13,6 +13,7 @@ from benchmarks.simulate import (
     Simulated,
     experts_of,
     own_experts,
+    round_four_six,
     simulated,
     weights_in_e4m3,
 )
@@ -93,6 +94,31 @@ def nearest_e4m3(x: torch.Tensor) -> torch.Tensor:
     return torch.where(upward, E4M3[above], E4M3[below]) * x.sign()
 
 
+def to_a_target(block: torch.Tensor, input_scale: float, target: float) -> torch.Tensor:
+    """A block of 16, its largest value at ``target``, in float64."""
+    ratio = torch.tensor([float(block.abs().max()) / target / input_scale], dtype=torch.float64)
+    scale = float(nearest_e4m3(ratio.clamp(max=448)).item()) * input_scale
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    if scale == 0:
+        return torch.zeros(16, dtype=torch.float64)
+    nearest = (block.abs()[:, None] / scale - grid).abs().argmin(1)
+    return grid[nearest] * scale * block.sign()
+
+
+@pytest.mark.parametrize("input_scale", [1 / 2688, 0.37 / 2688, 0.01])
+def test_four_over_six_takes_what_loses_less(input_scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 64, generator=generator) * torch.logspace(-3, 0.5, 40).unsqueeze(1)
+    found = round_four_six(x, torch.tensor(input_scale)).double()
+    fours = 0
+    for block, own in zip(x.double().view(-1, 16), found.view(-1, 16), strict=True):
+        six, four = (to_a_target(block, input_scale, target) for target in (6.0, 4.0))
+        lost = [float((each - block).abs().sum()) for each in (six, four)]
+        fours += lost[1] < lost[0]
+        torch.testing.assert_close(own, four if lost[1] < lost[0] else six, rtol=1e-5, atol=1e-12)
+    assert 20 < fours < 140  # of 160 blocks, so that both are tried
+
+
 def test_eight_bits_have_a_scale_for_each_token() -> None:
     x = hard_values()
     largest = x.abs().amax(1, keepdim=True)
@@ -100,6 +126,27 @@ def test_eight_bits_have_a_scale_for_each_token() -> None:
     expected = nearest_e4m3(x / scale).float() * scale
     assert torch.equal(round_rows_e4m3(x), expected)
     assert round_rows_e4m3(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("scales", "rounded"), [("token", round_nvfp4), ("token-four-six", round_four_six)]
+)
+def test_tokens_have_scales_of_their_own(scales: str, rounded: Any) -> None:
+    """Whatever the checkpoint's are: each row alone, with an input scale from its own largest."""
+    model = tiny.model("qwen3")
+    module: Any = next(iter(experts_of(model).values()))
+    experts = Experts(module.gate_up_proj.detach(), module.down_proj.detach(), None)
+    hidden, chosen, weights = batch(module)
+    hidden, weights = hidden.float(), weights.float()
+    found = Simulated(experts, GATES["qwen3"], scales, *PLAIN)(hidden, chosen, weights)
+    expected = torch.zeros_like(hidden)
+    for token, row in enumerate(hidden):
+        for weight, expert in zip(weights[token], chosen[token].tolist(), strict=True):
+            seen = rounded(row[None], row.abs().max() / 2688)
+            middle = silu_gate(*(seen @ experts.gate_up[expert].T).chunk(2, -1))
+            seen = rounded(middle, middle.abs().max() / 2688)
+            expected[token] += weight * (seen @ experts.down[expert].T)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_in_eight_bits() -> None:

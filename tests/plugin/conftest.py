@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,25 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
         return runners
 
     return load
+
+
+@pytest.fixture
+def numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU's kernel as on a host without a C++ compiler."""
+    from vllm_nvfp4_moe import settings
+    from vllm_nvfp4_moe.backends.cpu import forward
+
+    monkeypatch.setenv(settings.CPP, "0")
+    forward.native.cache_clear()
+    yield
+    forward.native.cache_clear()
+
+
+@pytest.fixture(params=["C++", "numba"])
+def compiled_by(request: pytest.FixtureRequest) -> None:
+    """Both ways to compile the CPU's kernel."""
+    if request.param == "numba":
+        request.getfixturevalue("numba")
 
 
 @pytest.fixture

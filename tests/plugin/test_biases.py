@@ -158,6 +158,7 @@ def test_of_halves_that_may_be_mixed_there_is_a_warning(
     assert "before September 2026 (pull request 3100) split GPT-OSS's stacks in halves" in said[0]
 
 
+@pytest.mark.usefixtures("compiled_by")
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("tokens", [5, 200])
 def test_biases_come_before_the_gate_and_the_routers_weight(tokens: int, on_input: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
 from quantize.experts.gates import Gate
 from tests.plugin.blackwell import FUSED_MOE, M3, SILU, moe_config
@@ -22,6 +23,7 @@ from tests.plugin.conversions import (
     padded,
     unswizzled,
 )
+from vllm_nvfp4_moe.backends import vllm_kernels
 
 # Hidden and intermediate size of a rank. Block scales come in tiles of 128 rows and 64 columns, so
 # of the last three down's rows, and of the last also gate's and up's columns, need padding.
@@ -111,6 +113,24 @@ def test_cutedsl(sizes: tuple[int, int]) -> None:
     assert (config.hidden_dim, config.intermediate_size_per_partition) == (hidden, inner)
     assert config.hidden_dim_unpadded == sizes[0]
     assert inputs.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "VLLM_CUTLASS",
+        "FLASHINFER_CUTEDSL",
+        "FLASHINFER_CUTEDSL_BATCHED",
+        "FLASHINFER_CUTLASS",
+        "B12X",
+        "EMULATION",
+    ],
+)
+def test_whose_input_scales_a_kernel_is_said_to_take(backend: str) -> None:
+    """By that the self-check rounds, and load balancing is refused."""
+    _, converted = Experts.random(256, 128).converted(backend, SILU)
+    own = len(converted[3].unique()) > 1
+    assert own == (NvFp4MoeBackend(backend) in vllm_kernels._BY_EXPERT)
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (256, 48)], ids=str)

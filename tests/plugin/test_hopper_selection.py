@@ -343,7 +343,9 @@ def test_without_a_compiler(
     monkeypatch.setenv(settings.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(jit, "nvcc", lambda: compiler(tmp_path))
     source = "int nothing;"
-    monkeypatch.setattr(KERNELS["bf16"], "library", lambda device, form: jit.load(source, "90a"))
+    monkeypatch.setattr(
+        KERNELS["bf16"], "library", lambda device, form: jit.load(source, jit.cuda("90a"))
+    )
     for _ in range(2):
         method = choose(layer_of())
         assert method.kernel.startswith("HUMMING")

@@ -216,7 +216,7 @@ def test_a_librarys_symbols_are_hidden_unless_exported(
     loaded = jit.load(
         'extern "C" __global__ void kernel() {} extern "C" int hidden() { return 1; } '
         f'extern "C" {exported} int answer() {{ return hidden() + (&kernel != nullptr); }}',
-        "90a",
+        jit.cuda("90a"),
     )
     assert loaded.answer() == 2
     assert not hasattr(loaded, "hidden")

@@ -26,10 +26,14 @@ NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "a compiler, ${NVCC_SAYS:-13.0}"; exit; fi
 echo compiled >> "$NVCC_LOG"
 sleep "${NVCC_TAKES:-0}"
-while [ $# -gt 2 ]; do [ "$1" = -o ] && out=$2; shift; done
-for file; do :; done
+for word; do
+    [ "$before" = -o ] && out=$word
+    case "$word" in *.cu) file=$word;; esac
+    before=$word
+done
 exec g++ -x c++ -shared -fPIC -fvisibility=hidden -o "$out" "$file"
 """
+LOAD = f"print(jit.load({SOURCE!r}, jit.cuda('90a')).answer())"
 MonkeyPatch = pytest.MonkeyPatch
 
 
@@ -70,8 +74,8 @@ def libraries(folder: Path) -> list[Path]:
 def test_a_library_is_built_once(tmp_path: Path, log: Path, monkeypatch: MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(jit.logger, "info", lambda text, *args: said.append(text % args))
-    assert jit.load(SOURCE, "90a").answer() == 42
-    assert jit.load(SOURCE, "90a").answer() == 42
+    assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
+    assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
     assert compilations(log) == 1
     (library,) = libraries(tmp_path)
     assert library.parent == tmp_path / "cache"
@@ -82,7 +86,7 @@ def test_a_library_is_built_once(tmp_path: Path, log: Path, monkeypatch: MonkeyP
 
 def test_what_does_not_compile(tmp_path: Path) -> None:
     with pytest.raises(jit.KernelError, match="no_such_type"):
-        jit.load("no_such_type x;", "90a")
+        jit.load("no_such_type x;", jit.cuda("90a"))
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
@@ -90,12 +94,12 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(Path, "is_file", lambda path: False)
     with pytest.raises(jit.KernelError, match="no nvcc"):
-        jit.load("", "90a")
+        jit.load("", jit.cuda("90a"))
 
 
 @pytest.mark.parametrize("what", ["source", "architecture", "compiler", "processor", "C library"])
 def test_what_the_library_depends_on(log: Path, monkeypatch: MonkeyPatch, what: str) -> None:
-    jit.load(SOURCE, "90a")
+    jit.load(SOURCE, jit.cuda("90a"))
     source, architecture = SOURCE, "90a"
     if what == "source":
         source += "\n"
@@ -107,23 +111,23 @@ def test_what_the_library_depends_on(log: Path, monkeypatch: MonkeyPatch, what: 
         monkeypatch.setattr("platform.machine", lambda: "aarch64")
     else:
         monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.99"))
-    jit.load(source, architecture)
+    jit.load(source, jit.cuda(architecture))
     assert compilations(log) == 2
 
 
 def test_a_library_that_does_not_load(tmp_path: Path, log: Path) -> None:
     """Damaged, or built with a newer C library on a host that shares the folder."""
     folder = next(iter(jit.folders()))
-    library = jit.build(SOURCE, "90a", folder)
+    library = jit.build(SOURCE, jit.cuda("90a"), folder)
     library.write_bytes(b"\x7fELF, and no more")
-    assert jit.load(SOURCE, "90a").answer() == 42
+    assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
     assert compilations(log) == 2
     assert libraries(tmp_path) == [library]
 
 
 def test_the_ranks_of_a_server_compile_once(log: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv("NVCC_TAKES", "2")
-    rank = f"from vllm_nvfp4_moe.kernels import jit; print(jit.load({SOURCE!r}, '90a').answer())"
+    rank = f"from vllm_nvfp4_moe.kernels import jit; {LOAD}"
     ranks = [
         subprocess.Popen([sys.executable, "-c", rank], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(4)
@@ -140,7 +144,7 @@ def test_folders_that_others_can_write(
     cache.mkdir()
     cache.chmod(0o777)
     logging.getLogger("vllm").propagate = True
-    assert jit.load(SOURCE, "90a").answer() == 42
+    assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
     (library,) = libraries(tmp_path)
     assert library.parent == cache / f"user-{os.getuid()}"
     assert library.parent.stat().st_mode & 0o777 == 0o700
@@ -153,11 +157,11 @@ def test_what_another_user_has_put_there(
 ) -> None:
     if os.getuid():
         pytest.skip("only root can give files away")
-    library = jit.build(SOURCE.replace("42", "666"), "90a", next(iter(jit.folders())))
-    right = jit.build(SOURCE, "90a", library.parent)
+    library = jit.build(SOURCE.replace("42", "666"), jit.cuda("90a"), next(iter(jit.folders())))
+    right = jit.build(SOURCE, jit.cuda("90a"), library.parent)
     library.replace(right)  # by the name that is looked for
     os.chown(right.parent if whole else right, 12345, -1)
-    assert jit.load(SOURCE, "90a").answer() == 42
+    assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
     assert compilations(log) == 3
 
 
@@ -186,9 +190,6 @@ def as_nobody(code: str, folder: Path, *environment: str) -> subprocess.Complete
     )  # fmt: skip
 
 
-LOAD = f"print(jit.load({SOURCE!r}, '90a').answer())"
-
-
 @pytest.mark.parametrize(
     "cache", [None, "VLLM_CACHE_ROOT=/proc/nowhere", "NVFP4_MOE_CACHE=/proc/x"]
 )
@@ -206,7 +207,7 @@ def test_a_user_without_a_home(tmp_path: Path, log: Path, cache: str | None) -> 
 
 def test_a_library_that_root_has_built(tmp_path: Path, log: Path) -> None:
     """As in an image: others can read it, and nobody needs to write."""
-    jit.load(SOURCE, "90a")
+    jit.load(SOURCE, jit.cuda("90a"))
     (tmp_path / "cache").chmod(0o755)
     done = as_nobody(LOAD, tmp_path, f"NVFP4_MOE_CACHE={tmp_path / 'cache'}")
     assert done.stdout.splitlines()[-1:] == ["42"], done.stderr

@@ -32,6 +32,7 @@ GATED: dict[bool, tuple[tuple[Any, ...], Callable[..., torch.Tensor]]] = {
 """Form and numbers, and what they are, by whether up has a gate before it."""
 
 
+@pytest.mark.usefixtures("compiled_by")
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 def test_experts_match_the_reference(load, shallow: dict[str, Path], layout: str) -> None:
     layer = load(shallow[layout], dtype="float32")[LAYER].routed_experts
@@ -44,6 +45,7 @@ def test_experts_match_the_reference(load, shallow: dict[str, Path], layout: str
         assert relative(out, routed(x, truth_weights, weights, ids)) < 1e-5, tokens
 
 
+@pytest.mark.usefixtures("compiled_by")
 @pytest.mark.parametrize("gated", [True, False])
 def test_bfloat16_loses_only_roundings_of_activations(
     load, shallow: dict[str, Path], ungated: dict[str, Path], gated: bool
@@ -99,6 +101,7 @@ def test_a_hidden_size_that_is_padded(
     assert relative(out[:, :384], truth) < 1e-5
 
 
+@pytest.mark.usefixtures("compiled_by")
 def test_float16_does_not_overflow(load, shallow: dict[str, Path]) -> None:
     """Before the global scale, products leave float16's range; on either path they must not."""
     layer = load(shallow["modelopt"], dtype="float16")[LAYER].routed_experts
@@ -149,6 +152,7 @@ def test_router_matches_transformers(load, shallow: dict[str, Path], shallow_bf1
     assert runner.routed_scaling_factor == config.routed_scaling_factor == 2
 
 
+@pytest.mark.usefixtures("compiled_by")
 @pytest.mark.parametrize("gated", GATED)
 def test_expert_map_and_weight_on_input(gated: bool) -> None:
     """Experts of other ranks contribute nothing; router weights may multiply the input instead."""
@@ -206,6 +210,7 @@ OTHER_GATES: dict[tuple[str, float, float | None], Any] = {
 """By form, alpha and limit."""
 
 
+@pytest.mark.usefixtures("compiled_by")
 @pytest.mark.parametrize(("form", "alpha", "limit"), OTHER_GATES)
 def test_other_gates(form: str, alpha: float, limit: float | None) -> None:
     from vllm_nvfp4_moe.backends.cpu import forward
@@ -224,6 +229,7 @@ def test_other_gates(form: str, alpha: float, limit: float | None) -> None:
         assert relative(out, truth) < 1e-5, tokens
 
 
+@pytest.mark.usefixtures("compiled_by")
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_equal_inputs_give_equal_bits(load, shallow: dict[str, Path], tokens: int) -> None:
     """However the work is split over threads, and whatever the neighbours are."""
@@ -251,6 +257,7 @@ def test_equal_inputs_give_equal_bits(load, shallow: dict[str, Path], tokens: in
     assert torch.equal(alone, first)
 
 
+@pytest.mark.usefixtures("numba")
 def test_batch_invariance(load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """``VLLM_BATCH_INVARIANT``: a token's bits do not depend on who comes with it."""
     layer = load(shallow["modelopt"])[LAYER].routed_experts

@@ -298,8 +298,13 @@ def test_checkpoint_quantized_otherwise(load, damage) -> None:
 
 
 def test_a_request_to_quantize_the_experts_otherwise(load, shallow: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="remove 'moe' from --quantization-config"):
-        load(shallow["modelopt"], quantization_config={"moe": {"activation": "nvfp4_per_token"}})
+    for moe in (
+        {"activation": "fp8_per_token"},
+        {"weight": "mxfp8", "activation": "nvfp4_per_token"},
+        "nvfp4_per_token",  # vLLM's word for the weights, too
+    ):
+        with pytest.raises(ValueError, match="remove 'moe' from --quantization-config"):
+            load(shallow["modelopt"], quantization_config={"moe": moe})
     # vLLM 0.33 would do that with a layer of its own method.
     targets = {"re:.*mlp.experts": "mxfp8"}
     with pytest.raises(ValueError, match="'targets' would quantize its NVFP4 experts once more"):

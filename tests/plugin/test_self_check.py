@@ -308,11 +308,11 @@ def test_calibrated_input_scales(
 
 
 def round_activations(
-    monkeypatch: MonkeyPatch, wrong: Gate | None, by_expert: bool = False
+    monkeypatch: MonkeyPatch, wrong: Gate | None, by_expert: bool = False, by_row: bool = False
 ) -> None:
     """Have the CPU's method compute as a kernel with 4-bit activations would, with the gate
     ``wrong`` in place of its own. It rounds the gate's output to bfloat16 before, which moves some
-    codes."""
+    codes. With ``by_row``, each token's input scale is its own."""
     from quantize.nvfp4.format import dequantize
 
     def apply(self: Any, layer: Any, x: Any, weights: Any, ids: Any, *_: Any) -> torch.Tensor:
@@ -330,8 +330,10 @@ def round_activations(
                 )  # fmt: skip
                 scales = layer.w13_input_scale, layer.w2_input_scale
                 first, second = (s[expert].max() if by_expert else s.max() for s in scales)
-                pre = rounded(x[token : token + 1].float(), first) @ w13.T
+                row = x[token : token + 1].float()
+                pre = rounded(row, row.abs().max() / 2688 if by_row else first) @ w13.T
                 middle = gate.apply_stacked(pre.bfloat16().float()).bfloat16().float()
+                second = middle.abs().max() / 2688 if by_row else second
                 output[token] += (weight * (rounded(middle, second) @ w2.T))[0]
         return output.bfloat16()
 
@@ -468,9 +470,10 @@ def test_a_kernel_that_routes_wrong(
 
 
 KERNELS = ("forward", "expand")
-"""The CPU's two: its loops for few tokens an expert, and what expands weights for many."""
+"""The CPU's two with numba: loops for few tokens an expert, and what expands weights for many."""
 
 
+@pytest.mark.usefixtures("numba")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_kernel_that_a_backend_chooses_among(
     load: Load, shallow: dict, monkeypatch: MonkeyPatch, kernel: str

@@ -232,7 +232,7 @@ def test_a_kernel_that_applies_another_activation(
             return WRONG[wrong](gate_up)
 
     monkeypatch.setattr(forward, "Gate", lambda *_: Other("relu2"))
-    monkeypatch.setattr(forward.kernels, "FORMS", {})
+    monkeypatch.setattr(forward, "FORMS", {})
     with pytest.raises(ValueError, match=f"{LAYER}: self-check: the CPU kernel does not") as caught:
         load(ungated["modelopt"])
     assert wrong != "not squared" or "nearer to what relu would give" in str(caught.value)
@@ -282,7 +282,7 @@ def test_a_kernel_that_routes(
     monkeypatch.setattr(routes, "route", other)
     if wrong == "not squared":
         monkeypatch.setattr(forward, "Gate", lambda *_: Gate("relu"))
-        monkeypatch.setattr(forward.kernels, "FORMS", {})
+        monkeypatch.setattr(forward, "FORMS", {})
     if wrong is None:
         found = load(ungated["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
         assert found.skipped is None and 0 < found.worst < 8e-3

@@ -24,6 +24,7 @@ from quantize.execute import execute
 from quantize.experts.gates import FORMS, Gate
 from quantize.experts.identify import identify
 from quantize.layouts import LAYOUTS
+from quantize.nvfp4.input_scales import INPUT_RULES
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import quantize_weights
 from quantize.nvfp4.kernels.reference import ReferenceKernel
@@ -133,6 +134,26 @@ def test_a_rounding(layout: str, register: Register, saved: Folders, tmp_path: P
     assert bool(inputs) == (layout == "modelopt")
     for name, tensor in ours.items():  # it rounds as the max rule does, whatever the inputs are
         assert (bits(tensor) == bits(theirs[name])) == (name not in inputs), name
+
+
+def test_an_input_scale_rule(register: Register, saved: Folders, tmp_path: Path) -> None:
+    register(INPUT_RULES, "one", "one_for_the_largest")
+    source = saved("qwen3_moe")
+    tokens = torch.randint(1, 16, (4, 64), generator=torch.Generator().manual_seed(0))
+    for rule in ("one", "max"):
+        settings = Calibration("text", 4, 64, digest_of(tokens), None, input_scale_rule=rule)
+        with Checkpoint(source) as checkpoint:
+            steps = plan(checkpoint, Options(activations=True, calibration=settings))
+            execute(checkpoint, steps, tmp_path / rule, samples=tokens)
+        assert not problems(source, tmp_path / rule)
+    ours, theirs = weights_of(tmp_path / "one"), weights_of(tmp_path / "max")
+    inputs = [name for name in ours if name.endswith("input_scale")]
+    assert inputs
+    for name, tensor in ours.items():
+        if name in inputs:  # where the largest block scale is half of 448
+            assert tensor.item() == pytest.approx(224 * theirs[name].item(), rel=1e-5)
+        else:
+            assert bits(tensor) == bits(theirs[name]), name
 
 
 def test_a_source_format(register: Register, saved: Folders, tmp_path: Path) -> None:

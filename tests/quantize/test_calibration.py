@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -27,9 +28,11 @@ from quantize.errors import QuantizeError
 from quantize.execute import execute
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.method import Job
+from quantize.report import loads
 from quantize.run.files import write_json
 from quantize.run.options import MIN_TOKENS, Calibration, Options
 from quantize.run.plan import plan
+from quantize.run.report_files import REPORT_DATA
 from quantize.run.shards import header
 from quantize.verify import verify
 from tests.quantize import reference
@@ -164,13 +167,45 @@ def test_nothing_else_changes(trained: Path, whole: Path) -> None:
         assert verify(original, quantized).problems == []
 
 
-@pytest.mark.parametrize("method", ["gptq", None])
+def twice_the_largest(x: torch.Tensor) -> float:
+    """ModelOpt's formula, so that as much again is not clipped."""
+    return 2 * float(x.detach().abs().max()) / (6 * 448)
+
+
+def headroom(x: torch.Tensor) -> float:
+    """ModelOpt's ``nvfp4_act_headroom``, with percentiles of the numbers themselves."""
+    blocks = x.detach().unflatten(-1, (-1, 16)).abs().amax(-1).flatten().double().sort().values
+    upper = blocks[math.ceil(0.9999 * len(blocks)) - 1]
+    blocks = blocks[blocks > upper / 1e6]
+    anchor = blocks[math.ceil(0.01 * len(blocks)) - 1]
+    return float(max(16384 * anchor, upper)) / (6 * 448)
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "of", "within"),
+    [
+        ("gptq", "max", twice_the_largest, 1e-4),
+        (None, "max", twice_the_largest, 1e-4),
+        (None, "headroom", headroom, 0.07),
+    ],
+)
 def test_input_scales_are_those_of_what_experts_are_given(
-    trained: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, method: str | None
+    trained: Path,
+    whole: Path,
+    rows: torch.Tensor,
+    tmp_path: Path,
+    method: str | None,
+    rule: str,
+    of: Callable[[torch.Tensor], float],
+    within: float,
 ) -> None:
     """Calibrated, and gathered alone: then down's are those of the original gate and up."""
     if method is None:
-        whole = calibrated(trained, tmp_path / "out", rows, settings={"method": None})
+        settings = {"method": None, "input_scale_rule": rule}
+        whole = calibrated(trained, tmp_path / "out", rows, settings=settings)
+        report = loads((whole / REPORT_DATA).read_text())
+        assert report.input_scales is not None
+        assert report.input_scales.input_scale_rule == rule
     model: Any = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, layer in enumerate(model.model.layers[1:], 1):
@@ -185,20 +220,19 @@ def test_input_scales_are_those_of_what_experts_are_given(
                 chosen = (ids == expert).any(1)
                 if number not in (1, 3) or int(chosen.sum()) < MIN_TOKENS:
                     continue
-                # Twice the largest, so that as much again is not clipped (ModelOpt's formula).
-                want = 2 * float(x[chosen].abs().max()) / (6 * 448)
+                want = of(x[chosen])
                 base = f"model.layers.{number}.mlp.experts.{expert}"
                 for name in ("gate_proj", "up_proj"):
                     got = float(file.get_tensor(f"{base}.{name}.input_scale"))
-                    assert got == pytest.approx(want, rel=1e-4)
+                    assert got == pytest.approx(want, rel=within)
                 if method is None:
                     experts = model.model.layers[number].mlp.experts
                     gate, up = (x[chosen] @ experts.gate_up_proj[expert].T).chunk(2, -1)
                     gate, up = gate.clamp(max=7), up.clamp(-7, 7)  # SwiGLU-OAI, as published
                     given = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-                    want = 2 * float(given.abs().max()) / (6 * 448)
+                    want = of(given)
                     got = float(file.get_tensor(f"{base}.down_proj.input_scale"))
-                    assert got == pytest.approx(want, rel=1e-4)
+                    assert got == pytest.approx(want, rel=within)
 
 
 def test_experts_with_few_tokens_get_the_layers_ranges(

@@ -75,6 +75,11 @@ def test_the_command(qwen: Path, text: Path, tmp_path: Path) -> None:
     [
         (("--calibrate", "nowhere.txt"), "nowhere.txt: there is no such file or folder"),
         (("--rounding", "gptq"), "--rounding needs --calibrate"),
+        (("--input-scale-rule", "headroom"), "--input-scale-rule needs --calibrate"),
+        (
+            ("--calibrate", "few.txt", "--activations", "bf16", "--input-scale-rule", "headroom"),
+            "--activations bf16 leaves no use for --input-scale-rule",
+        ),
         (("--input-scales", "few.txt", "--rounding", "gptq"), "--rounding needs --calibrate"),
         (("--input-scales", "few.txt"), "tokens, and no expert can be calibrated with fewer"),
         (("--input-scales", "few.txt", "--calibrate", "few.txt"), "leave --input-scales out"),

@@ -231,7 +231,7 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
     written = loads((whole / REPORT_DATA).read_bytes())
     assert render(written) == (whole / REPORT).read_text(encoding="utf-8")
     assert written.calibration == CalibrationReport(
-        "a <text>", 2, 64, "gptq", False, MIN_TOKENS, digest_of(rows)
+        "a <text>", 2, 64, "gptq", False, MIN_TOKENS, "max", digest_of(rows)
     )
     for layer_, findings in zip(written.layers, found, strict=True):
         assert layer_.calibration is not None

@@ -42,7 +42,7 @@ FULL = run(
     layer(2, projections=("up", "down"), errors=[(0.1, 0.1)], prefix=NASTY),
     layer(3, prefix="a\ud800b"),
     dense=layer(4, projections=("weight",), errors=[(0.1,)], names=("lm_head",), gate=""),
-    calibration=CalibrationReport(NASTY, 4, 128, "gptq", False, 32, "cd" * 32),
+    calibration=CalibrationReport(NASTY, 4, 128, "gptq", False, 32, "max", "cd" * 32),
     fingerprint="0123abcd",
     revision=NASTY,
     source_digest="ab" * 32,

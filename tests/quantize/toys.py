@@ -12,6 +12,7 @@ from quantize.checkpoint.sources.stored_weight import StoredWeight, from_pair
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.experts.gates.silu import Silu
 from quantize.nvfp4.format import BLOCK, NvFp4, dequantize, encode, round_to_e4m3
+from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.rounding.method import Method
 from quantize.nvfp4.scales.max import max_scale
 from quantize.nvfp4.scales.rule import ScaleRule
@@ -41,6 +42,11 @@ def _nearest_of_three(weight: torch.Tensor, global_scale: torch.Tensor) -> torch
 
 NEIGHBOURS = ScaleRule(_nearest_of_three, offsets=(0, -1, 1))
 """A scale rule that searches: kernels are as fast with it as with ``mse``."""
+
+
+def one_for_the_largest(magnitudes: Magnitudes) -> float:
+    """An input scale rule: the block scale of the largest block is 1, with ever so much room."""
+    return magnitudes.largest / 6 or 1.0
 
 
 class WeightOnly:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 
+_PER_TOKEN = "--quantization-config asks for activations with a scale for each token"
+
+
 def _methods() -> Iterator[type[NvFp4MoEMethod]]:
     """The methods in order of preference. Each is imported only if none before it fits."""
     from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
@@ -46,12 +49,13 @@ def choose(context: ModelContext, layer: RoutedExperts, weight_only: bool) -> Nv
     reasons = []
     missed: list[tuple[str, str]] = []
     for method in _methods():
-        reason = method.unsupported(layer)
+        asked = context.format.per_token and not method.takes_per_token
+        reason = _PER_TOKEN if asked else method.unsupported(layer)
         if reason is None:
             chosen = method(context, layer, weight_only)
             chosen.passed_over = [*missed, *chosen.passed_over]
             return chosen
         reasons.append(f"{method.__name__}: {reason}")
-        if name := method.missed(layer):
+        if not asked and (name := method.missed(layer)):
             missed.append((name, reason))
     raise ValueError(f"{layer.layer_name}: no way to run its NVFP4 experts; {'; '.join(reasons)}")

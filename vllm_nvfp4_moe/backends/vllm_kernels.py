@@ -15,7 +15,14 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
     convert_to_nvfp4_moe_kernel_format,
     is_global_sf_supported_for_nvfp4_backend,
 )
-from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
+from vllm.model_executor.layers.quantization.utils.flashinfer_utils import (
+    trtllm_nvfp4_hidden_alignment,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kNvfp4Dynamic,
+    kNvfp4DynamicToken,
+    kNvfp4Static,
+)
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
@@ -36,6 +43,13 @@ if TYPE_CHECKING:
 _WEIGHT_ONLY = (NvFp4MoeBackend.MARLIN, NvFp4MoeBackend.HUMMING)
 """Backends that take activations as they are, whatever the checkpoint asks for."""
 
+_BY_EXPERT = (NvFp4MoeBackend.VLLM_CUTLASS, NvFp4MoeBackend.B12X)
+"""Backends that take each expert's own input scale. The others that take any get the largest."""
+
+_FOUR_OVER_SIX = (NvFp4MoeBackend.FLASHINFER_CUTLASS,)
+"""Backends that read FlashInfer's variable where they round the second product's inputs. With a
+scale for each token, TRT-LLM's kernel does so for both products' (flashinfer-python 0.7.2)."""
+
 _EIGHT_BITS = {
     NvFp4MoeBackend.HUMMING: settings.humming_input,
     NvFp4MoeBackend.MARLIN: settings.marlin_input,
@@ -51,23 +65,36 @@ class VllmKernelsMethod(GpuMethod):
         experts_cls: vLLM's class that runs them.
     """
 
-    per_token_activation = False
-    """vLLM's option to quantize activations with a scale for each token."""
+    takes_per_token = True
 
     def __init__(self, context: ModelContext, layer: RoutedExperts, weight_only: bool) -> None:
         super().__init__(context, layer, weight_only)
-        selection = select(
-            self.moe, kNvfp4Static, None if self.weight_only else kNvfp4Dynamic, self.gate
-        )
+        self.per_token_activation = context.format.per_token
+        if self.per_token_activation and settings.activations_stay():
+            raise ValueError(
+                f"{settings.ACTIVATIONS}={settings.BF16} and 'nvfp4_per_token' in "
+                "--quantization-config contradict each other; leave one out"
+            )
+        key = None if self.use_a16 else kNvfp4Dynamic
+        if self.per_token_activation:
+            key = kNvfp4DynamicToken
+        selection = select(self.moe, kNvfp4Static, key, self.gate)
         self.nvfp4_backend, self.experts_cls = selection.backend, selection.experts_cls
+        if self.per_token_activation and self.nvfp4_backend != NvFp4MoeBackend.FLASHINFER_TRTLLM:
+            raise ValueError(
+                f"{layer.layer_name}: vLLM takes 'nvfp4_per_token' with checkpoints on "
+                f"FLASHINFER_TRTLLM alone, and {self.kernel} would run here; leave it out of "
+                "--quantization-config"
+            )
         self.passed_over = selection.passed_over
-        self.input_scales_by_expert = self.nvfp4_backend == NvFp4MoeBackend.VLLM_CUTLASS
+        self.input_scales_by_expert = self.nvfp4_backend in _BY_EXPERT
         self.global_input_scales = is_global_sf_supported_for_nvfp4_backend(self.nvfp4_backend)
 
     @property
     def use_a16(self) -> bool:
-        """What vLLM's method calls a checkpoint without input scales."""
-        return self.weight_only
+        """What vLLM's method calls activations that are to stay as they are."""
+        stay = self.weight_only or settings.activations_stay()
+        return stay and not self.per_token_activation
 
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
@@ -79,11 +106,17 @@ class VllmKernelsMethod(GpuMethod):
 
     @property
     def kernel(self) -> str:
-        return f"{self.nvfp4_backend.value} ({self.experts_cls.__name__})"
+        told = [self.experts_cls.__name__]
+        if self.per_token_activation:
+            told.append("a scale for each token")
+        four_over_six = self.per_token_activation or self.nvfp4_backend in _FOUR_OVER_SIX
+        if four_over_six and settings.four_over_six():
+            told.append("four over six")
+        return f"{self.nvfp4_backend.value} ({', '.join(told)})"
 
     @property
     def quantizes_activations(self) -> bool:
-        return not self.weight_only and self.nvfp4_backend not in _WEIGHT_ONLY
+        return not self.use_a16 and self.nvfp4_backend not in _WEIGHT_ONLY
 
     @property
     def activation_bits(self) -> int:
@@ -93,6 +126,9 @@ class VllmKernelsMethod(GpuMethod):
     def prepare(self, layer: RoutedExperts) -> None:
         if self.input_scales_by_expert and self.moe.moe_parallel_config.enable_eplb:
             self._refuse_input_scales_that_stay(layer)
+        a13_scale, a2_scale = (getattr(layer, f"{w}_input_scale", None) for w in ("w13", "w2"))
+        if self.per_token_activation:  # the kernel's own are relative to these
+            a13_scale, a2_scale = layer.w2_weight_scale_2.new_ones(2, layer.num_experts)
         humming = self.nvfp4_backend == NvFp4MoeBackend.HUMMING
         with pad_only_what_needs_it() if humming else nullcontext():
             converted = convert_to_nvfp4_moe_kernel_format(
@@ -102,13 +138,16 @@ class VllmKernelsMethod(GpuMethod):
                 w13_scale=layer.w13_weight_scale,
                 # Gate's and up's are equal by now.
                 w13_scale_2=layer.w13_weight_scale_2[:, 0].contiguous(),
-                a13_scale=getattr(layer, "w13_input_scale", None),
+                a13_scale=a13_scale,
                 w2=layer.w2_weight,
                 w2_scale=layer.w2_weight_scale,
                 w2_scale_2=layer.w2_weight_scale_2,
-                a2_scale=getattr(layer, "w2_input_scale", None),
+                a2_scale=a2_scale,
                 is_act_and_mul=self.moe.is_act_and_mul,
-                use_a16=self.weight_only,
+                use_a16=self.use_a16,
+                trtllm_hidden_alignment=trtllm_nvfp4_hidden_alignment(
+                    self.per_token_activation, self.moe.is_act_and_mul
+                ),
             )
         # vLLM returns w13's four tensors, then w2's, in the order of the table.
         names = [

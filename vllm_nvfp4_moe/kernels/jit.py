@@ -1,4 +1,4 @@
-"""Compiles this package's CUDA sources with nvcc at first use, and keeps what comes out.
+"""Compiles this package's CUDA and C++ sources at first use, and keeps what comes out.
 
 What is compiled lies in ``$NVFP4_MOE_CACHE``, by default ``nvfp4_moe`` in vLLM's cache, under a
 hash of all that it depends on. If that folder cannot be used, one for this user alone below it or
@@ -21,8 +21,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_nvfp4_moe import settings
@@ -35,9 +36,70 @@ class KernelError(RuntimeError):
     """A kernel cannot be built or did not run; the message says why."""
 
 
+@dataclass(frozen=True)
+class Language:
+    """What a source is written in, and for what it is compiled.
+
+    Attributes:
+        suffix: of its files.
+        target: the processor.
+        compiler: finds the compiler, or raises KernelError.
+        options: what the compiler is told.
+    """
+
+    suffix: str
+    target: str
+    compiler: Callable[[], Path]
+    options: tuple[str, ...]
+
+
+def cuda(architecture: str) -> Language:
+    """CUDA C++ for GPUs of an architecture, for example "90a"."""
+    return Language(
+        ".cu",
+        f"sm_{architecture}",
+        lambda: nvcc(),
+        (
+            "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+            "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
+        ),
+    )  # fmt: skip
+
+
+def cpp(*options: str) -> Language:
+    """C++ with OpenMP for this host's processor.
+
+    Args:
+        options: the instruction sets that may be used, such as ``-mavx2``.
+    """
+    # OpenMP's runtime is that of PyTorch, whose names are global: a second one would have threads
+    # of its own, on cores that vLLM has given to others.
+    return Language(
+        ".cpp",
+        "this processor",
+        lambda: cxx(),
+        (
+            "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp",
+            "-nostdlib", "-lm", "-lc", "-lgcc", *options,
+        ),
+    )  # fmt: skip
+
+
+def cxx() -> Path:
+    """The path of the C++ compiler: ``$CXX``, or ``g++`` or ``c++`` on the path.
+
+    Raises:
+        KernelError: if there is none.
+    """
+    for name in (settings.cxx(), "g++", "c++"):
+        if name and (found := shutil.which(name)):
+            return Path(found)
+    raise KernelError("no C++ compiler: neither $CXX, nor g++ or c++ on the path")
+
+
 def nvcc() -> Path:
-    """The path of the compiler: of ``$CUDA_HOME``, on the path, in ``/usr/local/cuda``, or of the
-    packages that pip installs beside PyTorch.
+    """The path of CUDA's compiler: of ``$CUDA_HOME``, on the path, in ``/usr/local/cuda``, or of
+    the packages that pip installs beside PyTorch.
 
     Raises:
         KernelError: if there is none.
@@ -91,41 +153,36 @@ def _unsafe(path: Path) -> str | None:
     return None
 
 
-def build(source: str, architecture: str, folder: Path) -> Path:
-    """Compile CUDA C++, or find what it was compiled to before.
+def build(source: str, language: Language, folder: Path) -> Path:
+    """Compile, or find what was compiled before.
 
     Args:
         source: the whole text, without includes of ours.
-        architecture: for example "90a".
         folder: one of :func:`folders`.
 
     Returns:
         The path of the shared library.
 
     Raises:
-        KernelError: with what nvcc says.
+        KernelError: with what the compiler says.
         OSError: if it is not there, and cannot be written there.
     """
-    compiler = nvcc()
+    compiler = language.compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    options = [
-        "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-        "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
-    ]  # fmt: skip
     # The host's part of the library needs a processor and a C library like this host's.
     host = [platform.machine(), *platform.libc_ver()]
-    key = "\0".join([version.stdout, *options, *host, source])
+    key = "\0".join([version.stdout, *language.options, *host, source])
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with _locked(library.with_suffix(".lock")):
             if not library.exists():  # nobody compiled it meanwhile
                 logger.info(
-                    "Compiling a kernel for sm_%s with %s, once: %s",
-                    architecture,
+                    "Compiling a kernel for %s with %s, once: %s",
+                    language.target,
                     compiler,
                     library,
                 )
-                _compile([str(compiler), *options], source, library)
+                _compile(compiler, language, source, library)
     if problem := _unsafe(library):
         raise OSError(f"{library}: {problem}")
     return library
@@ -140,19 +197,20 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], source: str, library: Path) -> None:
+def _compile(compiler: Path, language: Language, source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
-        file, made = Path(temporary, "kernel.cu"), Path(temporary, "kernel.so")
+        file = Path(temporary, "kernel").with_suffix(language.suffix)
+        made = file.with_suffix(".so")
         file.write_text(source)
-        command = [*command, "-o", str(made), str(file)]
+        command = [str(compiler), "-o", str(made), str(file), *language.options]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise KernelError(f"nvcc failed: {(done.stderr or done.stdout)[-2000:]}")
+            raise KernelError(f"{compiler.name} failed: {(done.stderr or done.stdout)[-2000:]}")
         made.chmod(0o755)
         made.replace(library)
 
 
-def load(source: str, architecture: str) -> ctypes.CDLL:
+def load(source: str, language: Language) -> ctypes.CDLL:
     """Load the library of :func:`build`, whose arguments it has but for the folder. A library that
     does not load, because it is damaged or from another host, is built again.
 
@@ -164,7 +222,7 @@ def load(source: str, architecture: str) -> ctypes.CDLL:
         for _ in range(2):
             library = None
             try:
-                library = build(source, architecture, folder)
+                library = build(source, language, folder)
                 return ctypes.CDLL(str(library))
             except OSError as error:
                 problems[str(error)] = None

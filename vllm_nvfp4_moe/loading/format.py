@@ -17,10 +17,13 @@ class Format:
     Attributes:
         layout: names of the NVFP4 tensors, and whether their scales multiply or divide.
         on_the_fly: the experts are plain floats in the files, and are quantized as they load.
+        per_token: the user asks for activations in NVFP4 with a scale for each token, which the
+            kernel computes; input scales are not used.
     """
 
     layout: Layout
     on_the_fly = False
+    per_token = False
 
     @abstractmethod
     def weight_only(self, layer: torch.nn.Module, prefix: str) -> bool | None:

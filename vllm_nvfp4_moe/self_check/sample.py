@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantize.experts.gates import Gate
-from quantize.nvfp4.activations import round_nvfp4
+from quantize.nvfp4.activations import round_nvfp4, round_nvfp4_rows
 from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX, dequantize
 from vllm_nvfp4_moe.self_check.alone import route
 
@@ -126,7 +126,7 @@ def make_sample(layer: RoutedExperts, method: ExpertsBackend) -> Sample:
     large = min(0.75 * method.gate.limit, 20.0) if method.gate.limit else _UNLIMITED
     wanted = torch.where(torch.arange(TOKENS) % 2 == 0, large, 1.0).to(device).unsqueeze(1)
     x = x * torch.where(spread > 0, wanted / spread, 1.0)
-    if method.quantizes_activations:
+    if method.quantizes_activations and not method.per_token_activation:
         # Beyond this, block scales saturate and all gates give nearly the same.
         most = E2M1_MAX * E4M3_MAX * layer.w13_input_scale.min()
         x *= (most / x.abs().amax(1, keepdim=True)).clamp(max=1)
@@ -203,7 +203,8 @@ class _Expert:
             self.w13_bias = layer.w13_bias[index].float()
             self.w2_bias = layer.w2_bias[index, :hidden].float()
         self.input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
-        if method.quantizes_activations:
+        self.per_token = method.per_token_activation
+        if method.quantizes_activations and not self.per_token:
             w13, w2 = layer.w13_input_scale, layer.w2_input_scale
             if method.input_scales_by_expert:
                 w13, w2 = w13[index], w2[index]
@@ -218,6 +219,8 @@ class _Expert:
         return torch.nn.functional.linear(self._seen(middle, 1), self.w2, self.w2_bias)
 
     def _seen(self, values: torch.Tensor, gemm: int) -> torch.Tensor:
+        if self.per_token:
+            return round_nvfp4_rows(values)
         if self.input_scales is None:
             return values
         return round_nvfp4(values, self.input_scales[gemm])

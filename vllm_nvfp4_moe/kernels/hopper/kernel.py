@@ -166,7 +166,7 @@ class HopperKernel(ABC):
             KernelError: if they cannot be built, or not on this device.
         """
         if (device, form) not in self._libraries:
-            library = jit.load(self.source(form), ARCHITECTURE)
+            library = jit.load(self.source(form), jit.cuda(ARCHITECTURE))
             check_library(library, self.tile_shapes)
             with torch.cuda.device(device):
                 check(library, library.prepare())

@@ -1,0 +1,63 @@
+// 32 columns of a row at a time, against float inputs, by AVX2.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+using Input = float;
+using Sums = __m256;
+constexpr int COLUMNS = 32;
+constexpr int ROWS = 2, TOKENS = 2;
+
+struct Weights {
+    __m256 values[4];
+    __m256 scales[2];
+};
+
+// Where a column's input lies: those of even columns first, then those of odd ones.
+inline int place(int column) {
+    return column / COLUMNS * COLUMNS + column % 2 * 16 + column % COLUMNS / 2;
+}
+
+inline Input rounded(float value) { return value; }
+
+inline Weights decode(const uint8_t* codes, const uint8_t* scales) {
+    const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+    const __m128i low = _mm_set1_epi8(15);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(bytes, low));
+    const __m128i odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+    Weights out;
+    out.values[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(even));
+    out.values[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(even, 8)));
+    out.values[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(odd));
+    out.values[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(odd, 8)));
+    // E4M3 as half is 2^-8 of its value.
+    const __m128i two = _mm_cvtsi32_si128(int(scales[0]) << 7 | int(scales[1]) << 23);
+    const __m128 both = _mm_cvtph_ps(two);
+    out.scales[0] = _mm256_broadcastss_ps(both);
+    out.scales[1] = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
+    return out;
+}
+constexpr float SCALE = 128;  // of a code's half
+
+inline void add(Sums& sums, const Weights& weights, const Input* x) {
+    for (int block = 0; block < 2; block++) {
+        const __m256 even = _mm256_mul_ps(weights.values[block], _mm256_loadu_ps(x + 8 * block));
+        const __m256 odd = _mm256_loadu_ps(x + 16 + 8 * block);
+        const __m256 part = _mm256_fmadd_ps(weights.values[2 + block], odd, even);
+        sums = _mm256_fmadd_ps(part, weights.scales[block], sums);
+    }
+}
+
+inline Sums zero() { return _mm256_setzero_ps(); }
+
+inline float total(Sums sums) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1))) * SCALE;
+}
+
+}  // namespace

@@ -1,0 +1,259 @@
+// NVFP4 experts on a CPU: codes are read from memory once, and become numbers in registers.
+//
+// A header says how an instruction set decodes COLUMNS columns of a row and multiplies them with the
+// inputs of a token (Input, Weights, decode, add, ...). All sums of one output are added in the same
+// order however many tokens there are and however the work is split, so a token's output does not
+// depend on its neighbours.
+#include "vectors.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace {
+
+struct Gate {
+    int form;
+    float alpha, beta, limit;
+};
+
+// Mirrored by `Work` in kernel.py.
+struct Work {
+    int64_t tokens, slots, hidden, inner, experts, gated;
+    int64_t x_is_float, weight_on_input;
+    const void* x;                        // [tokens, hidden], float or bfloat16
+    const int32_t *ids, *local;           // [tokens, slots]; local numbers, null if ids are these
+    const float* weights;                 // [tokens, slots]
+    const uint8_t *w13, *s13, *w2, *s2;   // codes and block scales, [experts, out, in / 2 or 16]
+    const float *g13, *g2, *b13, *b2;     // [experts], and biases [experts, out] or null
+    Input *inputs, *middle;               // [tokens, padded(hidden)], [pairs, padded(inner)]
+    float* output;                        // [tokens, hidden], zero
+    int64_t *routed, *start, *pairs;      // [experts], [experts + 1], [tokens * slots]: see `route`
+    Gate gate;
+};
+
+int64_t padded(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+float activate(float gate, float up, const Gate& g) {
+    switch (g.form) {
+        case 0:
+            gate = std::min(gate, g.limit);
+            up = std::min(std::max(up, -g.limit), g.limit);
+            return (up + g.beta) * gate / (1 + std::exp(-g.alpha * gate));
+        case 1:
+            return up * 0.5f * gate * (1 + std::erf(gate * 0.7071067811865476f));
+        case 3:
+            up = std::min(std::max(up, -g.limit), g.limit);
+            return up * std::min(gate / (1 + std::exp(-gate)), g.limit);
+        case 4:
+            up = std::max(up, 0.0f);
+            return up * up;
+        case 5:
+            if (g.limit < std::numeric_limits<float>::infinity())
+                up = g.limit * std::tanh(up / g.limit);
+            return up * g.alpha * std::tanh(gate / g.alpha) / (1 + std::exp(-gate));
+        default:
+            return up * 0.5f * gate *
+                   (1 + std::tanh(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate)));
+    }
+}
+
+// out[r][t] = sum over columns of row r times token t, without the global scale.
+template <int R, int T>
+void multiply(const uint8_t* const* codes, const uint8_t* const* scales, const Input* const* x,
+              int64_t columns, float (*out)[TOKENS]) {
+    Sums sums[R][T];
+    for (auto& row : sums)
+        for (auto& each : row) each = zero();
+    const int64_t whole = columns / COLUMNS;
+    for (int64_t c = 0; c < whole; c++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const Weights weights =
+                decode(codes[r] + c * (COLUMNS / 2), scales[r] + c * (COLUMNS / 16));
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) add(sums[r][t], weights, x[t] + c * COLUMNS);
+        }
+    if (const int64_t rest = columns % COLUMNS)
+        for (int r = 0; r < R; r++) {
+            uint8_t last[COLUMNS / 2] = {}, of_last[COLUMNS / 16] = {};
+            memcpy(last, codes[r] + whole * (COLUMNS / 2), rest / 2);
+            memcpy(of_last, scales[r] + whole * (COLUMNS / 16), rest / 16);
+            const Weights weights = decode(last, of_last);
+            for (int t = 0; t < T; t++) add(sums[r][t], weights, x[t] + whole * COLUMNS);
+        }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) out[r][t] = total(sums[r][t]);
+}
+
+template <int R, int T>
+void dispatch(int tokens, const uint8_t* const* codes, const uint8_t* const* scales,
+              const Input* const* x, int64_t columns, float (*out)[TOKENS]) {
+    if constexpr (T > 1)
+        if (tokens < T) return dispatch<R, T - 1>(tokens, codes, scales, x, columns, out);
+    multiply<R, T>(codes, scales, x, columns, out);
+}
+
+template <int R = ROWS>
+void multiply_any(int rows, int tokens, const uint8_t* const* codes, const uint8_t* const* scales,
+                  const Input* const* x, int64_t columns, float (*out)[TOKENS]) {
+    if constexpr (R > 1)
+        if (rows < R)
+            return multiply_any<R - 1>(rows, tokens, codes, scales, x, columns, out);
+    dispatch<R, TOKENS>(tokens, codes, scales, x, columns, out);
+}
+
+// Sorts pairs of a token and a slot by their experts: routed[i] is the i-th expert that has any, and
+// its pairs are start[i] to start[i + 1], in the order of tokens. Returns how many experts that are,
+// or -1 if there is a number that no expert has.
+int64_t route(const Work& work) {
+    const int64_t all = work.tokens * work.slots;
+    auto local = [&](int64_t pair) -> int64_t {
+        const int32_t id = work.ids[pair];
+        return work.local && id >= 0 ? work.local[id] : id;
+    };
+    for (int64_t e = 0; e <= work.experts; e++) work.start[e] = 0;
+    for (int64_t pair = 0; pair < all; pair++) {
+        const int64_t expert = local(pair);
+        if (expert >= work.experts) return -1;
+        if (expert >= 0) work.start[expert + 1]++;
+    }
+    for (int64_t e = 0; e < work.experts; e++) work.start[e + 1] += work.start[e];
+    for (int64_t pair = 0; pair < all; pair++)
+        if (const int64_t expert = local(pair); expert >= 0)
+            work.pairs[work.start[expert]++] = pair;
+    // Now start[e] is where e's pairs end.
+    int64_t count = 0, from = 0;
+    for (int64_t e = 0; e < work.experts; e++) {
+        const int64_t to = work.start[e];
+        if (to == from) continue;
+        work.routed[count] = e;
+        work.start[count++] = from;
+        from = to;
+    }
+    work.start[count] = from;
+    return count;
+}
+
+constexpr int JOB = 32;     // rows of a matrix that one thread takes at a time
+constexpr int BLOCK = 32;   // tokens whose inputs stay in the second-level cache meanwhile
+
+void arrange(const Work& work, int64_t token) {
+    Input* out = work.inputs + token * padded(work.hidden);
+    const float* floats = static_cast<const float*>(work.x) + token * work.hidden;
+    const uint16_t* halves = static_cast<const uint16_t*>(work.x) + token * work.hidden;
+    for (int64_t c = 0; c < work.hidden; c++) {
+        float value;
+        if (work.x_is_float) {
+            value = floats[c];
+        } else {
+            const uint32_t bits = uint32_t(halves[c]) << 16;
+            memcpy(&value, &bits, 4);
+        }
+        out[place(c)] = rounded(value);
+    }
+}
+
+// Rows lo to hi of gate and of up, of one expert.
+void gate_up(const Work& work, int64_t i, int64_t lo, int64_t hi) {
+    const int64_t expert = work.routed[i], inner = work.inner, columns = work.hidden;
+    const int64_t all = inner * (work.gated ? 2 : 1), wide = padded(columns);
+    const int step = work.gated ? ROWS / 2 : ROWS;
+    for (int64_t from = work.start[i]; from < work.start[i + 1]; from += BLOCK)
+        for (int64_t r = lo; r < hi; r += step) {
+            const int rows = int(std::min<int64_t>(step, hi - r));
+            const uint8_t *codes[ROWS], *scales[ROWS];
+            for (int j = 0; j < rows * (work.gated ? 2 : 1); j++) {
+                const int64_t row = expert * all + (j < rows ? r + j : inner + r + j - rows);
+                codes[j] = work.w13 + row * (columns / 2);
+                scales[j] = work.s13 + row * (columns / 16);
+            }
+            const int64_t to = std::min(from + BLOCK, work.start[i + 1]);
+            for (int64_t p = from; p < to; p += TOKENS) {
+                const int tokens = int(std::min<int64_t>(TOKENS, to - p));
+                const Input* x[TOKENS];
+                for (int t = 0; t < tokens; t++)
+                    x[t] = work.inputs + work.pairs[p + t] / work.slots * wide;
+                float out[ROWS][TOKENS];
+                multiply_any(rows * (work.gated ? 2 : 1), tokens, codes, scales, x, columns, out);
+                for (int t = 0; t < tokens; t++) {
+                    const float before =
+                        work.weight_on_input ? work.weights[work.pairs[p + t]] : 1.0f;
+                    const float factor = work.g13[expert] * before;
+                    for (int j = 0; j < rows; j++) {
+                        const float* bias = work.b13 ? work.b13 + expert * all + r + j : nullptr;
+                        const float gate = out[j][t] * factor + (bias ? *bias : 0);
+                        const float up =
+                            work.gated ? out[rows + j][t] * factor + (bias ? bias[inner] : 0) : gate;
+                        work.middle[(p + t) * padded(inner) + place(int(r + j))] =
+                            rounded(activate(gate, up, work.gate));
+                    }
+                }
+            }
+        }
+}
+
+// Columns lo to hi of the output. Experts come in ascending order.
+void down(const Work& work, int64_t experts, int64_t lo, int64_t hi) {
+    const int64_t columns = work.inner, wide = padded(columns);
+    for (int64_t i = 0; i < experts; i++) {
+        const int64_t expert = work.routed[i];
+        for (int64_t from = work.start[i]; from < work.start[i + 1]; from += BLOCK)
+            for (int64_t r = lo; r < hi; r += ROWS) {
+                const int rows = int(std::min<int64_t>(ROWS, hi - r));
+                const uint8_t *codes[ROWS], *scales[ROWS];
+                for (int j = 0; j < rows; j++) {
+                    const int64_t row = expert * work.hidden + r + j;
+                    codes[j] = work.w2 + row * (columns / 2);
+                    scales[j] = work.s2 + row * (columns / 16);
+                }
+                const int64_t to = std::min(from + BLOCK, work.start[i + 1]);
+                for (int64_t p = from; p < to; p += TOKENS) {
+                    const int tokens = int(std::min<int64_t>(TOKENS, to - p));
+                    const Input* x[TOKENS];
+                    for (int t = 0; t < tokens; t++) x[t] = work.middle + (p + t) * wide;
+                    float out[ROWS][TOKENS];
+                    multiply_any(rows, tokens, codes, scales, x, columns, out);
+                    for (int t = 0; t < tokens; t++) {
+                        const int64_t pair = work.pairs[p + t];
+                        const float after = work.weight_on_input ? 1.0f : work.weights[pair];
+                        float* output = work.output + pair / work.slots * work.hidden + r;
+                        for (int j = 0; j < rows; j++) {
+                            const float bias = work.b2 ? work.b2[expert * work.hidden + r + j] : 0;
+                            output[j] += (out[j][t] * work.g2[expert] + bias) * after;
+                        }
+                    }
+                }
+            }
+    }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int64_t size_of_work() { return sizeof(Work); }
+EXPORT int64_t size_of_input() { return sizeof(Input); }
+EXPORT int64_t columns() { return COLUMNS; }
+
+// Returns 0; or 1 if a token is sent to an expert that there is not.
+EXPORT int run(const Work* given) {
+    const Work work = *given;
+    const int64_t experts = route(work);
+    if (experts < 0) return 1;
+    const int64_t per_expert = (work.inner + JOB / 2 - 1) / (JOB / 2);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < work.tokens; token++) arrange(work, token);
+#pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < experts * per_expert; job++) {
+            const int64_t lo = job % per_expert * (JOB / 2);
+            gate_up(work, job / per_expert, lo, std::min<int64_t>(lo + JOB / 2, work.inner));
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t lo = 0; lo < work.hidden; lo += JOB)
+            down(work, experts, lo, std::min<int64_t>(lo + JOB, work.hidden));
+    }
+    return 0;
+}

@@ -1,0 +1,194 @@
+"""NVFP4 experts in C++ with vector instructions, compiled for this host's at first use.
+
+Each instruction set is a header beside ``experts.cpp`` and an entry of :data:`INSTRUCTIONS`.
+Threads are those of PyTorch's OpenMP: a library has OpenMP's calls, and finds the runtime that
+PyTorch has loaded. So they are on the cores to which vLLM has bound them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from quantize.experts.gates import Gate
+from vllm_nvfp4_moe.kernels import jit
+from vllm_nvfp4_moe.kernels.jit import KernelError
+
+FORMS = {
+    "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
+}  # fmt: skip
+"""The forms of gate that ``activate`` in experts.cpp has, by their numbers there."""
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """An instruction set.
+
+    Attributes:
+        header: what it does for the loops of ``experts.cpp``.
+        flags: the names in ``/proc/cpuinfo`` of all that is used.
+        options: what has the compiler use it.
+        takes: the dtypes of the model's activations that it is for. What experts compute between
+            their products has this dtype too, or float32.
+    """
+
+    name: str
+    header: str
+    flags: frozenset[str]
+    options: tuple[str, ...]
+    takes: tuple[torch.dtype, ...]
+
+    def source(self) -> str:
+        """The whole C++ source."""
+        here = Path(__file__).parent
+        vectors = here.joinpath(self.header).read_text()
+        return here.joinpath("experts.cpp").read_text().replace('#include "vectors.h"\n', vectors)
+
+
+ANY = (torch.bfloat16, torch.float16, torch.float32)
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+_AVX2 = ("avx2", "fma", "f16c")
+
+
+def _options(flags: Collection[str]) -> tuple[str, ...]:
+    return tuple(f"-m{flag.replace('_', '')}" for flag in flags)
+
+
+INSTRUCTIONS = (
+    Instructions(
+        "AVX-512 with BF16", "avx512_bf16.h", frozenset((*_AVX512, "avx512_bf16", *_AVX2)),
+        _options((*_AVX512, "avx512_bf16", *_AVX2)), (torch.bfloat16,),
+    ),
+    Instructions(
+        "AVX-512", "avx512.h", frozenset((*_AVX512, *_AVX2)), _options((*_AVX512, *_AVX2)), ANY
+    ),
+    Instructions("AVX2", "avx2.h", frozenset(_AVX2), _options(_AVX2), ANY),
+)  # fmt: skip
+"""The fastest first."""
+
+
+class Work(ctypes.Structure):
+    """Mirrors ``Work`` in experts.cpp, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            "tokens", "slots", "hidden", "inner", "experts", "gated", "x_is_float",
+            "weight_on_input",
+        )),
+        *((name, ctypes.c_void_p) for name in (
+            "x", "ids", "local", "weights", "w13", "s13", "w2", "s2", "g13", "g2", "b13", "b2",
+            "inputs", "middle", "output", "routed", "start", "pairs",
+        )),
+        ("form", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("alpha", "beta", "limit")),
+    ]  # fmt: skip
+
+
+class Kernel:
+    """The compiled loops for one instruction set.
+
+    Raises:
+        KernelError: if they cannot be compiled or loaded here.
+    """
+
+    def __init__(self, instructions: Instructions) -> None:
+        self.instructions = instructions
+        self._library = jit.load(instructions.source(), jit.cpp(*instructions.options))
+        self._columns: int = self._library.columns()
+        self._input = torch.bfloat16 if self._library.size_of_input() == 2 else torch.float32
+        if (theirs := self._library.size_of_work()) != (ours := ctypes.sizeof(Work)):
+            raise KernelError(f"experts.cpp and kernel.py differ: {theirs} bytes and {ours}")
+
+    def run(
+        self,
+        x: torch.Tensor,
+        w13: torch.Tensor,
+        w13_scale: torch.Tensor,
+        w13_global: torch.Tensor,
+        w2: torch.Tensor,
+        w2_scale: torch.Tensor,
+        w2_global: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        gate: Gate,
+        weight_on_input: bool,
+        w13_bias: torch.Tensor | None,
+        w2_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The routed experts' output, float32 ``[tokens, hidden]``.
+
+        A token's output has the same bits whatever other tokens there are.
+
+        Args:
+            x: ``[tokens, hidden]``, of a dtype that ``instructions`` takes.
+            weights: float32 ``[tokens, k]``.
+            ids: int32 ``[tokens, k]``.
+            gate: of a form in :data:`FORMS`.
+            The rest: see ``backends.cpu.forward.experts_forward``.
+
+        Raises:
+            ValueError: if a token is sent to an expert that there is not.
+        """
+        (tokens, hidden), slots = x.shape, ids.shape[1]
+        inner, experts = 2 * w2.shape[2], len(w13)
+        plain = x if x.dtype == torch.bfloat16 else x.float()
+        inputs = [t.contiguous() for t in (plain, ids.int(), weights.float())]
+        weight = [w13, w13_scale, w2, w2_scale, w13_global, w2_global]
+        optional = [expert_map, w13_bias, w2_bias]
+        for tensor in (*weight, *(each for each in optional if each is not None)):
+            assert tensor.is_contiguous()
+        made = [self._room(tokens, hidden), self._room(ids.numel(), inner)]
+        # vLLM loads under the model's dtype and device as defaults.
+        output = torch.zeros(tokens, hidden, dtype=torch.float32, device="cpu")
+        lengths = [experts, experts + 1, ids.numel()]
+        counts = torch.empty(sum(lengths), dtype=torch.int64, device="cpu").split(lengths)
+        at = [None if t is None else t.data_ptr() for t in (*inputs, *weight, *optional)]
+        x_at, ids_at, weights_at, *weight_at, map_at, b13, b2 = at
+        work = Work(
+            tokens, slots, hidden, inner, experts, w13.shape[1] != inner,
+            plain.dtype == torch.float32, weight_on_input, x_at, ids_at, map_at, weights_at,
+            *weight_at, b13, b2, *(t.data_ptr() for t in (*made, output, *counts)),
+            FORMS[gate.form], gate.alpha, gate.beta,
+            math.inf if gate.limit is None else gate.limit,
+        )  # fmt: skip
+        if self._library.run(ctypes.byref(work)):
+            raise ValueError(f"a token is sent to an expert beyond the last of {experts}")
+        return output
+
+    def _room(self, rows: int, columns: int) -> torch.Tensor:
+        """Rows for a product's inputs, with zeros beyond the last column."""
+        wide = -(-columns // self._columns) * self._columns
+        new = torch.empty if wide == columns else torch.zeros
+        return new(rows, wide, dtype=self._input, device="cpu")
+
+
+def flags() -> frozenset[str]:
+    """What this host's processor has, in Linux's names; empty if it is no x86."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+@cache
+def kernel_for(dtype: torch.dtype) -> Kernel:
+    """The fastest kernel that this host has for activations of ``dtype``.
+
+    Raises:
+        KernelError: if there is none: the processor lacks AVX2, or there is no compiler.
+    """
+    has = flags()
+    for instructions in INSTRUCTIONS:
+        if dtype in instructions.takes and instructions.flags <= has:
+            return Kernel(instructions)
+    raise KernelError("the processor has no AVX2")
