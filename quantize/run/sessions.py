@@ -84,7 +84,7 @@ class Sessions:
             return
         self.all = _read(self._file)
         start = datetime.fromtimestamp(time.time() - before, UTC).replace(microsecond=0)
-        now = Session(start.isoformat(), {"checks": round(before, 1)}, machine(devices), cluster)
+        now = Session(start.isoformat(), {"checks": round(before, 3)}, machine(devices), cluster)
         self.all.append(now)
         self._write()
 
@@ -98,7 +98,7 @@ class Sessions:
             if self.all:
                 seconds = self.all[-1].seconds
                 spent = seconds.get(name, 0.0) + time.perf_counter() - start
-                seconds[name] = round(spent, 1)
+                seconds[name] = round(spent, 3)
                 self._write()
 
     def _write(self) -> None:
