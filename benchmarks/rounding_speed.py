@@ -1,12 +1,13 @@
 """Seconds an expert of each rounding method at MiniMax-M3's sizes, beside ModelOpt's recipes.
 
-    python -m benchmarks.rounding_speed [--experts 16] [--samples 32] [--length 2048]
+    python -m benchmarks.rounding_speed [--experts 16] [--samples 32] [--length 2048] [--gpus 1 2]
 
 Four tables, of random weights and of text that is random tokens:
 
 1. **a layer**: ``quantize`` with calibration, with ``two-sided`` the way back through the model
    too. Seconds an expert are those from a layer's first expert to its last, from reading weights to
-   writing results; beside them the whole run has what a real model has once for many layers;
+   writing results; beside them the whole run has what a real model has once for many layers.
+   ``--gpus 1 2 8`` does it with each of these numbers of GPUs;
 2. **ModelOpt's recipes** (``benchmarks.peers``) of the same model and tokens, where it can be
    imported; after a first run of two short texts, in which its kernels are compiled;
 3. **parts** of one expert: second moments, GPTQ's factor, rounding, what the report compares;
@@ -53,6 +54,7 @@ from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.method import Job, Rounded
 from quantize.run.options import Calibration, Options
 from quantize.run.plan import plan
+from quantize.run.workers import all_devices
 
 SEED = 18
 TOP_K = 4
@@ -109,17 +111,18 @@ class Bench:
         )  # fmt: skip
 
     def layer(
-        self, source: Path, target: Path, method: str, tokens: torch.Tensor
+        self, source: Path, target: Path, method: str, tokens: torch.Tensor, gpus: int = 1
     ) -> tuple[float, float]:
         """Seconds to quantize the model with calibration; and those of the experts alone, from
         their layer's first to its last."""
+        devices = [self.device] if gpus == 1 else all_devices()[:gpus]
         settings = Calibration("random", *tokens.shape, digest_of(tokens), method=method)
         with Checkpoint(source) as checkpoint:
             steps = plan(checkpoint, Options(calibration=settings, activations=True))
             with watched() as alone:
                 took, _ = self.seconds(
                     lambda: execute(
-                        checkpoint, steps, target, overwrite=True, devices=[self.device],
+                        checkpoint, steps, target, overwrite=True, devices=devices,
                         samples=tokens,
                     )
                 )  # fmt: skip
@@ -273,10 +276,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=256, help="of the comparison; 0 leaves it out")
     parser.add_argument("--together", type=int, default=16, help="two-sided: in the table of parts")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[1], help="in the table of a layer: how many"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--skip", nargs="*", default=[], choices=["layer", "modelopt", "parts"])
     parser.add_argument("--work", type=Path, help="a folder for the model; else a temporary one")
     args = parser.parse_args()
+    if max(args.gpus) > max(1, torch.cuda.device_count()):
+        parser.error(f"--gpus: this machine has {torch.cuda.device_count()}")
     bench = Bench(args)
     where = (
         torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda"
@@ -306,9 +314,11 @@ def main() -> None:
         bench.write(source)
         rows_ = []
         for name in args.methods if "layer" not in args.skip else ():
-            bench.layer(source, target, name, bench.tokens[:1])  # kernels are compiled
-            took, alone = bench.layer(source, target, name, bench.tokens)
-            rows_.append([f"ours, {name}", f"{took:.1f}", f"{alone / args.experts:.3f}"])
+            for gpus in args.gpus:
+                bench.layer(source, target, name, bench.tokens[:1], gpus)  # kernels are compiled
+                took, alone = bench.layer(source, target, name, bench.tokens, gpus)
+                label = f"ours, {name}" + f", {gpus} GPUs" * (gpus > 1)
+                rows_.append([label, f"{took:.1f}", f"{alone / args.experts:.3f}"])
         if "modelopt" not in args.skip:
             try:
                 label = f"ModelOpt {peers.modelopt_version(bench.device)}"

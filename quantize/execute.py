@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from quantize.calibration.calibrate import (
     runnable_model,
     unstaged,
 )
+from quantize.calibration.cluster_crew import on_cluster
+from quantize.calibration.crew import Crew, Round, on_devices
 from quantize.calibration.estimate import check, check_memory, estimate
 from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
@@ -29,12 +32,13 @@ from quantize.experts.group import ExpertGroup
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run import done
-from quantize.run.cluster import check_threads, make_shards_on_ray
+from quantize.run.cluster import make_shards_on_ray, room_on_ray
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
+from quantize.run.sessions import Sessions
 from quantize.run.space import Space
 from quantize.run.target import check_folder
 from quantize.run.workers import Progress, all_devices, make_shards
@@ -86,7 +90,8 @@ def execute(
         overwrite: replace a checkpoint, or an interrupted run, in ``target``.
         resume: go on with an interrupted run; start one if ``target`` is empty; do nothing if it
             is complete.
-        devices: what computes; by default :func:`all_devices`.
+        devices: what computes; by default :func:`all_devices`. If there are GPUs among them, these.
+            Calibration runs the model on the first, and rounds experts on all.
         threads: how many, on CPUs; by default as many as cores, within ``MEMORY``.
         ray: address of a Ray cluster that makes the shards instead of this machine.
         command: how the run was started, for the report.
@@ -148,16 +153,22 @@ def execute(
         plan,
         record,
         others,
-        devices or all_devices(),
+        _gpus_or_all(devices or all_devices()),
         threads,
         ray,
         samples,
         say,
         counting,
         limited,
+        started,
     )
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
+
+
+def _gpus_or_all(devices: Sequence[torch.device]) -> Sequence[torch.device]:
+    """The GPUs; all, if there are none."""
+    return [device for device in devices if device.type == "cuda"] or devices
 
 
 def _check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()) -> None:
@@ -194,6 +205,9 @@ class _Run:
     say: Say
     counting: Calibrating | None
     limited: bool | None
+    started: float
+    cluster: int = 0
+    """How many tasks the Ray cluster has room for."""
 
     def go(
         self,
@@ -207,6 +221,9 @@ class _Run:
         record.prepare(overwrite, resume)
         space = self._check()
         record.begin(overwrite, resume)
+        self.sessions = Sessions(
+            record.folder, self.devices, time.perf_counter() - self.started, self.cluster
+        )
         try:
             done.discard_changed(record, checkpoint, plan)
             missing = done.missing(record, plan)
@@ -228,6 +245,8 @@ class _Run:
     def _check(self) -> Space:
         """Whatever else can refuse the run."""
         record, plan = self.record, self.plan
+        if self.ray is not None:
+            self.cluster = room_on_ray(self.ray, self.threads)
         every = range(len(plan.shards))
         missing: Sequence[int] = every
         voided = []
@@ -248,8 +267,6 @@ class _Run:
                 runnable_model(self.checkpoint, plan, self.devices[0])
                 left = plan.groups if fresh else unstaged(plan, done.staged_of(record, plan))
                 self._foresee(budget.memory, left)
-        if self.ray is not None:
-            check_threads(self.ray, self.threads)
         if record.goes_on and not voided:
             shards -= sum(_allocated(record.rounded(name)) for name in plan.file_names)
         space = Space(record, max(0, shards), max(0, calibration), plan.rounds)
@@ -264,7 +281,8 @@ class _Run:
         if self.limited:
             check_memory(memory, device)
         counting = self.counting is not None
-        found = estimate(self.checkpoint, self.plan, groups, device, counting)
+        count = self.cluster or len(self.devices)
+        found = estimate(self.checkpoint, self.plan, groups, device, counting, count)
         if self.limited:
             check(found)
         self.say(f"Calibration: {found}")
@@ -281,23 +299,42 @@ class _Run:
         if plan.options.calibration and missing:
             assert self.samples is not None
             what = checkpoint, plan, self.samples, done.staged_of(record, plan), self.devices[0]
-            prove_walk(*what, self.say)
+            with self.sessions.phase("proof"):
+                prove_walk(*what, self.say)
             if not space.has_room_to_calibrate():
                 self._clear()
             if self.counting is not None:
-                count_tokens(*what, self.say, self.counting)
-            calibrate(*what, calibrating, self.say)
+                with self.sessions.phase("counting tokens"):
+                    count_tokens(*what, self.say, self.counting)
+            with self.sessions.phase("calibration"):
+                calibrate(*what, calibrating, self.say, self._gather)
         if not space.has_room_for_shards():
             self._clear()
-        if self.ray is not None:
-            make_shards_on_ray(self.ray, checkpoint, plan, record, missing, self.threads, progress)
-        else:
-            work = plan.calibrated(done.staged_of(record, plan))
-            make_shards(checkpoint, work, record, missing, self.devices, self.threads, progress)
+        with self.sessions.phase("shards"):
+            self._make_shards(missing, progress)
         assert record.identity is not None
-        report = collect(checkpoint, plan, record, digests(checkpoint, plan, record.identity))
+        edited = digests(checkpoint, plan, record.identity)
+        report = collect(checkpoint, plan, record, edited, self.sessions.all)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
         finish(checkpoint, plan, record, self.others, files)
+
+    def _make_shards(self, missing: Sequence[int], progress: Progress) -> None:
+        what, threads = (self.checkpoint, self.plan, self.record), self.threads
+        if self.ray is not None:
+            make_shards_on_ray(self.ray, *what, missing, threads, progress)
+            return
+        checkpoint, plan, record = what
+        work = plan.calibrated(done.staged_of(record, plan))
+        make_shards(checkpoint, work, record, missing, self.devices, threads, progress)
+
+    def _gather(self, rounds: Round) -> AbstractContextManager[Crew | None]:
+        """Who rounds experts: see ``quantize.calibration.calibrate.Gather``."""
+        if self.ray is not None:
+            what = self.checkpoint, self.plan, self.record, self.threads
+            return on_cluster(self.ray, *what, self.say)
+        if len(self.devices) == 1:
+            return nullcontext()
+        return on_devices(rounds, self.devices, self.say)
 
     def _say_what_stays(self) -> None:
         weights = [file.name for file in self.checkpoint.files]

@@ -25,7 +25,13 @@ from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.room import sums_for
 from quantize.calibration.routing import Routing
 from quantize.calibration.stand_ins import ReplayExperts
-from quantize.calibration.store import Store, experts_output_name, gradients_name, states_name
+from quantize.calibration.store import (
+    Store,
+    experts_output_name,
+    gradients_name,
+    routed_names,
+    states_name,
+)
 from quantize.calibration.visitor import NullVisitor, Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -121,8 +127,11 @@ class LayerwiseBackward(LayerwiseForward):
                 states = self._store.open_all(states_name(layer))
                 target = self._new_gradients(states, gradients_name(layer))
                 self._run_backward(layer, stand_in, experts, target)
-            names = [experts_output_name(layer, stand_in.group) for stand_in in stand_ins]
-        for name in (*names, "x", "ids", "weights", "grad_x", "grad_weights", "grad_output"):
+            groups = [stand_in.group for stand_in in stand_ins]
+        for group in groups:
+            for name in (*routed_names(layer, group), experts_output_name(layer, group)):
+                self._store.remove(name)
+        for name in ("grad_x", "grad_weights"):
             self._store.remove(name)
 
     def remove_gradients(self, layer: int) -> None:
@@ -144,12 +153,13 @@ class LayerwiseBackward(LayerwiseForward):
             output = self._compute_experts(
                 layer, stand_in, NullVisitor(), lambda share, part: progress(share / 3, part)
             )
-        grad_output = store.new("grad_output", tuple(output.shape), torch.float32)
+        *_, router_name, gradient_name = routed_names(layer, group)
+        grad_output = store.new(gradient_name, tuple(output.shape), torch.float32)
         found = ExpertGradients(output)
         self._run_backward(layer, stand_in, found, [], grad_output)
-        routing = self._routing(group, grad_output)
+        routing = self._routing(layer, group, grad_output)
         if input_gradients:
-            router = store.open("weights")
+            router = store.open(router_name)
             found = ExpertGradients(
                 output,
                 store.new("grad_x", tuple(routing.x.shape), torch.float32),
@@ -162,7 +172,7 @@ class LayerwiseBackward(LayerwiseForward):
             visitor.expert(expert, weights, routing)
             if sums is not None:
                 _add_input_gradients(weights, routing, expert, found, sums)
-            done, experts = expert + 1, group.num_experts
+            done, experts = expert + 1 - visitor.behind, group.num_experts
             progress((1 + 2 * done / experts) / 3, f"expert {done} of {experts}")
         visitor.end()
         if found.x is not None and sums is not None and sums is not found.x:

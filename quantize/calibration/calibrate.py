@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantize.calibration.backward import LayerwiseBackward
+from quantize.calibration.crew import Crew, Round
 from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.kv_watch import watching
@@ -16,14 +18,16 @@ from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
 from quantize.calibration.proof import Say, prove
-from quantize.calibration.quantizer import Quantizer
+from quantize.calibration.quantizer import Quantizer, Rounder
 from quantize.calibration.store import Store, gradients_name, states_name
 from quantize.calibration.token_counts import TokenCounts
 from quantize.calibration.visitor import NullVisitor, Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
+from quantize.nvfp4.input_scales import INPUT_RULES
 from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.rounding.kernels.launch import full_float32
 from quantize.run.kv_scales import KvRanges
 from quantize.run.options import Calibration
 from quantize.run.ranges import Ranges
@@ -31,6 +35,9 @@ from quantize.run.staged import Staged
 
 if TYPE_CHECKING:
     from quantize.run.plan import Plan
+
+Gather = Callable[[Round], AbstractContextManager[Crew | None]]
+"""Makes a crew of what rounds experts on one device; None if that device is to do it alone."""
 
 
 def calibrate(
@@ -41,6 +48,7 @@ def calibrate(
     device: torch.device,
     progress: Progress = lambda *_: None,
     say: Say = lambda _: None,
+    gather: Gather = lambda _: nullcontext(),
 ) -> None:
     """Quantize all experts of ``plan`` with calibration, into its shards; or find their input
     scales alone, if that is what ``plan`` says.
@@ -50,7 +58,9 @@ def calibrate(
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
         staged: of the plan; its folder is for everything but the experts.
+        device: runs the model, and rounds experts unless there is a crew.
         say: is told which experts get too little text, unless :func:`count_tokens` has.
+        gather: makes the crew that rounds experts.
 
     Raises:
         QuantizeError: if the model cannot be run (see ``quantize.calibration.layerwise``), a weight
@@ -69,12 +79,21 @@ def calibrate(
     state = CalibrationProgress(plan, model, store, undone, progress)
     visitor: Visitor
     counts = None if settings.every_expert else TokenCounts(undone, say)
-    if settings.method is None:
-        visitor = RangeGatherer(checkpoint, Ranges(staged.folder), undone, settings)
-    else:
-        visitor = Quantizer(checkpoint, staged, undone, plan.layout, settings, plan.options.scales)
     caches = plan.caches
-    with watching(model, caches, KvRanges(staged.folder)) if caches else nullcontext():
+    with ExitStack() as stack:
+        if settings.method is None:
+            ranges = Ranges(staged.folder)
+            visitor = RangeGatherer(checkpoint, ranges, undone, settings)
+        else:
+            # Rounding's products are in full float32, and kernels' context that sees to it is the
+            # process's: members of a crew would leave each other's.
+            stack.enter_context(full_float32())
+            rounder = Rounder(checkpoint, plan.layout, settings, plan.options.scales)
+            crew = stack.enter_context(gather(rounder.round))
+            rule = INPUT_RULES[settings.input_scale_rule]
+            visitor = Quantizer(staged, undone, plan.layout, rule, rounder, crew)
+        if caches:
+            stack.enter_context(watching(model, caches, KvRanges(staged.folder)))
         if goes_back(settings):
             run = LayerwiseBackward(checkpoint, plan.gates, model, samples, store)
             forward_backward(run, visitor, state, counts)

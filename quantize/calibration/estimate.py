@@ -12,17 +12,19 @@ import torch
 from rich.filesize import decimal
 
 from quantize.calibration.calibrate import goes_back, precision
-from quantize.calibration.expert_weights import ExpertWeights
+from quantize.calibration.crew import Work
+from quantize.calibration.expert_weights import read_expert
 from quantize.calibration.input_scales import RangeGatherer
-from quantize.calibration.quantizer import Quantizer
+from quantize.calibration.quantizer import Rounder
+from quantize.calibration.room import side_by_side
 from quantize.calibration.routing import Routing
-from quantize.calibration.visitor import Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.duration import duration
 from quantize.errors import TooMuchError
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.names import layer_number
 from quantize.experts.stated import stated
+from quantize.nvfp4.rounding import METHODS
 
 if TYPE_CHECKING:
     from quantize.run.plan import Plan
@@ -63,6 +65,7 @@ class Estimate(NamedTuple):
         group: that expert's.
         tokens: that it was given.
         experts: how many there are.
+        devices: how many round experts at once.
     """
 
     seconds: float
@@ -70,10 +73,12 @@ class Estimate(NamedTuple):
     group: ExpertGroup
     tokens: int
     experts: int
+    devices: int = 1
 
     def __str__(self) -> str:
+        where = "here" if self.devices == 1 else f"on {self.devices} devices"
         return (
-            f"about {duration(self.seconds)} here: {duration(self.expert.total)} for one of "
+            f"about {duration(self.seconds)} {where}: {duration(self.expert.total)} for one of "
             f"{self.experts} experts ({self.group.hidden} x {self.group.intermediate}, with "
             f"{self.tokens} tokens; measured)"
         )
@@ -85,6 +90,7 @@ def estimate(
     groups: list[ExpertGroup],
     device: torch.device,
     counting: bool = False,
+    devices: int = 1,
 ) -> Estimate:
     """Measure one expert of ``groups``, and say what calibrating all of them takes on ``device``.
 
@@ -94,6 +100,7 @@ def estimate(
 
     Args:
         counting: tokens are counted first (``quantize.calibration.calibrate.count_tokens``).
+        devices: how many devices like ``device`` round experts (``quantize.calibration.crew``).
     """
     settings = plan.options.calibration
     assert settings is not None
@@ -102,9 +109,9 @@ def estimate(
     said = stated(checkpoint.text_config(), group.prefix).per_token
     chosen = next(iter(said.values()), (1,))[0]
     tokens = total if settings.every_expert else -(-total * chosen // group.num_experts)
-    one = measure(checkpoint, plan, group, tokens, device)
+    one = measure(checkpoint, plan, group, tokens, device, devices)
     if one.total < AGAIN:
-        again = measure(checkpoint, plan, group, tokens, device)
+        again = measure(checkpoint, plan, group, tokens, device, devices)
         one = min(one, again, key=lambda found: found.total)
     # Experts of other sizes take as long as they have weights.
     size = group.parameters / group.num_experts
@@ -112,54 +119,72 @@ def estimate(
     back = goes_back(settings)
     passes = 1 + (counting and not back and settings.method is not None)
     reads, works = passes + 2 * back, passes * FORWARD + back * BACKWARD
-    seconds = experts * (reads * one.read + works * one.compute + one.round)
+    seconds = experts * (reads * one.read + works * one.compute)
+    if devices > 1 and settings.method is not None:
+        # While others round, the pass reads and computes what it would have anyway.
+        alone = one.read + (BACKWARD - FORWARD if back else FORWARD) * one.compute
+        share = _share(group, together(plan, group, device, devices), devices)
+        seconds += experts * max(0.0, one.round * share - alone)
+    else:
+        seconds += experts * one.round
     # The rest of a layer runs up to its experts, and then from its beginning to its end.
     pace = one.compute / (size * tokens)
     seconds += _beside(checkpoint, plan) * total * pace * 2 * works
-    return Estimate(seconds, one, group, tokens, sum(each.num_experts for each in groups))
+    count = sum(each.num_experts for each in groups)
+    return Estimate(seconds, one, group, tokens, count, devices if settings.method else 1)
+
+
+def _share(group: ExpertGroup, size: int, devices: int) -> float:
+    """The longest that a device is at work on a group, of what one would be on all of it."""
+    batches = -(-group.num_experts // size)
+    return -(-batches // devices) / batches
+
+
+def together(plan: Plan, group: ExpertGroup, device: torch.device, devices: int) -> int:
+    """How many experts are a batch."""
+    settings = plan.options.calibration
+    assert settings is not None
+    if settings.method is None:
+        return 1
+    return side_by_side(group, METHODS[settings.method], [device] * devices)
 
 
 def measure(
-    checkpoint: Checkpoint, plan: Plan, group: ExpertGroup, tokens: int, device: torch.device
+    checkpoint: Checkpoint,
+    plan: Plan,
+    group: ExpertGroup,
+    tokens: int,
+    device: torch.device,
+    devices: int = 1,
 ) -> Seconds:
-    """Return what the first expert of ``group`` takes with so many tokens."""
+    """Return what the first expert of ``group`` takes with so many tokens: beside as many like it
+    as are rounded together, its share."""
     settings = plan.options.calibration
     assert settings is not None
     dtype = precision(device)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, group.hidden, generator=random).to(dtype)
     gradient = torch.randn(tokens, group.hidden, generator=random) if goes_back(settings) else None
-    ids = torch.zeros(tokens, 1, dtype=torch.int32)
-    routing = Routing(x, ids, torch.ones(tokens, 1), group.num_experts, device, gradient)
+    size = together(plan, group, device, devices)
+    ids = torch.arange(size, dtype=torch.int32).expand(tokens, size)  # each is given all of them
+    routing = Routing(x, ids, torch.ones(tokens, size), group.num_experts, device, gradient)
     gate = plan.gates.of(group.prefix)
     started = clock()
-    weights = ExpertWeights(
-        tuple(w.to(device) for w in group.gate_up(checkpoint, 0, gate.interleaved)),
-        group.down(checkpoint, 0).to(device),
-        tuple(b.to(device) for b in group.biases(checkpoint, 0, gate.interleaved).values()),
-        gate,
-    )
+    weights = read_expert(checkpoint, group, 0, gate, device)
     read = clock()
     output = torch.zeros(tokens, group.hidden)
     for chunk in routing.of(0):
         own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
         output.index_add_(0, chunk.tokens, own.float().cpu())
     computed = clock()
-    visitor: Visitor
     if settings.method is None:
         visitor = RangeGatherer(checkpoint, cast(Any, None), [group], settings)
+        visitor.begin(layer_number(group.prefix) or 0, group, routing)
+        visitor.expert(0, weights, routing)
     else:
-        visitor = Quantizer(
-            checkpoint, cast(Any, _Nowhere()), [group], plan.layout, settings, plan.options.scales
-        )
-    visitor.begin(layer_number(group.prefix) or 0, group, routing)
-    visitor.expert(0, weights, routing)
-    together = 1
-    # A method that fills a GPU with several experts lets the first ones wait.
-    while isinstance(visitor, Quantizer) and visitor.waiting:
-        visitor.expert(together, weights, routing)
-        together += 1
-    return Seconds(read - started, computed - read, (clock() - computed) / together)
+        rounder = Rounder(checkpoint, plan.layout, settings, plan.options.scales)
+        rounder.round(Work(group, [(number, weights) for number in range(size)], routing))
+    return Seconds(read - started, computed - read, (clock() - computed) / size)
 
 
 def check(estimated: Estimate) -> None:
@@ -211,16 +236,3 @@ def _beside(checkpoint: Checkpoint, plan: Plan) -> int:
         if name.startswith(prefix) and name not in experts
         and (number := layer_number(name)) is not None and number <= last
     )  # fmt: skip
-
-
-class _Nowhere:
-    """Takes what is staged, and keeps nothing (``quantize.run.staged.Staged``)."""
-
-    def writer(self, *_: object) -> _Nowhere:
-        return self
-
-    def write(self, *_: object) -> None:
-        pass
-
-    def abort(self) -> None:
-        pass

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 
 from quantize.experts.gates import Gate
+from quantize.experts.group import ExpertGroup, TensorReader
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
@@ -18,6 +20,7 @@ class ExpertWeights:
         gate_up: gate's and up's weights, or up's alone where there is no gate: each
             ``[intermediate, hidden]``, in the source's dtype.
         down: ``[hidden, intermediate]``, in the source's dtype.
+        post_norm: what the model does to the product of down; None: nothing.
     """
 
     def __init__(
@@ -32,7 +35,22 @@ class ExpertWeights:
         self.down = down
         self._biases = biases
         self._gate = gate
-        self._post_norm = post_norm
+        self.post_norm = post_norm
+
+    def on(self, device: torch.device) -> ExpertWeights:
+        """Return the same weights on ``device``."""
+        if self.down.device == device:
+            return self
+        norm = self.post_norm
+        if isinstance(norm, torch.nn.Module):
+            norm = deepcopy(norm).to(device)
+        return ExpertWeights(
+            tuple(weight.to(device) for weight in self.gate_up),
+            self.down.to(device),
+            tuple(bias.to(device) for bias in self._biases),
+            self._gate,
+            norm,
+        )
 
     def replaced(self, gate_up: tuple[torch.Tensor, ...], down: torch.Tensor) -> ExpertWeights:
         """The same expert with other weights."""
@@ -52,7 +70,7 @@ class ExpertWeights:
     def output(self, intermediate: torch.Tensor) -> torch.Tensor:
         """Return the expert's output ``[n, hidden]`` for the result of :meth:`intermediate`."""
         product = self._product(intermediate)
-        return product if self._post_norm is None else self._post_norm(product)
+        return product if self.post_norm is None else self.post_norm(product)
 
     def product_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Return the loss's gradient with respect to the product of down, ``[n, hidden]``.
@@ -61,12 +79,12 @@ class ExpertWeights:
             x: tokens, ``[n, hidden]``.
             gradient: the loss's gradient with respect to :meth:`output`'s result, ``[n, hidden]``.
         """
-        if self._post_norm is None:
+        if self.post_norm is None:
             return gradient
         with torch.no_grad():
             product = self._product(self.intermediate(x))
         with torch.enable_grad():
-            own = self._post_norm(product.requires_grad_())
+            own = self.post_norm(product.requires_grad_())
         return torch.autograd.grad(own, product, gradient.to(own.dtype))[0].to(gradient.dtype)
 
     def gate_up_gradients(
@@ -94,6 +112,26 @@ class ExpertWeights:
 
     def _product(self, intermediate: torch.Tensor) -> torch.Tensor:
         return _linear(intermediate, self.down, self._biases[-1] if self._biases else None)
+
+
+def read_expert(
+    source: TensorReader, group: ExpertGroup, expert: int, gate: Gate, device: torch.device,
+    norm: Norm | None = None,
+) -> ExpertWeights:  # fmt: skip
+    """Read one expert of a group.
+
+    Args:
+        norm: on ``device``, if it has weights.
+    """
+    gate_up = group.gate_up(source, expert, gate.interleaved)
+    biases = group.biases(source, expert, gate.interleaved)
+    return ExpertWeights(
+        tuple(weight.to(device) for weight in gate_up),
+        group.down(source, expert).to(device),
+        tuple(bias.to(device) for bias in biases.values()),
+        gate,
+        norm,
+    )
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

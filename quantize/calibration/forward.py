@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 
 from quantize.calibration.chain import check_chain
-from quantize.calibration.expert_weights import ExpertWeights
+from quantize.calibration.expert_weights import ExpertWeights, read_expert
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.room import sums_for
 from quantize.calibration.routing import Routing
 from quantize.calibration.stand_ins import ReplayExperts
-from quantize.calibration.store import Store, experts_output_name, states_name
+from quantize.calibration.store import Store, experts_output_name, routed_names, states_name
 from quantize.calibration.visitor import Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -82,9 +82,10 @@ class LayerwiseForward:
             while (waiting := self._run_batches(layer, stand_ins, outputs)) is not None:
                 outputs[waiting] = self._compute_experts(layer, waiting, visitor, progress)
             outputs.clear()
-            names = [experts_output_name(layer, stand_in.group) for stand_in in stand_ins]
-        for name in ("x", "ids", "weights", *names):
-            self._store.remove(name)
+            groups = [stand_in.group for stand_in in stand_ins]
+        for group in groups:
+            for name in (*routed_names(layer, group), experts_output_name(layer, group)):
+                self._store.remove(name)
 
     def remove_states(self, layer: int) -> None:
         """Remove a layer's inputs from the store."""
@@ -135,8 +136,9 @@ class LayerwiseForward:
                         f"{waiting.group.prefix}: its experts are given {len(parts[0])} of "
                         f"{batch.numel()} tokens; calibration knows experts that are given all"
                     )
+                names = routed_names(layer, waiting.group)[:3]
                 target = target or self._new(
-                    dict(zip(("x", "ids", "weights"), parts, strict=True)), self._samples.numel()
+                    dict(zip(names, parts, strict=True)), self._samples.numel()
                 )
                 first = token
             for whole, part in zip(target, parts, strict=True):
@@ -162,7 +164,7 @@ class LayerwiseForward:
     ) -> torch.Tensor:
         """Compute the experts' outputs for all tokens, ``[tokens, hidden]``."""
         group = stand_in.group
-        routing = self._routing(group)
+        routing = self._routing(layer, group)
         shape = tuple(routing.x.shape)
         output = self._store.new(experts_output_name(layer, group), shape, torch.float32)
         sums = sums_for(output, self._model.device)
@@ -172,16 +174,18 @@ class LayerwiseForward:
             for chunk in routing.of(expert):
                 own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
                 sums.index_add_(0, chunk.tokens.to(sums.device), own.float().to(sums.device))
-            done = expert + 1
+            done = expert + 1 - visitor.behind
             progress(done / group.num_experts, f"expert {done} of {group.num_experts}")
         visitor.end()
         if sums is not output:
             output.copy_(sums)
         return output
 
-    def _routing(self, group: ExpertGroup, gradient: torch.Tensor | None = None) -> Routing:
+    def _routing(
+        self, layer: int, group: ExpertGroup, gradient: torch.Tensor | None = None
+    ) -> Routing:
         """Return the experts' inputs, which a run up to them has stored."""
-        x, ids, router = (self._store.open(name) for name in ("x", "ids", "weights"))
+        x, ids, router = map(self._store.open, routed_names(layer, group)[:3])
         if int(ids.max()) >= group.num_experts or int(ids.min()) < 0:
             raise QuantizeError(
                 f"{group.prefix}: its router sends tokens to expert {int(ids.max())}, and there "
@@ -191,13 +195,6 @@ class LayerwiseForward:
 
     def _expert_weights(self, stand_in: ReplayExperts, expert: int) -> ExpertWeights:
         group = stand_in.group
-        gate, device = self._gates.of(group.prefix), self._model.device
-        gate_up = group.gate_up(self._checkpoint, expert, gate.interleaved)
-        biases = group.biases(self._checkpoint, expert, gate.interleaved)
-        return ExpertWeights(
-            tuple(weight.to(device) for weight in gate_up),
-            group.down(self._checkpoint, expert).to(device),
-            tuple(bias.to(device) for bias in biases.values()),
-            gate,
-            stand_in.original.post_expert_norm if gate.post_norm else None,
-        )
+        gate = self._gates.of(group.prefix)
+        norm = stand_in.original.post_expert_norm if gate.post_norm else None
+        return read_expert(self._checkpoint, group, expert, gate, self._model.device, norm)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.routing import Routing
+from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.nvfp4.input_scales import INPUT_RULES
@@ -33,7 +34,7 @@ def input_scales(
     return [(rule(gate_up), rule(down)) for gate_up, down in pairs]
 
 
-class RangeGatherer:
+class RangeGatherer(NullVisitor):
     """A visitor (``quantize.calibration.visitor``) that finds the input scales of experts.
 
     Args:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from quantize.calibration.crew import Crew, Outcome, Work
 from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.input_scales import input_scales
@@ -20,11 +21,11 @@ from quantize.calibration.second_moments import SecondMoments
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.layout import Layout
-from quantize.nvfp4.input_scales import INPUT_RULES
 from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, quantize_weights
 from quantize.nvfp4.rounding import METHODS
+from quantize.nvfp4.rounding.method import Method
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.staged import Findings, Staged
 from quantize.run.weight_error import WeightError
@@ -40,35 +41,33 @@ class Quantizer:
 
     Args:
         groups: the experts to be quantized; it lets others pass.
-        rule: the scale rule whose errors the findings compare with.
+        rule: one of ``quantize.nvfp4.input_scales.INPUT_RULES``.
+        rounder: rounds them, unless there is a crew.
+        crew: rounds several batches at once.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         staged: Staged,
         groups: list[ExpertGroup],
         layout: Layout,
-        settings: Calibration,
-        rule: str,
+        rule: Callable[[Magnitudes], float],
+        rounder: Rounder,
+        crew: Crew | None = None,
     ) -> None:
-        assert settings.method is not None
-        self._method = settings.method
-        self._checkpoint = checkpoint
+        self._rule = rule
         self._staged = staged
         self._groups = groups
         self._layout = layout
-        self._settings = settings
-        self._rule = rule
+        self._rounder = rounder
+        self._crew = crew
 
     def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
         """Open the group's file."""
         self._group = group if group in self._groups else None
         if self._group is None:
             return
-        self._findings = Findings(group.prefix)
-        self._magnitudes: list[tuple[Magnitudes, Magnitudes]] = []
-        self._undersampled: set[int] = set()
+        self._outcomes: dict[int, Outcome] = {}
         self._routing = routing
         self._waiting: list[tuple[int, ExpertWeights]] = []
         self._together = 0
@@ -85,17 +84,22 @@ class Quantizer:
         if self._group is None:
             return weights
         if not self._together:
-            method = METHODS[self._method]
-            self._together = side_by_side(self._group, method, weights.down.device)
+            method = self._rounder.method
+            if self._crew is not None:
+                self._together = self._crew.together(self._group, method)
+            else:
+                self._together = side_by_side(self._group, method, [weights.down.device])
         self._waiting.append((number, weights))
         if len(self._waiting) == self._together:
             self._quantize_waiting(self._group)
         return weights
 
     @property
-    def waiting(self) -> int:
-        """How many experts wait to be rounded together with others."""
-        return len(self._waiting) if self._group is not None else 0
+    def behind(self) -> int:
+        """How many experts wait to be rounded together with others, or are being rounded."""
+        if self._group is None:
+            return 0
+        return len(self._waiting) + (self._crew.at_work if self._crew is not None else 0)
 
     def end(self) -> None:
         """Quantize the experts that wait, write the input scales, and finish the group's file.
@@ -108,31 +112,86 @@ class Quantizer:
         group = self._group
         if group is None:
             return
-        self._quantize_waiting(group)
-        rule = INPUT_RULES[self._settings.input_scale_rule]
-        scales = input_scales(self._magnitudes, self._undersampled, rule)
+        self._quantize_waiting(group, last=True)
+        # By number, whichever came first.
+        outcomes = [self._outcomes[number] for number in range(group.num_experts)]
+        undersampled = {one.number for one in outcomes if one.rule == FALLBACK}
+        scales = input_scales([one.magnitudes for one in outcomes], undersampled, self._rule)
         for expert, (gate_up, down) in enumerate(scales):
             modules = group.modules(expert)
             for module, scale in zip(modules, [gate_up] * (len(modules) - 1) + [down], strict=True):
-                self._write(module, self._layout.store_input_scale(scale))
+                for suffix, tensor in self._layout.store_input_scale(scale).items():
+                    self._writer.write(f"{module}.{suffix}", tensor)
         self._writer.finish()
-        self._staged.finish(group, self._findings)
+        self._staged.finish(
+            group,
+            Findings(
+                group.prefix,
+                [one.tokens for one in outcomes],
+                [one.rule for one in outcomes],
+                [one.before for one in outcomes],
+                [one.after for one in outcomes],
+                [lost for one in outcomes for lost in one.lost],
+            ),
+        )
 
-    def _quantize_waiting(self, group: ExpertGroup) -> None:
+    def _quantize_waiting(self, group: ExpertGroup, last: bool = False) -> None:
         try:
             if self._waiting:
-                self._quantize(group, self._waiting)
+                work, self._waiting = Work(group, self._waiting, self._routing), []
+                if self._crew is not None:
+                    self._crew.give(work, self._take)
+                else:
+                    self._take(self._rounder.round(work))
+            if last and self._crew is not None:
+                self._crew.finish()
         except BaseException:
+            if self._crew is not None:
+                self._crew.stop()
             self._writer.abort()
             raise
-        self._waiting = []
 
-    def _quantize(self, group: ExpertGroup, experts: list[tuple[int, ExpertWeights]]) -> None:
+    def _take(self, outcomes: list[Outcome]) -> None:
+        """Write what became of some experts; members of the crew call this."""
+        for one in outcomes:
+            for name, data in one.tensors.items():
+                self._writer.write(name, data)
+            self._outcomes[one.number] = one._replace(tensors={})
+
+
+class Rounder:
+    """Rounds experts for what they are given.
+
+    Args:
+        rule: the scale rule whose errors the findings compare with.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, layout: Layout, settings: Calibration, rule: str
+    ) -> None:
+        assert settings.method is not None
+        self._method = settings.method
+        self._checkpoint = checkpoint
+        self._layout = layout
+        self._settings = settings
+        self._rule = rule
+
+    @property
+    def method(self) -> Method:
+        """How."""
+        return METHODS[self._method]
+
+    def round(self, work: Work) -> list[Outcome]:
+        """Round some experts, on the device that their weights are on.
+
+        Raises:
+            DamagedWeightsError: if an expert's weights or intermediate states are NaN or infinite.
+        """
+        group, experts, routing = work
         device = experts[0][1].down.device
         kernel = for_device(device)
 
         def tokens(number: int) -> Iterator[Chunk]:
-            routing = self._routing
             return routing.all() if self._settings.every_expert else routing.of(number)
 
         gate_ups, rules, gradients = {}, {}, {}
@@ -143,8 +202,6 @@ class Quantizer:
             undersampled = inputs.tokens < MIN_TOKENS
             rules[number] = FALLBACK if undersampled else self._method
             gate_ups[number] = Product(list(weights.gate_up), inputs, gate_up_gradients)
-            if undersampled:
-                self._undersampled.add(number)
         gate_up_results = self._round(group, gate_ups, rules, kernel)
         # Down's inputs are what the quantized gate and up make.
         downs = {}
@@ -157,12 +214,9 @@ class Quantizer:
                 raise damaged(self._checkpoint, group, number, OF_TEXT)
             downs[number] = Product([weights.down], intermediate, gradients[number])
         down_results = self._round(group, downs, rules, kernel)
+        outcomes = []
         for number, _ in experts:
             gate_up, down = gate_ups[number], downs[number]
-            self._magnitudes.append((gate_up.inputs.magnitudes, down.inputs.magnitudes))
-            findings = self._findings
-            findings.tokens.append(int(self._routing.counts[number]))
-            findings.rules.append(rules[number])
             pairs = [
                 product.errors(results, self._rule, kernel)
                 for product, results in (
@@ -170,13 +224,26 @@ class Quantizer:
                     (down, down_results[number]),
                 )
             ]
-            findings.before.append([before for before, _ in pairs])
-            findings.after.append([after for _, after in pairs])
             results = chain(gate_up_results[number], down_results[number])
+            lost, tensors = [], {}
             for module, result in zip(group.modules(number), results, strict=True):
-                self._write(module, self._layout.store(result.weight))
-                lost = WeightError(module, result.noise, result.signal, result.counts.tolist())
-                findings.lost.append(list(lost))
+                for suffix, tensor in self._layout.store(result.weight).items():
+                    tensors[f"{module}.{suffix}"] = tensor.detach().cpu()
+                error = WeightError(module, result.noise, result.signal, result.counts.tolist())
+                lost.append(list(error))
+            outcomes.append(
+                Outcome(
+                    number,
+                    int(routing.counts[number]),
+                    rules[number],
+                    (gate_up.inputs.magnitudes, down.inputs.magnitudes),
+                    [before for before, _ in pairs],
+                    [after for _, after in pairs],
+                    lost,
+                    tensors,
+                )
+            )
+        return outcomes
 
     def _second_moments(
         self, group: ExpertGroup, weights: ExpertWeights, tokens: Iterator[Chunk]
@@ -234,9 +301,3 @@ class Quantizer:
             else finite(number, partial(quantize_weights, product.weights, FALLBACK, kernel))
             for number, product in products.items()
         }
-
-    def _write(self, module: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write some of a module's tensors, by suffix."""
-        for suffix, tensor in tensors.items():
-            data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-            self._writer.write(f"{module}.{suffix}", data)

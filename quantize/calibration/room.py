@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from quantize.experts.group import ExpertGroup
@@ -32,16 +34,20 @@ def sums_for(stored: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.zeros(stored.shape, dtype=stored.dtype, device=device)
 
 
-def side_by_side(group: ExpertGroup, method: Method, device: torch.device) -> int:
-    """Return how many of a group's experts are to be rounded together: one, unless the method
-    gains by more."""
-    if method.together is None or device.type != "cuda":
+def side_by_side(group: ExpertGroup, method: Method, devices: Sequence[torch.device]) -> int:
+    """Return how many of a group's experts are to be rounded together on each device: one, unless
+    the method gains by more."""
+    if method.together is None or any(device.type != "cuda" for device in devices):
         return 1
-    return _share_out(group.num_experts, group.hidden, group.intermediate, method,
-                      _SHARE * free_memory(device))  # fmt: skip
+    free = _SHARE * min(map(free_memory, devices))
+    return _share_out(
+        group.num_experts, group.hidden, group.intermediate, method, free, len(devices)
+    )
 
 
-def _share_out(experts: int, hidden: int, inner: int, method: Method, free: float) -> int:
+def _share_out(
+    experts: int, hidden: int, inner: int, method: Method, free: float, devices: int = 1
+) -> int:
     wide, long = max(hidden, 2 * inner), max(hidden, inner)
     weights = 2 * hidden * inner
     # The start of each, one after another, is GPTQ's.
@@ -51,4 +57,6 @@ def _share_out(experts: int, hidden: int, inner: int, method: Method, free: floa
     waits = 3 * hidden * inner * 4 + 4 * (2 * hidden**2 + (2 * inner) ** 2 + inner**2)
     chain = weights * method.together_bytes + 5 * (long**2 + wide**2)
     most = max(1, min(experts, int((free - alone) // (waits + chain))))
-    return -(-experts // -(-experts // most))  # as many rounds, equally large
+    # As many rounds, equally large, and something to do for each device in each of them.
+    rounds = -(-experts // (most * devices))
+    return -(-experts // (rounds * devices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Routing:
 
     Attributes:
         x: as given.
+        given: x, ids, weights and gradient, as given.
         counts: how many tokens each expert gets, int64 ``[experts]``.
     """
 
@@ -59,11 +61,8 @@ class Routing:
         gradient: torch.Tensor | None = None,
     ) -> None:
         self.x = x
-        # From the host, each expert's rows would be gathered and sent anew, more than once.
-        if has_room(device, x.nbytes + (0 if gradient is None else gradient.nbytes)):
-            x, gradient = x.to(device), None if gradient is None else gradient.to(device)
-        self._x = x
-        self._gradient = gradient
+        self.given = x, ids, weights, gradient
+        self._x, self._gradient = _near(x, gradient, device)
         self._weights = weights.flatten()
         self._k = ids.shape[1]
         self._device = device
@@ -71,6 +70,15 @@ class Routing:
         order = flat.argsort(stable=True)
         self.counts = torch.bincount(flat, minlength=experts)
         self._parts = order.split(self.counts.tolist())
+
+    def on(self, device: torch.device) -> Routing:
+        """Return the same tokens, whose chunks go to ``device``."""
+        if device == self._device:
+            return self
+        other = copy(self)
+        other._device = device
+        other._x, other._gradient = _near(self._x, self._gradient, device)
+        return other
 
     def of(self, expert: int) -> Iterator[Chunk]:
         """Yield one expert's tokens, in the order of all tokens."""
@@ -91,3 +99,13 @@ class Routing:
 
         gradient = None if self._gradient is None else rows(self._gradient)
         return Chunk(tokens, rows(self._x), weights, pairs, gradient)
+
+
+def _near(
+    x: torch.Tensor, gradient: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return hidden states and gradients on a GPU with room for them, else as they are: from the
+    host, each expert's rows would be gathered and sent anew, more than once."""
+    if has_room(device, x.nbytes + (0 if gradient is None else gradient.nbytes)):
+        return x.to(device), None if gradient is None else gradient.to(device)
+    return x, gradient

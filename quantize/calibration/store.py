@@ -128,3 +128,14 @@ def gradients_name(layer: int) -> str:
 def experts_output_name(layer: int, group: ExpertGroup) -> str:
     """Return the file of what a layer's experts return."""
     return f"experts-output-{layer:05d}-{group.first}"
+
+
+def routed_names(layer: int, group: ExpertGroup) -> tuple[str, str, str, str]:
+    """Return the files of what a layer's experts are given: hidden states, expert numbers and the
+    router's weights; and of the loss's gradient with respect to what they return.
+
+    No other experts' have the same names: on another machine an old file may still seem to be
+    there.
+    """
+    where = f"{layer:05d}-{group.first}"
+    return f"x-{where}", f"ids-{where}", f"weights-{where}", f"grad-output-{where}"

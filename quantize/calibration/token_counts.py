@@ -31,6 +31,11 @@ class TokenCounts:
         self._then = visitor
         return self
 
+    @property
+    def behind(self) -> int:
+        """Of the other visitor."""
+        return self._then.behind
+
     def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
         """Count the tokens of the group's experts."""
         if group in self._groups:

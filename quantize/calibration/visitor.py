@@ -12,6 +12,10 @@ from quantize.experts.group import ExpertGroup
 class Visitor(Protocol):
     """A pass shows a visitor each expert with the tokens that the router sends to it."""
 
+    @property
+    def behind(self) -> int:
+        """How many of the experts that it was shown it is not done with yet."""
+
     def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
         """Prepare for the experts of one layer, which come next."""
 
@@ -24,6 +28,10 @@ class Visitor(Protocol):
 
 class NullVisitor:
     """A visitor that does nothing and changes no weights."""
+
+    @property
+    def behind(self) -> int:
+        return 0
 
     def begin(self, layer: int, group: ExpertGroup, routing: Routing) -> None:
         pass

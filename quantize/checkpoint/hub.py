@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +66,22 @@ def _download(name: str, download: Callable[..., str]) -> Path:
     return Path(
         download(name, revision=folder.name, allow_patterns=inside, ignore_patterns=list(NEVER))
     )
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit on the hub that a checkpoint in ``folder`` was downloaded from, if that is known.
+
+    Returns:
+        ``ORG/NAME@COMMIT`` of a folder in the hub's cache; ``COMMIT`` of one that the hub's client
+        has filled (``hf download --local-dir``); else None.
+    """
+    cached = folder.absolute()
+    repository = cached.parent.parent.name
+    if cached.parent.name == "snapshots" and repository.startswith("models--"):
+        return f"{repository.removeprefix('models--').replace('--', '/')}@{cached.name}"
+    notes = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    try:
+        commit = notes.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except (OSError, ValueError):
+        return None
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None

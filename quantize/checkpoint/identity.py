@@ -7,6 +7,7 @@ of each tensor that it changes.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,13 @@ def identity_of(checkpoint: Checkpoint) -> Identity:
         {file.name: {} for file in checkpoint.files} | tensor_digests(checkpoint.stored.values()),
         {name: _file_digest(checkpoint.folder / name) for name in companions(checkpoint.folder)},
     )
+
+
+def digest_of(identity: Identity) -> str:
+    """SHA-256 of an identity, in hexadecimal: the same for a folder in the hub's cache and for a
+    copy of it."""
+    known = json.dumps([identity.tensors, identity.companions], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def read_identity(file: Path) -> Identity | None:

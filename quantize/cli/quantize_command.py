@@ -95,8 +95,8 @@ def quantize(
         typer.Option(
             "--device",
             metavar="DEVICE",
-            help="What computes, e.g. --device cpu or --device cuda:1; all GPUs by default, the "
-            "CPU where there is none.",
+            help="What computes, e.g. --device cpu or --device cuda:1; can be given several times. "
+            "All GPUs by default, the CPU where there is none.",
         ),
     ] = None,
     threads: Annotated[
@@ -256,7 +256,8 @@ def quantize(
             from quantize.run.work_dir import WorkDir
             from quantize.run.workers import all_devices
 
-        devices = [device_of(name) for name in device] if device else None
+        # Two names may be of one device: cuda and cuda:0.
+        devices = list(dict.fromkeys(map(device_of, device))) if device else None
         check_folder(target)  # all of this before hours of downloading
         check_writable(target, "DST")
         if work_dir is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from importlib.metadata import version
 
+from quantize.checkpoint.hub import revision_of
+from quantize.checkpoint.identity import digest_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.base import BASES
@@ -25,19 +27,26 @@ from quantize.run.kv_scales import KvRanges
 from quantize.run.options import MIN_TOKENS, Calibration
 from quantize.run.plan import Plan
 from quantize.run.record import Record
+from quantize.run.sessions import Session
 from quantize.run.staged import Staged
 from quantize.run.version import PACKAGE, VERSIONS, package_version
 from quantize.run.weight_error import WeightError
 
 
 def collect(
-    checkpoint: Checkpoint, plan: Plan, record: Record, digests: dict[str, str]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    record: Record,
+    digests: dict[str, str],
+    sessions: list[Session],
 ) -> RunReport:
-    """The report's contents; the same for a run in one go and one that was resumed.
+    """The report's contents; but for the sessions, the same for a run in one go and one that was
+    resumed.
 
     Args:
         digests: SHA-256 of the files that people edit, by name.
     """
+    assert record.identity is not None
     lost = done.errors(record, plan)
     settings = plan.options.calibration
     rounded = settings if settings and settings.method is not None else None
@@ -69,6 +78,9 @@ def collect(
         fingerprint=record.fingerprint,
         files=sorted(record.names),
         digests=digests,
+        revision=revision_of(checkpoint.folder),
+        source_digest=digest_of(record.identity),
+        sessions=sessions,
     )
 
 
@@ -84,8 +96,8 @@ def _kv_scales(checkpoint: Checkpoint, plan: Plan, record: Record) -> dict[str, 
 def _settings(used: Calibration) -> CalibrationReport:
     samples, length = used.num_samples, used.sequence_length
     method, every = used.method or "", used.every_expert
-    rule = used.input_scale_rule
-    return CalibrationReport(used.text, samples, length, method, every, MIN_TOKENS, rule)
+    rule, digest = used.input_scale_rule, used.digest
+    return CalibrationReport(used.text, samples, length, method, every, MIN_TOKENS, rule, digest)
 
 
 def _layer(

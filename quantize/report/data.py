@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from quantize.errors import QuantizeError
+from quantize.run.sessions import Machine, Session
 
 VERSION = 1
 """The version of the JSON format. It changes when a reader of an older version would misunderstand
@@ -34,6 +35,8 @@ class CalibrationReport:
         min_tokens: an expert with fewer tokens is rounded to nearest instead, and has its layer's
             input scales.
         input_scale_rule: how input scales were found from the experts' inputs.
+        digest: SHA-256 of the samples' tokens, int64 ``[num_samples, sequence_length]``, in
+            hexadecimal.
     """
 
     text: str
@@ -43,6 +46,7 @@ class CalibrationReport:
     every_expert: bool
     min_tokens: int
     input_scale_rule: str = "max"
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,12 @@ class RunReport:
             found any or the source has some.
         converted: some weights were NVFP4 in the source, and keep their bits and input scales. Of
             them nothing was lost.
+        revision: the source's commit on the hub (``quantize.checkpoint.hub.revision_of``); None if
+            that is not known.
+        source_digest: SHA-256, in hexadecimal, of a part of each tensor of the source and of all
+            files beside (``quantize.checkpoint.identity``).
+        sessions: when, how long and where the run was made; empty if it is to be reproducible
+            (``quantize.run.sessions``).
     """
 
     source: str
@@ -191,6 +201,9 @@ class RunReport:
     kv_cache: str | None = None
     kv_scales: dict[str, list[float]] = field(default_factory=dict)
     converted: bool = False
+    revision: str | None = None
+    source_digest: str = ""
+    sessions: list[Session] = field(default_factory=list)
 
 
 _LATER: dict[str, Any] = {
@@ -201,6 +214,9 @@ _LATER: dict[str, Any] = {
     "kv_cache": None,
     "kv_scales": {},
     "converted": False,
+    "revision": None,
+    "source_digest": "",
+    "sessions": [],
 }
 """What older reports do not have."""
 
@@ -229,13 +245,15 @@ def loads(text: str | bytes) -> RunReport:
         parts["dense"] = _layer(parts["dense"]) if parts["dense"] else None
         for name in ("calibration", "input_scales"):
             if parts[name]:
-                values = {"input_scale_rule": "max"} | parts[name]  # older reports have none
+                # Older reports have neither.
+                values = {"input_scale_rule": "max", "digest": ""} | parts[name]
                 parts[name] = CalibrationReport(**_fields(CalibrationReport, values))
         if parts["base"]:
             parts["base"] = _base(parts["base"])
         if parts["bits"]:
             bits = _fields(BitsReport, parts["bits"])
             parts["bits"] = BitsReport(**bits | {"experts": [_base(x) for x in bits["experts"]]})
+        parts["sessions"] = [_session(one) for one in parts["sessions"]]
         run = RunReport(**parts)
         if not _fits(run, RunReport) or any(len(x.scale_counts) != 127 for x in run.layers):
             raise TypeError("a value of another type")
@@ -277,6 +295,11 @@ def _layer(value: dict[str, Any]) -> LayerReport:
 def _base(value: dict[str, Any]) -> BaseReport:
     parts = _fields(BaseReport, value)
     return BaseReport(**parts | {"errors": _floats(parts["errors"])})
+
+
+def _session(value: dict[str, Any]) -> Session:
+    machine = Machine(**_fields(Machine, value["machine"]))
+    return Session(**_fields(Session, value) | {"machine": machine})
 
 
 def _fields(kind: type, value: dict[str, Any]) -> dict[str, Any]:

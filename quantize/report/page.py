@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
+from quantize.duration import duration
 from quantize.nvfp4.rounding import METHODS
 from quantize.report import heatmap, histogram
 from quantize.report.calibration import findings
@@ -57,6 +58,8 @@ def _template() -> Template:
         "plural": _plural,
         "size": decimal,
         "change": _change,
+        "counted": _counted,
+        "duration": duration,
         "share": _share,
         "tick": lambda error: f"{error:.4f}" if error >= 0.001 else f"{error:.2e}",
     }
@@ -129,6 +132,12 @@ def _error(error: float) -> str:
 def _plural(count: int, noun: str) -> str:
     """``1 expert``, ``1,024 experts``."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _counted(names: list[str]) -> list[str]:
+    """Each name once, with how often it comes: ``8 x NVIDIA H200``."""
+    return [f"{n} \N{MULTIPLICATION SIGN} {name}" if n > 1 else name
+            for name, n in Counter(names).items()]  # fmt: skip
 
 
 def _change(after: float, before: float) -> str:

@@ -33,7 +33,7 @@ from quantize.run.record import Record
 from quantize.run.version import package_version
 from quantize.run.workers import Progress, all_devices, make_shards
 
-_RETRIES = 3
+RETRIES = 3
 """Times that a task is started again when its machine or process dies."""
 
 _CONNECT = 5.0
@@ -42,7 +42,7 @@ _CONNECT = 5.0
 _PATIENCE = 10.0
 """Seconds for tasks to stop."""
 
-_SETTLE = 60.0
+SETTLE = 60.0
 """Seconds until what one machine wrote can be seen on all: network file systems cache that long."""
 
 
@@ -67,7 +67,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        raise QuantizeError(f"--ray {address}: no cluster there ({_brief(error)})") from error
+        raise QuantizeError(f"--ray {address}: no cluster there ({brief(error)})") from error
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -97,21 +97,9 @@ def make_shards_on_ray(
         import ray
 
         task = ray.remote(_make_shard).options(
-            **_resources(threads), max_retries=_RETRIES, scheduling_strategy="SPREAD"
+            **resources(threads), max_retries=RETRIES, scheduling_strategy="SPREAD"
         )
-        where = str(checkpoint.folder.resolve()), str(record.target.resolve())
-        staged = str(record.calibration.resolve()) if plan.options.calibration else ""
-        run = pickle.dumps(
-            (
-                *where,
-                staged,
-                plan.options,
-                plan.gates,
-                record.fingerprint,
-                record.cleared,
-                threads or 1,
-            )
-        )
+        run = run_of(checkpoint, plan, record, threads)
         # Of this driver: one that goes on with the run must not stop its tasks by the same.
         stop = record.folder / f"{uuid4().hex}.stop"
         pending = {task.remote(run, stop.name, shard): shard for shard in shards}
@@ -122,14 +110,31 @@ def make_shards_on_ray(
                 try:
                     ray.get(done)
                 except ray.exceptions.RayTaskError as error:
-                    raise _ours(error.cause) from error
+                    raise ours(error.cause) from error
                 except ray.exceptions.RayError as error:
-                    raise QuantizeError(f"--ray {address}: {_brief(error)}") from error
+                    raise QuantizeError(f"--ray {address}: {brief(error)}") from error
                 _wait_for(shard, plan, record)
                 progress(sum(job.nbytes for job in plan.shards[shard]))
         except BaseException:
             _end(list(pending), stop)
             raise
+
+
+def run_of(checkpoint: Checkpoint, plan: Plan, record: Record, threads: int | None) -> bytes:
+    """What a task must know of a run: :func:`opened` takes it."""
+    where = str(checkpoint.folder.resolve()), str(record.target.resolve())
+    staged = str(record.calibration.resolve()) if plan.options.calibration else ""
+    return pickle.dumps(
+        (
+            *where,
+            staged,
+            plan.options,
+            plan.gates,
+            record.fingerprint,
+            record.cleared,
+            threads or 1,
+        )
+    )
 
 
 def _end(tasks: list[Any], stop: Path) -> None:
@@ -185,13 +190,28 @@ def _check_address(address: str) -> None:
             ) from None
 
 
-def check_threads(address: str, threads: int | None) -> None:
-    """Raise QuantizeError if no machine of the cluster has so many CPUs, or it is not there."""
+def room_on_ray(address: str, threads: int | None) -> int:
+    """How many tasks the cluster at ``address`` does at once.
+
+    Raises:
+        QuantizeError: if no machine of it has so many CPUs, or it is not there.
+    """
     with connected(address):
-        _resources(threads)
+        return slots(threads)
 
 
-def _resources(threads: int | None) -> dict[str, int]:
+def slots(threads: int | None) -> int:
+    """How many tasks the cluster does at once, as it is now."""
+    import ray
+
+    each = resources(threads)
+    if each["num_gpus"]:
+        return int(ray.cluster_resources()["GPU"])
+    cpus = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return max(1, sum(int(count // each["num_cpus"]) for count in cpus))
+
+
+def resources(threads: int | None) -> dict[str, int]:
     """What each task takes of the cluster."""
     import ray
 
@@ -208,7 +228,7 @@ def _resources(threads: int | None) -> dict[str, int]:
 
 def _wait_for(shard: int, plan: Plan, record: Record) -> None:
     """Until a shard that another machine wrote can be seen on this one."""
-    deadline = time.monotonic() + _SETTLE
+    deadline = time.monotonic() + SETTLE
     while not is_done(record, plan, shard):
         if time.monotonic() > deadline:
             raise QuantizeError(
@@ -235,6 +255,19 @@ def _make_shard(run: bytes, stop: str, shard: int) -> None:
 @lru_cache(maxsize=1)
 def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
     """Once for all the shards that a process makes."""
+    checkpoint, steps, record, staged, threads = opened(run)
+    return checkpoint, steps.calibrated(staged_of(record, steps, staged)), record, threads
+
+
+def opened(run: bytes) -> tuple[Checkpoint, Plan, Record, Path, int]:
+    """What a task works with, on the machine that it is on: of :func:`run_of`.
+
+    Returns:
+        source, plan, record, the folder of what calibration keeps, and how many threads to take.
+
+    Raises:
+        QuantizeError: if this machine does not see the same source and target as the driver.
+    """
     source, target, staged, options, gates, fingerprint, cleared, threads = pickle.loads(run)
     for folder in (source, target, *([staged] if staged else [])):
         if not Path(folder).is_dir():
@@ -251,10 +284,11 @@ def _planned(run: bytes) -> tuple[Checkpoint, Plan, Record, int]:
         )
     record = Record(Path(target), fingerprint)
     record.cleared = cleared
-    return checkpoint, steps.calibrated(staged_of(record, steps, Path(staged))), record, threads
+    return checkpoint, steps, record, Path(staged), threads
 
 
-def _ours(cause: Any) -> QuantizeError:
+def ours(cause: Any) -> QuantizeError:
+    """What to tell a user of a task's error."""
     if isinstance(cause, QuantizeError):
         return cause
     if "failed to import on the worker" in str(cause):
@@ -262,10 +296,10 @@ def _ours(cause: Any) -> QuantizeError:
             "a machine of the Ray cluster cannot import this package; install it on all of them, "
             f"in the same version ({package_version()})"
         )
-    return QuantizeError(f"a task failed: {type(cause).__name__}: {_brief(cause)}")
+    return QuantizeError(f"a task failed: {type(cause).__name__}: {brief(cause)}")
 
 
-def _brief(error: Any) -> str:
+def brief(error: Any) -> str:
     """One line of a message that may hold a whole traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{lines[0]} {lines[-1]}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]

@@ -32,6 +32,7 @@ from quantize.run.leftovers import SOURCE, repaired, replaced_by_new, replaced_b
 from quantize.run.lock import LOCK
 from quantize.run.replaced import Replaced, check_links_among
 from quantize.run.run_file import NAME, RunFile
+from quantize.run.sessions import NAME as SESSIONS
 from quantize.run.shard_records import PATTERN, ShardRecords
 from quantize.run.target import CONFIG, check_room_for_names, check_target, is_free
 from quantize.run.target import FOLDER as FOLDER
@@ -355,7 +356,7 @@ class Record:
         for folder in ("new", "calibration"):
             if (self.folder / folder).exists():
                 shutil.rmtree(self.folder / folder)
-        for pattern in (PATTERN, "*.partial", "*.rounded", "*.stop", SOURCE):
+        for pattern in (PATTERN, "*.partial", "*.rounded", "*.stop", SOURCE, SESSIONS):
             for file in self.folder.glob(pattern):
                 file.unlink()
 

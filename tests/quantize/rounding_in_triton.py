@@ -89,7 +89,8 @@ def beside_two_sided(rows: int, columns: int, weights: int) -> Found:
 
     def now() -> list[list[float]]:
         true = []
-        for each, (codes, block_scale) in zip(watched, chains.results(), strict=True):
+        for number, each in enumerate(watched):
+            codes, block_scale = chains.result(number)
             difference = test_two_sided.restored(nvfp4.pack(codes), block_scale) - each.target
             true.append(test_two_sided.trace(difference, each.hessian, each.output_hessian))
         return [true, chains.losses.tolist()]

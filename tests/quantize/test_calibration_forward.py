@@ -15,6 +15,7 @@ from quantize.calibration.forward import LayerwiseForward
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.routing import Routing
 from quantize.calibration.store import Store, states_name
+from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.find import find
@@ -30,7 +31,7 @@ FAMILIES = {family for name, family in families.classes().items()
 NOT_RUN = families.NOT_CALIBRATED.keys() & FAMILIES
 
 
-class Counting:
+class Counting(NullVisitor):
     """A visitor that counts, and keeps what experts are given."""
 
     def __init__(self) -> None:

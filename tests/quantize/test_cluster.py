@@ -172,6 +172,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
+from quantize.calibration.quantizer import Rounder
 from quantize.calibration.samples import digest_of
 from quantize.run.options import Calibration
 from quantize.checkpoint.reader import Checkpoint
@@ -183,6 +184,8 @@ from quantize.run.plan import plan
 source, target, address = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 rows = torch.randint(1, 16, (4, 64), generator=torch.Generator().manual_seed(0))
 settings = Calibration("text", *rows.shape, digest_of(rows), "two-sided")
+if address:
+    Rounder.round = None  # the driver's: it must not be called
 with connected(address) if address else nullcontext(), Checkpoint(source) as checkpoint:
     steps = plan(checkpoint, Options(max_shard_size=5000, calibration=settings))
     execute(checkpoint, steps, target, samples=rows, ray=address or None)
@@ -190,7 +193,7 @@ with connected(address) if address else nullcontext(), Checkpoint(source) as che
 
 
 def test_calibrated_on_a_cluster(address: str, source: Path, tmp_path: Path) -> None:
-    """The driver calibrates, the nodes write."""
+    """The driver runs the model; the nodes round experts, and make the files."""
     for name, where in (("alone", ""), ("nodes", address)):
         done = subprocess.run(
             [sys.executable, "-c", CALIBRATE, source, tmp_path / name, where],
@@ -202,6 +205,41 @@ def test_calibrated_on_a_cluster(address: str, source: Path, tmp_path: Path) -> 
     assert len(tensors) > 5
     assert {name: nodes[name] for name in tensors} == {name: alone[name] for name in tensors}
     assert nodes.keys() == alone.keys()
+
+
+def test_as_many_experts_at_once_as_the_cluster_has_room_for(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    with cluster.connected(address):
+        assert cluster.slots(None) == 2  # two nodes of one CPU; the head has none
+        monkeypatch.setattr(
+            ray, "nodes", lambda: [
+                {"Alive": True, "Resources": {"CPU": 7.0}},
+                {"Alive": True, "Resources": {"CPU": 5.0}},
+                {"Alive": False, "Resources": {"CPU": 64.0}},
+                {"Alive": True, "Resources": {}},
+            ],
+        )  # fmt: skip
+        assert cluster.slots(3) == 2 + 1
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 16.0, "CPU": 12.0})
+        assert cluster.slots(3) == 16
+
+
+def test_a_damaged_expert_on_a_cluster(address: str, source: Path, tmp_path: Path) -> None:
+    """The error is that of one machine: it names tensor and file, and no machine is lost by it."""
+    done = subprocess.run(
+        [sys.executable, "-c", CALIBRATE, damage(source, tmp_path / "damaged"), tmp_path / "out",
+         address],
+        env=ONE_THREAD, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("quantize.errors.DamagedWeightsError: model.safetensors: expert 3 of ")
+    assert f"{LAST}.weight" in last
+    assert "lost" not in done.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_another_goes_on_with_a_run_that_failed(
@@ -378,7 +416,7 @@ def test_machines_that_are_not_alike(
 
         shutil.rmtree(here)
         shutil.copytree(source, here)
-        monkeypatch.setattr(cluster, "_SETTLE", 0.0)
+        monkeypatch.setattr(cluster, "SETTLE", 0.0)
         monkeypatch.setattr(cluster, "is_done", lambda *_: False)  # as if out were not shared
         assert "was written by another machine and is not here" in attempt()
         assert (out / "model.safetensors").exists()

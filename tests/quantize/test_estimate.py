@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from quantize.calibration import estimate as module
 from quantize.calibration.estimate import Seconds, estimate, measure
-from quantize.calibration.quantizer import Quantizer
+from quantize.calibration.quantizer import Rounder
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import TooMuchError
 from quantize.nvfp4.rounding import METHODS
@@ -46,12 +47,10 @@ def test_one_expert_is_really_rounded(
 
     monkeypatch.setattr("quantize.nvfp4.rounding.descent.DESCENT", Method(spy))
     seen: list[int] = []
-    expert = Quantizer.expert
+    rounds = Rounder.round
     monkeypatch.setattr(
-        Quantizer, "expert",
-        lambda self, number, weights, routing: seen.append(len(routing.x))
-        or expert(self, number, weights, routing),
-    )  # fmt: skip
+        Rounder, "round", lambda self, work: seen.append(len(work.routing.x)) or rounds(self, work)
+    )
     with Checkpoint(trained) as checkpoint:
         steps = steps_of(checkpoint, "descent", every_expert=every)
         found = estimate(checkpoint, steps, steps.groups, CPU)
@@ -90,7 +89,7 @@ def test_all_experts_take_as_long_as_one(
     sizes = Sizes.of(trained)
     calls: list[int] = []
 
-    def measured(checkpoint: Any, steps: Any, group: Any, tokens: int, device: Any) -> Seconds:
+    def measured(checkpoint: Any, steps: Any, group: Any, tokens: int, *_: Any) -> Seconds:
         calls.append(tokens)
         return Seconds(1, 2, 30)
 
@@ -110,6 +109,53 @@ def test_all_experts_take_as_long_as_one(
     experts = 2 * sizes.experts * (reads * 1 + works * 2 + 30)
     assert found.seconds == pytest.approx(experts + 2 * works * beside * 16 * 128 * 2 / work)
     assert (found.experts, found.group.hidden) == (2 * sizes.experts, sizes.hidden)
+
+
+@pytest.mark.parametrize(
+    ("method", "devices", "rounding"),
+    [
+        ("gptq", 2, 30 / 2 - 3),  # an expert is read and computed while others are rounded
+        ("gptq", 16, 0),  # the pass takes longer
+        ("gptq", 5, 30 * 4 / 16 - 3),  # one of them has four of the 16, the others three
+        ("two-sided", 2, 30 / 2 - 7),
+        (None, 8, 30),  # gathering ranges is a part of the pass
+    ],
+)
+def test_several_devices_take_their_shares(
+    method: str | None, devices: int, rounding: float, trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert Sizes.of(trained).experts == 16
+    monkeypatch.setattr(module, "measure", lambda *_: Seconds(1, 2, 30))
+    monkeypatch.setattr(module, "_beside", lambda *_: 0)
+    with Checkpoint(trained) as checkpoint:
+        steps = steps_of(checkpoint, method)
+        found = estimate(checkpoint, steps, steps.groups, CPU, devices=devices)
+    reads, works = (3, 5) if method == "two-sided" else (1, 1)
+    assert found.seconds == pytest.approx(32 * (reads * 1 + works * 2 + rounding))
+    assert (f" on {devices} devices: " in str(found)) is (method is not None)
+
+
+def test_experts_that_are_rounded_together_are_measured_together(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them with its tokens: without, it would not be rounded."""
+    given: list[int] = []
+
+    def together(jobs: Any, count: int) -> Any:
+        rounded = [METHODS["gptq"].round(*job) for job in jobs]
+        given.append(len(rounded))
+        return rounded
+
+    fake = {"gptq": replace(METHODS["gptq"], together=together)}
+    monkeypatch.setattr("quantize.calibration.quantizer.METHODS", fake)
+    monkeypatch.setattr(module, "side_by_side", lambda *_: 3)
+    times = iter([10.0, 11.0, 13.0, 43.0])
+    monkeypatch.setattr(module, "clock", lambda: next(times))
+    with Checkpoint(trained) as checkpoint:
+        steps = steps_of(checkpoint, "gptq")
+        assert measure(checkpoint, steps, steps.groups[0], 40, CPU) == Seconds(1, 2, 10)
+    assert given == [3, 3]
 
 
 SIZE = ("--calibration-rows", "4", "--calibration-length", "64", "--include", "*.layers.1.*")

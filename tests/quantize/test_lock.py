@@ -101,7 +101,7 @@ def test_the_lock_is_held_while_ray_is_at_work(
                 seen.append("held")
         raise QuantizeError("enough")
 
-    monkeypatch.setattr(pipeline, "check_threads", lambda *_: None)
+    monkeypatch.setattr(pipeline, "room_on_ray", lambda *_: 1)
     monkeypatch.setattr(pipeline, "make_shards_on_ray", looking)
     with Checkpoint(source) as checkpoint, pytest.raises(QuantizeError, match="enough"):
         execute(checkpoint, plan(checkpoint), out, ray="auto")

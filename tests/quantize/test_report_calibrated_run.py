@@ -205,9 +205,9 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
     options = Options(include=("*.layers.[12].*",), calibration=settings)
     found: list[Findings] = []
 
-    def seen(checkpoint: Any, steps: Any, record: Any, digests: Any) -> RunReport:
+    def seen(checkpoint: Any, steps: Any, record: Any, *more: Any) -> RunReport:
         found[:] = [Staged(record.calibration).findings(group) for group in steps.groups]
-        return results.collect(checkpoint, steps, record, digests)
+        return results.collect(checkpoint, steps, record, *more)
 
     def stop(done: float, layers: int, _: str) -> None:
         if done >= 2.5:
@@ -230,7 +230,9 @@ def test_a_run_says_what_was_staged_and_the_same_when_resumed(
         assert (whole / name).read_bytes() == (again / name).read_bytes()
     written = loads((whole / REPORT_DATA).read_bytes())
     assert render(written) == (whole / REPORT).read_text(encoding="utf-8")
-    assert written.calibration == CalibrationReport("a <text>", 2, 64, "gptq", False, MIN_TOKENS)
+    assert written.calibration == CalibrationReport(
+        "a <text>", 2, 64, "gptq", False, MIN_TOKENS, "max", digest_of(rows)
+    )
     for layer_, findings in zip(written.layers, found, strict=True):
         assert layer_.calibration is not None
         assert layer_.calibration.tokens == findings.tokens

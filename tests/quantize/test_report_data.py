@@ -28,6 +28,7 @@ from quantize.report import (
     render,
 )
 from quantize.run.report_files import REPORT, REPORT_DATA
+from quantize.run.sessions import Machine, Session
 from tests.conftest import ROOT
 from tests.quantize.checkpoints import convert
 from tests.quantize.test_report import NASTY, changed, layer, run
@@ -42,7 +43,7 @@ FULL = run(
     layer(2, projections=("up", "down"), errors=[(0.1, 0.1)], prefix=NASTY),
     layer(3, prefix="a\ud800b"),
     dense=layer(4, projections=("weight",), errors=[(0.1,)], names=("lm_head",), gate=""),
-    calibration=CalibrationReport(NASTY, 4, 128, "gptq", False, 32),
+    calibration=CalibrationReport(NASTY, 4, 128, "gptq", False, 32, "max", "cd" * 32),
     fingerprint="0123abcd",
     bits=BitsReport(
         4.75,
@@ -51,6 +52,17 @@ FULL = run(
         {NASTY: {"nvfp4": 0.5, "fp8": 0.001}},
         [BaseReport("fp8", [f"{NASTY}.experts.0.up_proj"], [NAN], 16, 8)],
     ),
+    revision=NASTY,
+    source_digest="ab" * 32,
+    sessions=[
+        Session("2026-11-30T05:16:12+00:00", {NASTY: 3.0}, Machine(NASTY, NASTY, 2, 9, [], None)),
+        Session(
+            "2026-12-01T05:16:12+00:00",
+            {"checks": 0.0, "calibration": 4000.0},
+            Machine("Linux", "EPYC", 16, 2**37, ["H200 (150 GB)"] * 8, "13.0"),
+            16,
+        ),
+    ],
 )
 
 
@@ -104,12 +116,38 @@ def test_fields() -> None:
         ('{"version":2}', "version 2"),
         (dumps(FULL).replace('"bytes_before"', '"bytes"'), "not a report"),
         (dumps(FULL).replace("0.06", '"large"'), "not a report"),
+        (dumps(FULL).replace("4000.0", '"long"'), "not a report"),
+        (dumps(FULL).replace('"cores":16', '"cores":"16"'), "not a report"),
         ("[" * 100_000, "not a report"),
     ],
 )
 def test_what_is_no_report_is_refused(text: str, message: str) -> None:
     with pytest.raises(QuantizeError, match=message):
         loads(text)
+
+
+def test_older_reports_are_read() -> None:
+    """What they do not have is empty."""
+    data = strict(dumps(FULL))
+    for name in ("revision", "source_digest", "sessions"):
+        del data[name]
+    del data["calibration"]["digest"]
+    again = loads(json.dumps(data))
+    assert (again.revision, again.source_digest, again.sessions) == (None, "", [])
+    assert again.calibration is not None
+    assert again.calibration.digest == ""
+    assert "Started" not in render(again)
+
+
+def test_the_page_says_where_and_how_long() -> None:
+    page = render(FULL)
+    assert "<dt>Started</dt>" in page
+    assert "<dt>Resumed</dt>" in page
+    assert "<b>67 min</b>: calibration 67 min" in page
+    assert "8 \N{MULTIPLICATION SIGN} H200 (150 GB), EPYC, 16 cores, 137.4 GB, Linux, CUDA" in page
+    assert "CUDA 13.0; a Ray cluster with room for 16 tasks" in page
+    assert "ab" * 32 in page
+    assert "cd" * 32 in page
 
 
 def test_a_run_leaves_both(saved: Callable[[str], Path], tmp_path: Path) -> None:
@@ -138,7 +176,11 @@ def test_a_run_leaves_both(saved: Callable[[str], Path], tmp_path: Path) -> None
 
 def test_the_documentation_has_every_field() -> None:
     page = (ROOT / "docs" / "users" / "report.md").read_text(encoding="utf-8")
-    for kind in (RunReport, LayerReport, ExpertStats, CalibrationReport, BaseReport, BitsReport):
+    kinds = (
+        RunReport, LayerReport, ExpertStats, CalibrationReport, BaseReport, BitsReport, Session,
+        Machine,
+    )  # fmt: skip
+    for kind in kinds:
         for field in fields(kind):
             assert f"`{field.name}`" in page
             assert f'"{field.name}"' in page  # in the example

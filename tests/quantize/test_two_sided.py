@@ -13,6 +13,7 @@ from quantize.nvfp4 import format as nvfp4
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.gptq import damped, gptq
 from quantize.nvfp4.rounding.loss import loss
+from quantize.nvfp4.rounding.method import Job
 from quantize.nvfp4.rounding.panels import _round
 from quantize.nvfp4.rounding.two_sided import (
     DAMPING,
@@ -20,6 +21,7 @@ from quantize.nvfp4.rounding.two_sided import (
     SWEEPS,
     TwoSided,
     blocks_of,
+    together,
     two_sided,
 )
 from tests.quantize import reference
@@ -316,3 +318,41 @@ def test_loss_is_the_mean_product_with_the_gradient() -> None:
     got = loss(of.weight, x.T @ x / 60, g.T @ g / 50)
     assert got == pytest.approx(float(every.square().mean()), rel=1e-5)
     assert loss(of.weight, of.hessian, torch.eye(8)) == pytest.approx(loss(of.weight, of.hessian))
+
+
+class _Chains:
+    """What ``kernels.two_sided.Chains`` does on a GPU, by the loops on a CPU."""
+
+    def __init__(self, count: int, *_: object) -> None:
+        self._states: list[TwoSided] = []
+        self.losses = torch.zeros(count, dtype=torch.float64)
+
+    def start(self, number: int, *arguments: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        self._states.append(TwoSided(*arguments[:-1]))  # type: ignore[arg-type]
+        self.losses[number] = self._states[-1].loss()
+
+    def sweep(self) -> torch.Tensor:
+        gains = torch.tensor([state.sweep() for state in self._states], dtype=torch.float64)
+        self.losses -= gains
+        return gains
+
+    def result(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        state = self._states[number]
+        return state.codes(), state.block_scale.clone()
+
+
+def test_what_becomes_of_a_weight_does_not_depend_on_those_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some stop after fewer sweeps than others."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("quantize.nvfp4.rounding.kernels.two_sided.Chains", _Chains)
+    monkeypatch.setattr("quantize.nvfp4.rounding.two_sided._ENOUGH", 1e-2)
+    jobs = [Job(*case(48, 96, seed)) for seed in range(6)]
+    alone = [together([job], 1)[0] for job in jobs]
+    for beside in (jobs, jobs[2:]):
+        for (codes, scales), want in zip(
+            together(beside, len(beside)), alone[-len(beside) :], strict=True
+        ):
+            assert torch.equal(codes, want[0])
+            assert torch.equal(scales.view(torch.uint8), want[1].view(torch.uint8))

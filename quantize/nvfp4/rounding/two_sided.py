@@ -97,11 +97,18 @@ def together(jobs: Iterable[Job], count: int) -> list[Rounded]:
             blocks_of(inputs),
         )
     assert chains is not None
-    for _ in range(_SWEEPS_TOGETHER):
+    found: dict[int, Rounded] = {}
+    for sweep in range(1, _SWEEPS_TOGETHER + 1):
         gains = chains.sweep()
-        if bool((gains <= _ENOUGH * chains.losses).all()):
+        # What becomes of a weight must not depend on what is beside it: its own gain ends it.
+        ends = (gains <= _ENOUGH * chains.losses) | (sweep == _SWEEPS_TOGETHER)
+        for number in ends.nonzero().flatten().tolist():
+            if number not in found:
+                codes, block_scale = chains.result(number)
+                found[number] = pack(codes), block_scale
+        if len(found) == count:
             break
-    return [(pack(codes), block_scale) for codes, block_scale in chains.results()]
+    return [found[number] for number in range(count)]
 
 
 def normed(output_hessian: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,6 @@ the present scale, and seven neighbouring scales, each first rounded as GPTQ doe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -302,9 +300,8 @@ class Chains:
                 changes[:, :, : end - first], self._hessian[:, first:end], beta=1, alpha=-1
             )
 
-    def results(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield of each weight codes, uint8 ``[out, in]``, one code a byte, and block scales."""
-        for values, bits in zip(self._values, self._bits, strict=True):
-            block_scale = bits.view(torch.float8_e4m3fn).clone()
-            steps = block_scale.float().repeat_interleave(BLOCK, 1)
-            yield codes_of(values / steps), block_scale
+    def result(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a weight's codes, uint8 ``[out, in]``, one code a byte, and block scales."""
+        block_scale = self._bits[number].view(torch.float8_e4m3fn).clone()
+        steps = block_scale.float().repeat_interleave(BLOCK, 1)
+        return codes_of(self._values[number] / steps), block_scale
