@@ -54,7 +54,7 @@ class ExpertWeights:
 
     def replaced(self, gate_up: tuple[torch.Tensor, ...], down: torch.Tensor) -> ExpertWeights:
         """The same expert with other weights."""
-        return ExpertWeights(gate_up, down, self._biases, self._gate, self._post_norm)
+        return ExpertWeights(gate_up, down, self._biases, self._gate, self.post_norm)
 
     def intermediate(self, x: torch.Tensor, gate_up: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         """Return down's inputs for tokens ``x`` ``[n, hidden]``: ``[n, intermediate]``, in ``x``'s

@@ -28,6 +28,7 @@ import torch
 from quantize.calibration.damaged import OF_TEXT, damaged
 from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.routing import Routing
+from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
@@ -83,7 +84,7 @@ class StoredLosses:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.loss.json"
 
 
-class LossGatherer:
+class LossGatherer(NullVisitor):
     """A visitor (``quantize.calibration.visitor``) that finds the losses of layers' experts. The
     pass must know gradients.
 
