@@ -437,6 +437,36 @@ def test_four_six_is_the_better_of_its_two(kind: str) -> None:
         assert block_errors(weight, got).sum() < 0.97 * block_errors(weight, largest).sum()
 
 
+# -- unbiased --------------------------------------------------------------------------------------
+
+
+def exactly(got: nvfp4.NvFp4) -> np.ndarray:
+    return reference.dequantize(got.codes.numpy(), bits(got.block_scale), got.global_scale.item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unbiased_is_as_long_as_the_weights_in_their_direction(kind: str) -> None:
+    """By plain sums in float64, over both weights that share the scale."""
+    weights = [random_blocks(kind), random_blocks("heavy") / 3]
+    plain, got = (plainly(weights, rule) for rule in ("mse", "unbiased"))
+    assert got[0].global_scale.item() == got[1].global_scale.item()
+    for before, after in zip(plain, got, strict=True):
+        assert torch.equal(before.codes, after.codes)
+        np.testing.assert_array_equal(bits(before.block_scale), bits(after.block_scale))
+    whole = np.concatenate([weight.double().numpy().ravel() for weight in weights])
+    shrunk, kept = (np.concatenate([exactly(w).ravel() for w in each]) for each in (plain, got))
+    assert shrunk @ whole < 0.998 * (whole @ whole)
+    assert kept @ whole == pytest.approx(whole @ whole, rel=2e-7)
+    lost = ((shrunk - whole) ** 2).sum()
+    assert ((kept - whole) ** 2).sum() < 1.02 * lost
+
+
+def test_unbiased_leaves_weights_that_come_out_exactly() -> None:
+    grid = torch.tensor(E2M1[:8], dtype=torch.float32).repeat(4, 2)
+    plain, got = (plainly([grid * 448], rule)[0] for rule in ("mse", "unbiased"))
+    assert got.global_scale.item() == plain.global_scale.item()
+
+
 @settings(max_examples=300, deadline=None)
 @given(tensors(smallest=1e-12, largest=1e15))
 def test_mse_is_never_worse_than_max(weight: torch.Tensor) -> None:

@@ -227,6 +227,28 @@ def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: i
     return noise, signal
 
 
+@exact
+def _products(source, half, global_scale, pairs, e4m3, packed, scale):  # type: ignore[no-untyped-def]
+    """See ``quantize.nvfp4.kernels.kernel.Kernel.products``."""
+    bits = np.empty(BLOCK * _CHUNK, np.uint32)
+    x = bits.view(np.float32)
+    sums = np.zeros((2, BLOCK), np.float64)
+    inverse = _F(1) / global_scale
+    for first in range(0, scale.shape[0], _CHUNK):
+        last = min(first + _CHUNK, scale.shape[0])
+        _widen(source[BLOCK * first : BLOCK * last], half, bits)
+        for b in range(first, last):
+            value = e4m3[scale[b]]
+            for j in range(BLOCK // 2):
+                byte = packed[BLOCK // 2 * b + j]
+                for k in range(2):
+                    whole = x[BLOCK * (b - first) + 2 * j + k] * inverse
+                    kept = whole * (pairs[byte, k] * value)
+                    sums[0, 2 * j + k] += np.rint(kept * _F(128))
+                    sums[1, 2 * j + k] += np.rint(whole * whole * _F(128))
+    return sums[0].sum(), sums[1].sum()
+
+
 class NumbaKernel(ReferenceKernel):
     """See ``quantize.nvfp4.kernels.kernel.Kernel``.
 
@@ -285,6 +307,20 @@ class NumbaKernel(ReferenceKernel):
             stored.block_scale.contiguous().view(-1).view(torch.uint8).numpy(),
         )
         return noise * scale * scale, signal * scale * scale
+
+    def products(self, weight: torch.Tensor, stored: NvFp4) -> tuple[float, float]:
+        if weight.dtype not in _BITS:
+            return super().products(weight, stored)
+        kept, signal = _products(
+            _flat_bits(weight),
+            weight.dtype == torch.float16,
+            np.float32(float(stored.global_scale)),
+            _PAIRS,
+            E4M3,
+            stored.codes.contiguous().view(-1).numpy(),
+            stored.block_scale.contiguous().view(-1).view(torch.uint8).numpy(),
+        )
+        return float(kept), float(signal)
 
 
 def _flat_bits(weight: torch.Tensor) -> Any:

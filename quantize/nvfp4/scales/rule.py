@@ -44,6 +44,9 @@ class ScaleRule:
         global_scale: ``(amax, weights) -> global_scale``. It takes all weights that share the scale
             and their largest magnitude (float32 scalar, finite). It returns a positive float32
             scalar.
+        unbiased: afterwards the global scale is multiplied by the number with which the result, in
+            the weights' direction, is as long as they are: see
+            ``quantize.nvfp4.scales.unbiased``.
     """
 
     block_scale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,3 +54,4 @@ class ScaleRule:
     global_scale: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] = (
         modelopt_global_scale
     )
+    unbiased: bool = False
