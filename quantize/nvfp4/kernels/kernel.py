@@ -86,12 +86,16 @@ def _unbiased(
     kept, signal = (sum(sums) for sums in zip(*both, strict=True))
     if not kept:  # all weights are zero
         return results
-    scaled = []
+    before = results[0].weight.global_scale
     most = torch.finfo(torch.float32).max / (E2M1_MAX * E4M3_MAX)  # what they multiply is finite
-    for weight, result in zip(weights, results, strict=True):
-        scale = (result.weight.global_scale.double() * (signal / kept)).float().clamp_max(most)
+    scale = (before.double() * (signal / kept)).float().clamp_max(most)
+    factor, unit = float(scale) / float(before), float(before) ** 2 / 128
+    scaled = []
+    for result, (own_kept, own_signal) in zip(results, both, strict=True):
+        # Of the weight W and the result Q: (W - f Q)^2, from W Q, W W and (W - Q)^2.
+        square = result.noise + unit * (2 * own_kept - own_signal)
+        noise = result.noise + 2 * (1 - factor) * unit * own_kept + (factor**2 - 1) * square
         stored = result.weight._replace(global_scale=scale)
-        noise, _ = kernel.compare(weight, stored)
         scaled.append(result._replace(weight=stored, noise=noise))
     return scaled
 
