@@ -22,9 +22,9 @@ from quantize.run.version import package_version
 
 FIELD = "made"
 
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Counts up when the same weights and the same scale rule give other bits
-(``tests/quantize/test_verify_bits.py`` has digests of some)."""
+(``tests/quantize/test_verify_bounds.py`` has digests of some)."""
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,11 @@ from tests.trained import Sizes
 Folders = Callable[[str], Path]
 
 DIGESTS = {
-    1: {
+    2: {
         "max": "95efa7d76777b641",
         "four-six": "b4d02ac2ad3ce197",
         "mse": "de07f33b069b2867",
+        "unbiased": "893aee4865945b1c",
         "power-of-two": "c75bfaa857776b09",
     },
 }

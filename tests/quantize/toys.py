@@ -15,14 +15,14 @@ from quantize.nvfp4.format import BLOCK, NvFp4, dequantize, encode, round_to_e4m
 from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.rounding.method import Method
 from quantize.nvfp4.scales.max import max_scale
-from quantize.nvfp4.scales.rule import ScaleRule
+from quantize.nvfp4.scales.rule import Reach, ScaleRule
 
 
 def _global_scale(amax: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return amax.float() / (6 * 256)
 
 
-ROOMY = ScaleRule(max_scale, offsets=(), global_scale=_global_scale)
+ROOMY = ScaleRule(max_scale, reach=Reach(), global_scale=_global_scale)
 """A scale rule that chooses the global scale: the largest block scale is 256, not 448."""
 
 
@@ -40,7 +40,7 @@ def _nearest_of_three(weight: torch.Tensor, global_scale: torch.Tensor) -> torch
     return best.to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-NEIGHBOURS = ScaleRule(_nearest_of_three, offsets=(0, -1, 1))
+NEIGHBOURS = ScaleRule(_nearest_of_three, reach=Reach(below=1, above=1))
 """A scale rule that searches: kernels are as fast with it as with ``mse``."""
 
 

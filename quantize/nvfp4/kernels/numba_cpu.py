@@ -101,7 +101,7 @@ def _max_scales(x, bits, divisor, scale):  # type: ignore[no-untyped-def]
 
 
 @exact
-def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, scale):  # type: ignore[no-untyped-def]
+def _search_scales(x, global_scale, reach, e4m3, reciprocals, y, work, start, highest, scale):  # type: ignore[no-untyped-def]
     """The search of ``quantize.nvfp4.scales.mse``: replaces ``scale``, which ``max`` has set.
 
     ``y`` is ``[16, blocks]``, so that one vector register holds a value of many blocks.
@@ -111,12 +111,19 @@ def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, 
     for b in range(blocks):
         for k in range(BLOCK):
             y[k, b] = abs(x[BLOCK * b + k]) / global_scale
+    below, above, least = reach
+    last = 0
     for b in range(blocks):
         start[b] = scale[b]
+        highest[b] = min(max(start[b] + above, least), HIGHEST)
+        last = max(last, highest[b] - start[b])
         best[b] = np.inf
-    for offset in offsets:
+    for step in range(-below - 1, last + 1):
+        offset = _I(0) if step < -below else _I(step)
+        if step == 0:
+            continue
         for b in range(blocks):
-            candidate = min(max(start[b] + offset, LOWEST), HIGHEST)
+            candidate = max(min(start[b] + offset, highest[b]), LOWEST)
             value[b] = e4m3[candidate]
             inverse[b] = reciprocals[candidate]
             error[b] = _F(0)
@@ -127,7 +134,7 @@ def _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, 
         for b in range(blocks):
             better = error[b] < best[b]
             best[b] = error[b] if better else best[b]
-            candidate = min(max(start[b] + offset, LOWEST), HIGHEST)
+            candidate = max(min(start[b] + offset, highest[b]), LOWEST)
             scale[b] = np.uint8(candidate) if better else scale[b]
 
 
@@ -161,7 +168,7 @@ def _codes(x, global_scale, scale, e4m3, codes, packed, noise, signal):  # type:
 
 
 @exact
-def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scale, counts):  # type: ignore[no-untyped-def]
+def _encode(source, half, global_scale, reach, e4m3, reciprocals, packed, scale, counts):  # type: ignore[no-untyped-def]
     """Quantize a whole weight; returns noise and signal in units of the squared global scale."""
     bits = np.empty(BLOCK * _CHUNK, np.uint32)
     x = bits.view(np.float32)
@@ -169,7 +176,7 @@ def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scal
     largest = np.empty(_CHUNK, np.uint32)
     y = np.empty((BLOCK, _CHUNK), np.float32)
     work = np.empty((4, _CHUNK), np.float32)
-    start = np.empty(_CHUNK, np.int32)
+    start = np.empty((2, _CHUNK), np.int32)
     sums = np.zeros((2, BLOCK), np.float32)
     noise = signal = 0.0
     divisor = _F(6) * global_scale
@@ -178,8 +185,10 @@ def _encode(source, half, global_scale, offsets, e4m3, reciprocals, packed, scal
         part = scale[first:last]
         _widen(source[BLOCK * first : BLOCK * last], half, bits)
         _max_scales(bits, largest, divisor, part)
-        if offsets.shape[0]:
-            _search_scales(x, global_scale, offsets, e4m3, reciprocals, y, work, start, part)
+        if reach != (0, 0, 0):
+            _search_scales(
+                x, global_scale, reach, e4m3, reciprocals, y, work, start[0], start[1], part
+            )
         out = packed[BLOCK // 2 * first : BLOCK // 2 * last]
         _codes(x, global_scale, part, e4m3, codes, out, sums[0], sums[1])
         for j in range(BLOCK):
@@ -218,10 +227,32 @@ def _compare(source, half, global_scale, pairs, e4m3, packed, scale):  # type: i
     return noise, signal
 
 
+@exact
+def _products(source, half, global_scale, pairs, e4m3, packed, scale):  # type: ignore[no-untyped-def]
+    """See ``quantize.nvfp4.kernels.kernel.Kernel.products``."""
+    bits = np.empty(BLOCK * _CHUNK, np.uint32)
+    x = bits.view(np.float32)
+    sums = np.zeros((2, BLOCK), np.float64)
+    inverse = _F(1) / global_scale
+    for first in range(0, scale.shape[0], _CHUNK):
+        last = min(first + _CHUNK, scale.shape[0])
+        _widen(source[BLOCK * first : BLOCK * last], half, bits)
+        for b in range(first, last):
+            value = e4m3[scale[b]]
+            for j in range(BLOCK // 2):
+                byte = packed[BLOCK // 2 * b + j]
+                for k in range(2):
+                    whole = x[BLOCK * (b - first) + 2 * j + k] * inverse
+                    kept = whole * (pairs[byte, k] * value)
+                    sums[0, 2 * j + k] += np.rint(kept * _F(128))
+                    sums[1, 2 * j + k] += np.rint(whole * whole * _F(128))
+    return sums[0].sum(), sums[1].sum()
+
+
 class NumbaKernel(ReferenceKernel):
     """See ``quantize.nvfp4.kernels.kernel.Kernel``.
 
-    It leaves other dtypes than bfloat16, float16 and float32, and rules without ``offsets``, to the
+    It leaves other dtypes than bfloat16, float16 and float32, and rules without ``reach``, to the
     reference kernel.
     """
 
@@ -237,7 +268,7 @@ class NumbaKernel(ReferenceKernel):
     def encode(
         self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
     ) -> Quantized:
-        if weight.dtype not in _BITS or rule.offsets is None:
+        if weight.dtype not in _BITS or rule.reach is None:
             return super().encode(weight, global_scale, rule)
         rows, columns = weight.shape
         codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
@@ -248,7 +279,7 @@ class NumbaKernel(ReferenceKernel):
             _flat_bits(weight),
             weight.dtype == torch.float16,
             np.float32(scale),
-            np.array(rule.offsets, np.int32),
+            tuple(map(np.int32, rule.reach)),
             E4M3,
             _RECIPROCALS,
             codes.view(-1).numpy(),
@@ -276,6 +307,20 @@ class NumbaKernel(ReferenceKernel):
             stored.block_scale.contiguous().view(-1).view(torch.uint8).numpy(),
         )
         return noise * scale * scale, signal * scale * scale
+
+    def products(self, weight: torch.Tensor, stored: NvFp4) -> tuple[float, float]:
+        if weight.dtype not in _BITS:
+            return super().products(weight, stored)
+        kept, signal = _products(
+            _flat_bits(weight),
+            weight.dtype == torch.float16,
+            np.float32(float(stored.global_scale)),
+            _PAIRS,
+            E4M3,
+            stored.codes.contiguous().view(-1).numpy(),
+            stored.block_scale.contiguous().view(-1).view(torch.uint8).numpy(),
+        )
+        return float(kept), float(signal)
 
 
 def _flat_bits(weight: torch.Tensor) -> Any:

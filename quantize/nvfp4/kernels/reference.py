@@ -57,3 +57,18 @@ class ReferenceKernel:
             noise += float((restored.double() - part.double()).square().sum())
             signal += float(part.double().square().sum())
         return noise, signal
+
+    def products(self, weight: torch.Tensor, stored: nvfp4.NvFp4) -> tuple[float, float]:
+        kept = signal = 0.0
+        parts = zip(
+            weight.split(self._rows),
+            stored.codes.split(self._rows),
+            stored.block_scale.split(self._rows),
+            strict=True,
+        )
+        for part, codes, block_scale in parts:
+            whole = part.float() * stored.global_scale.reciprocal()
+            units = nvfp4.dequantize(codes, block_scale, torch.ones_like(stored.global_scale))
+            kept += float((whole * units * 128).round().double().sum())
+            signal += float((whole * whole * 128).round().double().sum())
+        return kept, signal

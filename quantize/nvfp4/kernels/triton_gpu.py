@@ -28,8 +28,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @triton.jit
 def _encode(  # type: ignore[no-untyped-def]
     source, global_scale, packed, scales, sums, blocks,
-    SIZE: tl.constexpr, REACH: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
-    LANES: tl.constexpr,
+    SIZE: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr, LEAST: tl.constexpr,
+    LOWEST: tl.constexpr, HIGHEST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     inside = block < blocks
@@ -43,14 +43,14 @@ def _encode(  # type: ignore[no-untyped-def]
     start = e4m3_bits(tl.minimum(tl.maximum(ratio, 0.001953125), 448.0))
 
     chosen = start
-    if REACH > 0:
+    if BELOW + ABOVE + LEAST > 0:
         wide = tl.zeros([LANES], tl.float32) + scale
         best = tl.full([LANES], float("inf"), tl.float32)
-        # Offset 0 comes first, so that the max rule's own scale wins ties. Then come -REACH to
-        # REACH. They contain 0 again, which changes nothing since it is not better than itself.
-        for step in range(-REACH - 1, REACH + 1):
-            offset = tl.where(step < -REACH, 0, step)
-            bits = tl.minimum(tl.maximum(start + offset, LOWEST), HIGHEST)
+        highest = tl.minimum(tl.maximum(start + ABOVE, LEAST), HIGHEST)
+        # The max rule's own scale comes first, so that it wins ties, and takes no second turn.
+        for step in range(-BELOW, tl.max(highest - start) + 1):
+            offset = tl.where(step == -BELOW, 0, tl.where(step <= 0, step - 1, step))
+            bits = tl.maximum(tl.minimum(start + offset, highest), LOWEST)
             value = e4m3_value(bits)
             inverse = tl.math.div_rn(tl.full([LANES], 1.0, tl.float32), value)
             error = tl.zeros([LANES], tl.float32)
@@ -90,15 +90,13 @@ def _encode(  # type: ignore[no-untyped-def]
 class TritonKernel(ReferenceKernel):
     """See ``quantize.nvfp4.kernels.kernel.Kernel``.
 
-    It leaves dtypes outside of ``_DTYPES``, and rules whose search :func:`_reach` does not know, to
-    the reference kernel.
+    It leaves dtypes outside of ``_DTYPES``, and rules without ``reach``, to the reference kernel.
     """
 
     def encode(
         self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
     ) -> Quantized:
-        reach = _reach(rule)
-        if weight.dtype not in _DTYPES or reach is None:
+        if weight.dtype not in _DTYPES or rule.reach is None:
             return super().encode(weight, global_scale, rule)
         weight = weight.contiguous()
         rows, columns = weight.shape
@@ -110,7 +108,8 @@ class TritonKernel(ReferenceKernel):
         with torch.cuda.device(device):  # Triton starts kernels on the current device
             _encode[(programs,)](
                 weight, global_scale, codes, block_scale, sums, blocks,
-                SIZE=BLOCK, REACH=reach, LOWEST=LOWEST, HIGHEST=HIGHEST, LANES=_LANES,
+                SIZE=BLOCK, BELOW=rule.reach.below, ABOVE=rule.reach.above, LEAST=rule.reach.least,
+                LOWEST=LOWEST, HIGHEST=HIGHEST, LANES=_LANES,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         counts = torch.bincount(block_scale.flatten(), minlength=127)
@@ -122,16 +121,3 @@ class TritonKernel(ReferenceKernel):
             signal,
             counts.cpu(),
         )
-
-
-def _reach(rule: ScaleRule) -> int | None:
-    """The largest offset of a rule that searches as this kernel does; None for another rule.
-
-    The kernel tries offset 0 first, and then all offsets from ``-reach`` to ``reach``. The ``max``
-    rule does not search and has reach 0.
-    """
-    if rule.offsets is None:
-        return None
-    reach = max(rule.offsets, default=0)
-    tried = (0, *(k for k in range(-reach, reach + 1) if k)) if reach else ()
-    return reach if rule.offsets == tried else None

@@ -7,7 +7,11 @@ from functools import cache
 import torch
 
 from quantize.nvfp4.format import E2M1_MAX, E2M1_VALUES, round_to_e4m3
-from quantize.nvfp4.scales.mse import HIGHEST, LOWEST, OFFSETS
+from quantize.nvfp4.scales.mse import HIGHEST, LOWEST
+
+_OFFSETS = (0, *(k for k in range(-8, 9) if k))
+"""Of the candidates' bits. The present scale comes first, so that it wins ties. Where columns count
+differently, the bounds of the ``mse`` rule do not hold."""
 
 
 def codes_of(x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +46,7 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def best_scale(block: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Choose for each row the block scale with the least weighted squared error.
 
-    The candidates are those of the ``mse`` rule (``quantize.nvfp4.scales.mse``).
+    The candidates are the ``max`` rule's scale and its :func:`neighbours`.
 
     Args:
         block: float32 ``[out, 16]``, in units of the global scale.
@@ -68,6 +72,6 @@ def neighbours(scale: torch.Tensor) -> torch.Tensor:
         float32 ``[out, 17]``.
     """
     bits = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16).unsqueeze(1)
-    offsets = torch.tensor(OFFSETS, dtype=torch.int16, device=scale.device)
+    offsets = torch.tensor(_OFFSETS, dtype=torch.int16, device=scale.device)
     near = (bits + offsets).clamp(LOWEST, HIGHEST).to(torch.uint8)
     return near.view(torch.float8_e4m3fn).float()

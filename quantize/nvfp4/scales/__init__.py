@@ -18,6 +18,7 @@ RULES: Registry[ScaleRule] = Registry(
         "max": "quantize.nvfp4.scales.max:MAX",
         "four-six": "quantize.nvfp4.scales.four_six:FOUR_SIX",
         "mse": "quantize.nvfp4.scales.mse:MSE",
+        "unbiased": "quantize.nvfp4.scales.unbiased:UNBIASED",
         "power-of-two": "quantize.nvfp4.scales.power_of_two:POWER_OF_TWO",
     }
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from quantize.nvfp4.format import BLOCK, E2M1_MAX, round_to_e4m3
-from quantize.nvfp4.scales.rule import ScaleRule
+from quantize.nvfp4.scales.rule import Reach, ScaleRule
 
 
 def max_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -18,4 +18,4 @@ def max_scale(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     return round_to_e4m3(amax / (E2M1_MAX * global_scale))
 
 
-MAX = ScaleRule(max_scale, offsets=())
+MAX = ScaleRule(max_scale, reach=Reach())
