@@ -6,12 +6,13 @@ import shlex
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.filesize import decimal
 
 from quantize.checkpoint.hub import resolve
+from quantize.cli.before_it_starts import say, say_activations, summary
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
@@ -45,10 +46,9 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import err, out, plain
 from quantize.cli.progress import progress_bar
+from quantize.cli.text_options import check_text_options, said
+from quantize.errors import QuantizeError
 from quantize.run.options import Calibration, Options
-
-if TYPE_CHECKING:
-    from quantize.run.plan import Plan
 
 
 def quantize(
@@ -212,7 +212,7 @@ def quantize(
     with reporting_errors(f"run the same command with {again} to go on"):
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
-        _check_text(context, text, input_scales, activations, all_linears)
+        check_text_options(context, text, input_scales, activations, all_linears)
         read = text or input_scales or []
         if read:
             from quantize.calibration.sources import check_there
@@ -266,15 +266,19 @@ def quantize(
         check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
             steps = plan(checkpoint, replace(options, bits=None))
-            err.print(_summary(steps), highlight=False)
+            if said(context, "scales") and not steps.quantizes:
+                raise QuantizeError(
+                    f"--scales: {source} is NVFP4 already, and its scales are kept; leave it out"
+                )
+            err.print(summary(steps), highlight=False)
             for note in steps.notes:
-                _say(note)
-            _say_activations(steps, found, activations is None)
+                say(note)
+            say_activations(steps, found, activations is None)
             tokens = None
             if read:
                 steps.check_can_calibrate()
                 wanted = calibration_rows or (128 if text else 32), calibration_length
-                tokens = load_samples(read, checkpoint.folder, *wanted, trust_remote_code, _say)
+                tokens = load_samples(read, checkpoint.folder, *wanted, trust_remote_code, say)
                 rows, length = tokens.shape
                 calibration = Calibration(
                     ", ".join(read),
@@ -328,90 +332,6 @@ def quantize(
             f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
             f"{done.bytes_read / done.seconds / 1e9:.2f} GB/s",
             soft_wrap=True,
-            highlight=False,
-        )
-
-
-def _say(line: str) -> None:
-    err.print(plain(line), highlight=False, soft_wrap=True)
-
-
-def _summary(steps: Plan) -> str:
-    experts = sum(g.num_experts for g in steps.groups)
-    linears = sum(map(len, steps.dense))
-    also = f", {linears} dense linears" if linears else ""
-    if steps.base:
-        also = f", {len(steps.base)} linears in {steps.options.base}"
-    bits = ", NVFP4 in SRC: bits are kept" if steps.converts else ""
-    return (
-        f"{len(steps.groups)} MoE layers, {experts} experts{also}{bits}, gate {plain(steps.gates)}"
-    )
-
-
-def _check_text(
-    context: typer.Context,
-    text: list[str] | None,
-    input_scales: list[str] | None,
-    activations: Activations | None,
-    linears: bool,
-) -> None:
-    """Refuse options that say how to use a text that is not there, or that contradict it.
-
-    Raises:
-        UsageError: if there are any.
-    """
-    if text and input_scales:
-        raise UsageError("--calibrate finds input scales too; leave --input-scales out")
-    if activations is Activations.BF16:
-        for name in ("input_scales", "input_scale_rule"):
-            if _said(context, name):
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"--activations bf16 leaves no use for {option}; leave one out")
-    if input_scales and linears and activations is None:
-        raise UsageError(
-            "--input-scales finds the input scales of experts, not of --all-linears; with "
-            "--activations nvfp4, those of linears are 1.0"
-        )
-    needs = {
-        "calibration_rows": "--calibrate or --input-scales",
-        "calibration_length": "--calibrate or --input-scales",
-        "every_expert": "--calibrate or --input-scales",
-        "bits": "--calibrate or --input-scales",
-        "input_scale_rule": "--calibrate or --input-scales",
-        "check_text": "--calibrate",
-        "yes": "--calibrate or --input-scales",
-        "work_dir": "--calibrate or --input-scales",
-        "rounding": "--calibrate",
-    }
-    for name, needed in needs.items():
-        there = text or (needed != "--calibrate" and input_scales)
-        if not there and _said(context, name):
-            raise UsageError(f"--{name.replace('_', '-')} needs {needed}")
-
-
-def _said(context: typer.Context, name: str) -> bool:
-    """Whether an option is on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _say_activations(steps: Plan, found: bool, by_default: bool) -> None:
-    """Say what may surprise about activations."""
-    options = steps.options
-    if not steps.quantizes:
-        return
-    if options.activations and not (found and not options.linears):
-        of = "the dense linears" if found else "all that is quantized"
-        advice = "" if found else "; --input-scales TEXT finds them in minutes"
-        err.print(
-            f"Warning: the input scales of {of} are 1.0. Kernels with 4-bit activations round "
-            f"inputs below about 0.006 to zero then, and small ones badly{advice}.",
-            highlight=False,
-        )
-    elif found and by_default and not options.activations:
-        err.print(
-            "Weights only: text finds the input scales of experts, not of --all-linears. "
-            "With --activations nvfp4, those are 1.0.",
             highlight=False,
         )
 

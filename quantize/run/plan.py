@@ -44,7 +44,8 @@ from quantize.run.jobs import Job, KeepRounded, QuantizeExpert, QuantizeLinears
 from quantize.run.kv_carried import CarryKvScales, with_kv_cache
 from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.notes import bare_fp8, left_over, of_mxfp4, other_parts
-from quantize.run.options import Options, matches
+from quantize.run.options import Options
+from quantize.run.patterns import check_patterns
 from quantize.run.planned_jobs import check_unique, into_shards, jobs_of
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
@@ -276,7 +277,7 @@ def plan(
             f"{', '.join(sorted(linears.INPUTS | linears.OUTPUTS))} of a decoder's layers, in "
             "whole blocks (fp8: 128 x 128 weights; mxfp8: 32 inputs; NVFP4: 16 x 16)"
         )
-    _check_patterns(checkpoint, options, found, candidates, converted)
+    check_patterns(checkpoint, options, found, candidates, converted)
     # Siblings stay together: an engine that fuses them needs all of them in one format.
     taken = [
         names
@@ -362,38 +363,6 @@ def _gates(checkpoint: Checkpoint, options: Options, found: list[ExpertGroup]) -
                     "--gate out, or state the same order (interleaved)"
                 )
     return Gates.uniform(options.gate)
-
-
-def _check_patterns(
-    checkpoint: Checkpoint,
-    options: Options,
-    groups: list[ExpertGroup],
-    candidates: list[tuple[str, ...]],
-    converted: list[str],
-) -> None:
-    """A pattern that changes nothing is a mistake, unless it excludes what stays anyway."""
-    prefixes = {group.prefix for group in groups}
-    dense = {name.removesuffix(".weight") for names in candidates for name in names}
-    others = checkpoint.tensors.keys() - tensor_names_of(groups)
-    kept = {name.removesuffix(".weight") for name in converted}
-    included = prefixes | kept | (dense if options.linears or options.base else set())
-    what = {
-        "--include": (options.include, included),
-        "--exclude": (options.exclude, prefixes | {name.rpartition(".")[0] for name in others}),
-    }
-    for option, (patterns, modules) in what.items():
-        for pattern in patterns:
-            if any(matches(module, (pattern,)) for module in modules):
-                continue
-            if any(matches(module, (pattern,)) for module in dense):
-                raise QuantizeError(
-                    f"{option} {pattern!r} matches only linears, and these are quantized only with "
-                    "--all-linears or --base"
-                )
-            raise QuantizeError(
-                f"{option} {pattern!r} matches nothing; patterns are compared with module paths "
-                f"such as {groups[0].prefix}"
-            )
 
 
 def _linear_weights(checkpoint: Checkpoint) -> set[str]:

@@ -374,6 +374,7 @@ def test_what_would_quantize_again_is_refused(converted: tuple[Path, Path], tmp_
     text.write_text("word " * 1000)
     for options, message in (
         (["--scales", "max"], "is NVFP4 already, and its scales are kept"),
+        (["--scales", "mse"], "is NVFP4 already, and its scales are kept"),
         (["--calibrate", str(text)], "already NVFP4; quantizing 4-bit values again only loses"),
         (["--input-scales", str(text)], "already NVFP4; quantizing 4-bit values again only loses"),
     ):
