@@ -22,6 +22,9 @@ logger = init_logger("vllm.nvfp4_moe.activation")
 STEP_LIMIT = 7.0
 """The only limit of ``swiglu_step`` in vLLM 0.32's GPU kernels: they do not look at the layer's."""
 
+GPT_OSS = (1.702, 1.0, 7.0)
+"""Alpha, beta and limit of its activation, where a layer does not say them."""
+
 VLLM_NAME = {
     "silu": MoEActivation.SILU,
     "swiglu_oai": MoEActivation.SWIGLUOAI_UNINTERLEAVE,
@@ -101,15 +104,27 @@ def differs(layer: RoutedExperts, gate: Gate) -> bool:
 
     GPT-OSS's class alternates gate and up in memory, which is no other gate.
     """
-    if layer.activation == MoEActivation.SWIGLUOAI and gate.form == "swiglu_oai":
-        return False
-    pairs = (
-        (gate.alpha, layer.swiglu_alpha),
-        (gate.beta, layer.swiglu_beta),
-        (gate.limit, layer.swiglu_limit),
-    )
-    numbers = gate.form == "swiglu_oai" and any(a != b for a, b in pairs)
-    return layer.activation != VLLM_NAME.get(gate.form) or numbers
+    return _applied(layer) != (gate.form, gate.alpha, gate.beta, gate.limit)
+
+
+def _applied(layer: RoutedExperts) -> tuple[str | None, float | None, float | None, float | None]:
+    """Form, alpha, beta and limit of what vLLM's kernels apply in ``layer``."""
+    numbers = layer.swiglu_alpha, layer.swiglu_beta, layer.swiglu_limit
+    if layer.activation == MoEActivation.SILU and layer.swiglu_limit is not None:
+        return "swiglu_oai", 1.0, 0.0, layer.swiglu_limit  # which clamps both
+    if layer.activation == MoEActivation.SWIGLUOAI:
+        pairs = zip(numbers, GPT_OSS, strict=True)
+        alpha, beta, limit = (own if number is None else number for number, own in pairs)
+        return "swiglu_oai", alpha, beta, limit
+    if layer.activation == MoEActivation.SWIGLUOAI_UNINTERLEAVE:
+        return "swiglu_oai", *numbers
+    if layer.activation == MoEActivation.SWIGLUSTEP:
+        return "swiglu_step", 1.0, 0.0, STEP_LIMIT
+    if layer.activation == MoEActivation.SITU:
+        config = layer.moe_config
+        return "situ", config.activation_situ_beta, 0.0, config.activation_situ_linear_beta
+    forms = (form for form, name in VLLM_NAME.items() if name == layer.activation)
+    return next(forms, None), 1.0, 0.0, None
 
 
 def _has_kernel(gate: Gate, ours: bool) -> bool:

@@ -149,7 +149,7 @@ class ExpertsConfig(Format, QuantizationConfig):
         self.stored.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 
         prefix = name_in_files(prefix, self._architecture)
         if self._drafts(prefix):
@@ -193,6 +193,17 @@ class ExpertsConfig(Format, QuantizationConfig):
             self._set_gate(layer)
             self.context.summary.left(prefix)
         method = self.method_of_layout(layer, prefix)
+        plain = method is None or isinstance(method, UnquantizedFusedMoEMethod)
+        if (
+            plain
+            and isinstance(layer, RoutedExperts)
+            and (scale := self.stored.scale_below(prefix))
+        ):
+            raise RefusedError(
+                f"{prefix}: by the checkpoint's quantization_config its experts are not quantized, "
+                f"but it has {scale}: vLLM would take rounded codes for weights. Correct the "
+                "quantization_config, or quantize the model again"
+            )
         if method is not None and not self._watched:
             self._watched = True
             self._watch(method)

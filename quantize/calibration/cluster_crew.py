@@ -135,17 +135,24 @@ class _Slot:
             norm = deepcopy(norm).cpu()
         numbers = [number for number, _ in work.experts]
         files = self._shared.files(work.routing)
-        self._pending = self._task.remote(
-            self._run, self._groups.index(work.group), numbers, files, norm
-        )
-        try:
-            found: list[Sent] = ray.get(self._pending)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, Exception) and of_the_device(error.cause):
-                raise LostError(brief(error.cause)) from None
-            raise ours(error.cause) from error
-        except ray.exceptions.RayError as error:
-            raise LostError(brief(error)) from None
+        reason = ""
+        for _ in range(1 + RETRIES):  # a GPU that fails is soon free again, and may get several
+            self._pending = self._task.remote(
+                self._run, self._groups.index(work.group), numbers, files, norm
+            )
+            try:
+                found: list[Sent] = ray.get(self._pending)
+                break
+            except ray.exceptions.RayTaskError as error:
+                if not (isinstance(error.cause, Exception) and of_the_device(error.cause)):
+                    raise ours(error.cause) from error
+                reason = brief(error.cause)
+            except ray.exceptions.TaskCancelledError as error:
+                raise LostError(brief(error)) from None
+            except ray.exceptions.RayError as error:
+                reason = brief(error)
+        else:
+            raise LostError(reason)
         # Ray's memory is read-only, and PyTorch knows no such tensors.
         return [
             pickle.loads(one)._replace(
@@ -215,10 +222,11 @@ def _file_of(tensor: torch.Tensor | None) -> File | None:
     """The file that a tensor of the store is in, flushed to it."""
     if tensor is None:
         return None
-    path = tensor.untyped_storage().filename
-    assert path is not None
-    sync(Path(path))
-    return File(path, tuple(tensor.shape), tensor.dtype)
+    name = tensor.untyped_storage().filename
+    assert name is not None
+    path = Path(name).resolve()  # tasks run in other folders
+    sync(path)
+    return File(str(path), tuple(tensor.shape), tensor.dtype)
 
 
 def _mapped(file: File) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,7 +103,22 @@ class Device:
         self._routing: Routing | None = None
 
     def round(self, work: Work) -> list[Outcome]:
-        """See :class:`Member`."""
+        """See :class:`Member`. Experts that do not fit together are rounded one by one."""
+        found = self._attempt(work)
+        if isinstance(found, list):
+            return found
+        self.rest()
+        if self._device.type == "cuda":
+            with suppress(Exception):  # after some errors, a GPU does not even do this
+                torch.cuda.empty_cache()
+        if isinstance(found, torch.OutOfMemoryError) and len(work.experts) > 1:
+            alone = (Work(work.group, [expert], work.routing) for expert in work.experts)
+            return [outcome for each in alone for outcome in self.round(each)]
+        raise LostError(f"{type(found).__name__}: {first_line(found)}")
+
+    def _attempt(self, work: Work) -> list[Outcome] | Exception:
+        """What became of the experts; or how the device failed, without a traceback, which would
+        keep tensors alive."""
         try:
             with torch.no_grad(), self._at_work():
                 if work.routing is not self._from:
@@ -114,12 +129,7 @@ class Device:
         except Exception as error:
             if not of_the_device(error):
                 raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
-        # Not within the handler: the error's traceback keeps tensors alive.
-        self.rest()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise LostError(reason)
+            return error.with_traceback(None)
 
     def rest(self) -> None:
         """See :class:`Member`."""

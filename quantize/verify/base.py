@@ -28,6 +28,8 @@ _MOST = 0.05
 """Relative error that rounding to E4M3 does not reach: about 0.026 for weights of any kind, and one
 step of a code is at most 1/8 of it."""
 
+_E8M0_NAN = 255
+
 
 def base_modules(target: Checkpoint) -> dict[str, BaseFormat]:
     """The format of each weight in 8 bits, by module path, as its scale's dtype tells."""
@@ -98,6 +100,8 @@ class BaseLinear:
             yield f"{where[0]} holds NaN; quantize again"
         if found[1].is_floating_point() and (problem := bad_scales(found[1])):
             yield f"{where[1]}: {problem}; quantize again"
+        if found[1].dtype == torch.uint8 and bool((found[1] == _E8M0_NAN).any()):
+            yield f"{where[1]} holds NaN; quantize again"
         if self.source is None:
             return
         names = self.source[0]

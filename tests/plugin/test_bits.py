@@ -17,9 +17,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
+from quantize.experts.gates import Gate
 from quantize.layouts import LAYOUTS
 from tests.quantize import checkpoints
+from vllm_nvfp4_moe.activation import differs
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 Load = Callable[..., dict[str, Any]]
@@ -181,3 +184,58 @@ def test_a_gate_without_kernels_is_refused(
     message = r"layers\.2\.mlp\.experts: the checkpoint's experts apply swiglu_oai.* apply silu"
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "out")
+
+
+@each
+def test_a_config_that_does_not_know_8_bits(
+    load: Load, made: Callable, tmp_path: Path, layout: str
+) -> None:
+    """vLLM would copy E4M3 codes into bf16 weights, and leave their scales out."""
+    folder = Path(shutil.copytree(made(layout, "fp8"), tmp_path / "out"))
+    for file in (folder / "config.json", folder / "hf_quant_config.json"):
+        if not file.exists():
+            continue
+        whole = json.loads(file.read_text())
+        config = whole.get("quantization_config") or whole["quantization"]
+        if layout == "modelopt":
+            layers = config["quantized_layers"]
+            for name in [name for name in layers if name.startswith(LAYERS[1])]:
+                del layers[name]
+        else:
+            groups = config["config_groups"]
+            (eight,) = (name for name, group in groups.items() if group["weights"]["num_bits"] == 8)
+            del groups[eight]
+            config["ignore"].append(f"re:{LAYERS[1]}.*")
+        file.write_text(json.dumps(whole))
+    with pytest.raises(
+        ValueError, match=rf"{LAYERS[1]}: by the .* not quantized, but it has {LAYERS[1]}\..*scale"
+    ):
+        load(folder)
+
+
+OAI, STEP = Gate("swiglu_oai", 1.702, 1.0, 7.0), Gate("swiglu_step", limit=7.0)
+APPLIED: list[tuple[str, tuple[float | None, ...], tuple[float | None, ...], Gate]] = [
+    ("silu", (None, None, None), (), Gate("silu")),
+    ("silu", (None, None, 10.0), (), Gate("swiglu_oai", 1.0, 0.0, 10.0)),
+    ("gelu_tanh", (None, None, None), (), Gate("gelu_tanh")),
+    ("relu2_no_mul", (None, None, None), (), Gate("relu2")),
+    ("swigluoai", (None, None, None), (), OAI),
+    ("swigluoai_uninterleave", (1.702, 1.0, 7.0), (), OAI),
+    ("swigluoai_uninterleave", (1.702, 1.0, 9.0), (), Gate("swiglu_oai", 1.702, 1.0, 9.0)),
+    ("swiglustep", (None, None, None), (), STEP),
+    ("situ", (None, None, None), (4.0, 25.0), Gate("situ", 4.0, 0.0, 25.0)),
+]
+"""vLLM's activation, its numbers (and SiTU's), and which gate that is."""
+
+
+@pytest.mark.parametrize("at", range(len(APPLIED)))
+def test_what_a_layer_applies(at: int) -> None:
+    """Of two layers that apply different gates, neither is taken for the other."""
+    name, numbers, situ, gate = APPLIED[at]
+    config = SimpleNamespace()
+    if situ:
+        config.activation_situ_beta, config.activation_situ_linear_beta = situ
+    layer: Any = SimpleNamespace(activation=MoEActivation(name), moe_config=config)
+    layer.swiglu_alpha, layer.swiglu_beta, layer.swiglu_limit = numbers
+    for other in (*(gate for *_, gate in APPLIED), Gate("swiglu_step", limit=5.0), Gate("gelu")):
+        assert differs(layer, other) == (other != gate), other

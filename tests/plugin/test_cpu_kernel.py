@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +218,33 @@ def test_infinite_activations_stay_so(kernel: Kernel) -> None:
 def test_an_expert_that_there_is_not(kernel: Kernel) -> None:
     case = Case(16, 16)
     ids = torch.tensor([[0, EXPERTS]], dtype=torch.int32)
-    with pytest.raises(ValueError, match=f"an expert beyond the last of {EXPERTS}"):
-        case.run(kernel, torch.zeros(1, 16), torch.ones(1, 2), ids, Gate("silu"))
+    numbers = [None, torch.arange(EXPERTS, dtype=torch.int32)]
+    for expert_map in numbers:
+        with pytest.raises(ValueError, match=f"an expert beyond the last of {EXPERTS}"):
+            case.run(kernel, torch.zeros(1, 16), torch.ones(1, 2), ids, Gate("silu"), expert_map)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("w13", lambda t: t.mT.contiguous().mT, r"uint8 \[5, 32, 8\] where torch.uint8 in C"),
+        ("g2", lambda t: t.double(), r"float64 \[5\] where torch.float32"),
+        ("s13", lambda t: t.view(torch.uint8), "where torch.float8_e4m3fn"),
+        ("w2", lambda t: t[:, :8].contiguous(), r"weights \[5, 32, 8\] and \[5, 8, 8\]"),
+    ],
+)
+def test_what_is_not_as_the_loops_take_it(
+    kernel: Kernel, name: str, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    case, (weights, ids) = Case(16, 16), routing(1, EXPERTS, TOP_K)
+    setattr(case, name, change(getattr(case, name)))
+    with pytest.raises(ValueError, match=said):
+        case.run(kernel, torch.zeros(1, 16), weights, ids, Gate("silu"))
+    whole = Case(16, 16)
+    with pytest.raises(ValueError, match=r"activations \[1, 32\] for weights"):
+        whole.run(kernel, torch.zeros(1, 32), weights, ids, Gate("silu"))
+    with pytest.raises(ValueError, match="int64"):
+        whole.run(kernel, torch.zeros(1, 16), weights, ids, Gate("silu"), torch.arange(EXPERTS))
 
 
 def test_a_source_that_does_not_belong_to_its_python(monkeypatch: pytest.MonkeyPatch) -> None:

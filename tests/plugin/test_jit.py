@@ -116,6 +116,9 @@ def test_cpp(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     assert "omp" not in needed
     with pytest.raises(jit.KernelError, match=r"my-c\+\+ failed: .*no_such_type"):
         jit.load("no_such_type x;", jit.cpp())
+    compiler.write_text("#!/bin/sh\necho no licence >&2; exit 3\n")
+    with pytest.raises(jit.KernelError, match=r"my-c\+\+ failed: no licence"):
+        jit.load(source, jit.cpp("-mavx2"))
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX")
     with pytest.raises(jit.KernelError, match=r"no C\+\+ compiler: neither \$CXX"):

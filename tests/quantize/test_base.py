@@ -323,3 +323,14 @@ def test_the_report_has_them(made: Made) -> None:
     page = (folder / "nvfp4_moe_report.html").read_text()
     assert "8 linears in MXFP8" in page
     assert "linears in MXFP8" in page
+
+
+def test_verify_finds_mx_scales_that_are_nan(made: Made, tmp_path: Path) -> None:
+    """The byte 255, with the source and without it."""
+    out = Path(shutil.copytree(made["modelopt", "mxfp8"], tmp_path / "out"))
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"{LINEARS[4]}.weight_scale"][1, 0] = 255
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    done = run("verify", out)
+    assert done.exit_code == 1
+    assert f"{LINEARS[4]}.weight_scale holds NaN" in " ".join(done.output.split())

@@ -165,8 +165,33 @@ def task_error(cause: Exception) -> Exception:
 def test_a_lost_task_is_done_by_others(
     fails: Exception, fake: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once it has failed several times: Ray may send it to another machine the next time."""
+    member = slot(fails, monkeypatch)
     with pytest.raises(LostError):
-        slot(fails, monkeypatch)()
+        member()
+    (task,) = fake
+    assert len(task.calls) == 4
+
+
+def test_a_task_that_fails_once_is_sent_again(
+    fake: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = slot(task_error(torch.OutOfMemoryError("CUDA out of memory")), monkeypatch)
+    fail, results = ray.get, iter([True, False])
+    monkeypatch.setattr(ray, "get", lambda run: fail(run) if next(results) else [])
+    assert member() == []
+
+
+def test_tasks_are_told_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target may be a relative one, and a task runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    tensor = torch.from_file("states", shared=True, size=6, dtype=torch.bfloat16)
+    tensor.fill_(3)
+    file = cluster_crew._file_of(tensor)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert file is not None
+    assert torch.equal(cluster_crew._mapped(file), tensor)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,36 @@ def test_what_a_device_is_lost_by(error: Exception, is_lost: bool) -> None:
         Device(fail, CPU).round(work)
 
 
+def test_a_broken_gpu_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not even free its memory."""
+
+    def broken(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access")
+
+    member = Device(broken, CPU)
+    member._device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    monkeypatch.setattr(Routing, "on", lambda self, _: self)
+    work: Any = Work(None, [], Routing(*tokens(), 4, CPU))  # type: ignore[arg-type]
+    with pytest.raises(LostError, match="AcceleratorError: CUDA error: an illegal memory access"):
+        member.round(work)
+
+
+def test_experts_that_do_not_fit_together_are_rounded_one_by_one() -> None:
+    def fit_alone(work: Work) -> list[Outcome]:
+        if len(work.experts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [number for number, _ in work.experts]  # type: ignore[misc]
+
+    class Weights:
+        def on(self, _: torch.device) -> Weights:
+            return self
+
+    experts: Any = [(number, Weights()) for number in (3, 5, 8)]
+    work = Work(None, experts, Routing(*tokens(), 4, CPU))  # type: ignore[arg-type]
+    assert Device(fit_alone, CPU).round(work) == [3, 5, 8]
+
+
 def tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(64, 32), torch.randint(0, 4, (64, 2)).int(), torch.rand(64, 2)
 

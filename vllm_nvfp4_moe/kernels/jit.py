@@ -168,10 +168,10 @@ def build(source: str, language: Language, folder: Path) -> Path:
         OSError: if it is not there, and cannot be written there.
     """
     compiler = language.compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    version = _run(compiler, "--version")
     # The host's part of the library needs a processor and a C library like this host's.
     host = [platform.machine(), *platform.libc_ver()]
-    key = "\0".join([version.stdout, *language.options, *language.linked, *host, source])
+    key = "\0".join([version, *language.options, *language.linked, *host, source])
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with _locked(library.with_suffix(".lock")):
@@ -210,10 +210,12 @@ def _compile(compiler: Path, language: Language, source: str, library: Path) -> 
         made.replace(library)
 
 
-def _run(compiler: Path, *arguments: str | Path) -> None:
+def _run(compiler: Path, *arguments: str | Path) -> str:
+    """What it prints."""
     done = subprocess.run([compiler, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise KernelError(f"{compiler.name} failed: {(done.stderr or done.stdout)[-2000:]}")
+    return done.stdout
 
 
 def load(source: str, language: Language) -> ctypes.CDLL:

@@ -15,6 +15,8 @@ _BIAS = re.compile(
     r"\d+\.\w+[._]bias|\d+\.w(?:2|13)_bias|(?:gate|up|gate_up|down)_proj_bias|w(?:2|13)_bias"
 )
 """Biases of experts, behind their module path: one expert's, or all of them."""
+_SCALES = ("weight_scale", "weight_scale_inv")
+"""Endings of scales of weights, in 8 bits too."""
 _ROUTER = re.compile(r".*\.(?:e_score_correction_bias|expert_bias)")
 """Biases by which routers choose experts."""
 _LAYER = re.compile(r".*\.\d+\.")
@@ -54,7 +56,7 @@ class Stored:
     @cached_property
     def _stored(self) -> list[str] | None:
         """Names in the headers of what is asked about here; None if they cannot be read."""
-        asked = (self._suffix, "bias")
+        asked = (self._suffix, "bias", *_SCALES)
         return self.names and [name for name in self.names if name.endswith(asked)]
 
     def _named(self, ending: str) -> list[str]:
@@ -90,6 +92,12 @@ class Stored:
         """A module below ``prefix`` that is NVFP4; None if there is none, or nobody knows."""
         start = f"{prefix}."
         return next((m for m in sorted(self.modules or ()) if m.startswith(start)), None)
+
+    def scale_below(self, prefix: str) -> str | None:
+        """The name of a scale of weights below ``prefix``, of any format; None if there is none, or
+        nobody knows."""
+        names = (name for ending in _SCALES for name in self._named(ending))
+        return next((name for name in sorted(names) if name.startswith(f"{prefix}.")), None)
 
     def bias(self, experts: str) -> str | None:
         """The name of a bias of the experts at the module path ``experts``; None if there is none,

@@ -20,7 +20,7 @@ struct Gate {
 // Mirrored by `Work` in kernel.py.
 struct Work {
     int64_t tokens, slots, hidden, inner, experts, gated;
-    int64_t x_is_float, weight_on_input;
+    int64_t x_is_float, weight_on_input, known;  // known: numbers in `local`
     const void* x;                        // [tokens, hidden], float or bfloat16
     const int32_t *ids, *local;           // [tokens, slots]; local numbers, null if ids are these
     const float* weights;                 // [tokens, slots]
@@ -113,7 +113,8 @@ int64_t route(const Work& work) {
     const int64_t all = work.tokens * work.slots;
     auto local = [&](int64_t pair) -> int64_t {
         const int32_t id = work.ids[pair];
-        return work.local && id >= 0 ? work.local[id] : id;
+        if (!work.local || id < 0) return id;
+        return id < work.known ? work.local[id] : work.experts;
     };
     for (int64_t e = 0; e <= work.experts; e++) work.start[e] = 0;
     for (int64_t pair = 0; pair < all; pair++) {

@@ -80,7 +80,7 @@ class Work(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "tokens", "slots", "hidden", "inner", "experts", "gated", "x_is_float",
-            "weight_on_input",
+            "weight_on_input", "known",
         )),
         *((name, ctypes.c_void_p) for name in (
             "x", "ids", "local", "weights", "w13", "s13", "w2", "s2", "g13", "g2", "b13", "b2",
@@ -135,7 +135,8 @@ class Kernel:
             The rest: see ``backends.cpu.forward.experts_forward``.
 
         Raises:
-            ValueError: if a token is sent to an expert that there is not.
+            ValueError: if a token is sent to an expert that there is not, or a tensor has another
+                dtype or shape.
         """
         (tokens, hidden), slots = x.shape, ids.shape[1]
         inner, experts = 2 * w2.shape[2], len(w13)
@@ -143,8 +144,15 @@ class Kernel:
         inputs = [t.contiguous() for t in (plain, ids.int(), weights.float())]
         weight = [w13, w13_scale, w2, w2_scale, w13_global, w2_global]
         optional = [expert_map, w13_bias, w2_bias]
-        for tensor in (*weight, *(each for each in optional if each is not None)):
-            assert tensor.is_contiguous()
+        scale, real = torch.float8_e4m3fn, torch.float32
+        dtypes = (*(torch.uint8, scale) * 2, real, real, torch.int32, real, real)
+        for tensor, dtype in zip((*weight, *optional), dtypes, strict=True):
+            if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous()):
+                raise ValueError(f"{tensor.dtype} {list(tensor.shape)} where {dtype} in C is taken")
+        if hidden != 2 * w13.shape[2] or len(w2) != experts or w2.shape[1] != hidden:
+            raise ValueError(
+                f"activations {list(x.shape)} for weights {list(w13.shape)} and {list(w2.shape)}"
+            )
         made = [self._room(tokens, hidden), self._room(ids.numel(), inner)]
         # vLLM loads under the model's dtype and device as defaults.
         output = torch.zeros(tokens, hidden, dtype=torch.float32, device="cpu")
@@ -154,7 +162,8 @@ class Kernel:
         x_at, ids_at, weights_at, *weight_at, map_at, b13, b2 = at
         work = Work(
             tokens, slots, hidden, inner, experts, w13.shape[1] != inner,
-            plain.dtype == torch.float32, weight_on_input, x_at, ids_at, map_at, weights_at,
+            plain.dtype == torch.float32, weight_on_input,
+            0 if expert_map is None else len(expert_map), x_at, ids_at, map_at, weights_at,
             *weight_at, b13, b2, *(t.data_ptr() for t in (*made, output, *counts)),
             FORMS[gate.form], gate.alpha, gate.beta,
             math.inf if gate.limit is None else gate.limit,
