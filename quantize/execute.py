@@ -115,9 +115,9 @@ def execute(
             resumed.
     """
     started = time.perf_counter()
-    _check_apart(checkpoint, target)
+    check_apart(checkpoint, target)
     others = companions(checkpoint.folder)
-    _check_apart(checkpoint, target, others)
+    check_apart(checkpoint, target, others)
     identity = identity_of(checkpoint)
     record = Record(
         target,
@@ -171,7 +171,7 @@ def _gpus_or_all(devices: Sequence[torch.device]) -> Sequence[torch.device]:
     return [device for device in devices if device.type == "cuda"] or devices
 
 
-def _check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()) -> None:
+def check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()) -> None:
     """Raise QuantizeError if a run would write to its source, or read its target.
 
     Args:

@@ -248,7 +248,7 @@ def quantize(
             from quantize.calibration.budget import needed
             from quantize.calibration.samples import digest_of, load_samples
             from quantize.checkpoint.reader import Checkpoint
-            from quantize.execute import execute
+            from quantize.execute import check_apart, execute
             from quantize.run.cluster import connected
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
@@ -265,6 +265,7 @@ def quantize(
         check_unlocked(target / FOLDER)
         check_target(target, overwrite, resume)
         with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
+            check_apart(checkpoint, target)
             steps = plan(checkpoint, replace(options, bits=None))
             if said(context, "scales") and not steps.quantizes:
                 raise QuantizeError(

@@ -423,3 +423,17 @@ def test_formats_that_fit(source: Path, saved: Callable[[str], Path]) -> None:
     ):
         with Checkpoint(folder) as checkpoint:
             assert formats_of(plan(checkpoint, Options()).groups) == formats
+
+
+def test_the_source_stays_as_it_is(source: Path, tmp_path: Path) -> None:
+    """Also where losses would be measured first, into the target."""
+    folder = Path(shutil.copytree(source, tmp_path / "source"))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    (tmp_path / "some.txt").write_text("x = 1\n" * 500)
+    said = refusal(
+        "quantize", folder, folder, "--overwrite", "--bits", "5", "--calibrate",
+        tmp_path / "some.txt", "--calibration-rows", "2", "--calibration-length", "16",
+    )  # fmt: skip
+    assert "is the source" in said
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert not (folder / ".nvfp4_moe").exists()
