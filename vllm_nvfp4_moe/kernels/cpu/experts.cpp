@@ -10,6 +10,8 @@
 #include <cmath>
 #include <limits>
 
+extern "C" int omp_get_max_threads();
+
 namespace {
 
 struct Gate {
@@ -103,6 +105,10 @@ void multiply_any(int rows, int tokens, const uint8_t* const* codes, const uint8
     if constexpr (R > 1)
         if (rows < R)
             return multiply_any<R - 1>(rows, tokens, codes, scales, x, columns, out);
+    if (tokens == 1) {  // one stream through memory is faster than several
+        for (int r = 0; r < R; r++) multiply<1, 1>(codes + r, scales + r, x, columns, out + r);
+        return;
+    }
     dispatch<R, TOKENS>(tokens, codes, scales, x, columns, out);
 }
 
@@ -139,8 +145,13 @@ int64_t route(const Work& work) {
     return count;
 }
 
-constexpr int JOB = 32;     // rows of a matrix that one thread takes at a time
 constexpr int BLOCK = 32;   // tokens whose inputs stay in the second-level cache meanwhile
+
+// Rows that one thread takes at a time: long streams, but eight of them for each thread.
+int64_t rows_of_job(int64_t rows, int64_t least) {
+    const int64_t many = rows / (8 * omp_get_max_threads()) / 8 * 8;
+    return std::min(std::max(many, least), 8 * least);
+}
 
 void arrange(const Work& work, int64_t token) {
     Input* out = work.inputs + token * padded(work.hidden);
@@ -245,19 +256,21 @@ EXPORT int run(const Work* given) {
     const Work work = *given;
     const int64_t experts = route(work);
     if (experts < 0) return 1;
-    const int64_t per_expert = (work.inner + JOB / 2 - 1) / (JOB / 2);
+    const int64_t job_of_first = rows_of_job(experts * work.inner, 16);
+    const int64_t job_of_second = rows_of_job(work.hidden, 32);
+    const int64_t per_expert = (work.inner + job_of_first - 1) / job_of_first;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < work.tokens; token++) arrange(work, token);
 #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < experts * per_expert; job++) {
-            const int64_t lo = job % per_expert * (JOB / 2);
-            gate_up(work, job / per_expert, lo, std::min<int64_t>(lo + JOB / 2, work.inner));
+            const int64_t lo = job % per_expert * job_of_first;
+            gate_up(work, job / per_expert, lo, std::min(lo + job_of_first, work.inner));
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t lo = 0; lo < work.hidden; lo += JOB)
-            down(work, experts, lo, std::min<int64_t>(lo + JOB, work.hidden));
+        for (int64_t lo = 0; lo < work.hidden; lo += job_of_second)
+            down(work, experts, lo, std::min(lo + job_of_second, work.hidden));
     }
     return 0;
 }
