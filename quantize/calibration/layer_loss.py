@@ -17,11 +17,9 @@ the same factor. Losses of layers add up as far as they are small.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +28,6 @@ from quantize.calibration.expert_weights import ExpertWeights
 from quantize.calibration.routing import Routing
 from quantize.calibration.visitor import NullVisitor
 from quantize.checkpoint.reader import Checkpoint
-from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts.base import BASES
 from quantize.nvfp4.activations import round_nvfp4
@@ -39,49 +36,23 @@ from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
 from quantize.run.bits import BF16, NVFP4
-from quantize.run.files import write_json
+from quantize.run.group_files import GroupFiles
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
 
-class StoredLosses:
-    """The losses in one folder, a JSON file for each group of experts."""
+class StoredLosses(GroupFiles[dict[str, float]]):
+    """The losses in one folder, nats a token, by the format's name."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    kind = "loss"
+    key = "losses"
 
-    def is_done(self, group: ExpertGroup) -> bool:
-        """Whether the losses of ``group`` are there."""
-        try:
-            self.of(group)
-        except QuantizeError:
-            return False
-        return True
-
-    def write(self, group: ExpertGroup, losses: dict[str, float]) -> None:
-        """Keep the losses of ``group``, nats a token, by the format's name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(group), {"prefix": group.prefix, "losses": losses})
-
-    def of(self, group: ExpertGroup) -> dict[str, float]:
-        """The losses of ``group``.
-
-        Raises:
-            QuantizeError: if they are not there, or damaged.
-        """
-        file = self._file(group)
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))["losses"]
-            losses = {str(name): float(loss) for name, loss in found.items()}
-            if not losses or not all(math.isfinite(loss) and loss >= 0 for loss in losses.values()):
-                raise ValueError("a loss that is not a number")
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise QuantizeError(f"{file}: {error}; run the same command with --resume") from error
+    def parse(self, group: ExpertGroup, value: Any) -> dict[str, float]:
+        """See :class:`GroupFiles`."""
+        losses = {str(name): float(loss) for name, loss in value.items()}
+        if not losses or not all(math.isfinite(loss) and loss >= 0 for loss in losses.values()):
+            raise ValueError("a loss that is not a number")
         return losses
-
-    def _file(self, group: ExpertGroup) -> Path:
-        key = f"{group.prefix} {group.first}"  # a prefix may be too long for a file's name
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.loss.json"
 
 
 class LossGatherer(NullVisitor):

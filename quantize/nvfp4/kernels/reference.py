@@ -5,6 +5,8 @@ Every faster kernel must give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from quantize.nvfp4 import format as nvfp4
@@ -46,13 +48,7 @@ class ReferenceKernel:
 
     def compare(self, weight: torch.Tensor, stored: nvfp4.NvFp4) -> tuple[float, float]:
         noise = signal = 0.0
-        parts = zip(
-            weight.split(self._rows),
-            stored.codes.split(self._rows),
-            stored.block_scale.split(self._rows),
-            strict=True,
-        )
-        for part, codes, block_scale in parts:
+        for part, codes, block_scale in self._parts(weight, stored):
             restored = nvfp4.dequantize(codes, block_scale, stored.global_scale)
             noise += float((restored.double() - part.double()).square().sum())
             signal += float(part.double().square().sum())
@@ -60,15 +56,16 @@ class ReferenceKernel:
 
     def products(self, weight: torch.Tensor, stored: nvfp4.NvFp4) -> tuple[float, float]:
         kept = signal = 0.0
-        parts = zip(
-            weight.split(self._rows),
-            stored.codes.split(self._rows),
-            stored.block_scale.split(self._rows),
-            strict=True,
-        )
-        for part, codes, block_scale in parts:
+        for part, codes, block_scale in self._parts(weight, stored):
             whole = part.float() * stored.global_scale.reciprocal()
             units = nvfp4.dequantize(codes, block_scale, torch.ones_like(stored.global_scale))
             kept += float((whole * units * 128).round().double().sum())
             signal += float((whole * whole * 128).round().double().sum())
         return kept, signal
+
+    def _parts(
+        self, weight: torch.Tensor, stored: nvfp4.NvFp4
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Some rows at a time: of ``weight``, and their codes and block scales."""
+        split = (each.split(self._rows) for each in (weight, stored.codes, stored.block_scale))
+        yield from zip(*split, strict=True)
