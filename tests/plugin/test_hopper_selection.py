@@ -328,7 +328,7 @@ def nvcc_that_is_broken(path: Path) -> Path:
     [
         (no_nvcc, "no nvcc: not in"),
         (nvcc_that_fails, "nvcc failed: no wgmma"),
-        (nvcc_that_is_broken, "Command "),
+        (nvcc_that_is_broken, "nvcc failed: it said nothing, and its exit status is 3"),
     ],
 )
 def test_without_a_compiler(

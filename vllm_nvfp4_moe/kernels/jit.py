@@ -214,7 +214,9 @@ def _run(compiler: Path, *arguments: str | Path) -> str:
     """What it prints."""
     done = subprocess.run([compiler, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise KernelError(f"{compiler.name} failed: {(done.stderr or done.stdout)[-2000:]}")
+        said = (done.stderr or done.stdout).strip()[-2000:]
+        said = said or f"it said nothing, and its exit status is {done.returncode}"
+        raise KernelError(f"{compiler.name} failed: {said}")
     return done.stdout
 
 
