@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from quantize.native import jit, processor
 from tests.plugin.reference import dequantize, m3_gate, relu2, routed
 from tests.plugin.test_layer import OTHER_GATES, relative, routing
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.backends.cpu import forward, huge_pages
-from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
-from vllm_nvfp4_moe.kernels.cpu.kernel import ANY, FORMS, INSTRUCTIONS, Instructions, Kernel
+from vllm_nvfp4_moe.kernels.cpu.kernel import ANY, FORMS, VARIANTS, Kernel, Variant
 
-HERE = [each for each in INSTRUCTIONS if each.flags <= cpu.flags()]
+HERE = [each for each in VARIANTS if each.instructions.here]
 EXPERTS, TOP_K = 5, 2
 GATES = {
     (Gate("swiglu_oai", 1.702, 1.0, 7.0)): m3_gate,
@@ -29,7 +29,7 @@ GATES = {
 }
 
 
-@pytest.fixture(scope="module", params=HERE, ids=lambda each: each.name)
+@pytest.fixture(scope="module", params=HERE, ids=lambda each: each.instructions.name)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     return Kernel(request.param)
 
@@ -66,7 +66,7 @@ class Case:
 
 def bound(kernel: Kernel) -> float:
     """Of the relative error: with bfloat16 what is between the products is rounded to it."""
-    return 4e-3 if kernel.instructions.takes == (torch.bfloat16,) else 2e-6
+    return 4e-3 if kernel.variant.takes == (torch.bfloat16,) else 2e-6
 
 
 # Sizes: less than what is decoded at a time; a whole number of it; and with a rest of some blocks.
@@ -76,7 +76,7 @@ def test_as_plain_floats(kernel: Kernel, hidden: int, inner: int, tokens: int) -
     torch.manual_seed(hidden + tokens)
     case, (weights, ids) = Case(hidden, inner), routing(tokens, EXPERTS, TOP_K)
     gate = Gate("swiglu_oai", 1.702, 1.0, 7.0)
-    for dtype in kernel.instructions.takes:
+    for dtype in kernel.variant.takes:
         x = torch.randn(tokens, hidden).to(dtype)
         out = case.run(kernel, x, weights, ids, gate)
         assert out.dtype == torch.float32
@@ -157,7 +157,7 @@ def test_between_the_products_ties_go_to_even(kernel: Kernel) -> None:
         Gate("relu2"), False, None, None,
     )  # fmt: skip
     squared = torch.tensor(1.0625**2)
-    rounds = kernel.instructions.takes == (torch.bfloat16,)
+    rounds = kernel.variant.takes == (torch.bfloat16,)
     assert out[0, 0] == (squared.bfloat16() if rounds else squared)
 
 
@@ -248,9 +248,9 @@ def test_what_is_not_as_the_loops_take_it(
 
 
 def test_a_source_that_does_not_belong_to_its_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Instructions.source
+    whole = Variant.source
     monkeypatch.setattr(
-        Instructions, "source", lambda self: whole(self).replace("Gate gate;", "Gate gate[2];")
+        Variant, "source", lambda self: whole(self).replace("Gate gate;", "Gate gate[2];")
         .replace("work.gate)", "work.gate[0])"),
     )  # fmt: skip
     with pytest.raises(jit.KernelError, match=r"experts\.cpp and kernel\.py differ"):
@@ -269,12 +269,12 @@ def chosen_anew() -> Iterator[None]:
 @pytest.mark.usefixtures("chosen_anew")
 def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for best in HERE:
-        monkeypatch.setattr(cpu, "flags", lambda: best.flags)  # noqa: B023
+        monkeypatch.setattr(processor, "flags", lambda: best.instructions.flags)  # noqa: B023
         for dtype in ANY:
             cpu.kernel_for.cache_clear()
-            found = cpu.kernel_for(dtype).instructions
+            found = cpu.kernel_for(dtype).variant
             assert dtype in found.takes
-            assert found.flags <= best.flags
+            assert found.instructions.flags <= best.instructions.flags
             assert found is best or dtype not in best.takes
 
 
@@ -287,7 +287,7 @@ def test_without_it_numba_does_the_work(
     said: list[str] = []
     monkeypatch.setattr(forward.logger, "warning", lambda text, *args: said.append(text % args))
     if lacks == "AVX2":
-        monkeypatch.setattr(cpu, "flags", frozenset)
+        monkeypatch.setattr(processor, "flags", frozenset)
     elif lacks == "a compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
