@@ -23,7 +23,10 @@ class Instructions:
     @property
     def options(self) -> tuple[str, ...]:
         """What has the compiler use them."""
-        return tuple(f"-m{flag.replace('_', '')}" for flag in sorted(self.flags))
+        return tuple(
+            f"-m{flag.replace('_', '-' if flag.startswith('amx') else '')}"
+            for flag in sorted(self.flags)
+        )
 
     @property
     def here(self) -> bool:
@@ -37,6 +40,7 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 AVX2 = Instructions("AVX2", _AVX2)
 AVX512 = Instructions("AVX-512", _AVX512)
 AVX512_BF16 = Instructions("AVX-512 with BF16", _AVX512 | {"avx512_bf16"})
+AMX = Instructions("AMX", AVX512_BF16.flags | {"amx_tile", "amx_bf16"})
 
 
 @cache

@@ -50,7 +50,7 @@ def native(dtype: torch.dtype) -> Kernel | None:
     if not environment.cpp():
         return None
     try:
-        return kernel_for(dtype)
+        return kernel_for(dtype, bool(envs.VLLM_BATCH_INVARIANT))
     except KernelError as error:
         logger.warning("numba runs the experts, which is slower than C++ would be: %s", error)
         return None

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 extern "C" int omp_get_max_threads();
@@ -200,7 +201,7 @@ constexpr int BLOCK = 32;   // tokens whose inputs stay in the second-level cach
 
 // Rows that one thread takes at a time: long streams, but eight of them for each thread.
 int64_t rows_of_job(int64_t rows, int64_t least, int64_t most) {
-    const int64_t many = rows / (8 * omp_get_max_threads()) / 8 * 8;
+    const int64_t many = rows / (8 * omp_get_max_threads()) / 16 * 16;
     return std::min(std::max(many, least), most);
 }
 
@@ -221,7 +222,7 @@ void arrange(const Work& work, int64_t token) {
 }
 
 // Rows lo to hi of gate and of up, of one expert; at most MOST_ROWS.
-void gate_up(const Work& work, int64_t i, int64_t lo, int64_t hi) {
+void gate_up(const Work& work, int64_t i, int64_t lo, int64_t hi, [[maybe_unused]] Input* tiles) {
     const int64_t expert = work.routed[i], inner = work.inner, columns = work.hidden;
     const int64_t all = inner * (work.gated ? 2 : 1), wide = padded(columns);
     const int parts = work.gated ? 2 : 1, step = ROWS / parts;
@@ -230,7 +231,20 @@ void gate_up(const Work& work, int64_t i, int64_t lo, int64_t hi) {
         const int block = int(std::min<int64_t>(BLOCK, work.start[i + 1] - from));
         const Input* x[BLOCK];
         for (int t = 0; t < block; t++) x[t] = work.inputs + work.pairs[from + t] / work.slots * wide;
-        for (int64_t r = lo; r < hi; r += step) {
+        int64_t r = lo;
+#ifdef HAS_TILES
+        if (block >= TILED) {
+            arrange_tiles(x, block, wide, tiles);
+            for (int part = 0; part < parts; part++) {
+                const int64_t row = expert * all + part * inner + lo;
+                multiply_tiles(work.w13 + row * (columns / 2), work.s13 + row * (columns / 16),
+                               columns, hi - lo, tiles, block,
+                               [&](int64_t j, int t, float sum) { made[t][part][j] = sum; });
+            }
+            r = hi;
+        }
+#endif
+        for (; r < hi; r += step) {
             const int rows = int(std::min<int64_t>(step, hi - r));
             const uint8_t *codes[ROWS], *scales[ROWS];
             for (int j = 0; j < rows * parts; j++) {
@@ -266,7 +280,8 @@ void gate_up(const Work& work, int64_t i, int64_t lo, int64_t hi) {
 }
 
 // Columns lo to hi of the output. Experts come in ascending order.
-void down(const Work& work, int64_t experts, int64_t lo, int64_t hi) {
+void down(const Work& work, int64_t experts, int64_t lo, int64_t hi,
+          [[maybe_unused]] Input* tiles) {
     const int64_t columns = work.inner, wide = padded(columns);
     for (int64_t i = 0; i < experts; i++) {
         const int64_t expert = work.routed[i];
@@ -280,7 +295,20 @@ void down(const Work& work, int64_t experts, int64_t lo, int64_t hi) {
                 outputs[t] = work.output + pair / work.slots * work.hidden;
                 after[t] = work.weight_on_input ? 1.0f : work.weights[pair];
             }
-            for (int64_t r = lo; r < hi; r += ROWS) {
+            int64_t r = lo;
+#ifdef HAS_TILES
+            if (block >= TILED) {
+                arrange_tiles(x, block, wide, tiles);
+                const int64_t row = expert * work.hidden + lo;
+                multiply_tiles(work.w2 + row * (columns / 2), work.s2 + row * (columns / 16),
+                               columns, hi - lo, tiles, block, [&](int64_t j, int t, float sum) {
+                                   const float bias = work.b2 ? work.b2[row + j] : 0;
+                                   outputs[t][lo + j] += (sum * work.g2[expert] + bias) * after[t];
+                               });
+                r = hi;
+            }
+#endif
+            for (; r < hi; r += ROWS) {
                 const int rows = int(std::min<int64_t>(ROWS, hi - r));
                 const uint8_t *codes[ROWS], *scales[ROWS];
                 float bias[ROWS] = {};
@@ -311,6 +339,11 @@ void down(const Work& work, int64_t experts, int64_t lo, int64_t hi) {
 EXPORT int64_t size_of_work() { return sizeof(Work); }
 EXPORT int64_t size_of_input() { return sizeof(Input); }
 EXPORT int64_t columns() { return COLUMNS; }
+#ifdef HAS_TILES
+EXPORT int allowed() { return tiles_are_allowed(); }
+#else
+EXPORT int allowed() { return 1; }
+#endif
 
 // Returns 0; or 1 if a token is sent to an expert that there is not.
 EXPORT int run(const Work* given) {
@@ -322,16 +355,27 @@ EXPORT int run(const Work* given) {
     const int64_t per_expert = (work.inner + job_of_first - 1) / job_of_first;
 #pragma omp parallel
     {
+        Input* tiles = nullptr;
+#ifdef HAS_TILES
+        static_assert(BLOCK == TOKEN_TILES * TILE);
+        const int64_t wide = std::max(padded(work.hidden), padded(work.inner));
+        tiles = static_cast<Input*>(aligned_alloc(64, sizeof(Input) * BLOCK * wide));
+        tiles_begin();
+#endif
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < work.tokens; token++) arrange(work, token);
 #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < experts * per_expert; job++) {
             const int64_t lo = job % per_expert * job_of_first;
-            gate_up(work, job / per_expert, lo, std::min(lo + job_of_first, work.inner));
+            gate_up(work, job / per_expert, lo, std::min(lo + job_of_first, work.inner), tiles);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t lo = 0; lo < work.hidden; lo += job_of_second)
-            down(work, experts, lo, std::min(lo + job_of_second, work.hidden));
+            down(work, experts, lo, std::min(lo + job_of_second, work.hidden), tiles);
+#ifdef HAS_TILES
+        tiles_end();
+        free(tiles);
+#endif
     }
     return 0;
 }

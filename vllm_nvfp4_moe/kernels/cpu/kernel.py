@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from quantize.experts.gates import Gate
 from quantize.native import jit
 from quantize.native.jit import KernelError
-from quantize.native.processor import AVX2, AVX512, AVX512_BF16, Instructions
+from quantize.native.processor import AMX, AVX2, AVX512, AVX512_BF16, Instructions
 
 FORMS = {
     "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
@@ -34,21 +35,31 @@ class Variant:
         header: what the instructions do for the loops of ``experts.cpp``.
         takes: the dtypes of the model's activations that it is for. What experts compute between
             their products has this dtype too, or float32.
+        invariant: a token's output has the same bits whatever its neighbours. If not, it depends on
+            how many tokens its experts have, in the order in which sums are added.
     """
 
     instructions: Instructions
     header: str
     takes: tuple[torch.dtype, ...]
+    invariant: bool = True
 
     def source(self) -> str:
         """The whole C++ source."""
-        here = Path(__file__).parent
-        vectors = here.joinpath(self.header).read_text()
-        return here.joinpath("experts.cpp").read_text().replace('#include "vectors.h"\n', vectors)
+        return _inlined("experts.cpp").replace('#include "vectors.h"\n', _inlined(self.header))
+
+
+def _inlined(name: str) -> str:
+    """The text of a file, with this folder's headers in the place of their includes."""
+    text = Path(__file__).with_name(name).read_text()
+    return re.sub(
+        r'^#include "(?!vectors)(.*)"\n', lambda found: _inlined(found[1]), text, flags=re.M
+    )
 
 
 ANY = (torch.bfloat16, torch.float16, torch.float32)
 VARIANTS = (
+    Variant(AMX, "amx.h", (torch.bfloat16,), invariant=False),
     Variant(AVX512_BF16, "avx512_bf16.h", (torch.bfloat16,)),
     Variant(AVX512, "avx512.h", ANY),
     Variant(AVX2, "avx2.h", ANY),
@@ -88,6 +99,8 @@ class Kernel:
         self._input = torch.bfloat16 if self._library.size_of_input() == 2 else torch.float32
         if (theirs := self._library.size_of_work()) != (ours := ctypes.sizeof(Work)):
             raise KernelError(f"experts.cpp and kernel.py differ: {theirs} bytes and {ours}")
+        if not self._library.allowed():
+            raise KernelError(f"Linux does not let this process use {variant.instructions.name}")
 
     def run(
         self,
@@ -108,7 +121,7 @@ class Kernel:
     ) -> torch.Tensor:
         """The routed experts' output, float32 ``[tokens, hidden]``.
 
-        A token's output has the same bits whatever other tokens there are.
+        A token's output has the same bits whatever other tokens there are, if ``variant`` says so.
 
         Args:
             x: ``[tokens, hidden]``, of a dtype that ``variant`` takes.
@@ -163,13 +176,20 @@ class Kernel:
 
 
 @cache
-def kernel_for(dtype: torch.dtype) -> Kernel:
+def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
     """The fastest kernel that this host has for activations of ``dtype``.
+
+    Args:
+        invariant: whether a token's bits must not depend on its neighbours.
 
     Raises:
         KernelError: if there is none: the processor lacks AVX2, or there is no compiler.
     """
+    problem = KernelError("the processor has no AVX2")
     for variant in VARIANTS:
-        if dtype in variant.takes and variant.instructions.here:
-            return Kernel(variant)
-    raise KernelError("the processor has no AVX2")
+        if dtype in variant.takes and variant.instructions.here and variant.invariant >= invariant:
+            try:
+                return Kernel(variant)
+            except KernelError as error:  # such as a compiler that is older than the processor
+                problem = error
+    raise problem
