@@ -185,11 +185,13 @@ def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
     Raises:
         KernelError: if there is none: the processor lacks AVX2, or there is no compiler.
     """
-    problem = KernelError("the processor has no AVX2")
+    problem = None
     for variant in VARIANTS:
         if dtype in variant.takes and variant.instructions.here and variant.invariant >= invariant:
             try:
                 return Kernel(variant)
             except KernelError as error:  # such as a compiler that is older than the processor
                 problem = error
+    if problem is None:
+        raise KernelError("the processor has no AVX2")
     raise problem
