@@ -279,6 +279,26 @@ def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("chosen_anew")
+def test_a_compiler_that_does_not_know_the_newest_instructions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """g++ 9 and BF16: the next best are taken, and not numba."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *bf16*) echo "unrecognized" >&2; exit 1;; esac\n'
+        'exec /usr/bin/env -u CXX g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv(settings.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu, "flags", lambda: INSTRUCTIONS[0].flags)
+    assert cpu.kernel_for(torch.bfloat16).instructions is INSTRUCTIONS[1]
+    monkeypatch.setattr(cpu, "INSTRUCTIONS", INSTRUCTIONS[:1])
+    with pytest.raises(jit.KernelError, match="unrecognized"):
+        cpu.kernel_for.__wrapped__(torch.bfloat16)
+
+
+@pytest.mark.usefixtures("chosen_anew")
 @pytest.mark.parametrize("lacks", ["AVX2", "a compiler", "the wish"])
 def test_without_it_numba_does_the_work(
     lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -291,6 +311,8 @@ def test_without_it_numba_does_the_work(
     elif lacks == "a compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv(settings.CACHE, str(tmp_path))  # which is empty
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     else:
         monkeypatch.setenv(settings.CPP, "0")
     torch.manual_seed(4)

@@ -191,13 +191,18 @@ def flags() -> frozenset[str]:
 
 @cache
 def kernel_for(dtype: torch.dtype) -> Kernel:
-    """The fastest kernel that this host has for activations of ``dtype``.
+    """The fastest kernel that this host has for activations of ``dtype``, and that can be had: an
+    old compiler does not know the newest instructions.
 
     Raises:
         KernelError: if there is none: the processor lacks AVX2, or there is no compiler.
     """
     has = flags()
+    problem = KernelError("the processor has no AVX2")
     for instructions in INSTRUCTIONS:
         if dtype in instructions.takes and instructions.flags <= has:
-            return Kernel(instructions)
-    raise KernelError("the processor has no AVX2")
+            try:
+                return Kernel(instructions)
+            except KernelError as error:
+                problem = error
+    raise problem
