@@ -37,7 +37,7 @@ logger = logging.getLogger("vllm.nvfp4_moe.jit")
 
 
 PACKAGE = "vllm_nvfp4_moe_jit_cache"
-"""What the optional distribution ``vllm-nvfp4-moe-jit-cache`` installs (packaging/jit_cache)."""
+"""What the optional distribution ``vllm-nvfp4-moe-jit-cache`` installs (jit_cache)."""
 
 NOTE = ".does-not-load"
 """Suffix of an empty file beside a library that was compiled and loads from no folder."""
@@ -246,11 +246,15 @@ def load(source: str, language: Language) -> ctypes.CDLL:
     """
     name = file_name(source, language)
     problems: dict[str, None] = {}
-    if (prebuilt := packaged()) and (prebuilt / name).exists():
+    if prebuilt := packaged():
         try:
             return ctypes.CDLL(str(prebuilt / name))
         except OSError as error:
             problems[str(error)] = None
+            logger.warning(
+                "The installed package of kernels has none for %s that loads here and is of this "
+                "version, and it is looked for elsewhere: %s", language.target, error,
+            )  # fmt: skip
     found = _loaded(name, folders(make=False), problems)
     for folder in () if found else folders():
         try:
