@@ -101,10 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("there is no home directory: say a folder by --to")
     try:
         jit.make_folder(folder)
-        if problem := jit.unsafe(folder):
-            parser.error(f"{folder}: {problem}, and no server takes code from there")
+        jit.check_safe(folder)
     except OSError as error:
-        parser.error(str(error))
+        parser.error(f"{error}. No server takes code from there")
     units = [*(cuda() if asked.cuda or everything else ())]
     if asked.cpu or (everything and platform.machine() in ("x86_64", "AMD64")):
         units += cpu()

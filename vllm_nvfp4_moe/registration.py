@@ -47,6 +47,7 @@ def register() -> None:
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)
     when_imported("vllm.model_executor.layers.fused_moe.config", _build_ungated_on_cpus)
+    when_imported("vllm.v1.metrics.loggers", _show_metrics)
     when_imported("vllm.ray.ray_env", _give_settings_to_ray)
 
 
@@ -89,6 +90,12 @@ def _build_ungated_on_cpus() -> None:
         return isinstance(config.quant_config, ExpertsConfig)
 
     quirks.build_ungated_on_cpus(ours)
+
+
+def _show_metrics() -> None:
+    from vllm_nvfp4_moe import metrics
+
+    metrics.install()
 
 
 def _give_settings_to_ray() -> None:

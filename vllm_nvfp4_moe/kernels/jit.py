@@ -152,13 +152,12 @@ def folders(make: bool = True) -> Iterator[Path]:
                 make_folder(place)
             elif not place.exists():
                 continue
-            problem = unsafe(place)
+            check_safe(place)
         except OSError as error:
-            problem = str(error)
-        if problem is None:
+            if place == wanted and make:
+                logger.warning("Compiled kernels cannot be kept where they should be: %s", error)
+        else:
             yield place
-        elif place == wanted and make:
-            logger.warning("Compiled kernels cannot be kept in %s: %s", place, problem)
 
 
 def make_folder(place: Path) -> None:
@@ -170,14 +169,14 @@ def make_folder(place: Path) -> None:
         place.chmod(0o755)
 
 
-def unsafe(path: Path) -> str | None:
-    """Why code is not loaded from ``path``; None if only this user and root can write there."""
+def check_safe(path: Path) -> None:
+    """Raise an OSError if anybody but this user and root can write in ``path``: no code is loaded
+    from there."""
     found = path.stat()
     if found.st_uid not in (0, os.getuid()):
-        return f"it belongs to another user ({found.st_uid})"
+        raise OSError(f"{path}: it belongs to another user ({found.st_uid})")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others can write there (mode {stat.S_IMODE(found.st_mode):o})"
-    return None
+        raise OSError(f"{path}: others can write there (mode {stat.S_IMODE(found.st_mode):o})")
 
 
 def packaged() -> Path | None:
@@ -185,12 +184,14 @@ def packaged() -> Path | None:
     that can be trusted."""
     package = importlib.util.find_spec(PACKAGE)
     for folder in map(Path, (package and package.submodule_search_locations) or ()):
-        # Whoever can write beside this package can change this module as well.
-        beside = folder.parent == Path(__file__).parents[2]
-        problem = None if beside else unsafe(folder)
-        if problem is None:
+        try:
+            # Whoever can write beside this package can change this module as well.
+            if folder.parent != Path(__file__).parents[2]:
+                check_safe(folder)
+        except OSError as error:
+            logger.warning("The package of compiled kernels is not used: %s", error)
+        else:
             return folder
-        logger.warning("Compiled kernels are not taken from %s: %s", folder, problem)
     return None
 
 
@@ -279,9 +280,8 @@ def _loaded(name: str, places: Iterable[Path], problems: dict[str, None]) -> cty
     for library in (place / name for place in places):
         try:
             if library.exists():
-                if (problem := unsafe(library)) is None:
-                    return ctypes.CDLL(str(library))
-                problems[f"{library}: {problem}"] = None
+                check_safe(library)
+                return ctypes.CDLL(str(library))
         except OSError as error:
             problems[str(error)] = None
     return None
@@ -297,8 +297,10 @@ def _made(
     """
     note = library.with_suffix(NOTE)
     if library.exists() and note.exists():
-        problems[f"it was compiled before, and does not load; remove {note} to try again"] = None
-        return None
+        raise KernelError(
+            f"it was compiled before, and does not load: {'; '.join(problems)}. Remove {note} to "
+            "have it compiled again"
+        )
     build(source, language, library)
     for place in chain([library.parent], folders()):
         copy = place / library.name

@@ -198,11 +198,13 @@ def kernel_for(dtype: torch.dtype) -> Kernel:
         KernelError: if there is none: the processor lacks AVX2, or there is no compiler.
     """
     has = flags()
-    problem = KernelError("the processor has no AVX2")
+    problem: KernelError | None = None
     for instructions in INSTRUCTIONS:
         if dtype in instructions.takes and instructions.flags <= has:
             try:
                 return Kernel(instructions)
             except KernelError as error:
                 problem = error
-    raise problem
+    if problem is not None:
+        raise problem
+    raise KernelError("the processor has no AVX2")
