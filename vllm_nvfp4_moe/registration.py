@@ -85,9 +85,9 @@ def _build_ungated_on_cpus() -> None:
     from vllm_nvfp4_moe import quirks
 
     def ours(config: VllmConfig) -> bool:
-        from vllm_nvfp4_moe.experts_config import ExpertsConfig
-
-        return isinstance(config.quant_config, ExpertsConfig)
+        # Of another model's config, nothing more of this package is imported.
+        module = sys.modules.get("vllm_nvfp4_moe.experts_config")
+        return module is not None and isinstance(config.quant_config, module.ExpertsConfig)
 
     quirks.build_ungated_on_cpus(ours)
 
