@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -35,14 +36,20 @@ INFO = ("layers", "experts", "layout", "gate", "kernel", "variant", "passed_over
 """Labels of ``nvfp4_moe_experts_info``, beside the model's name and the rank."""
 
 
+_made: list[str] = []
+"""The folder, in the process that has made it."""
+
+
 def share() -> None:
-    """Make the folder for this server's ranks, unless a process that has started this one has."""
-    if settings.run_folder() is not None:
+    """Make the folder for this server's ranks, unless the server's first process has."""
+    # vLLM starts its processes by multiprocessing. One that is started otherwise is another server,
+    # which may have inherited this one's environment.
+    if _made or (settings.run_folder() is not None and multiprocessing.parent_process()):
         return
     with suppress(OSError):  # nothing can be written: no metrics then
-        folder = tempfile.mkdtemp(prefix="nvfp4_moe-run-")
-        settings.set_run_folder(folder)
-        atexit.register(_remove, folder, os.getpid())
+        _made.append(tempfile.mkdtemp(prefix="nvfp4_moe-run-"))
+        settings.set_run_folder(_made[0])
+        atexit.register(_remove, _made[0], os.getpid())
 
 
 def _remove(folder: str, process: int) -> None:

@@ -20,7 +20,6 @@ TOLD = dict.fromkeys(metrics.INFO, "") | {"layers": "57", "kernel": "HOPPER", "e
 WORKER = """
 import sys
 from vllm_nvfp4_moe import metrics
-metrics.share()
 told = dict.fromkeys(metrics.INFO, "") | dict(layers="57", kernel=sys.argv[2])
 metrics.report(int(sys.argv[1]), told, float(sys.argv[3]))
 """
@@ -88,9 +87,14 @@ def test_from_workers_to_vllms_own_registry(
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-    monkeypatch.setenv(settings.RUN, "")
+    # That of a server in whose environment this one was started.
+    monkeypatch.setenv(settings.RUN, str(tmp_path / "of another"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(metrics, "_made", [])
     metrics.share()
+    (folder,) = metrics._made
+    metrics.share()
+    assert os.environ[settings.RUN] == folder and Path(folder).parent == tmp_path
     for words in (["0", "HOPPER", "0.002"], ["1", "MARLIN", "0.004"]):
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", WORKER, *words], check=True, env=env)
@@ -105,9 +109,20 @@ def test_from_workers_to_vllms_own_registry(
     of_two_ranks(generate_latest(get_prometheus_registry()).decode())
 
 
+def test_processes_that_a_server_starts_share_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(settings.RUN, str(tmp_path))
+    monkeypatch.setattr(metrics, "_made", [])
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the server")
+    metrics.share()
+    assert os.environ[settings.RUN] == str(tmp_path) and not metrics._made
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(settings.RUN, str(tmp_path))
+    monkeypatch.setattr(metrics, "_made", [str(tmp_path)])
     return tmp_path
 
 
