@@ -73,8 +73,6 @@ def test_the_command(
 ) -> None:
     folder = tmp_path / "opt" / "kernels"
     made = {jit.file_name(unit.source, unit.language) for unit in [*build.cuda(), *build.cpu()]}
-    folder.mkdir(parents=True)
-    (folder / min(made)).write_bytes(b"\x7fELF, and no more")
     before = os.umask(0o077)
     try:
         assert build.main(["--to", str(folder)]) == 0
@@ -88,6 +86,15 @@ def test_the_command(
     assert build.main(["--to", str(folder)]) == 0
     assert capsys.readouterr().out.count("(is there)") == 11
     assert compilations(log) == done
+
+
+def test_a_damaged_library_is_made_again(tmp_path: Path, compilers: Path, log: Path) -> None:
+    units = list(build.cpu())
+    damaged = tmp_path / jit.file_name(units[0].source, units[0].language)
+    damaged.write_bytes(b"\x7fELF, and no more")
+    assert build.main(["--cpu", "--to", str(tmp_path)]) == 0
+    assert compilations(log) == 2 * len(units)  # one to compile, one to link
+    assert jit.ctypes.CDLL(str(damaged)).answer() == 42
 
 
 def test_by_default_where_a_server_looks(
