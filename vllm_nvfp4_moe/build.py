@@ -96,9 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     asked = parser.parse_args(arguments)
     everything = not (asked.cuda or asked.cpu)
-    folder = asked.to.absolute() if asked.to else settings.cache()
+    try:
+        folder = asked.to.absolute() if asked.to else settings.cache()
+    except ImportError:  # vLLM, which knows where its cache is
+        folder = None
     if folder is None:
-        parser.error("there is no home directory: say a folder by --to")
+        parser.error("there is no folder for caches here: say one by --to")
     try:
         jit.make_folder(folder)
         jit.check_safe(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -130,6 +131,18 @@ def test_without_nvcc(monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert said.count("no nvcc: not here") == 1 and "HOPPER FP8 (vllm_nvfp4_moe), gated;" in said
 
 
+def test_where_nothing_says_where(
+    monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither vLLM nor a variable."""
+    monkeypatch.delenv(settings.CACHE)
+    monkeypatch.setitem(sys.modules, "vllm.envs", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SystemExit):
+        build.main(["--cpu"])
+    assert "say one by --to" in capsys.readouterr().err
+
+
 def test_a_folder_from_which_no_server_takes_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +180,7 @@ def test_a_server_without_a_compiler(tmp_path: Path, monkeypatch: MonkeyPatch) -
     assert "KernelError: cannot be built or loaded: no folder can be written" in done.stderr
 
 
-@pytest.mark.parametrize("place", ["beside", "elsewhere", "where others can write"])
+@pytest.mark.parametrize("place", ["beside", "elsewhere", "where others can write", "a library"])
 def test_the_package_of_kernels(
     tmp_path: Path, log: Path, monkeypatch: MonkeyPatch, place: str
 ) -> None:
@@ -179,12 +192,12 @@ def test_the_package_of_kernels(
     jit.build(SOURCE.replace("42", "43"), jit.cuda("90a"), library)
     monkeypatch.syspath_prepend(str(folder.parent))
     if place != "elsewhere":
-        folder.chmod(0o775)
+        (library if place == "a library" else folder).chmod(0o775)
     if place == "beside":
         file = folder.parent / "vllm_nvfp4_moe" / "kernels" / "jit.py"
         monkeypatch.setattr(jit, "__file__", str(file))
     # It answers 43, so that one sees that it is the package's.
-    trusted = place != "where others can write"
+    trusted = place in ("beside", "elsewhere")
     assert jit.load(SOURCE, jit.cuda("90a")).answer() == (43 if trusted else 42)
     assert compilations(log) == (1 if trusted else 2)
     # A package of another version has no library of that name.

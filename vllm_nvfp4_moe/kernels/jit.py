@@ -179,19 +179,21 @@ def check_safe(path: Path) -> None:
         raise OSError(f"{path}: others can write there (mode {stat.S_IMODE(found.st_mode):o})")
 
 
-def packaged() -> Path | None:
-    """The folder of libraries of the package ``vllm-nvfp4-moe-jit-cache``; None if there is none
-    that can be trusted."""
+def packaged(name: str) -> Path | None:
+    """The library of that name in the package ``vllm-nvfp4-moe-jit-cache``, which may not have it.
+    None if there is no package, or none that can be trusted."""
     package = importlib.util.find_spec(PACKAGE)
     for folder in map(Path, (package and package.submodule_search_locations) or ()):
+        library = folder / name
         try:
             # Whoever can write beside this package can change this module as well.
             if folder.parent != Path(__file__).parents[2]:
-                check_safe(folder)
+                for path in (folder, library) if library.exists() else (folder,):
+                    check_safe(path)
         except OSError as error:
             logger.warning("The package of compiled kernels is not used: %s", error)
         else:
-            return folder
+            return library
     return None
 
 
@@ -247,9 +249,9 @@ def load(source: str, language: Language) -> ctypes.CDLL:
     """
     name = file_name(source, language)
     problems: dict[str, None] = {}
-    if prebuilt := packaged():
+    if prebuilt := packaged(name):
         try:
-            return ctypes.CDLL(str(prebuilt / name))
+            return ctypes.CDLL(str(prebuilt))
         except OSError as error:
             problems[str(error)] = None
             logger.warning(
