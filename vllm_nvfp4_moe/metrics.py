@@ -4,10 +4,10 @@ far its self-check was off.
 Layers are loaded by workers, and ``/metrics`` is answered by API servers, which are other
 processes; vLLM takes no numbers of a plugin from the ones to the others. So each rank leaves a
 file. The folder is made by the process that makes vLLM's config, which is the first one, and named
-in the environment, which the others on this machine inherit. Once the engine is ready, each API
-server sets gauges from the files, by prometheus_client and beside vLLM's own. So it does not matter
-whether there are several API servers, which vLLM then has share a folder
-(``PROMETHEUS_MULTIPROC_DIR``).
+in the environment, which the others on this machine inherit. Once the engine is ready
+(``quirks.show_metrics``), each API server sets gauges from the files, by prometheus_client and
+beside vLLM's own. So it does not matter whether there are several API servers, which vLLM then has
+share a folder (``PROMETHEUS_MULTIPROC_DIR``).
 
 Ranks on other machines do not show, since they have no such folder. Without vLLM's statistics
 (``--disable-log-stats``) there are none of ours.
@@ -30,7 +30,6 @@ from vllm_nvfp4_moe import settings
 
 if TYPE_CHECKING:
     from prometheus_client import Gauge
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 INFO = ("layers", "experts", "layout", "gate", "kernel", "variant", "passed_over", "self_check")
 """Labels of ``nvfp4_moe_experts_info``, beside the model's name and the rank."""
@@ -74,29 +73,17 @@ def report(rank: int, told: Mapping[str, str], error: float | None) -> None:
         part.rename(part.with_suffix(".json"))
 
 
-def install() -> None:
-    """Have vLLM's API servers show what the ranks have left, once vLLM shows its own."""
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    initialized = PrometheusStatLogger.log_engine_initialized
-
-    @functools.wraps(initialized)
-    def log_engine_initialized(self: PrometheusStatLogger) -> None:
-        initialized(self)
-        show(str(self.vllm_config.model_config.served_model_name))
-
-    PrometheusStatLogger.log_engine_initialized = log_engine_initialized
-
-
-def show(model_name: str) -> None:
-    """Set the gauges from what the ranks have left so far."""
+def show(model_name: str) -> bool:
+    """Set the gauges from what the ranks have left so far; whether there was anything."""
     folder = settings.run_folder()
-    for file in sorted(folder.glob("*.json")) if folder else ():
+    files = sorted(folder.glob("*.json")) if folder else []
+    for file in files:
         found: dict[str, Any] = json.loads(file.read_text())
         told, rank, error = found["told"], found["rank"], found["error"]
         _info().labels(model_name, rank, *(told[name] for name in INFO)).set(1)
         if error is not None:
             _error().labels(model_name, rank, told["layers"], told["kernel"]).set(error)
+    return bool(files)
 
 
 @functools.cache

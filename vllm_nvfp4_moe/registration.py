@@ -93,9 +93,9 @@ def _build_ungated_on_cpus() -> None:
 
 
 def _show_metrics() -> None:
-    from vllm_nvfp4_moe import metrics
+    from vllm_nvfp4_moe import metrics, quirks
 
-    metrics.install()
+    quirks.show_metrics(metrics.show)
 
 
 def _give_settings_to_ray() -> None:

@@ -99,8 +99,13 @@ def test_from_workers_to_vllms_own_registry(
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", WORKER, *words], check=True, env=env)
     theirs: list[object] = []
-    monkeypatch.setattr(PrometheusStatLogger, "log_engine_initialized", theirs.append)
-    registration._show_metrics()
+
+    def log_engine_initialized(self: object) -> None:
+        theirs.append(self)
+
+    monkeypatch.setattr(PrometheusStatLogger, "log_engine_initialized", log_engine_initialized)
+    for _ in range(2):  # vLLM may register plugins more than once
+        registration._show_metrics()
     stat_logger = PrometheusStatLogger.__new__(PrometheusStatLogger)
     model = SimpleNamespace(served_model_name="m3")
     stat_logger.vllm_config = SimpleNamespace(model_config=model)
