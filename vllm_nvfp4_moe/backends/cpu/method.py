@@ -10,7 +10,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.cpu import huge_pages
-from vllm_nvfp4_moe.backends.cpu.forward import MANY, experts_forward
+from vllm_nvfp4_moe.backends.cpu.forward import MANY, experts_forward, native
+from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class CpuMethod(NvFp4MoEMethod):
     @property
     def kernel(self) -> str:
         return "the CPU kernel"
+
+    @property
+    def variant(self) -> str:
+        kernel = native(self.moe.in_dtype) if self.gate.form in FORMS else None
+        return kernel.variant.instructions.name if kernel else "numba"
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **more: Any) -> None:
         super().create_weights(layer, *args, **more)
