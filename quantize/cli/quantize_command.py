@@ -46,6 +46,7 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import err, out, plain
 from quantize.cli.progress import progress_bar
+from quantize.cli.source_options import RevisionOption
 from quantize.cli.text_options import check_text_options, said
 from quantize.errors import QuantizeError
 from quantize.run.options import Calibration, Options
@@ -55,6 +56,7 @@ def quantize(
     context: typer.Context,
     source: Source,
     target: Target,
+    revision: RevisionOption = None,
     layout: LayoutOption = MODELOPT,
     scales: Annotated[
         RuleName,
@@ -264,7 +266,10 @@ def quantize(
             WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
         check_target(target, overwrite, resume)
-        with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
+        with (
+            connected(ray) if ray else nullcontext(),
+            Checkpoint(resolve(source, revision)) as checkpoint,
+        ):
             check_apart(checkpoint, target)
             steps = plan(checkpoint, replace(options, bits=None))
             if said(context, "scales") and not steps.quantizes:

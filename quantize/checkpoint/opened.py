@@ -1,0 +1,58 @@
+"""Opening a checkpoint by what a user calls it, without downloading its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantize.checkpoint.headers import find_files
+from quantize.checkpoint.hub import asking, look_up
+from quantize.checkpoint.hub_weights import HubWeights
+from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.weights import Weights
+
+
+def opened(
+    source: str, revision: str | None = None, *, code: bool = False, whole: bool = False
+) -> Checkpoint:
+    """The checkpoint ``source``, for whatever its headers tell.
+
+    Of a model on the hub whose weights are not in the cache, its config and the headers of its
+    weights are read, and ``weights.here`` is False; see :func:`bring`.
+
+    Args:
+        source, revision: see ``look_up``.
+        code: its Python modules are read too.
+        whole: so is all else that belongs to it beside the weights.
+
+    Raises:
+        QuantizeError: see ``look_up`` and ``Checkpoint``.
+    """
+    found = look_up(source, revision)
+    if isinstance(found, Path):
+        return Checkpoint(found)
+    with asking(source):
+        folder = found.companions() if whole else found.described(code)
+    names = [file.name for file in find_files(folder, found.candidates)]
+    if not found.missing(names):
+        return Checkpoint(folder)
+    return Checkpoint(folder, weights=HubWeights(found, names))
+
+
+def to_bring(checkpoint: Checkpoint) -> int:
+    """How many bytes :func:`bring` would download."""
+    weights = checkpoint.weights
+    if not isinstance(weights, HubWeights):
+        return 0
+    return sum(weights.model.files[name].size for name in weights.model.missing(weights.names))
+
+
+def bring(checkpoint: Checkpoint) -> None:
+    """Download the weights of a checkpoint that :func:`opened` has, unless they are here.
+
+    Raises:
+        QuantizeError: if that fails.
+    """
+    weights = checkpoint.weights
+    if isinstance(weights, HubWeights):
+        weights.model.bring(sorted(weights.names))
+        checkpoint.weights = Weights()
