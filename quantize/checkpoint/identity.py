@@ -37,7 +37,8 @@ class Identity(NamedTuple):
 
     Attributes:
         files: of each safetensors file's header, size and, in the hub's cache, hash; by its name.
-        tensors: of the first, middle and last bytes of each tensor, by its file's and its name.
+        tensors: of the first, middle and last bytes of each tensor, by its file's and its name;
+            nothing yet of tensors that are still on the hub.
         companions: of each copied file's contents, by its relative path.
         revision: the commit on the hub, see ``hub.revision_of``; None if it is not known.
     """
@@ -54,9 +55,12 @@ def identity_of(checkpoint: Checkpoint) -> Identity:
     Raises:
         QuantizeError: if a file cannot be read, or ends early.
     """
+    tensors: dict[str, dict[str, str]] = {file.name: {} for file in checkpoint.files}
+    if checkpoint.weights.here:
+        tensors |= tensor_digests(checkpoint.stored.values())
     return Identity(
         {file.name: checkpoint.weights.digest(file) for file in checkpoint.files},
-        {file.name: {} for file in checkpoint.files} | tensor_digests(checkpoint.stored.values()),
+        tensors,
         {name: _file_digest(checkpoint.folder / name) for name in companions(checkpoint.folder)},
         revision_of(checkpoint.folder),
     )

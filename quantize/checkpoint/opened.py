@@ -8,11 +8,18 @@ from quantize.checkpoint.headers import find_files
 from quantize.checkpoint.hub import asking, look_up
 from quantize.checkpoint.hub_weights import HubWeights
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.streamed import Streamed
 from quantize.checkpoint.weights import Weights
+from quantize.errors import QuantizeError
 
 
 def opened(
-    source: str, revision: str | None = None, *, code: bool = False, whole: bool = False
+    source: str,
+    revision: str | None = None,
+    *,
+    code: bool = False,
+    whole: bool = False,
+    stream: bool = False,
 ) -> Checkpoint:
     """The checkpoint ``source``, for whatever its headers tell.
 
@@ -23,16 +30,23 @@ def opened(
         source, revision: see ``look_up``.
         code: its Python modules are read too.
         whole: so is all else that belongs to it beside the weights.
+        stream: its weights will be ``Streamed``, whatever the cache has.
 
     Raises:
         QuantizeError: see ``look_up`` and ``Checkpoint``.
     """
     found = look_up(source, revision)
     if isinstance(found, Path):
+        if stream:
+            raise QuantizeError(
+                f"--stream: {source} is on this machine ({found}); leave --stream out"
+            )
         return Checkpoint(found)
     with asking(source):
         folder = found.companions() if whole else found.described(code)
     names = [file.name for file in find_files(folder, found.candidates)]
+    if stream:
+        return Checkpoint(folder, weights=Streamed(found, names))
     if not found.missing(names):
         return Checkpoint(folder)
     return Checkpoint(folder, weights=HubWeights(found, names))
@@ -41,7 +55,7 @@ def opened(
 def to_bring(checkpoint: Checkpoint) -> int:
     """How many bytes :func:`bring` would download."""
     weights = checkpoint.weights
-    if not isinstance(weights, HubWeights):
+    if not isinstance(weights, HubWeights) or isinstance(weights, Streamed):
         return 0
     return sum(weights.model.files[name].size for name in weights.model.missing(weights.names))
 
@@ -53,6 +67,6 @@ def bring(checkpoint: Checkpoint) -> None:
         QuantizeError: if that fails.
     """
     weights = checkpoint.weights
-    if isinstance(weights, HubWeights):
+    if isinstance(weights, HubWeights) and not isinstance(weights, Streamed):
         weights.model.bring(sorted(weights.names))
         checkpoint.weights = Weights()

@@ -203,6 +203,10 @@ class Checkpoint:
         Raises:
             QuantizeError: if the file cannot be read, or ends early.
         """
+        begin = info.offset + start
+        if (apart := self.weights.apart(info.file, begin, begin + len(buffer))) is not None:
+            buffer.copy_(torch.frombuffer(bytearray(apart), dtype=torch.uint8))
+            return
         descriptor, keep = self._descriptor(info.file)
         try:
             read_fully(descriptor, buffer, info, start)

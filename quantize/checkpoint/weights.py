@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from quantize.checkpoint.headers import read_header
@@ -45,6 +45,14 @@ class Weights:
     def is_here(self, file: Path) -> bool:
         """Whether :meth:`open` returns at once."""
         return True
+
+    def times(self, files: Iterable[Path]) -> dict[str, int]:
+        """When files were changed, in nanoseconds, by their true paths."""
+        return {str(file.resolve()): file.stat().st_mtime_ns for file in files}
+
+    def apart(self, file: Path, begin: int, end: int) -> bytes | None:
+        """Bytes of a file that is not here any more; None: :meth:`open` has it."""
+        return None
 
     def digest(self, file: Path) -> str:
         """SHA-256 of the file's header, its size and, in the hub's cache, its hash."""

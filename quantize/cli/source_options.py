@@ -1,4 +1,4 @@
-"""Which commit of a model on the hub SRC is."""
+"""Options that say how SRC is read from the hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from quantize.cli.errors import UsageError
 from quantize.errors import QuantizeError
 
 RevisionOption = Annotated[
@@ -19,6 +20,32 @@ RevisionOption = Annotated[
         "its main branch.",
     ),
 ]
+
+StreamOption = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Download a few files of SRC at a time, and remove each when it is quantized: for a "
+        "disk that has no room for SRC, e.g. --stream --resume.",
+    ),
+]
+
+
+def check_stream(stream: bool, text: bool, ray: str | None) -> None:
+    """Refuse what reads a model otherwise than once, file after file.
+
+    Raises:
+        UsageError: if ``--stream`` is given with it.
+    """
+    if stream and text:
+        raise UsageError(
+            "--stream reads each file of SRC once, and --calibrate and --input-scales run the "
+            "whole model several times; leave --stream out, or quantize without a text"
+        )
+    if stream and ray:
+        raise UsageError(
+            "--stream downloads to this machine, and --ray reads SRC on all; leave one out"
+        )
 
 
 def revision_for(source: str, target: Path, stated: str | None) -> str | None:
