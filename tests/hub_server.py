@@ -294,7 +294,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.models:
             self._send_json({"error": "You already created this model repo", "url": url}, 409)
             return
-        model = self.hub.models[name] = Model(private=bool(asked.get("private")))
+        model = self.hub.models[name] = Model()
+        model.private = bool(asked.get("private")) or asked.get("visibility") == "private"
         model.commit({".gitattributes": Stored(b"*.safetensors filter=lfs\n")})
         self._send_json({"url": url, "id": name})
 

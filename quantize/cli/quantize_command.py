@@ -45,6 +45,13 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import err, out, plain
 from quantize.cli.progress import progress_bar
+from quantize.cli.push_options import (
+    EvaluationOption,
+    PushOption,
+    check_push,
+    push_finished,
+    reserve_for,
+)
 from quantize.cli.source_options import RevisionOption, StreamOption, check_stream
 from quantize.cli.text_options import check_text_options, said
 from quantize.errors import QuantizeError
@@ -208,6 +215,8 @@ def quantize(
             "DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
         ),
     ] = None,
+    push_to: PushOption = None,
+    evaluation: EvaluationOption = None,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
     again = "--resume instead of --overwrite" if overwrite else "--resume"
@@ -217,6 +226,8 @@ def quantize(
         check_text_options(context, text, input_scales, activations, all_linears)
         read = text or input_scales or []
         check_stream(stream, bool(read), ray)
+        check_push(push_to, source, evaluation, overwrite or resume)
+        command = _command(context)
         if read:
             from quantize.calibration.sources import check_there
 
@@ -267,6 +278,9 @@ def quantize(
         if work_dir is not None:
             WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
+        goes_on = push_to is not None and not (overwrite or resume)
+        if goes_on and push_finished(push_to, target, command, evaluation):
+            return
         check_target(target, overwrite, resume)
         there = opened(source, revision, code=trust_remote_code, whole=True, stream=stream)
         with connected(ray) if ray else nullcontext(), there as checkpoint:
@@ -299,6 +313,8 @@ def quantize(
             if tokens is not None:
                 needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
                 err.print(f"Calibration: {needs}", highlight=False)
+            if push_to:
+                reserve_for(push_to, checkpoint, steps)
             fetch(checkpoint, steps, target, needs.states if needs else 0, work_dir, overwrite)
             with progress_bar("Quantizing", checkpoint.nbytes) as bar:
                 if bits is not None:
@@ -325,7 +341,7 @@ def quantize(
                     devices=devices,
                     threads=threads,
                     ray=ray,
-                    command=_command(context),
+                    command=command,
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
@@ -341,12 +357,14 @@ def quantize(
             soft_wrap=True,
             highlight=False,
         )
+        if push_to:
+            push_finished(push_to, target, command, None, anew=True)
 
 
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
     how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
-    how |= {"check_text", "yes", "stream"}
+    how |= {"check_text", "yes", "stream", "push_to", "evaluation"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
