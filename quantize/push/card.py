@@ -6,7 +6,6 @@ are this model's too; its results are not.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from quantize.duration import duration
 from quantize.errors import QuantizeError
 from quantize.layouts import LAYOUTS
 from quantize.push.checkpoint import CARD, Finished
+from quantize.push.report import command
 
 _NOT_INHERITED = ("model-index", "base_model", "base_model_relation", "library_name", "tags")
 """Of SRC's front matter: its measured results, and what is said anew."""
@@ -90,19 +90,6 @@ def _recipe(made: Finished) -> list[str]:
     if report.converted:
         found.append("converted from NVFP4")
     return found
-
-
-def command(made: Finished) -> str:
-    """How it was made, without the names of folders on the machine where it was."""
-    words = shlex.split(made.report.command)
-    if len(words) < 4:
-        return made.report.command
-    base = made.base
-    first = [*words[:2], base[0] if base else "SRC", "DST"]
-    rest = [Path(word).name if word.startswith(("/", "~", ".")) else word for word in words[4:]]
-    if base and "--revision" not in rest:
-        rest += ["--revision", base[1]]
-    return shlex.join(first + rest)
 
 
 def _figures(evaluation: dict[str, Any]) -> str:

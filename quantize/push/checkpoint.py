@@ -18,8 +18,9 @@ from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.target import FOLDER
 
 CARD = "README.md"
-NOT_UPLOADED = (REPORT, REPORT_DATA, CARD)
-"""The report's files, and SRC's card, which is part of the new one."""
+WRITTEN_ANEW = (REPORT, REPORT_DATA, CARD)
+"""What is not uploaded as it is here: the report names folders, and SRC's card becomes a part of
+the new one."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Finished:
 
     @property
     def files(self) -> list[str]:
-        """Relative paths of what is uploaded beside the card."""
+        """Relative paths of what is uploaded as it is."""
         return uploaded(self.report.files)
 
     @property
@@ -89,5 +90,5 @@ def finished(folder: Path) -> Finished | None:
 
 
 def uploaded(names: list[str]) -> list[str]:
-    """Which of the files that a run writes are uploaded."""
-    return [name for name in names if name not in NOT_UPLOADED]
+    """Which of the files that a run writes are uploaded as they are."""
+    return [name for name in names if name not in WRITTEN_ANEW]

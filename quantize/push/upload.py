@@ -1,6 +1,6 @@
 """Uploading the files of a finished checkpoint.
 
-They go in several commits, the weights first. ``config.json`` and the card come with the last one:
+They go in several commits, the weights first. ``config.json``, card and report come with the last:
 until then nothing takes the repository for a model. The hub keeps what it has, so the same again
 goes on: of a file that is there already nothing is sent.
 """
@@ -23,6 +23,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY
 from quantize.push.card import card
 from quantize.push.checkpoint import CARD, Finished, uploaded
+from quantize.push.report import published
 from quantize.run.version import PACKAGE, package_version
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def push(
         say(f"uploading to {name}: part {number} of {len(every)}, {decimal(size)}")
         contents: dict[str, str | bytes] = {file: str(made.folder / file) for file in files}
         if files == [CONFIG]:
-            contents[CARD] = text.encode()
+            contents |= {CARD: text.encode()} | published(made)
         message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
         with _pushing(name):
             _commit(api, name, contents, message)

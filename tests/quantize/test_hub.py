@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,10 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantize.checkpoint import hub_weights
+from quantize.checkpoint.companions import companions
 from quantize.checkpoint.hub import resolve
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.opened import opened
 from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.run.fetch import fetch
+from quantize.run.finish import written_names
+from quantize.run.leftovers import replaced_by_new
+from quantize.run.plan import plan
+from quantize.run.target import FOLDER
 from tests.hub_server import Hub, Stored, serving, use
 from tests.quantize.checkpoints import contents, write_index
 from tests.quantize.test_cli import refusal, run
@@ -296,3 +304,68 @@ def test_all_that_belongs_comes(hub: Hub, source: Path, tmp_path: Path) -> None:
     same = {name for name in one if one[name] == two[name]}
     assert one.keys() - same == {"config.json"}
     assert "notes.zip" not in hub.sent
+
+
+def test_nothing_is_downloaded_for_nothing(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """What can refuse a run is asked first: here a pattern, an option, and a model without a gate
+    that is known."""
+    hub.publish("org/moe", source)
+    out = tmp_path / "out"
+    assert refusal("quantize", "org/moe", out, "--exclude", "*")
+    assert refusal("quantize", "org/moe", out, "--scales", "max", "--include", "no.such.module")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "brand_new", "architectures": ["BrandNew"]}
+    (source / "config.json").write_text(json.dumps(config))
+    hub.publish("org/moe", source)
+    assert "--gate" in refusal("quantize", "org/moe", out)
+    assert not any("HEAD" in line and "safetensors" in line for line in hub.requests)
+    assert not out.exists()
+
+
+def test_disks_have_room_for_all_of_it(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Downloads, output, copies and hidden states on one disk are added up, before the first of
+    them; what an old checkpoint frees is counted, and what is in the cache is not downloaded."""
+    (source / "LICENSE").write_text("x" * 1000)
+    hub.publish("org/moe", source)
+    size = (source / "model.safetensors").stat().st_size
+    room: list[int] = []
+    real = shutil.disk_usage
+
+    def usage(path: object) -> object:
+        found = real(path)  # type: ignore[call-overload]
+        return found._replace(free=room[0]) if room else found
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    out = tmp_path / "out"
+    with opened("org/moe", whole=True) as checkpoint:
+        steps = plan(checkpoint)
+        copied = sum(map(len, map(Path.read_bytes, map(source.joinpath, companions(source)))))
+        needed = size + steps.nbytes + copied
+        for states in (0, 12345):
+            room[:] = [needed + states - 1]
+            with pytest.raises(QuantizeError, match="are still to be written") as caught:
+                fetch(checkpoint, steps, out, states, None, False)
+            assert ("--work-dir" in str(caught.value)) == bool(states)
+            assert ("--stream" in str(caught.value)) == (not states)
+            assert "HF_HUB_CACHE" in str(caught.value)
+        room[:] = [needed - 1]
+        assert "are still to be written" in refusal("quantize", "org/moe", out)
+        assert not any("HEAD" in line and "safetensors" in line for line in hub.requests)
+        assert not out.exists()
+        room[:] = [needed]
+        fetch(checkpoint, steps, out, 0, None, False)
+    assert hub.sent["model.safetensors"] >= size
+    room[:] = [steps.nbytes + copied]
+    result = run("quantize", "org/moe", out)
+    assert result.exit_code == 0, result.output
+    # Again over it: the old checkpoint goes, so nothing more is needed but what comes again.
+    shutil.rmtree(tmp_path / "cache")
+    room[:] = [size]
+    with opened("org/moe", whole=True) as checkpoint:
+        with pytest.raises(QuantizeError, match="are still to be written"):
+            fetch(checkpoint, steps, tmp_path / "other", 0, None, False)
+        freed = replaced_by_new(out, out / FOLDER, written_names(steps, companions(source)))
+        room[:] = [needed - freed.nbytes(out)]
+        fetch(checkpoint, steps, out, 0, None, True)

@@ -76,7 +76,7 @@ def test_what_comes_to_the_hub(hub: Hub, model: str, tmp_path: Path) -> None:
     left = {"nvfp4_moe_report.html", "nvfp4_moe_report.json", "README.md"}
     own = {path: content for path, content in here.items() if path not in left}
     assert {path: there[path] for path in own} == own
-    assert there.keys() == own.keys() | {"README.md", ".gitattributes"}
+    assert there.keys() == own.keys() | left | {".gitattributes"}
     assert here["README.md"].decode() == CARD
     assert not [file for file in out.rglob("*") if file.name.startswith(".")]
     fields, text = front_and_text(there["README.md"])
@@ -110,7 +110,15 @@ def test_what_comes_to_the_hub(hub: Hub, model: str, tmp_path: Path) -> None:
     folder.mkdir()
     for path, content in there.items():
         (folder / path).write_bytes(content)
-    assert run("verify", folder).exit_code == 0
+    for words in ((folder,), ("org/moe", folder)):
+        result = run("verify", *words)
+        assert result.exit_code == 0, result.output
+    for name in left:
+        assert str(tmp_path) not in there[name].decode()
+    (folder / "README.md").unlink()  # it is not the checkpoint's
+    assert run("verify", "org/moe", folder).exit_code == 0
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in run("verify", "org/moe", folder).output
 
 
 def test_config_and_card_come_last(hub: Hub, model: str, tmp_path: Path) -> None:
