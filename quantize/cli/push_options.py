@@ -119,7 +119,10 @@ def _read(evaluation: Path | None, target: Path) -> dict[str, Any] | None:
         older = evaluation.stat().st_mtime < (target / "config.json").stat().st_mtime
     except (OSError, ValueError) as error:
         raise QuantizeError(f"--evaluation {evaluation}: {error}") from error
-    if not isinstance(found, dict) or older:
-        what = "older than DST: evaluate it again" if older else "not what evaluate --json prints"
-        raise QuantizeError(f"--evaluation {evaluation} is {what}")
+    if not isinstance(found, dict):
+        raise QuantizeError(f"--evaluation {evaluation}: this is not what evaluate --json prints")
+    if older:
+        raise QuantizeError(
+            f"--evaluation {evaluation} is older than DST's config.json; evaluate DST again"
+        )
     return found

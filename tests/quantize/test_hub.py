@@ -322,6 +322,7 @@ def test_nothing_is_downloaded_for_nothing(hub: Hub, source: Path, tmp_path: Pat
     assert not out.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # the client's own word
 def test_disks_have_room_for_all_of_it(
     hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
