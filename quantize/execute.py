@@ -40,7 +40,7 @@ from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.sessions import Sessions
 from quantize.run.space import Space
-from quantize.run.stream import Stream, bytes_on_disk, streamed
+from quantize.run.stream import Stream, bytes_beside, streamed
 from quantize.run.target import check_folder
 from quantize.run.workers import Progress, all_devices, make_shards
 
@@ -272,7 +272,7 @@ class _Run:
                 self._foresee(budget.memory, left)
         if record.goes_on and not voided:
             shards -= sum(_allocated(record.rounded(name)) for name in plan.file_names)
-        source = bytes_on_disk(self.checkpoint, plan, record, missing)
+        source = bytes_beside(self.checkpoint, plan, record, missing)
         space = Space(record, max(0, shards), max(0, calibration), plan.rounds, source)
         space.check()
         return space

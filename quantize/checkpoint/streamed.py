@@ -3,7 +3,8 @@
 Work is done in steps, and each says which files it reads. Files are downloaded in the order in
 which steps need them: all that the first unfinished step needs, and ``AHEAD`` more. A file is
 removed when the last step that reads it is finished. So the disk holds a known number of bytes
-(:func:`peak`), whatever the size of the model.
+(:func:`peak`), whatever the size of the model. A step begins when all but the one before it are
+finished.
 
 Each file is compared with the hash that the hub lists before anybody reads it: it cannot be looked
 at again later. What tells the checkpoint from another (``identity``) is noted of it at the same
@@ -43,15 +44,21 @@ Noted = dict[str, str]
 """Digests of a file's tensors, by their names."""
 
 
-def peak(steps: Steps, sizes: Mapping[str, int]) -> int:
-    """The most bytes of files that are on the disk at any time."""
+def peak(steps: Steps, sizes: Mapping[str, int], made: Sequence[int]) -> int:
+    """The most bytes that are on the disk at any time, of files and of what steps make of them.
+
+    Args:
+        sizes: of the files, in bytes, by name.
+        made: bytes that each step makes, which stay.
+    """
     order = in_order(steps)
     first, last = uses(steps)
     most = 0
     for step in range(len(steps)):
         needed = [name for name in order if first[name] <= step <= last[name]]
         ahead = [name for name in order if first[name] > step][:AHEAD]
-        most = max(most, sum(sizes[name] for name in (*needed, *ahead)))
+        there = sum(sizes[name] for name in (*needed, *ahead))
+        most = max(most, there + sum(made[: step + 2]))  # the next one may have begun
     return most
 
 
@@ -137,6 +144,13 @@ class Streamed(HubWeights):
             self._close(name)
             self._path(name).unlink(missing_ok=True)
 
+    def await_step(self, step: int) -> None:
+        """Return when a step may begin; raises what :meth:`open` does."""
+        with self._changed:
+            while not self._finished.issuperset(range(step - 1)):
+                self._check_alive()
+                self._changed.wait()
+
     def stop(self) -> None:
         """Download nothing more, and let nobody wait."""
         with self._changed:
@@ -144,9 +158,10 @@ class Streamed(HubWeights):
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """After :meth:`stop`: until nothing is written any more, for a moment at most."""
+        """After :meth:`stop`: until nothing is written any more, for a moment at most. Threads that
+        wait for the hub end with the process."""
         for thread in self._threads:
-            thread.join(10)
+            thread.join(1)
 
     @property
     def noted(self) -> dict[str, Noted]:
@@ -169,9 +184,8 @@ class Streamed(HubWeights):
         name = file.name
         with self._changed:
             while name not in self._here:
-                if self._error is not None:
-                    raise QuantizeError(str(self._error)) from self._error
-                if self._stopped or name not in self._first:
+                self._check_alive()
+                if name not in self._first:
                     return super().open(file)  # which says that it is not here
                 self._changed.wait()
             return os.open(self._path(name), os.O_RDONLY)
@@ -184,6 +198,14 @@ class Streamed(HubWeights):
             return None
         with asking(self.model.name):
             return read_range(self.model, file.name, begin, end)
+
+    def _check_alive(self) -> None:
+        if self._error is not None:
+            raise QuantizeError(str(self._error)) from self._error
+        if self._stopped:
+            raise QuantizeError(
+                f"{self.model.name}: the run has stopped, and downloads nothing more"
+            )
 
     # -- the threads that download -----------------------------------------------------------------
 

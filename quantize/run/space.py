@@ -19,8 +19,8 @@ class Space:
         shards: bytes of the checkpoint, in the target.
         calibration: bytes of calibration's files, in ``record.calibration``.
         rounds: calibration writes a part of the shards.
-        source: bytes of the source's files that are in the record's folder for a while, see
-            ``stream``.
+        source: bytes of the source's files that are in the record's folder for a while, beside the
+            shards (``stream.bytes_beside``).
     """
 
     record: Record

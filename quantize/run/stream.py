@@ -55,6 +55,10 @@ class Stream:
         self.stop()
         self._weights.wait()
 
+    def await_turn(self, shard: int) -> None:
+        """Return when the shard may be begun."""
+        self._weights.await_step(self._shards.index(shard))
+
     def finished(self, shard: int) -> None:
         """Note that a shard has its name."""
         self._weights.finished(self._shards.index(shard))
@@ -90,14 +94,16 @@ def steps_of(
     return [*steps, rest] if rest else steps
 
 
-def bytes_on_disk(checkpoint: Checkpoint, plan: Plan, record: Record, shards: Sequence[int]) -> int:
-    """How many more bytes the source's files take at any time while ``shards`` are made; 0 if they
-    are on this machine anyway."""
+def bytes_beside(checkpoint: Checkpoint, plan: Plan, record: Record, shards: Sequence[int]) -> int:
+    """How many more bytes than ``shards`` take are on the disk at any time while they are made:
+    files of the source, beside those of the output that are there by then. 0 if the source is on
+    this machine anyway."""
     weights = streamed(checkpoint)
     if weights is None:
         return 0
     folder = record.source_files
     sizes = {name: file.size for name, file in weights.model.files.items()}
-    most = peak(steps_of(checkpoint, plan, shards, weights, folder), sizes)
+    made = [sum(out.nbytes for out in plan.outputs(shard)) for shard in shards]
+    most = peak(steps_of(checkpoint, plan, shards, weights, folder), sizes, made)
     there = (folder / name for name in weights.names)  # of an interrupted run
-    return max(0, most - sum(file.stat().st_size for file in there if file.is_file()))
+    return max(0, most - sum(made) - sum(f.stat().st_size for f in there if f.is_file()))

@@ -84,6 +84,8 @@ def make_shards(
                 if ahead < len(jobs):
                     jobs[ahead][1].will_need(checkpoint)
                 worker.arena.reset()
+                if stream:
+                    stream.await_turn(shard)
                 errors = job.run(worker, open_shards.writer(shard))
                 open_shards.done(shard, errors)
                 progress(job.nbytes)
