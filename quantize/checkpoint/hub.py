@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import re
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,9 @@ class HubModel:
             the folder of this commit.
         """
         names = [n for n in (CONFIG, INDEX) if n in self.files]
-        return self._bring(names + [n for n in self._top if code and fnmatchcase(n, MODULES)])
+        names += [n for n in self._top if code and fnmatchcase(n, MODULES)]
+        with _without_bars():
+            return self._bring(names)
 
     def companions(self) -> Path:
         """All files beside the weights that belong to the checkpoint, in the hub's cache.
@@ -89,10 +92,11 @@ class HubModel:
         """
         names = {CONFIG, INDEX} & self.files.keys()
         names |= {n for n in self._top if belongs(n) or fnmatchcase(n, MODULES)}
-        folder = self._bring(sorted(names))
-        named = folders_named(configs(folder))
-        inside = [n for n in self.files if "/" in n and n.partition("/")[0] in named]
-        return self._bring(sorted(filter(belongs_by_config, inside))) if inside else folder
+        with _without_bars():
+            folder = self._bring(sorted(names))
+            named = folders_named(configs(folder))
+            inside = [n for n in self.files if "/" in n and n.partition("/")[0] in named]
+            return self._bring(sorted(filter(belongs_by_config, inside))) if inside else folder
 
     @property
     def candidates(self) -> list[str]:
@@ -116,9 +120,10 @@ class HubModel:
             the folder of this commit.
 
         Raises:
-            QuantizeError: if that fails.
+            QuantizeError: if that fails, or the cache's disk has no room for it.
         """
         with asking(self.name):
+            _check_room(self.name, sum(self.files[name].size for name in self.missing(names)))
             folder = self._bring(names)
             if self.revision != self.commit:  # so that it is found when the hub is not
                 ref = folder.parent.parent / "refs" / self.revision
@@ -207,6 +212,38 @@ def asking(name: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within, the client shows no progress: small files come at once."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _check_room(name: str, nbytes: int) -> None:
+    """Raise QuantizeError if the disk of the hub's cache has no room for a download."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if nbytes > (free := shutil.disk_usage(place).free):
+        raise QuantizeError(
+            f"{name}: {nbytes / 1e9:.1f} GB are still to be downloaded, but the disk of {cache} "
+            f"has {free / 1e9:.1f} GB free; free some space, or set HF_HUB_CACHE to another folder"
+        )
+
+
 def _advice(error: Exception) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -241,11 +278,18 @@ def _listed(name: str, revision: str | None) -> HubModel:
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The folder of a model in the hub's cache; None if it is not there."""
+    """The folder of a model in the hub's cache; None if it is not there, with all its weights."""
     from huggingface_hub import snapshot_download
 
+    from quantize.checkpoint.headers import find_files
+
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        # Of all files: what does not belong to the model was never downloaded.
+        found = snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns=[CONFIG]
+        )
+        find_files(Path(found))
+        return Path(found)
     except Exception:  # what went wrong with the hub is what matters
         return None
 

@@ -107,10 +107,12 @@ def test_inspect_says_of_the_hub_what_it_says_of_a_folder(
     hub: Hub, saved: Folders, tmp_path: Path
 ) -> None:
     folder = in_shards(saved("qwen3_moe"), tmp_path / "model", 3)
-    hub.publish("org/moe", folder)
+    commit = hub.publish("org/moe", folder)
     there = json.loads(run("inspect", "org/moe", "--json").stdout)
     here = json.loads(run("inspect", folder, "--json").stdout)
     assert there.pop("source") != here.pop("source")
+    assert there.pop("revision") == f"org/moe@{commit}"
+    assert here.pop("revision") is None
     assert there == here
     weights = [name for name in hub.sent if name.endswith(".safetensors")]
     assert len(weights) == 3
@@ -232,7 +234,8 @@ def test_connections_that_break(hub: Hub, source: Path) -> None:
     result = run("inspect", "org/moe", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found | {"source": ""} == json.loads(expected) | {"source": ""}
+    same = {"source": "", "revision": ""}
+    assert found | same == json.loads(expected) | same
     assert not hub.cut["model.safetensors"]
     hub.cut["model.safetensors"] = [5] * 5
     assert "reading it from the hub failed" in refusal("inspect", "org/moe")
@@ -275,6 +278,7 @@ def test_a_header_that_is_long(hub: Hub, tmp_path: Path) -> None:
 
 def test_without_the_hub_the_cache_is_enough(hub: Hub, source: Path, tmp_path: Path) -> None:
     """And identities are equal, whether a model's weights are there or only its headers."""
+    (source / "pytorch_model.bin").write_bytes(b"not of the model")
     commit = hub.publish("org/moe", source)
     with opened("org/moe", whole=True) as headers:
         known = {file.name: headers.weights.digest(file) for file in headers.files}
@@ -286,10 +290,13 @@ def test_without_the_hub_the_cache_is_enough(hub: Hub, source: Path, tmp_path: P
         identity = identity_of(cached)
         assert identity.files == known
         assert identity.revision == f"org/moe@{commit}"
-    hub.refused["org/moe"] = 500, ""
+    hub.publish("org/part", source)
+    assert run("inspect", "org/part").exit_code == 0
+    hub.refused |= {"org/moe": (500, ""), "org/part": (500, "")}
     assert resolve("org/moe") == folder
     assert run("inspect", "org/moe").exit_code == 0
-    assert "reading it from the hub failed" in refusal("inspect", "org/other")
+    for name in ("org/other", "org/part"):
+        assert "reading it from the hub failed" in refusal("inspect", name)
 
 
 def test_all_that_belongs_comes(hub: Hub, source: Path, tmp_path: Path) -> None:
@@ -361,12 +368,20 @@ def test_disks_have_room_for_all_of_it(
     room[:] = [steps.nbytes + copied]
     result = run("quantize", "org/moe", out)
     assert result.exit_code == 0, result.output
-    # Again over it: the old checkpoint goes, so nothing more is needed but what comes again.
+    # verify downloads, too.
     shutil.rmtree(tmp_path / "cache")
+    room[:] = [size - 1]
+    assert "are still to be downloaded" in refusal("verify", "org/moe", out)
+    # Again over it: the old checkpoint goes, though not before the download is here.
     room[:] = [size]
     with opened("org/moe", whole=True) as checkpoint:
         with pytest.raises(QuantizeError, match="are still to be written"):
             fetch(checkpoint, steps, tmp_path / "other", 0, None, False)
         freed = replaced_by_new(out, out / FOLDER, written_names(steps, companions(source)))
-        room[:] = [needed - freed.nbytes(out)]
+        enough = max(size, needed - freed.nbytes(out))
+        assert enough < needed
+        room[:] = [enough - 1]
+        with pytest.raises(QuantizeError, match="are still to be"):
+            fetch(checkpoint, steps, out, 0, None, True)
+        room[:] = [enough]
         fetch(checkpoint, steps, out, 0, None, True)
