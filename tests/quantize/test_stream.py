@@ -22,6 +22,7 @@ from quantize.run.record import Record
 from quantize.run.stream import bytes_beside
 from tests.hub_server import Hub, Model, Stored, serving, use
 from tests.quantize.checkpoints import contents
+from tests.quantize.kv_sources import WAYS, save_source
 from tests.quantize.processes import FORKED
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.test_hub import in_shards
@@ -339,6 +340,22 @@ def test_ctrl_c_while_the_hub_does_not_answer(
     hub.before = lambda _: None
     assert run(*words, "--resume").exit_code == 0
     assert without_revision(out) == expected
+
+
+def test_small_numbers_of_files_that_are_gone(hub: Hub, tmp_path: Path) -> None:
+    """The report says the scales of keys and values, when all files have gone."""
+    folder = save_source(tmp_path / "source", WAYS["modelopt"])
+    source = in_shards(folder, tmp_path / "model", FILES)
+    hub.publish("org/kv", source)
+    for name, what in (("one", ("org/kv", "--stream")), ("two", (source,))):
+        result = run("quantize", what[0], tmp_path / name, *OPTIONS, *what[1:])
+        assert result.exit_code == 0, result.output
+    reports = [
+        json.loads((tmp_path / name / "nvfp4_moe_report.json").read_text())["kv_scales"]
+        for name in ("one", "two")
+    ]
+    assert reports[0] == reports[1] != {}
+    assert without_revision(tmp_path / "one") == without_revision(tmp_path / "two")
 
 
 def test_what_it_cannot_do(hub: Hub, model: Path, tmp_path: Path) -> None:
