@@ -1,11 +1,11 @@
-"""Opening a checkpoint by what a user calls it, without downloading its weights."""
+"""Opening a checkpoint, wherever it is, without downloading its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from quantize.checkpoint.headers import find_files
-from quantize.checkpoint.hub import asking, look_up
+from quantize.checkpoint.hub import HubModel, asking
 from quantize.checkpoint.hub_weights import HubWeights
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.streamed import Streamed
@@ -14,35 +14,31 @@ from quantize.errors import QuantizeError
 
 
 def opened(
-    source: str,
-    revision: str | None = None,
+    found: Path | HubModel,
     *,
     code: bool = False,
     whole: bool = False,
     stream: bool = False,
 ) -> Checkpoint:
-    """The checkpoint ``source``, for whatever its headers tell.
+    """The checkpoint ``found``, for whatever its headers tell.
 
     Of a model on the hub whose weights are not in the cache, its config and the headers of its
     weights are read, and ``weights.here`` is False; see :func:`bring`.
 
     Args:
-        source, revision: see ``look_up``.
+        found: what ``look_up`` has found.
         code: its Python modules are read too.
         whole: so is all else that belongs to it beside the weights.
         stream: its weights will be ``Streamed``, whatever the cache has.
 
     Raises:
-        QuantizeError: see ``look_up`` and ``Checkpoint``.
+        QuantizeError: see ``Checkpoint``; also if the hub fails.
     """
-    found = look_up(source, revision)
     if isinstance(found, Path):
         if stream:
-            raise QuantizeError(
-                f"--stream: {source} is on this machine ({found}); leave --stream out"
-            )
+            raise QuantizeError(f"--stream: {found} is on this machine; leave --stream out")
         return Checkpoint(found)
-    with asking(source):
+    with asking(found.name):
         folder = found.companions() if whole else found.described(code)
     names = [file.name for file in find_files(folder, found.candidates)]
     if stream:

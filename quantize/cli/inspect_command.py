@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.filesize import decimal
 
+from quantize.checkpoint.hub import look_up
 from quantize.cli.errors import reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
@@ -53,12 +54,13 @@ def inspect(
             kv_cache=kv_cache.value if kv_cache else None,
             trust_remote_code=trust_remote_code,
         )
+        found = look_up(source, revision)
         with large_imports():
             from quantize import inspection
             from quantize.checkpoint.opened import opened
             from quantize.run.plan import plan
 
-        with opened(source, revision, code=trust_remote_code) as checkpoint:
+        with opened(found, code=trust_remote_code) as checkpoint:
             steps = plan(checkpoint, options)
             if as_json:
                 print_json(inspection.as_json(checkpoint, steps))

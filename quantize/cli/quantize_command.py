@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
+from quantize.checkpoint.hub import look_up
 from quantize.cli.before_it_starts import say, say_activations, summary
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
@@ -282,7 +283,7 @@ def quantize(
         if goes_on and push_finished(push_to, target, command, evaluation):
             return
         check_target(target, overwrite, resume)
-        there = opened(source, revision, code=trust_remote_code, whole=True, stream=stream)
+        there = opened(look_up(source, revision), whole=True, stream=stream)
         with connected(ray) if ray else nullcontext(), there as checkpoint:
             check_apart(checkpoint, target)
             steps = plan(checkpoint, replace(options, bits=None))

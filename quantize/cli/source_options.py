@@ -53,7 +53,7 @@ def revision_for(source: str, target: Path, stated: str | None) -> str | None:
 
     None: the newest one, or SRC is a folder.
     """
-    if stated is not None or Path(source).expanduser().exists():
+    if stated is not None or source.count("/") != 1 or Path(source).expanduser().exists():
         return stated
     from quantize.checkpoint.json_files import read_json
     from quantize.experts.gates import KEY

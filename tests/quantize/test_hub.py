@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize.checkpoint import hub_weights
 from quantize.checkpoint.companions import companions
-from quantize.checkpoint.hub import resolve
+from quantize.checkpoint.hub import look_up, resolve
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.opened import opened
 from quantize.checkpoint.reader import Checkpoint
@@ -93,7 +93,7 @@ def test_inspect_reads_headers_alone(hub: Hub, saved: Folders, tmp_path: Path) -
     hub.models["org/large"].commit(named)
     total = sum(file.stat().st_size for file in files)
     assert total > 100e9
-    with opened("org/large") as there, Checkpoint(folder) as here:
+    with opened(look_up("org/large")) as there, Checkpoint(folder) as here:
         assert there.nbytes == here.nbytes > 100e9
         plain = [[t._replace(file=t.file.name) for t in c.stored.values()] for c in (there, here)]
         assert plain[0] == plain[1]
@@ -270,7 +270,7 @@ def test_a_header_that_is_long(hub: Hub, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     hub.publish("org/long", folder)
-    with opened("org/long") as there, Checkpoint(folder) as here:
+    with opened(look_up("org/long")) as there, Checkpoint(folder) as here:
         assert there.stored.keys() == here.stored.keys()
     requests = [line for line in hub.requests if line.startswith("GET /org/long/resolve")]
     assert len([line for line in requests if "model.safetensors" in line]) == 2
@@ -280,11 +280,11 @@ def test_without_the_hub_the_cache_is_enough(hub: Hub, source: Path, tmp_path: P
     """And identities are equal, whether a model's weights are there or only its headers."""
     (source / "pytorch_model.bin").write_bytes(b"not of the model")
     commit = hub.publish("org/moe", source)
-    with opened("org/moe", whole=True) as headers:
+    with opened(look_up("org/moe"), whole=True) as headers:
         known = {file.name: headers.weights.digest(file) for file in headers.files}
         assert not headers.weights.here
     folder = resolve("org/moe")
-    with opened("org/moe", whole=True) as cached:
+    with opened(look_up("org/moe"), whole=True) as cached:
         assert cached.weights.here
         assert cached.folder == folder
         identity = identity_of(cached)
@@ -347,7 +347,7 @@ def test_disks_have_room_for_all_of_it(
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     out = tmp_path / "out"
-    with opened("org/moe", whole=True) as checkpoint:
+    with opened(look_up("org/moe"), whole=True) as checkpoint:
         steps = plan(checkpoint)
         copied = sum(map(len, map(Path.read_bytes, map(source.joinpath, companions(source)))))
         needed = size + steps.nbytes + copied
@@ -374,7 +374,7 @@ def test_disks_have_room_for_all_of_it(
     assert "are still to be downloaded" in refusal("verify", "org/moe", out)
     # Again over it: the old checkpoint goes, though not before the download is here.
     room[:] = [size]
-    with opened("org/moe", whole=True) as checkpoint:
+    with opened(look_up("org/moe"), whole=True) as checkpoint:
         with pytest.raises(QuantizeError, match="are still to be written"):
             fetch(checkpoint, steps, tmp_path / "other", 0, None, False)
         freed = replaced_by_new(out, out / FOLDER, written_names(steps, companions(source)))

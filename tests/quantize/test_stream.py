@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from quantize.checkpoint import hub_weights, streamed
+from quantize.checkpoint.hub import look_up
 from quantize.checkpoint.opened import opened
 from quantize.checkpoint.streamed import AHEAD, peak
 from quantize.run.plan import plan
@@ -405,7 +406,7 @@ def test_minimax_m3_goes_through_a_disk_of_300_gb(hub: Hub, tmp_path: Path) -> N
             for file in folder.iterdir()
         }
     )
-    with opened("org/m3", stream=True) as checkpoint:
+    with opened(look_up("org/m3"), stream=True) as checkpoint:
         steps = plan(checkpoint)
         assert 850e9 < checkpoint.nbytes < 860e9
         assert 250e9 < steps.nbytes < 265e9
