@@ -40,6 +40,7 @@ from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.sessions import Sessions
 from quantize.run.space import Space
+from quantize.run.stream import Stream, bytes_beside, streamed
 from quantize.run.target import check_folder
 from quantize.run.workers import Progress, all_devices, make_shards
 
@@ -115,6 +116,8 @@ def execute(
             resumed.
     """
     started = time.perf_counter()
+    if not checkpoint.weights.here and not streamed(checkpoint):
+        raise AssertionError(f"{checkpoint.folder}: its weights are still on the hub")
     check_apart(checkpoint, target)
     others = companions(checkpoint.folder)
     check_apart(checkpoint, target, others)
@@ -124,7 +127,7 @@ def execute(
         plan.fingerprint(checkpoint, identity),
         command,
         str(checkpoint.folder),
-        {str(file.resolve()): file.stat().st_mtime_ns for file in checkpoint.files},
+        checkpoint.weights.times(checkpoint.files),
         names=written_names(plan, others),
         shards=shard_stamps(plan),
         settings=plan.settings(checkpoint),
@@ -269,7 +272,8 @@ class _Run:
                 self._foresee(budget.memory, left)
         if record.goes_on and not voided:
             shards -= sum(_allocated(record.rounded(name)) for name in plan.file_names)
-        space = Space(record, max(0, shards), max(0, calibration), plan.rounds)
+        source = bytes_beside(self.checkpoint, plan, record, missing)
+        space = Space(record, max(0, shards), max(0, calibration), plan.rounds, source)
         space.check()
         return space
 
@@ -310,22 +314,29 @@ class _Run:
                 calibrate(*what, calibrating, self.say, self._gather)
         if not space.has_room_for_shards():
             self._clear()
-        with self.sessions.phase("shards"):
-            self._make_shards(missing, progress)
         assert record.identity is not None
+        with self.sessions.phase("shards"):
+            if streamed(checkpoint):
+                with Stream(checkpoint, plan, record, missing) as stream:
+                    self._make_shards(missing, progress, stream)
+                    record.identity = stream.identify(record.identity)
+            else:
+                self._make_shards(missing, progress)
         edited = digests(checkpoint, plan, record.identity)
         report = collect(checkpoint, plan, record, edited, self.sessions.all)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
         finish(checkpoint, plan, record, self.others, files)
 
-    def _make_shards(self, missing: Sequence[int], progress: Progress) -> None:
+    def _make_shards(
+        self, missing: Sequence[int], progress: Progress, stream: Stream | None = None
+    ) -> None:
         what, threads = (self.checkpoint, self.plan, self.record), self.threads
         if self.ray is not None:
             make_shards_on_ray(self.ray, *what, missing, threads, progress)
             return
         checkpoint, plan, record = what
         work = plan.calibrated(done.staged_of(record, plan))
-        make_shards(checkpoint, work, record, missing, self.devices, threads, progress)
+        make_shards(checkpoint, work, record, missing, self.devices, threads, progress, stream)
 
     def _gather(self, rounds: Round) -> AbstractContextManager[Crew | None]:
         """Who rounds experts: see ``quantize.calibration.calibrate.Gather``."""

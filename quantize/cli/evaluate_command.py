@@ -21,6 +21,7 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import out, print_json, table
 from quantize.cli.progress import progress_bar
+from quantize.cli.source_options import RevisionOption, revision_for
 
 if TYPE_CHECKING:
     from quantize.evaluate import Result
@@ -92,6 +93,7 @@ def evaluate(
             "--resume; start if there is none.",
         ),
     ] = False,
+    revision: RevisionOption = None,
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -106,7 +108,8 @@ def evaluate(
         if device is not None:
             check_device(device)
         here = Path(target).expanduser()
-        folders = [resolve(name) for name in (source, target)]
+        second_folder = resolve(target)
+        first_folder = resolve(source, revision_for(source, second_folder, revision))
         with large_imports():
             from quantize.calibration.sources import check_there
             from quantize.checkpoint.reader import Checkpoint
@@ -116,8 +119,8 @@ def evaluate(
 
         check_there(text)
         with (
-            Checkpoint(folders[0]) as first,
-            Checkpoint(folders[1]) as second,
+            Checkpoint(first_folder) as first,
+            Checkpoint(second_folder) as second,
             progress_bar("Evaluating") as bar,
         ):
             tokens = tokens_of(text, first, second, samples, length, trust_remote_code, bar.say)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from quantize.checkpoint.hub import resolve
+from quantize.checkpoint.hub import look_up
 from quantize.cli.before_it_starts import say, say_activations, summary
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
@@ -46,6 +46,14 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import err, out, plain
 from quantize.cli.progress import progress_bar
+from quantize.cli.push_options import (
+    EvaluationOption,
+    PushOption,
+    check_push,
+    push_finished,
+    reserve_for,
+)
+from quantize.cli.source_options import RevisionOption, StreamOption, check_stream
 from quantize.cli.text_options import check_text_options, said
 from quantize.errors import QuantizeError
 from quantize.run.options import Calibration, Options
@@ -55,6 +63,8 @@ def quantize(
     context: typer.Context,
     source: Source,
     target: Target,
+    revision: RevisionOption = None,
+    stream: StreamOption = False,
     layout: LayoutOption = MODELOPT,
     scales: Annotated[
         RuleName,
@@ -206,6 +216,8 @@ def quantize(
             "DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
         ),
     ] = None,
+    push_to: PushOption = None,
+    evaluation: EvaluationOption = None,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
     again = "--resume instead of --overwrite" if overwrite else "--resume"
@@ -214,6 +226,9 @@ def quantize(
             raise UsageError("--overwrite and --resume exclude each other")
         check_text_options(context, text, input_scales, activations, all_linears)
         read = text or input_scales or []
+        check_stream(stream, bool(read), ray)
+        check_push(push_to, source, evaluation, overwrite or resume)
+        command = _command(context)
         if read:
             from quantize.calibration.sources import check_there
 
@@ -247,9 +262,10 @@ def quantize(
             from quantize.calibration.bits import within_bits
             from quantize.calibration.budget import needed
             from quantize.calibration.samples import digest_of, load_samples
-            from quantize.checkpoint.reader import Checkpoint
+            from quantize.checkpoint.opened import opened
             from quantize.execute import check_apart, execute
             from quantize.run.cluster import connected
+            from quantize.run.fetch import fetch
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
             from quantize.run.target import FOLDER, check_folder, check_target, check_writable
@@ -258,13 +274,17 @@ def quantize(
 
         # Two names may be of one device: cuda and cuda:0.
         devices = list(dict.fromkeys(map(device_of, device))) if device else None
-        check_folder(target)  # all of this before hours of downloading
+        check_folder(target)  # all of this before anything is downloaded
         check_writable(target, "DST")
         if work_dir is not None:
             WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
+        goes_on = push_to is not None and not (overwrite or resume)
+        if goes_on and push_finished(push_to, target, command, evaluation):
+            return
         check_target(target, overwrite, resume)
-        with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
+        there = opened(look_up(source, revision), whole=True, stream=stream)
+        with connected(ray) if ray else nullcontext(), there as checkpoint:
             check_apart(checkpoint, target)
             steps = plan(checkpoint, replace(options, bits=None))
             if said(context, "scales") and not steps.quantizes:
@@ -275,7 +295,7 @@ def quantize(
             for note in steps.notes:
                 say(note)
             say_activations(steps, found, activations is None)
-            tokens = None
+            tokens = needs = None
             if read:
                 steps.check_can_calibrate()
                 wanted = calibration_rows or (128 if text else 32), calibration_length
@@ -294,6 +314,9 @@ def quantize(
             if tokens is not None:
                 needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
                 err.print(f"Calibration: {needs}", highlight=False)
+            if push_to:
+                reserve_for(push_to, checkpoint, steps)
+            fetch(checkpoint, steps, target, needs.states if needs else 0, work_dir, overwrite)
             with progress_bar("Quantizing", checkpoint.nbytes) as bar:
                 if bits is not None:
                     assert tokens is not None
@@ -319,7 +342,7 @@ def quantize(
                     devices=devices,
                     threads=threads,
                     ray=ray,
-                    command=_command(context),
+                    command=command,
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
@@ -335,12 +358,14 @@ def quantize(
             soft_wrap=True,
             highlight=False,
         )
+        if push_to:
+            push_finished(push_to, target, command, None, anew=True)
 
 
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
     how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
-    how |= {"check_text", "yes"}
+    how |= {"check_text", "yes", "stream", "push_to", "evaluation"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

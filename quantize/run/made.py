@@ -7,7 +7,8 @@
                             "scales": "max", "activations": false, "rounding": null,
                             "text": false, "include": [], "exclude": [], "linears": false,
                    "base": null, "bits": null, "formats": {}, "kv_cache": null, "kv_scales": false,
-                   "converted": false, "kv_carried": false}}}
+                   "converted": false, "kv_carried": false,
+                   "revision": "ORG/NAME@COMMIT"}}}
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Made:
         rounding: a key of ``quantize.nvfp4.rounding.METHODS``; None if experts were rounded to
             nearest, without calibration.
         converted: some weights were NVFP4 in the source, and keep their bits and input scales.
+        revision: the source's commit on the hub (``quantize.checkpoint.hub.revision_of``); None if
+            it is not known.
         text: other input scales are those of a text; else all are 1.0, where there are any.
     """
 
@@ -59,6 +62,7 @@ class Made:
     kv_scales: bool = False
     converted: bool = False
     kv_carried: bool = False
+    revision: str | None = None
 
     def selection(self) -> Options:
         """What was chosen to be quantized, as options."""
@@ -72,11 +76,13 @@ class Made:
         )
 
 
-def record_of(options: Options, converted: bool = False) -> dict[str, Any]:
+def record_of(
+    options: Options, converted: bool = False, revision: str | None = None
+) -> dict[str, Any]:
     """The value of ``made`` for a run with these options.
 
     Args:
-        converted: as in ``Made``.
+        converted, revision: as in ``Made``.
     """
     calibration = options.calibration
     return asdict(
@@ -98,6 +104,7 @@ def record_of(options: Options, converted: bool = False) -> dict[str, Any]:
             options.kv_scales,
             converted,
             options.kv_carried,
+            revision,
         )
     )
 

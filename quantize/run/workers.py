@@ -22,6 +22,7 @@ from quantize.run.jobs import Job, KeepRounded
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.shards import ShardWriter, is_complete
+from quantize.run.stream import Stream
 from quantize.run.weight_error import WeightError
 from quantize.run.worker import Worker
 
@@ -46,6 +47,7 @@ def make_shards(
     devices: Sequence[torch.device],
     threads: int | None = None,
     progress: Progress = lambda _: None,
+    stream: Stream | None = None,
 ) -> None:
     """Make some of the plan's shards, and record what quantizing their weights lost.
 
@@ -54,6 +56,7 @@ def make_shards(
         devices: every GPU among them gets ``PER_GPU`` threads; without one, the CPU computes.
         threads: how many CPU threads; by default one a core, as far as ``MEMORY`` allows.
         progress: called with the bytes of the source that a job has read.
+        stream: what brings the source's files, if they are on the hub.
 
     Raises:
         QuantizeError: if a tensor cannot be read, quantized or written, or another run has taken
@@ -63,8 +66,8 @@ def make_shards(
         return
     wanted = [job for i in shards for job in plan.shards[i]]
     team = _team(checkpoint, wanted, devices, threads)
-    jobs = list(_interleaved(plan, shards, len(team)))
-    open_shards = _OpenShards(plan, record)
+    jobs = list(_interleaved(plan, shards, 1 if stream else len(team)))
+    open_shards = _OpenShards(plan, record, stream)
     numbers = iter(range(len(jobs)))
     failed: list[bool] = []
     lock = Lock()
@@ -81,6 +84,8 @@ def make_shards(
                 if ahead < len(jobs):
                     jobs[ahead][1].will_need(checkpoint)
                 worker.arena.reset()
+                if stream:
+                    stream.await_turn(shard)
                 errors = job.run(worker, open_shards.writer(shard))
                 open_shards.done(shard, errors)
                 progress(job.nbytes)
@@ -89,8 +94,13 @@ def make_shards(
         try:
             work(worker)
         except BaseException:
-            failed.append(True)  # the others stop after their job
+            stop()
             raise
+
+    def stop() -> None:
+        failed.append(True)  # the others stop after their job
+        if stream:
+            stream.stop()
 
     try:
         with threads_of_our_own(), ThreadPoolExecutor(len(team), "quantize") as pool:
@@ -98,7 +108,7 @@ def make_shards(
                 for future in as_completed([pool.submit(guarded, worker) for worker in team]):
                     future.result()
             except BaseException:
-                failed.append(True)
+                stop()
                 raise
         open_shards.wait()
     finally:
@@ -125,9 +135,10 @@ def _interleaved(plan: Plan, shards: Sequence[int], count: int) -> Iterator[tupl
 class _OpenShards:
     """The shards that threads are writing. Each is finished when its last job is done."""
 
-    def __init__(self, plan: Plan, record: Record) -> None:
+    def __init__(self, plan: Plan, record: Record, stream: Stream | None) -> None:
         self._plan = plan
         self._record = record
+        self._stream = stream
         self._writers: dict[int, ShardWriter] = {}
         self._errors: dict[int, list[WeightError]] = {}
         self._left = {i: len(jobs) for i, jobs in enumerate(plan.shards)}
@@ -162,7 +173,7 @@ class _OpenShards:
             self._left[shard] -= 1
             if not self._left[shard]:
                 writer, every = self._writers.pop(shard), self._errors.pop(shard)
-                self._finishing.append(self._finisher.submit(self._finish, writer, every))
+                self._finishing.append(self._finisher.submit(self._finish, shard, writer, every))
             finished = [future for future in self._finishing if future.done()]
             self._finishing = [future for future in self._finishing if future not in finished]
         for future in finished:
@@ -180,7 +191,7 @@ class _OpenShards:
             with suppress(OSError):
                 writer.abort()
 
-    def _finish(self, writer: ShardWriter, errors: list[WeightError]) -> None:
+    def _finish(self, shard: int, writer: ShardWriter, errors: list[WeightError]) -> None:
         try:
             self._record.check_ours()
             self._record.save_errors(writer.path.name, errors)
@@ -188,6 +199,8 @@ class _OpenShards:
             writer.abort()
             raise
         writer.finish()
+        if self._stream:
+            self._stream.finished(shard)
 
 
 def _team(
