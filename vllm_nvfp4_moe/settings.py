@@ -12,6 +12,8 @@ variable                     meaning
                              scales of 1.0, for kernels with 4-bit activations.
 ``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
                              (``VLLM_CACHE_ROOT``).
+``NVFP4_MOE_SELECT``         ``measured``: of the kernels that are right on this machine, the
+                             fastest by the table that ``nvfp4-moe doctor`` has saved of it.
 ``NVFP4_MOE_ANY_VLLM``       ``1`` tries a vLLM of a version that this package does not know.
 ===========================  ======================================================================
 
@@ -26,6 +28,8 @@ as one that is not set. This module imports nothing heavy: vLLM loads it in each
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 NAME = "nvfp4_moe"
@@ -36,11 +40,15 @@ HOPPER = "NVFP4_MOE_HOPPER"
 CPP = "NVFP4_MOE_CPP"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
 CACHE = "NVFP4_MOE_CACHE"
+SELECT = "NVFP4_MOE_SELECT"
 ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
 
 BF16 = "bf16"
 NVFP4 = "nvfp4"
 """Values of ``NVFP4_MOE_ACTIVATIONS``."""
+
+MEASURED = "measured"
+"""The value of ``NVFP4_MOE_SELECT``."""
 
 HUMMING_INPUT = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
 """vLLM's: how Humming quantizes activations."""
@@ -89,6 +97,40 @@ def on_the_fly_activations() -> bool:
     """Whether activations are quantized too at experts that are quantized while they load
     (``NVFP4_MOE_ACTIVATIONS``)."""
     return os.environ.get(ACTIVATIONS) == NVFP4
+
+
+def measured() -> bool:
+    """Whether doctor's measurements are to choose the kernel (``NVFP4_MOE_SELECT``).
+
+    Raises:
+        ValueError: if the variable asks for anything else.
+    """
+    asked = os.environ.get(SELECT)
+    if asked and asked != MEASURED:
+        raise ValueError(f"{SELECT}={asked}: must be {MEASURED}, or not set")
+    return bool(asked)
+
+
+def quiet() -> None:
+    """Have vLLM say nothing below errors, unless the user has asked for more; before it is
+    imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@contextmanager
+def set_to(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within, the environment has these variables; for what builds layers of several kinds in one
+    process."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def any_vllm() -> bool:

@@ -189,6 +189,27 @@ def flags() -> frozenset[str]:
     return frozenset()
 
 
+def lacking(instructions: Instructions) -> str | None:
+    """Why this host's processor cannot run them, None if it can."""
+    if not (has := flags()):
+        return "the processor is no x86"
+    missing = sorted(instructions.flags - has)
+    return f"the processor has no {', '.join(missing)}" if missing else None
+
+
+@cache
+def kernel_named(name: str) -> Kernel:
+    """The kernel of one of ``INSTRUCTIONS``.
+
+    Raises:
+        KernelError: if it cannot be compiled or loaded here.
+    """
+    (instructions,) = (each for each in INSTRUCTIONS if each.name == name)
+    if problem := lacking(instructions):
+        raise KernelError(problem)
+    return Kernel(instructions)
+
+
 @cache
 def kernel_for(dtype: torch.dtype) -> Kernel:
     """The fastest kernel that this host has for activations of ``dtype``.
