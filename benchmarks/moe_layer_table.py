@@ -80,7 +80,7 @@ def _share(value: float | None) -> str:
 
 
 def _rows(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[Row]:
-    return [Row(restored(saved), row, about) for row in saved["rows"]]
+    return [Row(restored(saved["shape"]), row, about) for row in saved["rows"]]
 
 
 def table(saved: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -111,7 +111,7 @@ def summary(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         f"best other / ours: geometric mean {mean:.3f} of {len(ratios)} token counts, "
         f"smallest {ratios[worst]:.3f} at {worst}"
     ]
-    shape = restored(saved)
+    shape = restored(saved["shape"])
     if (shape.name, shape.tp, about["routing"]) != ("minimax-m3", 1, "uniform"):
         return lines
     memory = [row.reached(row.floor.memory) for row in rows if 16 <= row.tokens <= 256]
@@ -146,7 +146,8 @@ def report(run: Mapping[str, Any]) -> str:
     parts = ["; ".join(f"{key} {value}" for key, value in about.items())]
     for saved in run["shapes"]:
         kernels = ", ".join(f"{TITLES[k]}: {name}" for k, name in saved["kernels"].items())
-        parts += [f"### {title(restored(saved))}", table(saved, about), f"Kernels: {kernels}."]
+        shape = title(restored(saved["shape"]))
+        parts += [f"### {shape}", table(saved, about), f"Kernels: {kernels}."]
         lines = summary(saved, about)
         if clocks := saved.get("clocks", {}).get("sm"):
             lines.append("MHz while timing, least, median and most: " + ", ".join(map(str, clocks)))

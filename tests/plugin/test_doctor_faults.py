@@ -118,19 +118,21 @@ def test_router_weights_left_out(
     assert faults(found(tmp_path)) == {f"the router's weights left out: {words}"}
 
 
-@pytest.mark.parametrize(
-    ("matrix", "row", "block", "whose"),
-    [("w13", 5, 3, "w13"), ("w13", 128 + 77, 0, "w13"), ("w2", 200, 7, "w2")],
-)
+@pytest.mark.parametrize(("matrix", "row"), [("w13", 5), ("w13", 128 + 77), ("w2", 200)])
 def test_one_block_scale_that_is_zero(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str, row: int, block: int, whose: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str, row: int
 ) -> None:
+    block = []
+
     def zero(layer: Any) -> None:
-        getattr(layer, f"{matrix}_weight_scale").data[6, row, block] = 0.0
+        scales = getattr(layer, f"{matrix}_weight_scale").data[6, row]
+        block.append(int(scales.float().argmax()))
+        scales[block[0]] = 0.0
 
     when_converted(monkeypatch, zero)
-    named = f"expert 6: {whose}'s, row {row}, block {block}, is left out (counts as 0)"
-    assert f"a block scale of {named}" in faults(found(tmp_path))
+    named = faults(found(tmp_path))
+    told = f"{matrix}'s, row {row}, block {block[0]}, is left out (counts as 0)"
+    assert named == {f"a block scale of expert 6: {told}"}
 
 
 @pytest.mark.parametrize("matrix", ["w13", "w2"])

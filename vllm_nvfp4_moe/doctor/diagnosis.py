@@ -124,8 +124,10 @@ def _fit_w13(
     fitted = {expert.number: 1.0 for expert in experts}
     result = truth.clone()
 
+    pre = {expert.number: expert.pre() for expert in experts}
+
     def output(expert: Expert, factor: float) -> torch.Tensor:
-        middle = expert.gate.apply_stacked(factor * expert.pre())
+        middle = expert.gate.apply_stacked(factor * pre[expert.number])
         return expert.output(middle) * expert.factor
 
     for _ in range(2):

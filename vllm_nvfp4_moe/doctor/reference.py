@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ class Expert:
         self.number = number
         self.token, self.slot = (given.ids == number).nonzero(as_tuple=True)
         self.factor = given.weights[self.token, self.slot].unsqueeze(1)
-        self.w13, self.w2 = weights.w13.weight(number), weights.w2.weight(number)
+        self._weights = weights
         self.biases: list[torch.Tensor | None] = [None, None]
         if weights.biases is not None:
             self.biases = [bias[number].float() for bias in weights.biases]
@@ -101,6 +102,16 @@ class Expert:
             self.scales = [s[number] if by_expert else s.max() for s in weights.input_scales]
         self.gate = weights.shape.gate
         self.x = given.x[self.token].float()
+
+    @cached_property
+    def w13(self) -> torch.Tensor:
+        """Float32 ``[rows, hidden]``."""
+        return self._weights.w13.weight(self.number)
+
+    @cached_property
+    def w2(self) -> torch.Tensor:
+        """Float32 ``[hidden, intermediate]``."""
+        return self._weights.w2.weight(self.number)
 
     def other(self, weights: Weights, rounding: Rounding) -> list[torch.Tensor]:
         """The input scales that it should not take."""

@@ -25,12 +25,12 @@ FORMAT = 1
 
 SECONDS, QUICK_SECONDS = 520.0, 46.0
 """That all may take; what does not fit is left out, and the result says so."""
-_GRACE = {False: 60.0, True: 12.0}
-"""Seconds beyond its share after which a kernel's process is killed, by whether it is quick."""
+_HANGS = 90.0
+"""Seconds beyond its share after which a kernel's process hangs, and is killed."""
 _SURVEY, _RATES, _REFERENCE = 400.0, 120.0, 240.0
 """Seconds: the first compiles Hopper kernels."""
-_CPU_WEIGHTS = {False: 0.95e9, True: 0.46e9}
-"""That a layer has on a CPU at most, by whether it is quick: 16 and 8 experts of MiniMax-M3."""
+_CPU_WEIGHTS = {False: 0.95e9, True: 0.35e9}
+"""That a layer has on a CPU at most, by whether it is quick: 16 and 6 experts of MiniMax-M3."""
 _BYTES_A_WEIGHT = 4.0
 """On a GPU, while a layer is converted and its reference is computed: NVFP4 three times, and what
 the emulation expands."""
@@ -63,7 +63,8 @@ def run(shape: Shape, tp: int | None, quick: bool, say: Callable[[str], None]) -
     figures: dict[str, Any] = next((r for r in measured.records if r["what"] == "rates"), {})
     figures.pop("what", None)
     free = figures.get("free_bytes", 0)
-    ran = {place: _fitting(each, device, free, quick) for place, each in shapes.items()}
+    experts = _fitting(shape, device, free, quick)
+    ran = {place: replace(each, experts=experts) for place, each in shapes.items()}
     result: dict[str, Any] = {
         "format": FORMAT,
         "about": about,
@@ -79,7 +80,7 @@ def run(shape: Shape, tp: int | None, quick: bool, say: Callable[[str], None]) -
         say("plain arithmetic, to compare with")
         reference = children.run(prepare, Path(folder), ran, tokens, device, seconds=_REFERENCE)
         result["problems"] += [reference.problem] if reference.problem else []
-        _kernels(result, ran, device, tokens, quick, end, Path(folder), say)
+        _kernels(result, ran, device, tokens, end, Path(folder), say)
     for layer in result["layers"]:
         _floors(layer, ran[layer["place"]], figures)
     result["verdict"] = verdict(result)
@@ -92,7 +93,6 @@ def _kernels(
     ran: dict[str, Shape],
     device: torch.device,
     tokens: tuple[int, ...],
-    quick: bool,
     end: float,
     folder: Path,
     say: Callable[[str], None],
@@ -123,7 +123,7 @@ def _kernels(
                 deadline,
                 folder,
             )
-            left = max(1.0, deadline - time.monotonic()) + _GRACE[quick]
+            left = max(1.0, deadline - time.monotonic()) + _HANGS
             ended = children.run(examine, job, seconds=left)
             begun = [(r["place"], r["variant"]) for r in ended.records if "place" in r]
             # Where it has died, or before the first: the others are tried without that one.
@@ -192,14 +192,14 @@ def _floors(layer: dict[str, Any], ran: Shape, figures: dict[str, Any]) -> None:
                 row["floor"] = {"ms": least.ms, "bound": least.bound}
 
 
-def _fitting(shape: Shape, device: torch.device, free: int, quick: bool) -> Shape:
-    """``shape`` with as many experts as this device can hold and, if it is a CPU, compute with in
-    the time."""
+def _fitting(shape: Shape, device: torch.device, free: int, quick: bool) -> int:
+    """As many of the experts of ``shape`` as this device can hold and, if it is a CPU, compute with
+    in the time; at least those of one token."""
     if device.type == "cpu":
         most = int(_CPU_WEIGHTS[quick] / shape.weights)
     else:
         most = int(0.8 * free / (_BYTES_A_WEIGHT * shape.weights))
-    return replace(shape, experts=max(min(shape.experts, most), min(shape.experts, shape.top_k)))
+    return min(shape.experts, max(most, shape.top_k))
 
 
 def _survey(shapes: dict[str, Shape], device: torch.device, emit: Callable[[Any], None]) -> None:

@@ -25,9 +25,9 @@ from vllm_nvfp4_moe.doctor.reference import Expert, Rounding, experts_of
 _OUTSTANDING, _FEW_TOKENS = 4.0, 14.0
 """How many times the median of all columns' errors is more than roundings: with many tokens, and
 what is added to 1 with one token. With n, it is divided by the square root of n."""
-_LEAST = 0.004
-"""Of an output's root mean square: smaller errors of a column are no block's."""
-ENOUGH = 6
+_LEAST = 0.2
+"""Of what an average block's absence changes: smaller errors are not looked at."""
+ENOUGH = 12
 """Tokens of an expert without which nothing is said of its scales: of fewer numbers, some block
 explains anything."""
 _EXPLAINED = 0.2
@@ -88,10 +88,12 @@ def outstanding(
             continue
         bound = max(_OUTSTANDING, 1 + _FEW_TOKENS / math.sqrt(count))
         columns = mine.square().mean(0).sqrt()
-        length = expert.w2.norm(dim=0).clamp_min(1e-30)
-        between = (mine @ (expert.w2 / length)).square().mean(0).sqrt()
-        # A column's least share of an output, and a direction's.
-        least = _LEAST, _LEAST * math.sqrt(mine.shape[1] / expert.w2.shape[1])
+        length = expert.w2.square().sum(0).sqrt().clamp_min(1e-30)
+        between = (mine @ expert.w2 / length).square().mean(0).sqrt()
+        # What of an output's root mean square one block of w2's row is, where a token has k experts;
+        # and what of the output one block of gate's or up's row is, in the direction that it has.
+        block = BLOCK / (expert.w2.shape[1] * given.ids.shape[1])
+        least = _LEAST * math.sqrt(block), _LEAST * math.sqrt(2 * block)
         for matrix, values, floor in (("w2", columns, least[0]), ("w13", between, least[1])):
             row = int(values.argmax())
             ratio = float(values[row] / values.median().clamp_min(1e-30))

@@ -41,6 +41,12 @@ it does without."""
 ROUNDS = 15
 _SECONDS = {"cpu": 1.0, "cuda": 2.0}
 """That timing one number of tokens may take, by device, if that is two rounds or more."""
+_CALLS_ON_CPUS = 4
+"""With different experts, if there are few tokens; with many, all experts' weights are read."""
+_AGAIN_COSTS = 0.2
+"""Of a layer's time, what it takes to try it in another variant."""
+_NAMED = 3
+"""Wrong outputs of a layer that are looked into."""
 _CHECKS = 0.6
 """Of the time that a layer has, what checks may take."""
 
@@ -76,8 +82,14 @@ def examine(job: Job, emit: Emit) -> None:
     done: dict[str, str] = {}
     with one_rank(job.device):
         for number, (place, variant) in enumerate(job.runnable):
-            left = job.deadline - time.monotonic()
-            until = time.monotonic() + left / (len(job.runnable) - number)
+            if place in done and time.monotonic() > job.deadline:
+                continue  # it is known there, and most likely does the same here
+            costs = [
+                (_AGAIN_COSTS if p in done else 1.0) * job.shapes[p].weights
+                for p, _ in job.runnable[number:]
+            ]
+            left = max(0.0, job.deadline - time.monotonic())
+            until = time.monotonic() + left * costs[0] / sum(costs)
             told_of = {"place": place, "variant": variant}
             emit({"what": "begins", **told_of, "at": "building the layer"})
             try:
@@ -145,14 +157,15 @@ class _Part:
             self.emit("same", as_variant=VARIANTS[0], tokens=tokens)
         share = 1.0 if same else _CHECKS
         end = time.monotonic() + share * max(0.0, self.until - time.monotonic())
-        right = self.check(cases, end)
+        right = self.check(cases, end, scan=not same)
         if right and not same:
             self.time()
 
     # -- right or wrong ---------------------------------------------------------------------------
 
-    def check(self, cases: list[Case], end: float) -> bool:
-        """Each case beside plain arithmetic; then all together, for single wrong scales."""
+    def check(self, cases: list[Case], end: float, scan: bool) -> bool:
+        """Each case beside plain arithmetic; then, if ``scan``, all together, for single wrong
+        scales. Whether all is right."""
         job = self.job
         file = reference_file(job.folder, self.place, self.rounding)
         if not file.exists():
@@ -161,7 +174,7 @@ class _Part:
         every_truth = load_reference(file, job.tokens, job.device)
         seen: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
         a_token = 0.0
-        right, unnamed = True, False
+        right, tried, found = True, 0, 0
         for case in cases:
             now = time.monotonic()
             always = case.tokens in AGAIN and case.routing == "uniform"
@@ -183,16 +196,19 @@ class _Part:
                 error = error_of(out, truth)
                 good = self.judge.right(out, truth)
                 fault = None
-                if not good:
+                if not good and tried < _NAMED:
+                    tried += 1
                     fault = self._router(given) or named(self.judge, asked, out)
-                right, unnamed = right and good, unnamed or not (good or fault)
+                    found += fault is not None
+                right = right and good
                 self.emit(
                     "checked", tokens=case.tokens, routing=case.routing, tile=kernel,
                     judged=len(at), token_error=_number(error.token),
                     value_error=_number(error.value), right=good, fault=fault,
                 )  # fmt: skip
             seen.append((asked, out, truth))
-        if seen and (right or unnamed):
+        unnamed = tried > found
+        if unnamed or (seen and right and scan):
             right = self._together(seen, unnamed) and right
         return right
 
@@ -263,7 +279,7 @@ class _Part:
         timer = time_on_gpu if device == "cuda" else time_on_cpu
         a_token = 0.0
         for tokens in self.job.tokens:
-            calls = batches(tokens)
+            calls = batches(tokens) if device == "cuda" else _CALLS_ON_CPUS if tokens < 32 else 1
             if time.monotonic() + (WARM + 2) * calls * tokens * a_token > self.until:
                 self.emit("left out", tokens=tokens, routing="timing")
                 continue
