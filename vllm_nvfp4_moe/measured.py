@@ -161,4 +161,4 @@ def load(key: Mapping[str, Any]) -> Table | None:
             raise ValueError("its contents are not what its name says")
         return Table(str(found["date"]), ms)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file} is no table of measurements: {error}") from error

@@ -86,7 +86,8 @@ def _shape(checkpoint: str | None, tp: int | None) -> tuple[Any, list[str]]:
         # In another process, since finding a gate computes (see `children`).
         records, problem = children.run(find, checkpoint, seconds=_READING)
         if problem or "error" in records[0]:
-            raise QuantizeError(problem or records[0]["error"])
+            why = problem or records[0]["error"]
+            raise QuantizeError(f"no layer like those of {checkpoint} can be made: {why}")
         shape = restored(records[0]["shape"])
         if gates := records[0]["gates"]:
             notes.append(f"layers differ in their gates ({gates}); {shape.gate} was tried")

@@ -90,8 +90,8 @@ def outstanding(
         columns = mine.square().mean(0).sqrt()
         length = expert.w2.square().sum(0).sqrt().clamp_min(1e-30)
         between = (mine @ expert.w2 / length).square().mean(0).sqrt()
-        # What of an output's root mean square one block of w2's row is, where a token has k experts;
-        # and what of the output one block of gate's or up's row is, in the direction that it has.
+        # What one block of w2's row is of an output's root mean square, with k experts a token; and
+        # what one block of gate's or up's row is, in the direction that it has.
         block = BLOCK / (expert.w2.shape[1] * given.ids.shape[1])
         least = _LEAST * math.sqrt(block), _LEAST * math.sqrt(2 * block)
         for matrix, values, floor in (("w2", columns, least[0]), ("w13", between, least[1])):

@@ -206,7 +206,7 @@ def kernel_named(name: str) -> Kernel:
     """
     (instructions,) = (each for each in INSTRUCTIONS if each.name == name)
     if problem := lacking(instructions):
-        raise KernelError(problem)
+        raise KernelError(f"the loops for {name} cannot run here: {problem}")
     return Kernel(instructions)
 
 
