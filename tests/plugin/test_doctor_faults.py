@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from tests.plugin.test_self_check import round_activations
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 from vllm_nvfp4_moe.doctor.kernels import VARIANTS, ways
 from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
@@ -23,10 +24,12 @@ TOKENS = (1, 8, 64)
 KERNEL = "cpu numba"
 
 
-def found(folder: Path, shape: Shape = TINY, name: str = KERNEL) -> dict[str, list[Any]]:
+def found(
+    folder: Path, shape: Shape = TINY, tokens: tuple[int, ...] = TOKENS
+) -> dict[str, list[Any]]:
     """What doctor's process finds of a kernel, by kind of record."""
     job = Job(
-        name, ways()[name], {"whole": shape}, (("whole", VARIANTS[1]),), TOKENS,
+        KERNEL, ways()[KERNEL], {"whole": shape}, (("whole", VARIANTS[1]),), tokens,
         torch.device("cpu"), time.monotonic() + 600, folder,
     )  # fmt: skip
     records: dict[str, list[Any]] = {}
@@ -187,3 +190,41 @@ def test_what_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     apply = CpuMethod.apply
     monkeypatch.setattr(CpuMethod, "apply", lambda *a: apply(*a).flip(1))
     assert faults(found(tmp_path)) == {"no known fault gives this output"}
+
+
+# Kernels with 4-bit activations, as which the CPU's is made to compute.
+
+
+def as_four_bit(monkeypatch: pytest.MonkeyPatch, gate: Gate | None, by_expert: bool) -> None:
+    round_activations(monkeypatch, gate, by_expert)
+    monkeypatch.setattr(CpuMethod, "quantizes_activations", True)
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_a_right_kernel_with_four_bit_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_expert: bool
+) -> None:
+    as_four_bit(monkeypatch, None, by_expert)
+    monkeypatch.setattr(CpuMethod, "input_scales_by_expert", by_expert)
+    records = found(tmp_path, tokens=(1, 8))
+    assert faults(records) == set()
+    assert records["built"][0]["activation_bits"] == 4 and records["compared"][0]["right"]
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_input_scales_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_expert: bool
+) -> None:
+    """Within the bound of 4-bit activations or a little beyond, and nearer to another reference."""
+    as_four_bit(monkeypatch, None, by_expert)
+    monkeypatch.setattr(CpuMethod, "input_scales_by_expert", not by_expert)
+    records = found(tmp_path, tokens=(1, 8))
+    whose = "each expert's own" if by_expert else "the largest"
+    assert faults(records) == {f"other input scales: {whose}"}
+
+
+def test_another_gate_with_four_bit_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_four_bit(monkeypatch, Gate("silu"), False)
+    assert f"the gate silu in place of {CLAMPED}" in faults(found(tmp_path, tokens=(1, 8)))

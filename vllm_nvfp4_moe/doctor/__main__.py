@@ -2,4 +2,5 @@
 
 from vllm_nvfp4_moe.doctor.command import main
 
-main()
+if __name__ == "__main__":  # processes of its own may import this again
+    main()

@@ -26,6 +26,13 @@ _LOG = 800
 """Characters of a dead process's last words."""
 
 
+class How:
+    """How processes begin: forked, or anew, which takes an import of vLLM each. Should this process
+    have touched a GPU, forked ones cannot use it."""
+
+    name = "fork"
+
+
 class Ended(NamedTuple):
     """How a process ended.
 
@@ -45,8 +52,7 @@ def run(work: Callable[..., None], *args: Any, seconds: float) -> Ended:
         work: a function of a module.
         seconds: after which the process is killed.
     """
-    # A process that uses a GPU cannot be forked.
-    how = "spawn" if torch.cuda.is_initialized() else "fork"
+    how = "spawn" if torch.cuda.is_initialized() else How.name
     with tempfile.TemporaryDirectory() as folder:
         found, log = Path(folder, "found"), Path(folder, "log")
         for file in (found, log):

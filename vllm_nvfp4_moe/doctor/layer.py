@@ -78,7 +78,7 @@ class Layer:
             weights, ids = self.runner.router.select_experts(
                 hidden_states=given.x, router_logits=given.logits
             )
-        return given._replace(weights=weights.float(), ids=ids.int())
+        return given._replace(weights=weights.float(), ids=ids)
 
     @property
     def kernel(self) -> str:

@@ -57,6 +57,9 @@ def run(shape: Shape, tp: int | None, quick: bool, say: Callable[[str], None]) -
         shapes["slice"] = shape.slice(tp)
     say("which kernels could run here")
     surveyed = children.run(_survey, shapes, device, seconds=_SURVEY)
+    if surveyed.problem and device.type == "cuda":
+        children.How.name = "spawn"
+        surveyed = children.run(_survey, shapes, device, seconds=_SURVEY)
     found = {(r["place"], r["variant"]): r for r in surveyed.records if r["what"] == "survey"}
     say("how fast the memory and the processor are")
     measured = children.run(_rates, device, seconds=_RATES)
