@@ -29,6 +29,8 @@ _HANGS = 90.0
 """Seconds beyond its share after which a kernel's process hangs, and is killed."""
 _SURVEY, _RATES, _REFERENCE = 400.0, 120.0, 240.0
 """Seconds: the first compiles Hopper kernels."""
+_CHOSEN_COSTS = 3.0
+"""How much more time kernels get that would be chosen."""
 _CPU_WEIGHTS = {False: 0.95e9, True: 0.35e9}
 """That a layer has on a CPU at most, by whether it is quick: 16 and 6 experts of MiniMax-M3."""
 _BYTES_A_WEIGHT = 4.0
@@ -112,7 +114,8 @@ def _kernels(
     order = [*chosen, *(name for name in where if name not in chosen)]
     for number, name in enumerate(order):
         say(f"{name} ({number + 1} of {len(order)})")
-        share = max(1.0, (end - time.monotonic()) / (len(order) - number))
+        costs = [_CHOSEN_COSTS if each in chosen else 1.0 for each in order[number:]]
+        share = max(1.0, (end - time.monotonic()) * costs[0] / sum(costs))
         deadline = time.monotonic() + share
         waiting = [(layer["place"], layer["variant"]) for layer in where[name]]
         while waiting:

@@ -103,7 +103,8 @@ def examine(job: Job, emit: Emit) -> None:
                 if not _works(job.device):
                     raise
             part = None  # type: ignore[assignment]
-            gc.collect()
+            if number + 1 < len(job.runnable):
+                gc.collect()
             if job.device.type == "cuda":
                 torch.cuda.empty_cache()
 
