@@ -19,7 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4_moe import settings, versions
+from quantize.native import environment
+from vllm_nvfp4_moe import versions
 
 _FORMAT = 1
 """Of the files."""
@@ -120,7 +121,7 @@ def key_of(
 
 def file_of(key: Mapping[str, Any]) -> Path | None:
     """Where the table for ``key`` is kept; None if there is no cache folder."""
-    folder = settings.cache()
+    folder = environment.cache()
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return None if folder is None else folder / "doctor" / f"{name}.json"
 

@@ -30,16 +30,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+
+from quantize.native.environment import CACHE as CACHE
+from quantize.native.environment import CPP as CPP
 
 NAME = "nvfp4_moe"
 """What users give to ``--quantization``."""
 
 SELF_CHECK = "NVFP4_MOE_SELF_CHECK"
 HOPPER = "NVFP4_MOE_HOPPER"
-CPP = "NVFP4_MOE_CPP"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
-CACHE = "NVFP4_MOE_CACHE"
 SELECT = "NVFP4_MOE_SELECT"
 ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
 
@@ -66,11 +66,6 @@ def self_check() -> bool:
 def hopper() -> bool:
     """Whether our kernel may be chosen on a Hopper GPU (``NVFP4_MOE_HOPPER``)."""
     return os.environ.get(HOPPER, "1") != "0"
-
-
-def cpp() -> bool:
-    """Whether the CPU's kernel may be compiled from C++ (``NVFP4_MOE_CPP``)."""
-    return os.environ.get(CPP, "1") != "0"
 
 
 def hopper_activations() -> str:
@@ -138,17 +133,6 @@ def any_vllm() -> bool:
     return os.environ.get(ANY_VLLM) == "1"
 
 
-def cache() -> Path | None:
-    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist. None
-    if nothing says where it is: users of containers may have no home directory."""
-    if folder := os.environ.get(CACHE):
-        return Path(folder).absolute()
-    import vllm.envs as envs
-
-    root = Path(envs.VLLM_CACHE_ROOT)
-    return root / "nvfp4_moe" if root.is_absolute() else None
-
-
 def humming_input() -> str | None:
     """What the user wants Humming to quantize activations to; None if that was not said."""
     return os.environ.get(HUMMING_INPUT) or None
@@ -157,13 +141,3 @@ def humming_input() -> str | None:
 def marlin_input() -> str | None:
     """What the user wants Marlin to quantize activations to; None if that was not said."""
     return os.environ.get(MARLIN_INPUT) or None
-
-
-def cuda_home() -> str | None:
-    """CUDA's folder by ``CUDA_HOME``, else by ``CUDA_PATH``; None if neither is set."""
-    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
-
-
-def cxx() -> str | None:
-    """The C++ compiler, if ``CXX`` says which."""
-    return os.environ.get("CXX") or None

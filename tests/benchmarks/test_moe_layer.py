@@ -458,11 +458,14 @@ def test_another_kernel_than_ours(
 
 
 def test_the_kernels_name_is_checked_too() -> None:
-    method = type("VllmKernelsMethod", (), {"kernel": "MARLIN (Y)", "passed_over": ()})()
-    layer = Layer(type("Experts", (), {"quant_method": method})(), None)
+    def made(method: str, kernel: str) -> Layer:
+        own = type(method, (), {"kernel": kernel, "passed_over": ()})()
+        experts = type("Experts", (), {"quant_method": own})()
+        return Layer(type("Runner", (), {"routed_experts": experts})(), None)
+
+    layer = made("VllmKernelsMethod", "MARLIN (Y)")
     layer.check(moe_layer.WAYS["cuda"]["marlin"])
-    own = type("HopperMethod", (), {"kernel": "HOPPER FP8 (Z)", "passed_over": ()})()
-    eight = Layer(type("Experts", (), {"quant_method": own})(), None)
+    eight = made("HopperMethod", "HOPPER FP8 (Z)")
     eight.check(moe_layer.WAYS["cuda"]["fp8"])
     with pytest.raises(WrongKernelError, match="runs HOPPER FP8"):
         eight.check(moe_layer.WAYS["cuda"]["ours"])

@@ -19,7 +19,7 @@ from vllm_nvfp4_moe.backends.cpu import forward
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 from vllm_nvfp4_moe.backends.selection import Selection
 from vllm_nvfp4_moe.doctor.saved import save
-from vllm_nvfp4_moe.kernels.cpu.kernel import INSTRUCTIONS, lacking
+from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS, lacking
 from vllm_nvfp4_moe.measured import Table
 
 LAYER = "model.layers.1.mlp.experts"
@@ -122,7 +122,7 @@ def test_the_cpu_takes_each_kernel_for_its_tokens(
     load: Load, shallow: dict[str, Path], asked: None, summary_lines: list[str],
     monkeypatch: MonkeyPatch,
 ) -> None:  # fmt: skip
-    (fastest, *_) = [each.name for each in INSTRUCTIONS if lacking(each) is None]
+    (fastest, *_) = [v.instructions.name for v in VARIANTS if lacking(v) is None]
     keep({"cpu numba": {1: 1.0, 64: 9.0}, f"cpu {fastest}": {1: 2.0, 64: 1.0}})
     layer = load(shallow["modelopt"])[LAYER].routed_experts
     method = layer.quant_method

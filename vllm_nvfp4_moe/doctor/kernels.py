@@ -70,7 +70,7 @@ def name_of(method: Any) -> str | None:
         from vllm_nvfp4_moe.backends.cpu.forward import NUMBA, native
 
         kernel = native(torch.bfloat16)
-        return f"cpu {NUMBA if kernel is None else kernel.instructions.name}"
+        return f"cpu {NUMBA if kernel is None else kernel.variant.instructions.name}"
     return _vllm_name(method.nvfp4_backend)
 
 
@@ -118,10 +118,19 @@ def _reason(shape: Shape, way: Way, weights_only: bool) -> str | None:
 
 
 def _no_instructions(way: Way) -> str | None:
-    from vllm_nvfp4_moe.kernels.cpu.kernel import INSTRUCTIONS, lacking
+    """Why the loops for this processor's instructions cannot be compiled or loaded."""
+    from quantize.native.jit import KernelError
+    from vllm_nvfp4_moe.backends.cpu.forward import NUMBA
+    from vllm_nvfp4_moe.kernels.cpu.kernel import kernel_named
 
     name = way.cpu.partition("=")[2]
-    return next((lacking(each) for each in INSTRUCTIONS if each.name == name), None)
+    if name in ("", NUMBA):
+        return None
+    try:
+        kernel_named(name)
+    except KernelError as error:
+        return told(error)
+    return None
 
 
 def told(error: BaseException) -> str:

@@ -8,13 +8,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.cpu import huge_pages
 from vllm_nvfp4_moe.backends.cpu.forward import MANY, NUMBA, experts_forward, parsed
-from vllm_nvfp4_moe.kernels.cpu.kernel import INSTRUCTIONS, lacking
+from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS, lacking
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 if TYPE_CHECKING:
@@ -60,15 +61,19 @@ class CpuMethod(NvFp4MoEMethod):
 
     @classmethod
     def kernel_names(cls) -> Iterable[str]:
-        return [f"{_PREFIX}{name}" for name in (*(each.name for each in INSTRUCTIONS), NUMBA)]
+        return [
+            f"{_PREFIX}{name}" for name in (*(each.instructions.name for each in VARIANTS), NUMBA)
+        ]
 
     @classmethod
     def measured_best(
         cls, name: str, table: Table, context: ModelContext, layer: RoutedExperts, weight_only: bool
     ) -> NvFp4MoEMethod | None:
+        if envs.VLLM_BATCH_INVARIANT:
+            return None  # a token's bits would depend on how many others there are
         best = table.best_by_tokens(
             f"{_PREFIX}{name}"
-            for name in (*(i.name for i in INSTRUCTIONS if lacking(i) is None), NUMBA)
+            for name in (*(v.instructions.name for v in VARIANTS if lacking(v) is None), NUMBA)
         )
         if cls.unsupported(layer) or not best:
             return None
