@@ -30,7 +30,7 @@ LARGE = {
     *("numpy", "safetensors", "huggingface_hub", "triton"),
 }
 
-COMMANDS = ("quantize", "inspect", "verify", "evaluate")
+COMMANDS = ("quantize", "inspect", "verify", "evaluate", "doctor")
 
 # What the console script and ``python -m quantize`` do, and then a note of what happened.
 PROBE = """
