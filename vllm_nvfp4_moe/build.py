@@ -18,9 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_nvfp4_moe import settings
-from vllm_nvfp4_moe.kernels import jit
-from vllm_nvfp4_moe.kernels.jit import KernelError, Language
+from quantize.native import environment, jit
+from quantize.native.jit import KernelError, Language
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,17 @@ def cuda() -> Iterator[Unit]:
 
 
 def cpu() -> Iterator[Unit]:
-    """All that ``kernel_for`` may ask for. An old compiler does not know the newest instructions;
-    the last set, which comes last, is within those of the others."""
-    from vllm_nvfp4_moe.kernels.cpu.kernel import INSTRUCTIONS
+    """All that ``kernel_for`` and the quantizer may ask for. An old compiler does not know the
+    newest instructions; the last set of each is within those of the others."""
+    from quantize.nvfp4.kernels import cpp_cpu
+    from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS
 
-    for instructions in INSTRUCTIONS:
-        language = jit.cpp(*instructions.options)
-        last = instructions == INSTRUCTIONS[-1]
-        yield Unit(f"CPU, {instructions.name}", instructions.source(), language, last)
+    for variant in VARIANTS:
+        name = f"CPU, {variant.instructions.name}"
+        yield Unit(name, variant.source(), variant.language, variant == VARIANTS[-1])
+    for instructions in cpp_cpu.INSTRUCTIONS:
+        last = instructions == cpp_cpu.INSTRUCTIONS[-1]
+        yield Unit(f"quantizing, {instructions.name}", *cpp_cpu.source(instructions), last)
 
 
 def make(unit: Unit, folder: Path) -> str | None:
@@ -89,17 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status: 1 if a kernel that is needed could not be made."""
     parser = argparse.ArgumentParser("python -m vllm_nvfp4_moe.build", description=__doc__)
     parser.add_argument("--cuda", action="store_true", help="kernels for Hopper GPUs, by nvcc")
-    parser.add_argument("--cpu", action="store_true", help="kernels for x86 CPUs, by g++")
+    parser.add_argument(
+        "--cpu", action="store_true", help="kernels for x86 CPUs, the quantizer's too, by g++"
+    )
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help=f"where to, by default where a server of this user "
-        f"looks ({settings.CACHE}). A server looks in DIR if {settings.CACHE} names it",
+        f"looks ({environment.CACHE}). A server looks in DIR if {environment.CACHE} names it",
     )  # fmt: skip
     asked = parser.parse_args(arguments)
     everything = not (asked.cuda or asked.cpu)
-    try:
-        folder = asked.to.absolute() if asked.to else settings.cache()
-    except ImportError:  # vLLM, which knows where its cache is
-        folder = None
+    folder = asked.to.absolute() if asked.to else environment.cache()
     if folder is None:
         parser.error("there is no folder for caches here: say one by --to")
     try:

@@ -98,6 +98,10 @@ def use(additional_config: Any) -> None:
         new[names[key]] = str(int(value)) if isinstance(value, bool) else str(value)
     if new == _configured:
         return
+    # Not above: vLLM loads this module in programs in which that name may mean another package.
+    from quantize.native import environment
+
+    environment.use({name: new[name] for name in (CPP, CACHE) if name in new})
     _configured.clear()
     _configured.update(new)
     for name, text in new.items():
@@ -121,11 +125,6 @@ def self_check() -> bool:
 def hopper() -> bool:
     """Whether our kernel may be chosen on a Hopper GPU (``NVFP4_MOE_HOPPER``)."""
     return _said(HOPPER) != "0"
-
-
-def cpp() -> bool:
-    """Whether the CPU's kernel may be compiled from C++ (``NVFP4_MOE_CPP``)."""
-    return _said(CPP) != "0"
 
 
 def hopper_activations() -> str:
@@ -171,17 +170,6 @@ def set_run_folder(folder: str) -> None:
     os.environ[RUN] = folder
 
 
-def cache() -> Path | None:
-    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist. None
-    if nothing says where it is: users of containers may have no home directory."""
-    if folder := _said(CACHE):
-        return Path(folder).absolute()
-    import vllm.envs as envs
-
-    root = Path(envs.VLLM_CACHE_ROOT)
-    return root / "nvfp4_moe" if root.is_absolute() else None
-
-
 def humming_input() -> str | None:
     """What the user wants Humming to quantize activations to; None if that was not said."""
     return os.environ.get(HUMMING_INPUT) or None
@@ -190,13 +178,3 @@ def humming_input() -> str | None:
 def marlin_input() -> str | None:
     """What the user wants Marlin to quantize activations to; None if that was not said."""
     return os.environ.get(MARLIN_INPUT) or None
-
-
-def cuda_home() -> str | None:
-    """CUDA's folder by ``CUDA_HOME``, else by ``CUDA_PATH``; None if neither is set."""
-    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
-
-
-def cxx() -> str | None:
-    """The C++ compiler, if ``CXX`` says which."""
-    return os.environ.get("CXX") or None

@@ -1,1 +1,1 @@
-"""Compiled kernels, beside this file. ``vllm_nvfp4_moe.kernels.jit`` looks for them here."""
+"""Compiled kernels, beside this file. ``quantize.native.jit`` looks for them here."""

@@ -11,7 +11,7 @@ from vllm_nvfp4_moe import build, settings
 CODE = """
 from itertools import product
 import torch
-from vllm_nvfp4_moe.kernels import jit
+from quantize.native import jit
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.hopper.source import FORMS
 def nobody():

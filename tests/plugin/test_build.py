@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -16,9 +15,10 @@ import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from quantize.native import jit, processor
+from quantize.nvfp4.kernels import _for_cpus as for_cpus
 from tests.plugin.test_jit import SOURCE, as_nobody, compilations, log, tmp_path
 from vllm_nvfp4_moe import build, settings
-from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
 from vllm_nvfp4_moe.kernels.hopper import launch
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
@@ -60,12 +60,16 @@ def test_all_that_kernels_ask_for_is_made(monkeypatch: MonkeyPatch) -> None:
     for kernel, gate, biased in product(KERNELS.values(), gates, (True, False)):
         with pytest.raises(jit.KernelError, match="noted"):
             kernel.library(0, Form(gate.gated, biased))
-    for has, dtype in product([i.flags for i in cpu.INSTRUCTIONS], cpu.ANY):
-        monkeypatch.setattr(cpu, "flags", lambda has=has: has)
+    has = [variant.instructions.flags for variant in cpu.VARIANTS]
+    for flags, dtype, invariant in product(has, cpu.ANY, (True, False)):
+        monkeypatch.setattr(processor, "flags", lambda flags=flags: flags)
         with pytest.raises(jit.KernelError, match="noted"):
-            cpu.kernel_for.__wrapped__(dtype)
+            cpu.kernel_for.__wrapped__(dtype, invariant)
+    for flags in has:
+        monkeypatch.setattr(processor, "flags", lambda flags=flags: flags)
+        for_cpus.__wrapped__()  # which goes on with numba
     made = [jit.file_name(unit.source, unit.language) for unit in [*build.cuda(), *build.cpu()]]
-    assert len(made) == len(asked) == 11
+    assert len(made) == len(asked) == 14
     assert set(made) == asked
 
 
@@ -82,10 +86,10 @@ def test_the_command(
     assert {path.name for path in folder.iterdir()} == made
     assert {stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())} == {0o755}
     said = capsys.readouterr().out
-    assert said.count("\n") == 11 and "HOPPER FP8 (vllm_nvfp4_moe), ungated with biases: " in said
+    assert said.count("\n") == 14 and "HOPPER FP8 (vllm_nvfp4_moe), ungated with biases: " in said
     done = compilations(log)
     assert build.main(["--to", str(folder)]) == 0
-    assert capsys.readouterr().out.count("(is there)") == 11
+    assert capsys.readouterr().out.count("(is there)") == 14
     assert compilations(log) == done
 
 
@@ -103,8 +107,8 @@ def test_by_default_where_a_server_looks(
 ) -> None:
     assert build.main(["--cpu"]) == 0
     monkeypatch.setattr(jit, "cxx", lambda: pytest.fail("a compiler was looked for"))
-    for instructions in cpu.INSTRUCTIONS:
-        assert jit.load(instructions.source(), jit.cpp(*instructions.options)).answer() == 42
+    for variant in cpu.VARIANTS:
+        assert jit.load(variant.source(), variant.language).answer() == 42
 
 
 def test_instructions_that_the_compiler_does_not_know(
@@ -112,12 +116,13 @@ def test_instructions_that_the_compiler_does_not_know(
 ) -> None:
     monkeypatch.setenv("UNKNOWN", "-mavx512bf16")
     assert build.main(["--cpu"]) == 0
-    assert "Not made: CPU, AVX-512 with BF16: nvcc failed: unrec" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Not made: CPU, AMX; CPU, AVX-512 with BF16: nvcc failed: unrec" in said
     monkeypatch.setenv("UNKNOWN", "-mf16c")
     shutil.rmtree(os.environ[settings.CACHE])
     assert build.main(["--cpu"]) == 1
     said = capsys.readouterr().err
-    assert "Not made: CPU, AVX-512 with BF16; CPU, AVX-512; CPU, AVX2: nvcc failed" in said
+    assert "; CPU, AVX2; quantizing, AVX-512; quantizing, AVX2: nvcc failed" in said
     assert build.main(["--cuda"]) == 0
 
 
@@ -134,10 +139,9 @@ def test_without_nvcc(monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[st
 def test_where_nothing_says_where(
     monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither vLLM nor a variable."""
+    """A user without a home, and no variable."""
     monkeypatch.delenv(settings.CACHE)
-    monkeypatch.setitem(sys.modules, "vllm.envs", None)
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "~nobody-of-this-name/cache")
     with pytest.raises(SystemExit):
         build.main(["--cpu"])
     assert "say one by --to" in capsys.readouterr().err
@@ -157,7 +161,7 @@ def test_a_folder_from_which_no_server_takes_code(
 
 def test_a_server_without_a_compiler(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """The true kernels, made by root: another user, who can write nowhere, computes with them."""
-    if not cpu.flags() >= {"avx2", "fma", "f16c"}:
+    if not processor.AVX2.here:
         pytest.skip("the processor has no AVX2")
     folder = tmp_path / "kernels"
     monkeypatch.delenv("CXX", raising=False)
@@ -166,17 +170,18 @@ def test_a_server_without_a_compiler(tmp_path: Path, monkeypatch: MonkeyPatch) -
         "import torch\n"
         "from vllm_nvfp4_moe.kernels.cpu.kernel import kernel_for\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
-        "    print(kernel_for(dtype).instructions.name)\n"
+        "    print(kernel_for(dtype).variant.instructions.name)\n"
         f"os.environ['{settings.CACHE}'] = '/proc/nowhere'\n"
         "kernel_for.__wrapped__(dtype)\n"
     )
     nowhere = ["PATH=/nowhere", "TMPDIR=/proc"]
     done = as_nobody(code, tmp_path, *nowhere, f"{settings.CACHE}={folder}")
     best = {
-        dtype: next(i.name for i in cpu.INSTRUCTIONS if dtype in i.takes and i.flags <= cpu.flags())
+        dtype: next(v for v in cpu.VARIANTS if dtype in v.takes and v.instructions.here)
         for dtype in (torch.float32, torch.bfloat16)
     }
-    assert done.stdout.splitlines()[-2:] == list(best.values()), done.stderr
+    names = [variant.instructions.name for variant in best.values()]
+    assert done.stdout.splitlines()[-2:] == names, done.stderr
     assert "KernelError: cannot be built or loaded: no folder can be written" in done.stderr
 
 

@@ -10,18 +10,18 @@ import sys
 import zipfile
 from pathlib import Path
 
+from quantize.native import jit
 from tests.conftest import ROOT
 from tests.plugin.test_build import compilers
 from tests.plugin.test_jit import log, tmp_path
 from vllm_nvfp4_moe import settings
-from vllm_nvfp4_moe.kernels import jit
 
 __all__ = ["compilers", "log", "tmp_path"]  # fixtures
 
 ALL = """
 import json
 from vllm_nvfp4_moe import build
-from vllm_nvfp4_moe.kernels import jit
+from quantize.native import jit
 units = [*build.cuda(), *build.cpu()]
 print(json.dumps([jit.load(unit.source, unit.language).answer() for unit in units]))
 """
@@ -46,4 +46,4 @@ def test_a_wheel_of_kernels(tmp_path: Path, compilers: Path) -> None:
     nowhere = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "CXX": "", "TMPDIR": "/proc"}
     env |= {"PYTHONPATH": f"{ROOT}:{site}", settings.CACHE: "/proc/nowhere", **nowhere}
     done = subprocess.run([sys.executable, "-c", ALL], env=env, capture_output=True, text=True)
-    assert json.loads(done.stdout) == [42] * 11, done.stderr
+    assert json.loads(done.stdout) == [42] * 14, done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from quantize.native import environment
 from tests.conftest import ROOT
 from vllm_nvfp4_moe import settings
 
@@ -19,9 +20,9 @@ SERVING = ROOT / "docs" / "operators" / "serving.md"
 READ = {
     settings.SELF_CHECK: (settings.self_check, True, False),
     settings.HOPPER: (settings.hopper, True, False),
-    settings.CPP: (settings.cpp, True, False),
+    settings.CPP: (environment.cpp, True, False),
     settings.ACTIVATIONS: (settings.hopper_activations, "bf16", "fp8"),
-    settings.CACHE: (settings.cache, None, Path("/kernels")),
+    settings.CACHE: (environment.cache, None, Path("/kernels")),
 }
 """Of each option that ``--additional-config`` may say: who reads it, what is read if nobody says
 anything, and something else."""
@@ -31,10 +32,15 @@ anything, and something else."""
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in settings.OPTIONS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", "relative", raising=False)
-    settings._configured.clear()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "relative")
+    said_nothing()
     yield
+    said_nothing()
+
+
+def said_nothing() -> None:
     settings._configured.clear()
+    environment.use({})
 
 
 def key(variable: str) -> str:
@@ -51,6 +57,7 @@ def test_nothing_else_reads_the_environment() -> None:
 
 
 def test_every_variable_is_documented() -> None:
+    assert (settings.CPP, settings.CACHE) == (environment.CPP, environment.CACHE)
     variables = {v for v in vars(settings).values() if str(v).startswith("NVFP4_MOE_")}
     assert set(settings.OPTIONS) < variables
     assert set(re.findall(r"NVFP4_MOE_\w+", str(settings.__doc__))) == variables

@@ -53,7 +53,7 @@ class CpuMethod(NvFp4MoEMethod):
     @property
     def variant(self) -> str:
         kernel = native(self.moe.in_dtype) if self.gate.form in FORMS else None
-        return kernel.instructions.name if kernel else "numba"
+        return kernel.variant.instructions.name if kernel else "numba"
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **more: Any) -> None:
         super().create_weights(layer, *args, **more)

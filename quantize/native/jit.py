@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from vllm_nvfp4_moe import settings
+from quantize.native import environment
 
 logger = logging.getLogger("vllm.nvfp4_moe.jit")
-"""Below vLLM's logger, whose handlers it has in a server."""
+"""Below vLLM's logger, whose handlers it has in a server; elsewhere its warnings are seen."""
 
 
 PACKAGE = "vllm_nvfp4_moe_jit_cache"
@@ -82,19 +82,21 @@ def cuda(architecture: str) -> Language:
     )  # fmt: skip
 
 
-def cpp(*options: str) -> Language:
-    """C++ with OpenMP for this host's processor.
+def cpp(*options: str, openmp: bool = False) -> Language:
+    """C++ for this host's processor.
 
     Args:
-        options: the instruction sets that may be used, such as ``-mavx2``.
+        options: the instruction sets that may be used, such as ``-mavx2``, and other options.
+        openmp: whether the source has threads, which are OpenMP's.
     """
+    threads = ("-fopenmp",) if openmp else ()
     # OpenMP's runtime is that of PyTorch, whose names are global: a second one would have threads
     # of its own, on cores that vLLM has given to others. With -fopenmp the linker asks for one.
     return Language(
         ".cpp",
         "this processor",
         lambda: cxx(),
-        ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-c", *options),
+        ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *threads, "-c", *options),
         ("-shared", "-nostdlib", "-lm", "-lc", "-lgcc"),
     )
 
@@ -105,7 +107,7 @@ def cxx() -> Path:
     Raises:
         KernelError: if there is none.
     """
-    for name in (settings.cxx(), "g++", "c++"):
+    for name in (environment.cxx(), "g++", "c++"):
         if name and (found := shutil.which(name)):
             return Path(found)
     raise KernelError("no C++ compiler: neither $CXX, nor g++ or c++ on the path")
@@ -118,7 +120,7 @@ def nvcc() -> Path:
     Raises:
         KernelError: if there is none.
     """
-    home = settings.cuda_home()
+    home = environment.cuda_home()
     found = [Path(home, "bin", "nvcc")] if home else []
     if on_path := shutil.which("nvcc"):
         found.append(Path(on_path))
@@ -141,7 +143,7 @@ def folders(make: bool = True) -> Iterator[Path]:
     Args:
         make: whether a folder that is not there is made, or passed over.
     """
-    wanted = settings.cache()
+    wanted = environment.cache()
     mine = f"user-{os.getuid()}"
     places = [] if wanted is None else [wanted, wanted / mine]
     with suppress(OSError):  # there may be none
