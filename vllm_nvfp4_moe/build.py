@@ -51,8 +51,8 @@ def cuda() -> Iterator[Unit]:
 
 
 def cpu() -> Iterator[Unit]:
-    """All that ``kernel_for`` and the quantizer may ask for. An old compiler does not know the
-    newest instructions; the last set of each is within those of the others."""
+    """All that experts and the quantizer may ask for on a CPU. An old compiler does not know the
+    newest instructions; the last set, which comes last, is within those of the others."""
     from quantize.nvfp4.kernels import cpp_cpu
     from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS
 
@@ -91,16 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status: 1 if a kernel that is needed could not be made."""
     parser = argparse.ArgumentParser("python -m vllm_nvfp4_moe.build", description=__doc__)
     parser.add_argument("--cuda", action="store_true", help="kernels for Hopper GPUs, by nvcc")
-    parser.add_argument(
-        "--cpu", action="store_true", help="kernels for x86 CPUs, the quantizer's too, by g++"
-    )
+    parser.add_argument("--cpu", action="store_true", help="kernels for x86 CPUs, by g++")
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help=f"where to, by default where a server of this user "
         f"looks ({environment.CACHE}). A server looks in DIR if {environment.CACHE} names it",
     )  # fmt: skip
     asked = parser.parse_args(arguments)
     everything = not (asked.cuda or asked.cpu)
-    folder = asked.to.absolute() if asked.to else environment.cache()
+    try:
+        folder = asked.to.absolute() if asked.to else environment.cache()
+    except ImportError:  # vLLM, which knows where its cache is
+        folder = None
     if folder is None:
         parser.error("there is no folder for caches here: say one by --to")
     try:

@@ -98,12 +98,11 @@ def use(additional_config: Any) -> None:
         new[names[key]] = str(int(value)) if isinstance(value, bool) else str(value)
     if new == _configured:
         return
-    # Not above: vLLM loads this module in programs in which that name may mean another package.
-    from quantize.native import environment
+    from quantize.native import environment  # whatever reads CPP and CACHE is there
 
-    environment.use({name: new[name] for name in (CPP, CACHE) if name in new})
-    _configured.clear()
-    _configured.update(new)
+    for place in (_configured, environment.configured):
+        place.clear()
+        place.update(new)
     for name, text in new.items():
         if os.environ.get(name, text) not in ("", text):
             logger.warning(

@@ -11,41 +11,36 @@ variable               meaning
 =====================  ============================================================================
 
 They are read when a function here is called, not when it is imported. An empty variable counts as
-one that is not set. What vLLM's ``--additional-config`` says goes before them (:func:`use`).
+one that is not set.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 CPP = "NVFP4_MOE_CPP"
 CACHE = "NVFP4_MOE_CACHE"
 
 
-_configured: dict[str, str] = {}
+configured: dict[str, str] = {}
+"""What a program that imports this says in the place of variables, by their names. It wins."""
 
 
-def use(options: Mapping[str, str]) -> None:
-    """Have these values, by their variables' names, count before the environment's."""
-    _configured.clear()
-    _configured.update(options)
-
-
-def _said(name: str) -> str | None:
-    return _configured.get(name) or os.environ.get(name) or None
+def said(name: str) -> str | None:
+    """What the user says of a variable; None for nothing."""
+    return configured.get(name) or os.environ.get(name) or None
 
 
 def cpp() -> bool:
     """Whether kernels for CPUs may be compiled from C++ (``NVFP4_MOE_CPP``)."""
-    return _said(CPP) != "0"
+    return said(CPP) != "0"
 
 
 def cache() -> Path | None:
     """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist. None
     if nothing says where it is: users of containers may have no home directory."""
-    if folder := _said(CACHE):
+    if folder := said(CACHE):
         return Path(folder).absolute()
     # As vLLM finds its own (vllm.envs), which is not imported for it.
     root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(  # noqa: PTH118

@@ -16,7 +16,7 @@ import torch
 
 from quantize.experts.gates import Gate
 from quantize.native import jit, processor
-from quantize.nvfp4.kernels import _for_cpus as for_cpus
+from quantize.nvfp4.kernels import cpp_cpu
 from tests.plugin.test_jit import SOURCE, as_nobody, compilations, log, tmp_path
 from vllm_nvfp4_moe import build, settings
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
@@ -60,14 +60,13 @@ def test_all_that_kernels_ask_for_is_made(monkeypatch: MonkeyPatch) -> None:
     for kernel, gate, biased in product(KERNELS.values(), gates, (True, False)):
         with pytest.raises(jit.KernelError, match="noted"):
             kernel.library(0, Form(gate.gated, biased))
-    has = [variant.instructions.flags for variant in cpu.VARIANTS]
-    for flags, dtype, invariant in product(has, cpu.ANY, (True, False)):
-        monkeypatch.setattr(processor, "flags", lambda flags=flags: flags)
+    for has, dtype in product([v.instructions.flags for v in cpu.VARIANTS], cpu.ANY):
+        monkeypatch.setattr(processor, "flags", lambda has=has: has)
         with pytest.raises(jit.KernelError, match="noted"):
-            cpu.kernel_for.__wrapped__(dtype, invariant)
-    for flags in has:
-        monkeypatch.setattr(processor, "flags", lambda flags=flags: flags)
-        for_cpus.__wrapped__()  # which goes on with numba
+            cpu.kernel_for.__wrapped__(dtype)
+    for instructions in cpp_cpu.INSTRUCTIONS:
+        with pytest.raises(jit.KernelError, match="noted"):
+            cpp_cpu.CppKernel(instructions)
     made = [jit.file_name(unit.source, unit.language) for unit in [*build.cuda(), *build.cpu()]]
     assert len(made) == len(asked) == 14
     assert set(made) == asked
@@ -107,8 +106,8 @@ def test_by_default_where_a_server_looks(
 ) -> None:
     assert build.main(["--cpu"]) == 0
     monkeypatch.setattr(jit, "cxx", lambda: pytest.fail("a compiler was looked for"))
-    for variant in cpu.VARIANTS:
-        assert jit.load(variant.source(), variant.language).answer() == 42
+    for unit in build.cpu():
+        assert jit.load(unit.source, unit.language).answer() == 42
 
 
 def test_instructions_that_the_compiler_does_not_know(
@@ -116,13 +115,15 @@ def test_instructions_that_the_compiler_does_not_know(
 ) -> None:
     monkeypatch.setenv("UNKNOWN", "-mavx512bf16")
     assert build.main(["--cpu"]) == 0
-    said = capsys.readouterr().err
-    assert "Not made: CPU, AMX; CPU, AVX-512 with BF16: nvcc failed: unrec" in said
+    assert (
+        "Not made: CPU, AMX; CPU, AVX-512 with BF16: nvcc failed: unrec" in capsys.readouterr().err
+    )
     monkeypatch.setenv("UNKNOWN", "-mf16c")
     shutil.rmtree(os.environ[settings.CACHE])
     assert build.main(["--cpu"]) == 1
     said = capsys.readouterr().err
-    assert "; CPU, AVX2; quantizing, AVX-512; quantizing, AVX2: nvcc failed" in said
+    names = "CPU, AMX; CPU, AVX-512 with BF16; CPU, AVX-512; CPU, AVX2; quantizing, AVX-512; "
+    assert f"Not made: {names}quantizing, AVX2: nvcc failed" in said
     assert build.main(["--cuda"]) == 0
 
 
@@ -139,7 +140,6 @@ def test_without_nvcc(monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[st
 def test_where_nothing_says_where(
     monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A user without a home, and no variable."""
     monkeypatch.delenv(settings.CACHE)
     monkeypatch.setenv("VLLM_CACHE_ROOT", "~nobody-of-this-name/cache")
     with pytest.raises(SystemExit):
@@ -177,11 +177,12 @@ def test_a_server_without_a_compiler(tmp_path: Path, monkeypatch: MonkeyPatch) -
     nowhere = ["PATH=/nowhere", "TMPDIR=/proc"]
     done = as_nobody(code, tmp_path, *nowhere, f"{settings.CACHE}={folder}")
     best = {
-        dtype: next(v for v in cpu.VARIANTS if dtype in v.takes and v.instructions.here)
+        dtype: next(
+            v.instructions.name for v in cpu.VARIANTS if dtype in v.takes and v.instructions.here
+        )
         for dtype in (torch.float32, torch.bfloat16)
     }
-    names = [variant.instructions.name for variant in best.values()]
-    assert done.stdout.splitlines()[-2:] == names, done.stderr
+    assert done.stdout.splitlines()[-2:] == list(best.values()), done.stderr
     assert "KernelError: cannot be built or loaded: no folder can be written" in done.stderr
 
 

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vllm import envs
 
-from quantize.native import jit
+from quantize.native import environment, jit
 from tests.conftest import ROOT
 from vllm_nvfp4_moe import settings
 
@@ -318,7 +319,13 @@ def test_a_library_that_root_has_built(tmp_path: Path, log: Path) -> None:
     assert compilations(log) == 1
 
 
-def test_by_default_it_is_in_vllms_cache(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", ["VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "HOME"])
+def test_by_default_it_is_in_vllms_cache(
+    variable: str, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """As vLLM itself says where that is."""
     monkeypatch.delenv(settings.CACHE)
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
-    assert next(iter(jit.folders())) == tmp_path / "vllm" / "nvfp4_moe"
+    for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "a"))
+    assert environment.cache() == Path(envs.VLLM_CACHE_ROOT) / "nvfp4_moe"

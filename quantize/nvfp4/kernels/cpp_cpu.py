@@ -26,10 +26,10 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def source(instructions: Instructions) -> tuple[str, jit.Language]:
-    """The C++ source, and how it is compiled for one of :data:`INSTRUCTIONS`."""
+    """What is compiled for ``instructions``, and how."""
+    text = Path(__file__).with_name("encode.cpp").read_text()
     # Not fused: each operation rounds as the reference's does.
-    options = (*instructions.options, "-ffp-contract=off", "-Wno-psabi")
-    return Path(__file__).with_name("encode.cpp").read_text(), jit.cpp(*options)
+    return text, jit.cpp(*instructions.options, "-ffp-contract=off", "-Wno-psabi")
 
 
 class CppKernel:

@@ -181,7 +181,8 @@ class Kernel:
 
 @cache
 def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
-    """The fastest kernel that this host has for activations of ``dtype``.
+    """The fastest kernel that this host has for activations of ``dtype``, and that can be had: an
+    old compiler does not know the newest instructions.
 
     Args:
         invariant: whether a token's bits must not depend on its neighbours.
@@ -194,7 +195,7 @@ def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
         if dtype in variant.takes and variant.instructions.here and variant.invariant >= invariant:
             try:
                 return Kernel(variant)
-            except KernelError as error:  # such as a compiler that is older than the processor
+            except KernelError as error:
                 problem = error
     if problem is None:
         raise KernelError("the processor has no AVX2")
