@@ -316,7 +316,8 @@ def test_a_compiler_that_does_not_know_the_newest_instructions(
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(jit, "folders", lambda make=True: [tmp_path])
+    monkeypatch.setenv(settings.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     first = VARIANTS[0].instructions.flags
     monkeypatch.setattr(processor, "flags", lambda: first)
     assert cpu.kernel_for(torch.bfloat16).variant is VARIANTS[2]

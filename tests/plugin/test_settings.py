@@ -33,7 +33,6 @@ anything, and something else."""
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in settings.OPTIONS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("VLLM_CACHE_ROOT", "relative")
     yield
     for said in (settings._configured, environment.configured):
         said.clear()
@@ -78,6 +77,7 @@ def test_both_ways_and_which_wins(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     read, plain, other = READ[name]
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "relative")  # so that there is no folder by default
     assert read() == plain
     settings.use({"nvfp4_moe": {key(name): in_json(other)}, "gdn_prefill_backend": "triton"})
     assert read() == other
