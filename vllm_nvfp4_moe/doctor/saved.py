@@ -31,9 +31,7 @@ def save(result: Mapping[str, Any]) -> list[str]:
         saved.append(file)
     if not saved:
         return []
-    return [
-        f"kept for {settings.SELECT}={settings.MEASURED} in {saved[0].parent} ({len(saved)} files)"
-    ]
+    return [f"{len(saved)} tables kept for {settings.SELECT}={settings.MEASURED}"]
 
 
 def times_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -93,7 +94,7 @@ def _rows(layer: Mapping[str, Any], shown: list[int]) -> Iterator[list[str]]:
         rows = {row["tokens"]: row for row in kernel.get("timed", ())}
         for tokens, row in rows.items():
             if "floor" in row:
-                floors[tokens] = min(row["floor"]["ms"], floors.get(tokens, row["ms"]))
+                floors[tokens] = min(row["floor"]["ms"], floors.get(tokens, math.inf))
         errors = [check["token_error"] for check in kernel.get("checks", ())]
         error = "NaN" if None in errors else f"{max(errors):.2g}" if errors else "-"
         status = kernel["status"]
