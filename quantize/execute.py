@@ -22,7 +22,7 @@ from quantize.calibration.calibrate import (
 )
 from quantize.calibration.cluster_crew import on_cluster
 from quantize.calibration.crew import Crew, Round, on_devices
-from quantize.calibration.estimate import check, check_memory, estimate
+from quantize.calibration.estimate import Estimate, check, check_memory, estimate
 from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
@@ -41,10 +41,14 @@ from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.sessions import Sessions
 from quantize.run.space import Space
 from quantize.run.target import check_folder
-from quantize.run.workers import Progress, all_devices, make_shards
+from quantize.run.workers import Progress, all_devices, make_shards, not_shown
 
 Say = Callable[[str], None]
 """Is told, in one line, what a user should know though nothing is wrong."""
+
+
+Dry = Callable[["Run", Space | None], None]
+"""Is told a run that is not carried out, and what it would write; None: it is complete already."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,14 @@ def execute(
     threads: int | None = None,
     ray: str | None = None,
     command: str = "",
-    progress: Progress = lambda _: None,
+    progress: Progress = not_shown,
     samples: torch.Tensor | None = None,
     calibrating: Calibrating = lambda *_: None,
     counting: Calibrating | None = None,
     limited: bool | None = None,
     work_dir: Path | None = None,
     say: Say = lambda _: None,
+    dry: Dry | None = None,
 ) -> Summary:
     """Carry out ``plan`` into the folder ``target``.
 
@@ -106,6 +111,7 @@ def execute(
         work_dir: where calibration keeps hidden states and its experts; by default in ``target``.
         say: is told what is not copied, what becomes of a checkpoint that is replaced, and what the
             calibration's proof found.
+        dry: do nothing but what can refuse the run, and tell this.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if
@@ -142,13 +148,14 @@ def execute(
         )
 
     check_folder(target)
-    if resume and is_finished(record, plan, others):
+    finished = resume and is_finished(record, plan, others)
+    if finished and dry is None:
         if record.folder.exists():  # a kill in the last moments may have left it
             with locked(record.folder):
                 record.end()
         progress(_source_bytes(plan, range(len(plan.shards))))
         return summary([])
-    run = _Run(
+    run = Run(
         checkpoint,
         plan,
         record,
@@ -162,6 +169,11 @@ def execute(
         limited,
         started,
     )
+    if dry is not None:
+        if not finished:
+            record.prepare(overwrite, resume)
+        dry(run, None if finished else run.check())
+        return summary([])
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
 
@@ -191,8 +203,14 @@ def check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()
 
 
 @dataclass
-class _Run:
-    """A run whose target is locked."""
+class Run:
+    """A run. What it changes, it does while its target is locked.
+
+    Attributes:
+        missing: the shards that are still to be made, once that is known (:meth:`check`).
+        estimate: what calibrating will take, likewise; None if nothing is calibrated, or nobody
+            asked.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
@@ -208,6 +226,8 @@ class _Run:
     started: float
     cluster: int = 0
     """How many tasks the Ray cluster has room for."""
+    missing: Sequence[int] = ()
+    estimate: Estimate | None = None
 
     def go(
         self,
@@ -219,7 +239,7 @@ class _Run:
         """All of it; returns the shards that were made."""
         record, plan, checkpoint = self.record, self.plan, self.checkpoint
         record.prepare(overwrite, resume)
-        space = self._check()
+        space = self.check()
         record.begin(overwrite, resume)
         self.sessions = Sessions(
             record.folder, self.devices, time.perf_counter() - self.started, self.cluster
@@ -242,8 +262,12 @@ class _Run:
             raise
         return missing
 
-    def _check(self) -> Space:
-        """Whatever else can refuse the run."""
+    def check(self) -> Space:
+        """Whatever else can refuse the run, whose record is prepared. Nothing is changed.
+
+        Raises:
+            QuantizeError: if something does.
+        """
         record, plan = self.record, self.plan
         if self.ray is not None:
             self.cluster = room_on_ray(self.ray, self.threads)
@@ -253,6 +277,7 @@ class _Run:
         if record.goes_on:
             voided = done.voided(record, self.checkpoint, plan)
             missing = [i for i in every if i in voided or not done.is_done(record, plan, i)]
+        self.missing = missing
         shards = sum(out.nbytes for i in missing for out in plan.outputs(i))
         shards += sum((self.checkpoint.folder / name).stat().st_size for name in self.others)
         calibration = 0
@@ -285,6 +310,7 @@ class _Run:
         found = estimate(self.checkpoint, self.plan, groups, device, counting, count)
         if self.limited:
             check(found)
+        self.estimate = found
         self.say(f"Calibration: {found}")
 
     def _make(

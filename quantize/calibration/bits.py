@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,8 @@ from rich.filesize import decimal
 from quantize.calibration.backward import LayerwiseBackward
 from quantize.calibration.budget import needed
 from quantize.calibration.calibrate import forward_backward, runnable_model
-from quantize.calibration.estimate import check_memory
+from quantize.calibration.estimate import Estimate, check, check_memory, estimate
 from quantize.calibration.layer_loss import LossGatherer, StoredLosses
-from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
 from quantize.calibration.proof import Say, prove
 from quantize.calibration.store import Store
@@ -29,6 +29,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.experts.names import layer_number
 from quantize.run.bits import (
+    LEAST,
     MEASURED,
     NVFP4,
     Choice,
@@ -43,6 +44,7 @@ from quantize.run.made import made
 from quantize.run.options import Options
 from quantize.run.plan import Plan
 from quantize.run.plan import plan as plan_of
+from quantize.run.space import free
 from quantize.run.target import CONFIG, FOLDER
 from quantize.run.work_dir import WorkDir
 
@@ -64,6 +66,9 @@ def within_bits(
     resume: bool = False,
     work_dir: Path | None = None,
     limited: bool = True,
+    counting: bool = False,
+    devices: int = 1,
+    dry: bool = False,
     progress: Progress = lambda *_: None,
     say: Say = lambda _: None,
 ) -> Plan:
@@ -76,10 +81,14 @@ def within_bits(
         target: of the run.
         resume: a checkpoint that is there already may be what the run would make.
         work_dir: where hidden states are; by default in ``target``.
-        limited: refuse what needs more memory than there is.
-        say: is told what was chosen.
+        limited: refuse what takes too long, calibration included, or more memory than there is.
+        counting, devices: of the calibration, see ``quantize.calibration.estimate.estimate``.
+        dry: measure nothing, and write nothing: without losses that are measured already, the plan
+            is the given one.
+        say: is told what it will take, and what was chosen.
 
     Raises:
+        TooMuchError: if it takes too much (``limited``).
         QuantizeError: if no format fits (``quantize.run.bits.check_bits``), the model cannot be run
             forward and backward, weights or states are damaged, or another run is at work there.
     """
@@ -90,18 +99,27 @@ def within_bits(
     layers = by_layer(plan.groups)
     kept = StoredLosses(target / FOLDER / MEASURED)
     key = {"of": plan.fingerprint(checkpoint)}
-    with locked(target / FOLDER):
-        if not (kept.folder / _KEY).exists() or read_json(kept.folder / _KEY) != key:
+    with nullcontext() if dry else locked(target / FOLDER):
+        begun = (kept.folder / _KEY).exists() and read_json(kept.folder / _KEY) == key
+        if not begun and not dry:
             shutil.rmtree(kept.folder, ignore_errors=True)
             kept.folder.mkdir(parents=True)
             write_json(kept.folder / _KEY, key)
-        if undone := [group for group in plan.groups if not kept.is_done(group)]:
+        if undone := [group for group in plan.groups if not (begun and kept.is_done(group))]:
             own = WorkDir(work_dir, target) if work_dir else None
+            folder = own.folder / MEASURED if own else kept.folder
+            measuring = _Measuring(checkpoint, plan, kept, undone, folder, device)
+            first = measuring.foresee(limited, say)
+            then = estimate(checkpoint, plan, plan.groups, device, counting, devices)
+            say(f"Measuring layers' losses for --bits: {first}; then calibration: {then}")
+            if limited:
+                check(then, first)
+            if dry:
+                say(_not_known(plan, options.bits))
+                return plan
             if own is not None:
                 own.make()
-            folder = own.folder / MEASURED if own else kept.folder
-            what = checkpoint, plan, samples, kept, undone, folder, device
-            _measure(*what, limited, progress, say)
+            measuring.run(samples, progress, say)
     losses: dict[str, dict[str, float]] = {prefix: defaultdict(float) for prefix in layers}
     for group in plan.groups:
         for name, loss in kept.of(group).items():
@@ -128,6 +146,17 @@ def summary(choice: Choice) -> str:
     )
 
 
+def _not_known(plan: Plan, bits: float) -> str:
+    """What can be said without losses."""
+    weights = sum(group.parameters for group in plan.groups)
+    more = int(weights * (bits - LEAST) / 8)
+    return (
+        f"--bits {bits:g}: layers' formats are known once their losses are measured. With all "
+        f"experts in NVFP4 the tensors are {decimal(plan.nbytes)}, and within the budget at most "
+        f"{decimal(plan.nbytes + more)}"
+    )
+
+
 def _planned(checkpoint: Checkpoint, plan: Plan, options: Options, formats: dict[str, str]) -> Plan:
     chosen = plan_of(checkpoint, replace(options, formats=tuple(formats.items())), plan.gates)
     used = plan.options.calibration
@@ -143,55 +172,80 @@ def _finished(target: Path, bits: float) -> dict[str, str] | None:
     return said.formats if said is not None and said.bits == bits else None
 
 
-def _measure(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    samples: torch.Tensor,
-    kept: StoredLosses,
-    undone: list[ExpertGroup],
-    folder: Path,
-    device: torch.device,
-    limited: bool,
-    progress: Progress,
-    say: Say,
-) -> None:
-    """Measure the losses of some groups; what an earlier run has left in ``folder`` is used."""
-    used = plan.options.calibration
-    assert used is not None
-    options = replace(plan.options, calibration=replace(used, method=_WITH_GRADIENTS))
-    plan = replace(plan, options=options)
-    needs = needed(checkpoint, plan, device)
-    say(f"Measuring layers' losses for --bits: {needs}")
-    if limited:
-        check_memory(needs.memory, device)
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if (free := shutil.disk_usage(folder).free + there) < needs.states:
-        raise QuantizeError(
-            f"{folder}: {decimal(free)} free, and measuring layers' losses needs "
-            f"{decimal(needs.states)} for hidden states; give another disk with --work-dir"
+class _Measuring:
+    """Measuring the losses of some groups, ``undone``; what an earlier run has left in ``folder``
+    is used.
+
+    Raises:
+        QuantizeError: if the model cannot be run forward and backward.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        kept: StoredLosses,
+        undone: list[ExpertGroup],
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        used = plan.options.calibration
+        assert used is not None
+        options = replace(plan.options, calibration=replace(used, method=_WITH_GRADIENTS))
+        self._plan = replace(plan, options=options)
+        self._checkpoint = checkpoint
+        self._kept = kept
+        self._undone = undone
+        self._folder = folder
+        self._device = device
+        self._inputs = (
+            used.input_scale_rule if plan.layout is not plan.layout.weights_only else None
         )
-    model: LayerwiseModel = runnable_model(checkpoint, plan, device)
-    if not (folder / PROGRESS).exists():
-        prove(checkpoint, plan, samples, folder / "proof", device, say)
-    store = Store(folder / "states")
-    run = LayerwiseBackward(checkpoint, plan.gates, model, samples, store)
-    layers = by_layer(plan.groups)
-    visitor = LossGatherer(
-        checkpoint,
-        kept,
-        {prefix: formats_of(groups) for prefix, groups in layers.items()},
-        undone,
-        plan.options.scales,
-        used.input_scale_rule if plan.layout is not plan.layout.weights_only else None,
-    )
-    state = CalibrationProgress(plan, model, store, undone, progress)
-    forward_backward(run, visitor, state)
-    shutil.rmtree(store.folder)
-    (folder / PROGRESS).unlink(missing_ok=True)
-    if lacking := [group for group in undone if not kept.is_done(group)]:
-        raise QuantizeError(
-            f"{lacking[0].prefix}: text does not reach these experts in Transformers' model; leave "
-            "them out with --exclude, or leave --bits out"
+        self._model = runnable_model(checkpoint, self._plan, device)
+
+    def foresee(self, limited: bool, say: Say) -> Estimate:
+        """Say what it needs, and refuse it if there is less; returns how long it takes."""
+        plan, folder, device = self._plan, self._folder, self._device
+        needs = needed(self._checkpoint, plan, device)
+        say(f"Measuring layers' losses for --bits: {needs}")
+        if limited:
+            check_memory(needs.memory, device)
+        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if (left := free(folder) + there) < needs.states:
+            raise QuantizeError(
+                f"{folder}: {decimal(left)} free, and measuring layers' losses needs "
+                f"{decimal(needs.states)} for hidden states; give another disk with --work-dir"
+            )
+        return estimate(
+            self._checkpoint, plan, self._undone, device, look=lambda group: self._visitor([group])
         )
-    state.finish()
+
+    def run(self, samples: torch.Tensor, progress: Progress, say: Say) -> None:
+        """Measure them."""
+        checkpoint, plan, folder, kept = self._checkpoint, self._plan, self._folder, self._kept
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / PROGRESS).exists():
+            prove(checkpoint, plan, samples, folder / "proof", self._device, say)
+        store = Store(folder / "states")
+        run = LayerwiseBackward(checkpoint, plan.gates, self._model, samples, store)
+        state = CalibrationProgress(plan, self._model, store, self._undone, progress)
+        forward_backward(run, self._visitor(self._undone), state)
+        shutil.rmtree(store.folder)
+        (folder / PROGRESS).unlink(missing_ok=True)
+        if lacking := [group for group in self._undone if not kept.is_done(group)]:
+            raise QuantizeError(
+                f"{lacking[0].prefix}: text does not reach these experts in Transformers' model; "
+                "leave them out with --exclude, or leave --bits out"
+            )
+        state.finish()
+
+    def _visitor(self, groups: list[ExpertGroup]) -> LossGatherer:
+        layers = by_layer(self._plan.groups)
+        return LossGatherer(
+            self._checkpoint,
+            self._kept,
+            {prefix: formats_of(of_layer) for prefix, of_layer in layers.items()},
+            groups,
+            self._plan.options.scales,
+            self._inputs,
+        )

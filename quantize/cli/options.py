@@ -158,6 +158,22 @@ InputScaleOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of tables, e.g. --json > result.json.")
 ]
+LogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file",
+        metavar="FILE",
+        help="Write everything that is said to FILE too, each line with its time, e.g. --log-file "
+        "run.log; a log that is there is continued.",
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Print nothing but errors, and what was asked for, e.g. --quiet --log-file run.log.",
+    ),
+]
 
 
 def parse_size(text: str) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 
 from quantize.checkpoint.hub import resolve
 from quantize.cli.before_it_starts import say, say_activations, summary
+from quantize.cli.dry_run import DryOption, show
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
@@ -32,7 +32,9 @@ from quantize.cli.options import (
     KvCacheOption,
     LayoutOption,
     LinearsOption,
+    LogOption,
     MethodName,
+    QuietOption,
     RuleName,
     Source,
     Target,
@@ -44,9 +46,10 @@ from quantize.cli.options import (
     stated_bits,
     stated_gate,
 )
-from quantize.cli.output import err, out, plain
-from quantize.cli.progress import progress_bar
+from quantize.cli.output import err
+from quantize.cli.progress import Bar, Shown, progress_bar
 from quantize.cli.text_options import check_text_options, said
+from quantize.cli.when_done import say_done
 from quantize.errors import QuantizeError
 from quantize.run.options import Calibration, Options
 
@@ -206,10 +209,14 @@ def quantize(
             "DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
         ),
     ] = None,
+    dry_run: DryOption = False,
+    log_file: LogOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
     again = "--resume instead of --overwrite" if overwrite else "--resume"
-    with reporting_errors(f"run the same command with {again} to go on"):
+    advice = "nothing was changed" if dry_run else f"run the same command with {again} to go on"
+    with reporting_errors(advice, quiet, log_file, [Path(source), target]):
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         check_text_options(context, text, input_scales, activations, all_linears)
@@ -249,7 +256,7 @@ def quantize(
             from quantize.calibration.samples import digest_of, load_samples
             from quantize.checkpoint.reader import Checkpoint
             from quantize.execute import check_apart, execute
-            from quantize.run.cluster import connected
+            from quantize.run.cluster import connected, room_on_ray
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
             from quantize.run.target import FOLDER, check_folder, check_target, check_writable
@@ -258,6 +265,7 @@ def quantize(
 
         # Two names may be of one device: cuda and cuda:0.
         devices = list(dict.fromkeys(map(device_of, device))) if device else None
+        computing = devices or all_devices()
         check_folder(target)  # all of this before hours of downloading
         check_writable(target, "DST")
         if work_dir is not None:
@@ -292,9 +300,13 @@ def quantize(
                 )
                 steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
-                needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
+                needs = needed(checkpoint, steps, computing[0])
                 err.print(f"Calibration: {needs}", highlight=False)
-            with progress_bar("Quantizing", checkpoint.nbytes) as bar:
+            with (
+                nullcontext(Bar(Shown(), "Quantizing"))
+                if dry_run
+                else progress_bar("Quantizing", checkpoint.nbytes, lambda: checkpoint.nbytes_read)
+            ) as bar:
                 if bits is not None:
                     assert tokens is not None
                     steps = within_bits(
@@ -303,10 +315,13 @@ def quantize(
                         options,
                         tokens,
                         target,
-                        (devices or all_devices())[0],
+                        computing[0],
                         resume=resume,
                         work_dir=work_dir,
                         limited=not yes,
+                        counting=check_text,
+                        devices=room_on_ray(ray, threads) if ray else len(computing),
+                        dry=dry_run,
                         progress=bar.measuring,
                         say=bar.say,
                     )
@@ -327,20 +342,16 @@ def quantize(
                     limited=not yes,
                     work_dir=work_dir,
                     say=bar.say,
+                    dry=show if dry_run else None,
                 )
-        out.print(
-            f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
-            f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
-            f"{done.bytes_read / done.seconds / 1e9:.2f} GB/s",
-            soft_wrap=True,
-            highlight=False,
-        )
+        if not dry_run:
+            say_done(done, target, trust_remote_code)
 
 
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
     how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
-    how |= {"check_text", "yes"}
+    how |= {"check_text", "yes", "dry_run", "log_file", "quiet"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

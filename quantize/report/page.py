@@ -75,7 +75,7 @@ def _context(run: RunReport) -> dict[str, Any]:
         "name": PurePath(run.target).name or run.target,
         "experts_grid": experts,
         "linears_grid": linears,
-        "verdict": judge([experts, linears] if linears else [experts]),
+        "verdict": judge([experts, linears] if linears else [experts], run.calibration),
         "gates": Counter(layer.gate for layer in run.layers),
         "sizes": _sizes(run),
         "decibels": -20 * math.log10(experts.scale.median) if experts.scale.median > 0 else 0,

@@ -36,8 +36,8 @@ class Space:
         here = self.shards + (self.calibration if self._same_disk else 0)
         there = 0 if self._same_disk else self.calibration
         for folder, wanted, room in (
-            (target, here, _free(target) + freed),
-            (work, there, _free(work)),
+            (target, here, free(target) + freed),
+            (work, there, free(work)),
         ):
             if wanted > room:
                 replaced = f" (and {freed / 1e9:.1f} GB are replaced)" if freed else ""
@@ -47,7 +47,7 @@ class Space:
                     elsewhere += "elsewhere with --work-dir"
                 raise QuantizeError(
                     f"{folder}: {wanted / 1e9:.1f} GB are still to be written, but its disk has "
-                    f"{_free(folder) / 1e9:.1f} GB free{replaced}; free some space or choose "
+                    f"{free(folder) / 1e9:.1f} GB free{replaced}; free some space or choose "
                     f"another folder{elsewhere}"
                 )
 
@@ -62,7 +62,7 @@ class Space:
         return self.rounds or self._fits(self.shards)
 
     def _fits(self, nbytes: int) -> bool:
-        return self.record.cleared or nbytes <= _free(self.record.target)
+        return self.record.cleared or nbytes <= free(self.record.target)
 
     @property
     def _same_disk(self) -> bool:
@@ -70,7 +70,8 @@ class Space:
         return target.stat().st_dev == work.stat().st_dev
 
 
-def _free(folder: Path) -> int:
+def free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
     return shutil.disk_usage(_existing(folder)).free
 
 
