@@ -26,6 +26,11 @@ def reasons(
         yield "The source has nothing but zeros there."
     elif kind is Kind.EXACT:
         yield "The source's values are such as NVFP4 has."
+    elif kind is Kind.LOW:
+        yield (
+            "A few huge values make up nearly all of the weight, as damaged ones do: what is "
+            "beside them may be lost, though the error is small. Look at the source's weight."
+        )
     elif kind is Kind.FAR:
         known = [*_of_weights(layer), *_of_calibration(layer, experts, used)]
         yield from known or ["verify SRC DST shows the worst block of the layer."]

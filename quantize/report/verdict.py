@@ -70,6 +70,8 @@ def judge(grids: list[Grid], used: CalibrationReport | None = None) -> Verdict:
         title = "Block scales of zero"
     elif not weights:
         title = "No weights were quantized"
+    elif low := counts[Kind.LOW]:
+        title = f"{low:,} weight{' is' if low == 1 else 's are'} far below the usual error"
     elif counts[Kind.ZERO]:
         title = "Errors are as usual, but some weights are all zero"
     elif few:
@@ -78,7 +80,11 @@ def judge(grids: list[Grid], used: CalibrationReport | None = None) -> Verdict:
     else:
         title = "Nothing stands out"
     level = (
-        "bad" if far or damaged else "warn" if counts[Kind.ZERO] or few or not weights else "good"
+        "bad"
+        if far or damaged
+        else "warn"
+        if counts[Kind.LOW] or counts[Kind.ZERO] or few or not weights
+        else "good"
     )
     return Verdict(level, title, weights, damaged, findings, few)
 
