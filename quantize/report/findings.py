@@ -123,7 +123,8 @@ class ErrorScale:
         median = self.medians.get(cell.projection)
         if not median:
             return "\N{EN DASH}"
-        return f"{cell.error / median:.2f} \N{MULTIPLICATION SIGN}"
+        times = cell.error / median
+        return f"{'<0.01' if 0 < times < 0.005 else f'{times:.2f}'} \N{MULTIPLICATION SIGN}"
 
 
 def root_mean_square(errors: tuple[float, ...]) -> float:
