@@ -59,6 +59,8 @@ def _experts(plan: Plan) -> object:
     rows: dict[tuple[str, ...], list[ExpertGroup]] = defaultdict(list)
     for group in (*plan.groups, *plan.eight_bit):
         becomes = plan.format_of(group) if group in plan.eight_bit else NVFP4
+        if group not in plan.eight_bit and plan.options.keeps_floats(group.prefix):
+            becomes = f"{becomes}, inputs bf16"
         sizes = group.num_experts, group.hidden, group.intermediate
         rows[(*map(str, sizes), str(plan.gates.of(group.prefix)), becomes)].append(group)
     written: dict[tuple[str, str], int] = defaultdict(int)

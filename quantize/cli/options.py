@@ -158,6 +158,15 @@ InputScaleOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of tables, e.g. --json > result.json.")
 ]
+WeightOnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weight-only",
+        metavar="PATTERN",
+        help="Of experts whose path matches, what goes into them stays bf16, though that of others "
+        "is NVFP4 (--activations), e.g. --weight-only '*.layers.3.*'; can be given several times.",
+    ),
+]
 LogOption = Annotated[
     Path | None,
     typer.Option(

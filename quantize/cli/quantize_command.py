@@ -39,6 +39,7 @@ from quantize.cli.options import (
     Source,
     Target,
     TrustOption,
+    WeightOnlyOption,
     check_device,
     device_of,
     shard_size,
@@ -131,6 +132,7 @@ def quantize(
             "scales of all that is quantized, else bf16; e.g. --activations bf16.",
         ),
     ] = None,
+    weight_only: WeightOnlyOption = None,
     input_scales: Annotated[
         list[str] | None,
         typer.Option(
@@ -235,6 +237,7 @@ def quantize(
             scales=scales.value,
             # Without either, an NVFP4 source decides.
             activations=chosen is Activations.NVFP4 if activations or found else None,
+            weight_only=tuple(weight_only or ()),
             max_shard_size=shard_size(max_shard_size),
             gate=stated_gate(gate),
             include=tuple(include or ()),

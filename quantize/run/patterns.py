@@ -1,4 +1,4 @@
-"""Do ``--include`` and ``--exclude`` match anything?"""
+"""Do ``--include``, ``--exclude`` and ``--weight-only`` match anything?"""
 
 from __future__ import annotations
 
@@ -38,3 +38,34 @@ def check_patterns(
                 f"{option} {pattern!r} matches nothing; patterns are compared with module paths "
                 f"such as {groups[0].prefix}"
             )
+
+
+def check_weight_only(options: Options, prefixes: list[str], others: bool) -> None:
+    """``--weight-only`` names experts that are quantized, and leaves others.
+
+    Args:
+        options: decided.
+        prefixes: module paths of the experts that are in NVFP4.
+        others: linears are too.
+
+    Raises:
+        QuantizeError: if it does not.
+    """
+    if not options.weight_only:
+        return
+    if not options.activations:
+        raise QuantizeError(
+            "--weight-only: no activations are quantized here, so those of all experts stay as "
+            "they are; leave it out, or add --input-scales TEXT"
+        )
+    example = prefixes[0] if prefixes else "model.layers.3.mlp.experts"
+    for pattern in options.weight_only:
+        if not any(matches(module, (pattern,)) for module in prefixes):
+            raise QuantizeError(
+                f"--weight-only {pattern!r} matches no experts in NVFP4; patterns are compared "
+                f"with module paths such as {example}"
+            )
+    if not others and all(map(options.keeps_floats, prefixes)):
+        raise QuantizeError(
+            "--weight-only leaves no experts with activations in NVFP4; say --activations bf16"
+        )
