@@ -208,7 +208,7 @@ def check(estimated: Estimate, first: Estimate | None = None) -> None:
     Raises:
         TooMuchError: if it does, or both together do.
     """
-    before = f"measuring losses for --bits would take {first}; and then " if first else ""
+    before = f"measuring layers' losses would take {first}; and then " if first else ""
     if estimated.seconds + (first.seconds if first else 0) > LIMIT:
         raise TooMuchError(
             f"{before}calibration would take {estimated}. Take a GPU, a faster --rounding, or "

@@ -46,6 +46,7 @@ from quantize.cli.options import (
     stated_base,
     stated_bits,
     stated_gate,
+    stated_weight_only,
 )
 from quantize.cli.output import err
 from quantize.cli.progress import Bar, Shown, progress_bar
@@ -223,6 +224,7 @@ def quantize(
             raise UsageError("--overwrite and --resume exclude each other")
         check_text_options(context, text, input_scales, activations, all_linears)
         read = text or input_scales or []
+        patterns, floats = stated_weight_only(weight_only, bool(read))
         if read:
             from quantize.calibration.sources import check_there
 
@@ -237,7 +239,7 @@ def quantize(
             scales=scales.value,
             # Without either, an NVFP4 source decides.
             activations=chosen is Activations.NVFP4 if activations or found else None,
-            weight_only=tuple(weight_only or ()),
+            weight_only=patterns,
             max_shard_size=shard_size(max_shard_size),
             gate=stated_gate(gate),
             include=tuple(include or ()),
@@ -310,7 +312,7 @@ def quantize(
                 if dry_run
                 else progress_bar("Quantizing", checkpoint.nbytes, lambda: checkpoint.nbytes_read)
             ) as bar:
-                if bits is not None:
+                if bits is not None or floats is not None:
                     assert tokens is not None
                     steps = within_bits(
                         checkpoint,
@@ -319,6 +321,7 @@ def quantize(
                         tokens,
                         target,
                         computing[0],
+                        weight_only=floats,
                         resume=resume,
                         work_dir=work_dir,
                         limited=not yes,

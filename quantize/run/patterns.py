@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup, tensor_names_of
@@ -40,32 +42,37 @@ def check_patterns(
             )
 
 
-def check_weight_only(options: Options, prefixes: list[str], others: bool) -> None:
-    """``--weight-only`` names experts that are quantized, and leaves others.
+def with_weight_only(options: Options, nvfp4: list[str], others: bool) -> Options:
+    """``--weight-only`` must name experts, and leave others. If ``--bits`` has left none, all stay
+    as they are.
 
     Args:
-        options: decided.
-        prefixes: module paths of the experts that are in NVFP4.
-        others: linears are too.
+        options: decided, but for that.
+        nvfp4: module paths of the experts in NVFP4.
+        others: linears are in NVFP4 too.
 
     Raises:
         QuantizeError: if it does not.
     """
     if not options.weight_only:
-        return
+        return options
     if not options.activations:
         raise QuantizeError(
             "--weight-only: no activations are quantized here, so those of all experts stay as "
             "they are; leave it out, or add --input-scales TEXT"
         )
-    example = prefixes[0] if prefixes else "model.layers.3.mlp.experts"
+    example = nvfp4[0] if nvfp4 else "model.layers.3.mlp.experts"
+    experts = nvfp4 + [prefix for prefix, _ in options.formats]
     for pattern in options.weight_only:
-        if not any(matches(module, (pattern,)) for module in prefixes):
+        if not any(matches(module, (pattern,)) for module in experts):
             raise QuantizeError(
                 f"--weight-only {pattern!r} matches no experts in NVFP4; patterns are compared "
                 f"with module paths such as {example}"
             )
-    if not others and all(map(options.keeps_floats, prefixes)):
-        raise QuantizeError(
-            "--weight-only leaves no experts with activations in NVFP4; say --activations bf16"
-        )
+    if others or not all(map(options.keeps_floats, nvfp4)):
+        return options
+    if options.formats:
+        return replace(options, activations=False, weight_only=())
+    raise QuantizeError(
+        "--weight-only leaves no experts with activations in NVFP4; say --activations bf16"
+    )

@@ -45,7 +45,7 @@ from quantize.run.kv_carried import CarryKvScales, with_kv_cache
 from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.notes import bare_fp8, left_over, of_mxfp4, other_parts
 from quantize.run.options import Options
-from quantize.run.patterns import check_patterns, check_weight_only
+from quantize.run.patterns import check_patterns, with_weight_only
 from quantize.run.planned_jobs import check_unique, into_shards, jobs_of
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
@@ -316,7 +316,7 @@ def plan(
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
     said, of_cache = with_kv_cache(checkpoint, options)
     decided, of_scales = with_activations(checkpoint, said, groups, dense)
-    check_weight_only(decided, prefixes, bool(dense))
+    decided = with_weight_only(decided, prefixes, bool(dense))
     layout = LAYOUTS[decided.layout]
     layout = layout if decided.activations else layout.weights_only
     jobs = jobs_of(checkpoint, groups, dense, rounded, gates, layout, decided, eight_bit)

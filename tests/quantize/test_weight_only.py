@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,10 @@ from quantize.evaluate.activations import Nvfp4Inputs, RoundedInputs, check_has_
 from quantize.experts.find import find
 from quantize.layouts import LAYOUTS
 from quantize.report import loads
+from quantize.run.options import Options
 from quantize.verify import verify
 from tests.quantize import checkpoints
+from tests.quantize.test_bits import SIZES, chosen, tokens
 from tests.quantize.test_cli import refusal, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,6 +37,14 @@ each = pytest.mark.parametrize("layout", LAYOUTS)
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weight_only") / "source"
     checkpoints.build("qwen3_moe").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bits_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four layers, whose blocks every format has."""
+    folder = tmp_path_factory.mktemp("measured") / "source"
+    checkpoints.build("qwen3_moe", **SIZES).save_pretrained(folder)
     return folder
 
 
@@ -239,3 +250,85 @@ def test_what_is_refused(
     command = ("quantize", source, tmp_path / "out", "--weight-only", PATTERN)
     assert message in refusal(*command, *words)
     assert not (tmp_path / "out").exists()
+
+
+# -- so many layers, by measured loss --------------------------------------------------------------
+
+
+def losses(source: Path, target: Path, activations: bool, **more: Any) -> Any:
+    """What ``--bits 4.5`` measures, which takes all in NVFP4."""
+    options = Options(bits=4.5 if not more else None, activations=activations)
+    return chosen(source, target, options, tokens(), **more)
+
+
+def test_the_layers_that_lose_most_by_their_inputs(bits_source: Path, tmp_path: Path) -> None:
+    """The difference between two runs of ``--bits``, with inputs rounded and without."""
+    on, off = (losses(bits_source, tmp_path / str(on), on).choice.losses for on in (True, False))
+    gains = {prefix: on[prefix]["nvfp4"] - off[prefix]["nvfp4"] for prefix in on}
+    order = sorted(gains, key=lambda prefix: -gains[prefix])
+    said: list[str] = []
+    for count in (1, 2):
+        steps = losses(bits_source, tmp_path / "out", True, weight_only=count, say=said.append)
+        assert set(steps.options.weight_only) == set(order[:count])
+        assert steps.choice is None
+        kept = sum(gains[prefix] for prefix in order[:count])
+        assert f"about {kept:.3g} nats a token there, {sum(gains.values()):.3g} in all" in said[-1]
+
+
+def test_with_a_budget_too(bits_source: Path, tmp_path: Path) -> None:
+    """Formats are chosen first: inputs are kept of a layer that stays NVFP4."""
+    options = Options(bits=6.5, activations=True)
+    steps = chosen(bits_source, tmp_path / "out", options, tokens(), weight_only=1)
+    alone = chosen(bits_source, tmp_path / "alone", options, tokens())
+    assert steps.options.formats == alone.options.formats
+    assert "nvfp4-weights" not in {n for of in steps.choice.losses.values() for n in of}
+    (kept,) = steps.options.weight_only
+    nvfp4 = [group.prefix for group in steps.groups]
+    assert kept in nvfp4 and len(nvfp4) > 1
+    one = Options(bits=9.5, activations=True)
+    fewer = chosen(bits_source, tmp_path / "fewer", one, tokens(), weight_only=3)
+    assert len(fewer.groups) <= 3
+    # Then no inputs are rounded at all, and the checkpoint says so.
+    assert not fewer.options.activations and fewer.options.weight_only == ()
+
+
+def test_a_number_on_the_command_line(trained: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"x{n} = {n}\n" for n in range(999)))
+    size = (
+        "--calibration-rows",
+        "4",
+        "--calibration-length",
+        "64",
+        "--include",
+        "*.layers.[123].*",
+    )
+    command = ("quantize", trained, tmp_path / "out", "--input-scales", text, *size)
+    result = run(*command, "--weight-only", "1")
+    assert result.exit_code == 0, result.output
+    number = re.search(r"--weight-only 1: inputs stay bf16 in layers (\d)\.", result.stderr)
+    assert number
+    lacking = {
+        name.split(".")[2]
+        for name in tensors(tmp_path / "out")
+        if "experts" in name and name.endswith("weight_scale_2")
+        and name.replace("weight_scale_2", "input_scale") not in tensors(tmp_path / "out")
+    }  # fmt: skip
+    assert lacking == {number[1]}
+    assert problems(trained, tmp_path / "out") == []
+    again = run(*command, "--weight-only", "1", "--resume")
+    assert again.exit_code == 0 and "Measuring" not in again.stderr
+    assert "there are 3 layers" in refusal(*command, "--weight-only", "3", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("2",), "needs --calibrate or --input-scales"),
+        (("2", "--weight-only", PATTERN, "--input-scales", "t"), "and not both"),
+        (("0", "--input-scales", "t"), "says nothing"),
+    ],
+)
+def test_wrong_usage(words: tuple[str, ...], message: str, source: Path, tmp_path: Path) -> None:
+    command = ("quantize", source, tmp_path / "out", "--weight-only", *words)
+    assert message in refusal(*command, code=2)
