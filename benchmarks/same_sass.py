@@ -26,7 +26,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from vllm_nvfp4_moe.kernels import jit
+from quantize.native import jit
 
 ARCHITECTURE = "90a"
 

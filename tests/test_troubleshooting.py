@@ -15,8 +15,10 @@ from tests.conftest import ROOT
 from tests.messages import HOLE, Message, Source, has_words
 
 PAGE = ROOT / "docs" / "users" / "troubleshooting.md"
-PLUGIN, QUANTIZER = ROOT / "vllm_nvfp4_moe", ROOT / "quantize"
-SOURCE = Source(PLUGIN, QUANTIZER)
+QUANTIZER = ROOT / "quantize"
+PLUGIN = (ROOT / "vllm_nvfp4_moe", QUANTIZER / "native", QUANTIZER / "nvfp4" / "kernels")
+"""The plugin, and what compiles and quantizes for it, too."""
+SOURCE = Source(PLUGIN[0], QUANTIZER)
 
 UNREACHABLE = {"never built"}
 """Raised by methods of a class whose constructor raises."""
@@ -38,27 +40,27 @@ def matches(phrase: str, text: str) -> bool:
     return re.search(".*".join(map(re.escape, phrase.split(HOLE))), text, re.S) is not None
 
 
-def messages(folder: Path) -> list[Message]:
-    found = [m for m in SOURCE.messages(folder) if m.text not in UNREACHABLE]
+def messages(*folders: Path) -> list[Message]:
+    found = [m for f in folders for m in SOURCE.messages(f) if m.text not in UNREACHABLE]
     assert len(found) > 20
     return found
 
 
 def test_every_message_can_be_read_off_the_source() -> None:
     """One that cannot has no entry to look for: make it a string where it is raised."""
-    assert [m.where for m in messages(PLUGIN) if not has_words(m.text)] == []
+    assert [m.where for m in messages(*PLUGIN) if not has_words(m.text)] == []
 
 
 def test_every_message_of_the_plugin_has_an_entry() -> None:
     phrases = entries("From the plugin")
-    missing = [m for m in messages(PLUGIN) if not any(matches(p, m.text) for p in phrases)]
+    missing = [m for m in messages(*PLUGIN) if not any(matches(p, m.text) for p in phrases)]
     assert missing == []
 
 
 @pytest.mark.parametrize("phrase", entries("From the plugin"))
 def test_every_entry_for_the_plugin_is_a_message_of_it(phrase: str) -> None:
     assert has_words(phrase)
-    assert any(matches(phrase, m.text) for m in messages(PLUGIN))
+    assert any(matches(phrase, m.text) for m in messages(*PLUGIN))
 
 
 @pytest.mark.parametrize("phrase", entries("From nvfp4-moe"))

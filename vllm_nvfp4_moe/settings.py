@@ -26,16 +26,16 @@ as one that is not set. This module imports nothing heavy: vLLM loads it in each
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+from quantize.native.environment import CACHE as CACHE
+from quantize.native.environment import CPP as CPP
 
 NAME = "nvfp4_moe"
 """What users give to ``--quantization``."""
 
 SELF_CHECK = "NVFP4_MOE_SELF_CHECK"
 HOPPER = "NVFP4_MOE_HOPPER"
-CPP = "NVFP4_MOE_CPP"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
-CACHE = "NVFP4_MOE_CACHE"
 ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
 
 BF16 = "bf16"
@@ -58,11 +58,6 @@ def self_check() -> bool:
 def hopper() -> bool:
     """Whether our kernel may be chosen on a Hopper GPU (``NVFP4_MOE_HOPPER``)."""
     return os.environ.get(HOPPER, "1") != "0"
-
-
-def cpp() -> bool:
-    """Whether the CPU's kernel may be compiled from C++ (``NVFP4_MOE_CPP``)."""
-    return os.environ.get(CPP, "1") != "0"
 
 
 def hopper_activations() -> str:
@@ -96,17 +91,6 @@ def any_vllm() -> bool:
     return os.environ.get(ANY_VLLM) == "1"
 
 
-def cache() -> Path | None:
-    """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist. None
-    if nothing says where it is: users of containers may have no home directory."""
-    if folder := os.environ.get(CACHE):
-        return Path(folder).absolute()
-    import vllm.envs as envs
-
-    root = Path(envs.VLLM_CACHE_ROOT)
-    return root / "nvfp4_moe" if root.is_absolute() else None
-
-
 def humming_input() -> str | None:
     """What the user wants Humming to quantize activations to; None if that was not said."""
     return os.environ.get(HUMMING_INPUT) or None
@@ -115,13 +99,3 @@ def humming_input() -> str | None:
 def marlin_input() -> str | None:
     """What the user wants Marlin to quantize activations to; None if that was not said."""
     return os.environ.get(MARLIN_INPUT) or None
-
-
-def cuda_home() -> str | None:
-    """CUDA's folder by ``CUDA_HOME``, else by ``CUDA_PATH``; None if neither is set."""
-    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
-
-
-def cxx() -> str | None:
-    """The C++ compiler, if ``CXX`` says which."""
-    return os.environ.get("CXX") or None

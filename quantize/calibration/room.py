@@ -53,8 +53,10 @@ def _share_out(
     # The start of each, one after another, is GPTQ's.
     alone = weights * method.weight_bytes
     alone += long**2 * method.hessian_bytes + wide**2 * method.output_hessian_bytes
-    # While an expert waits: its weights and second moments. While its chain runs: its state.
-    waits = 3 * hidden * inner * 4 + 4 * (2 * hidden**2 + (2 * inner) ** 2 + inner**2)
+    # While an expert waits: its weights and second moments. While its chain runs: its state. The
+    # first GPU reads the experts of all, and keeps their weights until they are rounded.
+    read = 3 * hidden * inner * 4
+    waits = devices * read + 4 * (2 * hidden**2 + (2 * inner) ** 2 + inner**2)
     chain = weights * method.together_bytes + 5 * (long**2 + wide**2)
     most = max(1, min(experts, int((free - alone) // (waits + chain))))
     # As many rounds, equally large, and something to do for each device in each of them.

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from quantize.native.jit import KernelError
 from vllm_nvfp4_moe.kernels.hopper import launch
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.source import ORDINARY, Form, inlined
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 HEADER = Path(__file__).with_name("cuda_emulation.h")
 CPU = torch.device("cpu")

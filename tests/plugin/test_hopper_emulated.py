@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantize.native.jit import KernelError
 from tests.gpu.layer import Shape, error
 from tests.gpu.packed import BOUND, GATES, Packed
 from tests.plugin.emulated_cases import SHAPES, Cases
@@ -22,7 +23,6 @@ from vllm_nvfp4_moe.kernels.hopper.bf16 import TOKENS_8, TOKENS_64, TOKENS_128
 from vllm_nvfp4_moe.kernels.hopper.kernel import Experts
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 KERNEL = KERNELS["bf16"]
 

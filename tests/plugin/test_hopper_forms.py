@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from quantize.native.jit import KernelError
 from tests.gpu import reference, reference_fp8
 from tests.gpu.layer import Shape, error
 from tests.gpu.packed import BOUND, GATES, RELU2, Packed, pack
@@ -27,7 +28,6 @@ from tests.plugin.mutants import OUTSIDE, Mutant, with_switches
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows, packed_biases
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.hopper.source import Form
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 FORMS = {
     "relu2": Form(gated=False),

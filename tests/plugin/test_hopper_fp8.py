@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantize.native.jit import KernelError
 from tests.gpu import reference, reference_fp8
 from tests.gpu.layer import error
 from tests.gpu.packed import BOUND as BF16_BOUND
@@ -28,7 +29,6 @@ from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
 from vllm_nvfp4_moe.kernels.hopper.fp8 import TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 KERNEL = KERNELS["fp8"]
 BOUND = 4e-3

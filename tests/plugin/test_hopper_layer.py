@@ -20,6 +20,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from quantize.experts.gates import Gate
+from quantize.native.jit import KernelError
 from tests.plugin.blackwell import M3, SILU
 from tests.plugin.emulation import Emulated, body, build
 from tests.plugin.reference import experts_of, m3_gate, routed
@@ -27,7 +28,6 @@ from tests.plugin.test_layer import relative, routing
 from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.hopper.source import Form
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 LAYER = "model.layers.1.mlp.experts"
 ERROR = {"bf16": 6e-3, "fp8": 0.08}

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from quantize.native.jit import KernelError
 from tests.gpu.layer import Shape
 from tests.gpu.packed import GATES, Packed
 from tests.plugin.emulation import CPU, Emulated, body, compiled
@@ -23,7 +24,6 @@ from vllm_nvfp4_moe.kernels.hopper.launch import (
     check_library,
 )
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 KERNEL = KERNELS["bf16"]
 

@@ -15,15 +15,15 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from quantize.experts.gates import Gate, Gates
 from quantize.layouts import LAYOUTS
+from quantize.native import jit
+from quantize.native.jit import KernelError
 from tests.plugin.blackwell import ACTIVATION, GELU, GELU_TANH, M3, SILU, STEP, moe_config, pretend
 from vllm_nvfp4_moe import backends, settings
 from vllm_nvfp4_moe.backends.hopper import support
 from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
 from vllm_nvfp4_moe.config import NvFp4MoEConfig
-from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.hopper.source import Form
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 LAYER = "model.layers.1.mlp.experts"
 NAME = KERNELS["bf16"].name

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantize.native import jit
 from tests.gpu.reference import Stored
 from vllm_nvfp4_moe import settings
-from vllm_nvfp4_moe.kernels import jit
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from quantize.native import jit
 from tests.conftest import ROOT
 from vllm_nvfp4_moe import settings
-from vllm_nvfp4_moe.kernels import jit
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }'
 NVCC = """#!/bin/sh
@@ -155,7 +155,7 @@ def test_a_library_that_does_not_load(tmp_path: Path, log: Path) -> None:
 
 def test_the_ranks_of_a_server_compile_once(log: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv("NVCC_TAKES", "2")
-    rank = f"from vllm_nvfp4_moe.kernels import jit; {LOAD}"
+    rank = f"from quantize.native import jit; {LOAD}"
     ranks = [
         subprocess.Popen([sys.executable, "-c", rank], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(4)
@@ -197,7 +197,7 @@ ELSEWHERE = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
 import vllm.envs
-from vllm_nvfp4_moe.kernels import jit
+from quantize.native import jit
 user = int(sys.argv[1])
 os.setgroups([]); os.setgid(user); os.setuid(user)
 for name in ("HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "NVFP4_MOE_CACHE"):

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from quantize.native.jit import KernelError
 from tests.plugin import nemotron
 from tests.plugin.conftest import Damage
 from vllm_nvfp4_moe import self_check, settings
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 from vllm_nvfp4_moe.errors import RefusedError
-from vllm_nvfp4_moe.kernels.jit import KernelError
 from vllm_nvfp4_moe.self_check import sample
 
 LAYER = "model.layers.1.mlp.experts"

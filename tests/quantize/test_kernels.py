@@ -4,25 +4,47 @@ The reference itself is judged in ``test_nvfp4.py``. On a machine with a GPU, it
 here too.
 """
 
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.nvfp4.kernels import for_device
+from quantize.native import environment, processor
+from quantize.nvfp4 import kernels
+from quantize.nvfp4.format import NvFp4
+from quantize.nvfp4.kernels import cpp_cpu, for_device
 from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, quantize_weights
+from quantize.nvfp4.kernels.numba_cpu import NumbaKernel
 from quantize.nvfp4.kernels.reference import ReferenceKernel
 from quantize.nvfp4.scales import RULES
 
-DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+CPP = {each.name: each for each in cpp_cpu.INSTRUCTIONS if each.here}
+KERNELS = [*CPP, "numba", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 JUDGE = ReferenceKernel()
 
-pytestmark = pytest.mark.parametrize("device", DEVICES)
+# What a kernel leaves to the reference is tried with one of them.
+RULES_OF = [
+    (name, rule) for name in KERNELS for rule in RULES if RULES[rule].reach or name == KERNELS[0]
+]
+by_rule = pytest.mark.parametrize(("name", "rule"), RULES_OF)
+FAST = [rule for rule in RULES if RULES[rule].reach]
+by_name = pytest.mark.parametrize("name", KERNELS)
 
 
-def kernel(device: str) -> Kernel:
-    return for_device(torch.device(device))
+@cache
+def kernel(name: str) -> Kernel:
+    if name in CPP:
+        return cpp_cpu.CppKernel(CPP[name])
+    return NumbaKernel() if name == "numba" else for_device(torch.device(name))
+
+
+def device(name: str) -> str:
+    return name if name.startswith("cuda") else "cpu"
 
 
 def assert_same(ours: list[Quantized], theirs: list[Quantized]) -> None:
@@ -37,54 +59,68 @@ def assert_same(ours: list[Quantized], theirs: list[Quantized]) -> None:
         assert a.signal == pytest.approx(b.signal, rel=1e-5)
 
 
-def check(weights: list[torch.Tensor], rule: str, device: str) -> None:
-    on_device = [weight.to(device) for weight in weights]
-    assert_same(
-        quantize_weights(on_device, rule, kernel(device)), quantize_weights(weights, rule, JUDGE)
-    )
+def check(weights: list[torch.Tensor], rule: str, name: str) -> None:
+    on_device = [weight.to(device(name)) for weight in weights]
+    assert_same(quantize_weights(on_device, rule, kernel(name)), judged(weights, rule))
 
 
-@pytest.mark.parametrize("rule", RULES)
+_JUDGED: dict[tuple[str, bytes], list[Quantized]] = {}
+
+
+def judged(weights: list[torch.Tensor], rule: str) -> list[Quantized]:
+    """What the reference says. It is slow, and is asked once for each kernel."""
+    digest = sha256()
+    for weight in weights:
+        digest.update(f"{weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    key = rule, digest.digest()
+    if key not in _JUDGED:
+        _JUDGED[key] = quantize_weights(weights, rule, JUDGE)
+    return _JUDGED[key]
+
+
+@by_rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e-6, 0.02, 1.0, 200.0])
-def test_random_weights(device: str, dtype: torch.dtype, rule: str, size: float) -> None:
+def test_random_weights(name: str, dtype: torch.dtype, rule: str, size: float) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (200, 208)  # 2600 blocks: not a whole number of the kernels' chunks
     spread = torch.exp(torch.randn(shape[0], 1, generator=generator))
     weight = (torch.randn(shape, generator=generator) * spread * size).to(dtype)
     weight[3] = 0
     weight[5, :16] *= 1e-4
-    check([weight, weight[:64] / 3], rule, device)
+    check([weight, weight[:64] / 3], rule, name)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@by_rule
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_number_that_16_bits_can_be(device: str, dtype: torch.dtype, rule: str) -> None:
+def test_every_number_that_16_bits_can_be(name: str, dtype: torch.dtype, rule: str) -> None:
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
     numbers = numbers[numbers.isfinite()]
     generator = torch.Generator().manual_seed(1)
     shuffled = numbers[torch.randperm(len(numbers), generator=generator)]
     for order in (numbers, shuffled):
         # In one weight, small numbers vanish beside large ones; alone, each range has its scale.
-        check([order.view(-1, 16)], rule, device)
+        check([order.view(-1, 16)], rule, name)
         for part in order.view(-1, 16).split(17):
-            check([part], rule, device)
+            check([part], rule, name)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_ties_between_codes_and_between_scales(device: str, rule: str) -> None:
+@by_rule
+def test_ties_between_codes_and_between_scales(name: str, rule: str) -> None:
     halves = torch.arange(0, 7, 0.125)
     blocks = halves.repeat(16, 1).T.contiguous()
     blocks[:, 0] = 6  # each block's scale is 1, or a power of two, times the global one
     powers = torch.tensor([2.0**-k for k in range(19)]).repeat_interleave(16)[: len(blocks)]
     blocks = torch.cat((blocks, blocks * powers[:, None], -blocks))
     blocks[0] = 2688  # so that the global scale is 1
-    check([blocks], rule, device)
+    check([blocks], rule, name)
 
 
+@by_name
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_weights(device: str, data: st.DataObject) -> None:
+def test_any_weights(name: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     rows, blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
     biggest = float(torch.finfo(dtype).max)
@@ -93,37 +129,71 @@ def test_any_weights(device: str, data: st.DataObject) -> None:
     flat = torch.tensor(values, dtype=torch.float32).to(dtype)
     flat = torch.where(flat.isfinite(), flat, torch.zeros_like(flat))
     weight = flat.repeat(rows * blocks * 16)[: rows * blocks * 16].view(rows, -1)
-    check([weight], data.draw(st.sampled_from(sorted(RULES))), device)
+    check([weight], data.draw(st.sampled_from(FAST)), name)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_weights_that_do_not_lie_in_one_run(device: str, rule: str) -> None:
+@by_rule
+def test_weights_that_do_not_lie_in_one_run(name: str, rule: str) -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
     for view in (weight.T, weight[::2], weight[:, :48]):
-        check([view], rule, device)
+        check([view], rule, name)
 
 
+@by_name
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 777, 1023])
 def test_what_is_not_finite_is_refused(
-    device: str, dtype: torch.dtype, value: float, place: int
+    name: str, dtype: torch.dtype, value: float, place: int
 ) -> None:
-    weight = torch.ones(16, 64, dtype=dtype, device=device)
+    weight = torch.ones(16, 64, dtype=dtype, device=device(name))
     weight.view(-1)[place] = value
     with pytest.raises(NotFiniteError):
-        quantize_weights([torch.ones_like(weight), weight], "max", kernel(device))
+        quantize_weights([torch.ones_like(weight), weight], "max", kernel(name))
 
 
+@by_name
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_comparison_with_what_is_stored(device: str, dtype: torch.dtype) -> None:
+def test_comparison_with_what_is_stored(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(100, 208, generator=generator).to(dtype)
     stored = quantize_weights([weight], "max", JUDGE)[0].weight
     other = torch.randn(100, 208, generator=generator).to(dtype)
-    cpu = kernel("cpu")
     for against in (weight, other):
         lost = stored.dequantize().double() - against.double()
-        noise, signal = cpu.compare(against, stored)
+        noise, signal = kernel(name).compare(
+            against.to(device(name)), NvFp4(*(t.to(device(name)) for t in stored))
+        )
         assert noise == pytest.approx(float(lost.square().sum()), rel=1e-5)
         assert signal == pytest.approx(float(against.double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("lacks", ["AVX2", "a compiler", "the wish"])
+def test_without_cpp_numba_does_the_work(
+    lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With one line that says why, unless that is what the user has asked for."""
+    said: list[str] = []
+    monkeypatch.setattr(kernels.logger, "warning", lambda text, *args: said.append(text % args))
+    kernels._for_cpus.cache_clear()
+    if lacks == "AVX2":
+        monkeypatch.setattr(processor, "flags", frozenset)
+    elif lacks == "a compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv(environment.CPP, "0")
+    try:
+        for _ in range(2):
+            assert isinstance(for_device(torch.device("cpu")), NumbaKernel)
+    finally:
+        kernels._for_cpus.cache_clear()
+    if lacks == "a compiler":
+        (line,) = said
+        assert "numba quantizes, which is slower than C++ would be: no C++ compiler" in line
+    else:
+        assert said == []
+
+
+def test_the_fastest_is_chosen() -> None:
+    assert isinstance(for_device(torch.device("cpu")), cpp_cpu.CppKernel if CPP else NumbaKernel)

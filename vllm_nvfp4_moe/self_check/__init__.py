@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from quantize.native.jit import KernelError
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.errors import RefusedError
-from vllm_nvfp4_moe.kernels.jit import KernelError
 from vllm_nvfp4_moe.self_check.alone import run_alone
 from vllm_nvfp4_moe.self_check.sample import TOKENS, Sample, make_sample
 

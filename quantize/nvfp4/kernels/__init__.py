@@ -10,9 +10,15 @@ This room may import ``quantize.nvfp4.format`` and ``quantize.nvfp4.scales``.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 
 from quantize.nvfp4.kernels.kernel import Kernel
+
+logger = logging.getLogger("vllm.nvfp4_moe.quantize")
+"""Below vLLM's logger, whose handlers it has in a server; elsewhere its warnings are seen."""
 
 
 def for_device(device: torch.device) -> Kernel:
@@ -21,6 +27,21 @@ def for_device(device: torch.device) -> Kernel:
         from quantize.nvfp4.kernels.triton_gpu import TritonKernel
 
         return TritonKernel()
+    return _for_cpus()
+
+
+@cache
+def _for_cpus() -> Kernel:
+    from quantize.native import environment
+    from quantize.native.jit import KernelError
+    from quantize.nvfp4.kernels import cpp_cpu
+
+    here = [each for each in cpp_cpu.INSTRUCTIONS if each.here]
+    if here and environment.cpp():
+        try:
+            return cpp_cpu.CppKernel(here[0])
+        except KernelError as error:
+            logger.warning("numba quantizes, which is slower than C++ would be: %s", error)
     from quantize.nvfp4.kernels.numba_cpu import NumbaKernel
 
     return NumbaKernel()

@@ -17,10 +17,10 @@ import torch
 import vllm.envs as envs
 
 from quantize.experts.gates import Gate
+from quantize.native import environment
+from quantize.native.jit import KernelError
 from quantize.nvfp4.format import BLOCK, decode
-from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, Kernel, kernel_for
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 logger = logging.getLogger("vllm.nvfp4_moe.cpu")
 """Below vLLM's logger, whose handlers it has in a server."""
@@ -47,10 +47,10 @@ def expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) 
 @cache
 def native(dtype: torch.dtype) -> Kernel | None:
     """The kernel in C++ for activations of ``dtype``; None if numba is to do its work."""
-    if not settings.cpp():
+    if not environment.cpp():
         return None
     try:
-        return kernel_for(dtype)
+        return kernel_for(dtype, bool(envs.VLLM_BATCH_INVARIANT))
     except KernelError as error:
         logger.warning("numba runs the experts, which is slower than C++ would be: %s", error)
         return None

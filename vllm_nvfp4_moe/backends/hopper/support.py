@@ -13,6 +13,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_ep_group
 from vllm.logger import init_logger
 
+from quantize.native.jit import KernelError
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.backends.hopper.experts import (
     ACTIVATIONS,
@@ -24,7 +25,6 @@ from vllm_nvfp4_moe.kernels.hopper.kernel import MAX_EXPERTS, HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.launch import FORMS
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.hopper.source import Form
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts

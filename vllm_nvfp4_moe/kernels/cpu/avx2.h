@@ -54,10 +54,12 @@ inline void add(Sums& sums, const Weights& weights, const Input* x) {
 
 inline Sums zero() { return _mm256_setzero_ps(); }
 
-inline float total(Sums sums) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1))) * SCALE;
+// The totals of four sums: lanes are added in one order, whichever of the four it is.
+inline void totals(const Sums* sums, float* out) {
+    const __m256 lanes = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]),
+                                        _mm256_hadd_ps(sums[2], sums[3]));
+    const __m128 all = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    _mm_storeu_ps(out, _mm_mul_ps(all, _mm_set1_ps(SCALE)));
 }
 
 }  // namespace

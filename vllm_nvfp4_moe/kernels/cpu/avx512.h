@@ -47,6 +47,19 @@ inline void add(Sums& sums, const Weights& weights, const Input* x) {
 }
 
 inline Sums zero() { return _mm512_setzero_ps(); }
-inline float total(Sums sums) { return _mm512_reduce_add_ps(sums) * SCALE; }
+// The totals of four sums: lanes are added in one order, whichever of the four it is.
+inline void totals(const Sums* sums, float* out) {
+    const auto pairs = [](Sums a, Sums b) {
+        return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    };
+    const __m512d ab = _mm512_castps_pd(pairs(sums[0], sums[1]));
+    const __m512d cd = _mm512_castps_pd(pairs(sums[2], sums[3]));
+    const __m512 lanes = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                       _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(lanes),
+                                        _mm512_extractf32x8_ps(lanes, 1));
+    const __m128 all = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+    _mm_storeu_ps(out, _mm_mul_ps(all, _mm_set1_ps(SCALE)));
+}
 
 }  // namespace

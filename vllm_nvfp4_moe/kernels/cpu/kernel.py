@@ -1,6 +1,6 @@
 """NVFP4 experts in C++ with vector instructions, compiled for this host's at first use.
 
-Each instruction set is a header beside ``experts.cpp`` and an entry of :data:`INSTRUCTIONS`.
+Each instruction set is a header beside ``experts.cpp`` and an entry of :data:`VARIANTS`.
 Threads are those of PyTorch's OpenMP: a library has OpenMP's calls, and finds the runtime that
 PyTorch has loaded. So they are on the cores to which vLLM has bound them.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import platform
-from collections.abc import Collection
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,8 +17,9 @@ from pathlib import Path
 import torch
 
 from quantize.experts.gates import Gate
-from vllm_nvfp4_moe.kernels import jit
-from vllm_nvfp4_moe.kernels.jit import KernelError
+from quantize.native import jit
+from quantize.native.jit import KernelError
+from quantize.native.processor import AMX, AVX2, AVX512, AVX512_BF16, Instructions
 
 FORMS = {
     "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
@@ -28,49 +28,42 @@ FORMS = {
 
 
 @dataclass(frozen=True)
-class Instructions:
-    """An instruction set.
+class Variant:
+    """The loops for a set of instructions.
 
     Attributes:
-        header: what it does for the loops of ``experts.cpp``.
-        flags: the names in ``/proc/cpuinfo`` of all that is used.
-        options: what has the compiler use it.
+        header: what the instructions do for the loops of ``experts.cpp``.
         takes: the dtypes of the model's activations that it is for. What experts compute between
             their products has this dtype too, or float32.
+        invariant: a token's output has the same bits whatever its neighbours. If not, it depends on
+            how many tokens its experts have, in the order in which sums are added.
     """
 
-    name: str
+    instructions: Instructions
     header: str
-    flags: frozenset[str]
-    options: tuple[str, ...]
     takes: tuple[torch.dtype, ...]
+    invariant: bool = True
 
     def source(self) -> str:
         """The whole C++ source."""
-        here = Path(__file__).parent
-        vectors = here.joinpath(self.header).read_text()
-        return here.joinpath("experts.cpp").read_text().replace('#include "vectors.h"\n', vectors)
+        return _inlined("experts.cpp").replace('#include "vectors.h"\n', _inlined(self.header))
+
+
+def _inlined(name: str) -> str:
+    """The text of a file, with this folder's headers in the place of their includes."""
+    text = Path(__file__).with_name(name).read_text()
+    return re.sub(
+        r'^#include "(?!vectors)(.*)"\n', lambda found: _inlined(found[1]), text, flags=re.M
+    )
 
 
 ANY = (torch.bfloat16, torch.float16, torch.float32)
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
-_AVX2 = ("avx2", "fma", "f16c")
-
-
-def _options(flags: Collection[str]) -> tuple[str, ...]:
-    return tuple(f"-m{flag.replace('_', '')}" for flag in flags)
-
-
-INSTRUCTIONS = (
-    Instructions(
-        "AVX-512 with BF16", "avx512_bf16.h", frozenset((*_AVX512, "avx512_bf16", *_AVX2)),
-        _options((*_AVX512, "avx512_bf16", *_AVX2)), (torch.bfloat16,),
-    ),
-    Instructions(
-        "AVX-512", "avx512.h", frozenset((*_AVX512, *_AVX2)), _options((*_AVX512, *_AVX2)), ANY
-    ),
-    Instructions("AVX2", "avx2.h", frozenset(_AVX2), _options(_AVX2), ANY),
-)  # fmt: skip
+VARIANTS = (
+    Variant(AMX, "amx.h", (torch.bfloat16,), invariant=False),
+    Variant(AVX512_BF16, "avx512_bf16.h", (torch.bfloat16,)),
+    Variant(AVX512, "avx512.h", ANY),
+    Variant(AVX2, "avx2.h", ANY),
+)
 """The fastest first."""
 
 
@@ -92,19 +85,22 @@ class Work(ctypes.Structure):
 
 
 class Kernel:
-    """The compiled loops for one instruction set.
+    """The compiled loops of a variant.
 
     Raises:
         KernelError: if they cannot be compiled or loaded here.
     """
 
-    def __init__(self, instructions: Instructions) -> None:
-        self.instructions = instructions
-        self._library = jit.load(instructions.source(), jit.cpp(*instructions.options))
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        options = jit.cpp(*variant.instructions.options, openmp=True)
+        self._library = jit.load(variant.source(), options)
         self._columns: int = self._library.columns()
         self._input = torch.bfloat16 if self._library.size_of_input() == 2 else torch.float32
         if (theirs := self._library.size_of_work()) != (ours := ctypes.sizeof(Work)):
             raise KernelError(f"experts.cpp and kernel.py differ: {theirs} bytes and {ours}")
+        if not self._library.allowed():
+            raise KernelError(f"Linux does not let this process use {variant.instructions.name}")
 
     def run(
         self,
@@ -125,10 +121,10 @@ class Kernel:
     ) -> torch.Tensor:
         """The routed experts' output, float32 ``[tokens, hidden]``.
 
-        A token's output has the same bits whatever other tokens there are.
+        A token's output has the same bits whatever other tokens there are, if ``variant`` says so.
 
         Args:
-            x: ``[tokens, hidden]``, of a dtype that ``instructions`` takes.
+            x: ``[tokens, hidden]``, of a dtype that ``variant`` takes.
             weights: float32 ``[tokens, k]``.
             ids: int32 ``[tokens, k]``.
             gate: of a form in :data:`FORMS`.
@@ -179,25 +175,23 @@ class Kernel:
         return new(rows, wide, dtype=self._input, device="cpu")
 
 
-def flags() -> frozenset[str]:
-    """What this host's processor has, in Linux's names; empty if it is no x86."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return frozenset()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
 @cache
-def kernel_for(dtype: torch.dtype) -> Kernel:
+def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
     """The fastest kernel that this host has for activations of ``dtype``.
+
+    Args:
+        invariant: whether a token's bits must not depend on its neighbours.
 
     Raises:
         KernelError: if there is none: the processor lacks AVX2, or there is no compiler.
     """
-    has = flags()
-    for instructions in INSTRUCTIONS:
-        if dtype in instructions.takes and instructions.flags <= has:
-            return Kernel(instructions)
-    raise KernelError("the processor has no AVX2")
+    problem = None
+    for variant in VARIANTS:
+        if dtype in variant.takes and variant.instructions.here and variant.invariant >= invariant:
+            try:
+                return Kernel(variant)
+            except KernelError as error:  # such as a compiler that is older than the processor
+                problem = error
+    if problem is None:
+        raise KernelError("the processor has no AVX2")
+    raise problem

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from quantize.experts.gates import Gate
-from vllm_nvfp4_moe.kernels import jit
+from quantize.native import jit
+from quantize.native.jit import KernelError
 from vllm_nvfp4_moe.kernels.hopper import source
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import GROUP_ROWS, Rows, packed_biases
 from vllm_nvfp4_moe.kernels.hopper.launch import (
@@ -23,7 +24,6 @@ from vllm_nvfp4_moe.kernels.hopper.launch import (
     check_library,
 )
 from vllm_nvfp4_moe.kernels.hopper.source import ORDINARY, Form
-from vllm_nvfp4_moe.kernels.jit import KernelError
 
 ARCHITECTURE = "90a"
 MAX_EXPERTS = 1024

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from quantize.experts.gates import Gate
-from vllm_nvfp4_moe.kernels.jit import KernelError
+from quantize.native.jit import KernelError
 
 
 @dataclass(frozen=True)

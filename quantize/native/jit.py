@@ -26,10 +26,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_nvfp4_moe import settings
+from quantize.native import environment
 
 logger = logging.getLogger("vllm.nvfp4_moe.jit")
-"""Below vLLM's logger, whose handlers it has in a server."""
+"""Below vLLM's logger, whose handlers it has in a server; elsewhere its warnings are seen."""
 
 
 class KernelError(RuntimeError):
@@ -68,19 +68,21 @@ def cuda(architecture: str) -> Language:
     )  # fmt: skip
 
 
-def cpp(*options: str) -> Language:
-    """C++ with OpenMP for this host's processor.
+def cpp(*options: str, openmp: bool = False) -> Language:
+    """C++ for this host's processor.
 
     Args:
-        options: the instruction sets that may be used, such as ``-mavx2``.
+        options: the instruction sets that may be used, such as ``-mavx2``, and other options.
+        openmp: whether the source has threads, which are OpenMP's.
     """
+    threads = ("-fopenmp",) if openmp else ()
     # OpenMP's runtime is that of PyTorch, whose names are global: a second one would have threads
     # of its own, on cores that vLLM has given to others. With -fopenmp the linker asks for one.
     return Language(
         ".cpp",
         "this processor",
         lambda: cxx(),
-        ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-c", *options),
+        ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *threads, "-c", *options),
         ("-shared", "-nostdlib", "-lm", "-lc", "-lgcc"),
     )
 
@@ -91,7 +93,7 @@ def cxx() -> Path:
     Raises:
         KernelError: if there is none.
     """
-    for name in (settings.cxx(), "g++", "c++"):
+    for name in (environment.cxx(), "g++", "c++"):
         if name and (found := shutil.which(name)):
             return Path(found)
     raise KernelError("no C++ compiler: neither $CXX, nor g++ or c++ on the path")
@@ -104,7 +106,7 @@ def nvcc() -> Path:
     Raises:
         KernelError: if there is none.
     """
-    home = settings.cuda_home()
+    home = environment.cuda_home()
     found = [Path(home, "bin", "nvcc")] if home else []
     if on_path := shutil.which("nvcc"):
         found.append(Path(on_path))
@@ -123,7 +125,7 @@ def nvcc() -> Path:
 def folders() -> Iterator[Path]:
     """Where compiled kernels may be kept, the preferred place first. All exist and are safe, but
     one may be a place that this user can only read."""
-    wanted = settings.cache()
+    wanted = environment.cache()
     mine = f"user-{os.getuid()}"
     places = [] if wanted is None else [wanted, wanted / mine]
     with suppress(OSError):  # there may be none
