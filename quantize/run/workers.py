@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.streamed import StoppedError
 from quantize.errors import QuantizeError
 from quantize.experts.names import where_of
 from quantize.run.jobs import Job, KeepRounded
@@ -114,12 +115,18 @@ def make_shards(
     try:
         with threads_of_our_own(), ThreadPoolExecutor(len(team), "quantize") as pool:
             try:
+                stopped = None
                 for future in as_completed([pool.submit(guarded, worker) for worker in team]):
-                    future.result()
+                    try:
+                        future.result()
+                    except StoppedError as error:
+                        stopped = error  # another error is why
             except BaseException:
                 stop()
                 raise
         open_shards.wait()
+        if stopped is not None:
+            raise stopped
     finally:
         open_shards.close()
 
@@ -202,12 +209,17 @@ class _OpenShards:
 
     def _finish(self, shard: int, writer: ShardWriter, errors: list[WeightError]) -> None:
         try:
-            self._record.check_ours()
-            self._record.save_errors(writer.path.name, errors)
+            try:
+                self._record.check_ours()
+                self._record.save_errors(writer.path.name, errors)
+            except BaseException:
+                writer.abort()
+                raise
+            writer.finish()
         except BaseException:
-            writer.abort()
+            if self._stream:
+                self._stream.stop()  # the next shards wait for this one
             raise
-        writer.finish()
         if self._stream:
             self._stream.finished(shard)
 
