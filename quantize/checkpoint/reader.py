@@ -55,6 +55,7 @@ class Checkpoint:
         tensors: every tensor of the model, by name. These are the tensors of ``stored``, except
             that the codes and scales of a weight in a known quantized format are replaced by one
             tensor with the weight's name and shape and dtype ``BF16``.
+        nbytes_read: how many bytes of tensors have been read so far.
 
     Raises:
         QuantizeError: if a file or tensor is missing or malformed; the message names it.
@@ -66,6 +67,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self._open: dict[Path, int] = {}
         self._lock = Lock()
+        self.nbytes_read = 0
         self.files = find_files(folder, self.weights.names)
         self.stored: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -213,6 +215,8 @@ class Checkpoint:
         finally:
             if not keep:
                 os.close(descriptor)
+        with self._lock:
+            self.nbytes_read += buffer.numel()
 
     def will_need(self, name: str, expert: int | None = None, experts: int | None = None) -> None:
         """Ask the operating system to read a tensor, or one expert of it, into its file cache.

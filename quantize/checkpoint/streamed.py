@@ -194,7 +194,8 @@ class Streamed(HubWeights):
         return file.name in self._here
 
     def apart(self, file: Path, begin: int, end: int) -> bytes | None:
-        if file.name not in self._gone:
+        # What no step needs was here in an earlier run.
+        if self._folder is None or file.name in self._first.keys() - self._gone:
             return None
         with asking(self.model.name):
             return read_range(self.model, file.name, begin, end)
@@ -203,7 +204,7 @@ class Streamed(HubWeights):
         if self._error is not None:
             raise QuantizeError(str(self._error)) from self._error
         if self._stopped:
-            raise QuantizeError(
+            raise StoppedError(
                 f"{self.model.name}: the run has stopped, and downloads nothing more"
             )
 
@@ -217,7 +218,7 @@ class Streamed(HubWeights):
                     self._coming.discard(name)
                     self._here.add(name)
                     self._changed.notify_all()
-        except _StoppedError:
+        except StoppedError:
             pass
         except BaseException as error:
             with self._changed:
@@ -250,7 +251,7 @@ class Streamed(HubWeights):
                     self._download(name)
                     self._check(name)
                 except Exception as error:
-                    if isinstance(error, _StoppedError | QuantizeError):
+                    if isinstance(error, QuantizeError):
                         raise
                     if attempt == _TRIES - 1 or not is_passing(error):
                         raise
@@ -294,7 +295,7 @@ class Streamed(HubWeights):
             while not self._stopped and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
             if self._stopped:
-                raise _StoppedError
+                raise StoppedError("stopped")
 
     def _bar(self) -> type:
         """What the client takes for a progress bar (its own ``silent_tqdm`` has no more either):
@@ -313,7 +314,7 @@ class Streamed(HubWeights):
 
             def update(self, n: float | None = 1) -> None:
                 if weights._stopped:
-                    raise _StoppedError
+                    raise StoppedError("stopped")
 
         return Bar
 
@@ -337,8 +338,8 @@ class Streamed(HubWeights):
         return {key: str(value) for key, value in read_json(self._note_file(name)).items()}
 
 
-class _StoppedError(Exception):
-    """Nobody waits for a download any more."""
+class StoppedError(QuantizeError):
+    """Nobody waits for a file any more, for something else has gone wrong."""
 
 
 def _hash_of(path: Path, sha256: bool) -> str:

@@ -13,6 +13,8 @@ from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     GateOption,
     JsonOption,
+    LogOption,
+    QuietOption,
     Rounded,
     TrustOption,
     check_device,
@@ -97,11 +99,14 @@ def evaluate(
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    log_file: LogOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Run SRC and DST side by side over TEXT, a layer at a time: perplexity of both, KL divergence,
     top-1 agreement, and the loss by depth."""
     advice = "run the same command with --resume to go on" if work_dir else "nothing was changed"
-    with reporting_errors(advice):
+    apart = [Path(source), Path(target)]
+    with reporting_errors(advice, quiet, log_file, apart):
         if resume and work_dir is None:
             raise UsageError("--resume needs --work-dir: only there does a run leave its states")
         stated = stated_gate(gate)
@@ -121,12 +126,9 @@ def evaluate(
         with (
             Checkpoint(first_folder) as first,
             Checkpoint(second_folder) as second,
-            progress_bar("Evaluating") as bar,
+            progress_bar("Evaluating", read=lambda: first.nbytes_read + second.nbytes_read) as bar,
         ):
             tokens = tokens_of(text, first, second, samples, length, trust_remote_code, bar.say)
-
-            def progress(done: float, steps: int) -> None:
-                bar.passing("Evaluating", done, steps, f"layer {min(int(done) + 1, steps)}")
 
             found = run(
                 first,
@@ -140,7 +142,7 @@ def evaluate(
                 work_dir=work_dir,
                 resume=resume,
                 beside=here.resolve().parent if here.is_dir() else None,
-                progress=progress,
+                progress=bar.evaluating,
                 say=bar.say,
             )
         if as_json:
@@ -151,6 +153,7 @@ def evaluate(
 
 def _show(found: Result) -> None:
     """The figures for people: perplexity first, as it is published."""
+    out.quiet = False  # they were asked for
     figures = found.figures
     for line in (
         f"perplexity {figures.before:.3f} -> {figures.after:.3f} ({figures.change:+.2f} %)",

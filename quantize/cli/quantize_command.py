@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 
 from quantize.checkpoint.hub import look_up
 from quantize.cli.before_it_starts import say, say_activations, summary
+from quantize.cli.dry_run import DryOption, show
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
@@ -32,20 +32,24 @@ from quantize.cli.options import (
     KvCacheOption,
     LayoutOption,
     LinearsOption,
+    LogOption,
     MethodName,
+    QuietOption,
     RuleName,
     Source,
     Target,
     TrustOption,
+    WeightOnlyOption,
     check_device,
     device_of,
     shard_size,
     stated_base,
     stated_bits,
     stated_gate,
+    stated_weight_only,
 )
-from quantize.cli.output import err, out, plain
-from quantize.cli.progress import progress_bar
+from quantize.cli.output import err
+from quantize.cli.progress import Bar, Shown, progress_bar
 from quantize.cli.push_options import (
     EvaluationOption,
     PushOption,
@@ -55,6 +59,7 @@ from quantize.cli.push_options import (
 )
 from quantize.cli.source_options import RevisionOption, StreamOption, check_stream
 from quantize.cli.text_options import check_text_options, said
+from quantize.cli.when_done import say_done
 from quantize.errors import QuantizeError
 from quantize.run.options import Calibration, Options
 
@@ -138,6 +143,7 @@ def quantize(
             "scales of all that is quantized, else bf16; e.g. --activations bf16.",
         ),
     ] = None,
+    weight_only: WeightOnlyOption = None,
     input_scales: Annotated[
         list[str] | None,
         typer.Option(
@@ -218,10 +224,14 @@ def quantize(
     ] = None,
     push_to: PushOption = None,
     evaluation: EvaluationOption = None,
+    dry_run: DryOption = False,
+    log_file: LogOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
     again = "--resume instead of --overwrite" if overwrite else "--resume"
-    with reporting_errors(f"run the same command with {again} to go on"):
+    advice = "nothing was changed" if dry_run else f"run the same command with {again} to go on"
+    with reporting_errors(advice, quiet, log_file, [Path(source), target]):
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         check_text_options(context, text, input_scales, activations, all_linears)
@@ -229,6 +239,7 @@ def quantize(
         check_stream(stream, bool(read), ray)
         check_push(push_to, source, evaluation, overwrite or resume)
         command = _command(context)
+        patterns, floats = stated_weight_only(weight_only, bool(read))
         if read:
             from quantize.calibration.sources import check_there
 
@@ -243,6 +254,7 @@ def quantize(
             scales=scales.value,
             # Without either, an NVFP4 source decides.
             activations=chosen is Activations.NVFP4 if activations or found else None,
+            weight_only=patterns,
             max_shard_size=shard_size(max_shard_size),
             gate=stated_gate(gate),
             include=tuple(include or ()),
@@ -263,8 +275,9 @@ def quantize(
             from quantize.calibration.budget import needed
             from quantize.calibration.samples import digest_of, load_samples
             from quantize.checkpoint.opened import opened
-            from quantize.execute import check_apart, execute
-            from quantize.run.cluster import connected
+            from quantize.execute import execute
+            from quantize.run.apart import check_apart
+            from quantize.run.cluster import connected, room_on_ray
             from quantize.run.fetch import fetch
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
@@ -274,12 +287,13 @@ def quantize(
 
         # Two names may be of one device: cuda and cuda:0.
         devices = list(dict.fromkeys(map(device_of, device))) if device else None
+        computing = devices or all_devices()
         check_folder(target)  # all of this before anything is downloaded
         check_writable(target, "DST")
         if work_dir is not None:
             WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
-        goes_on = push_to is not None and not (overwrite or resume)
+        goes_on = push_to is not None and not (overwrite or resume or dry_run)
         if goes_on and push_finished(push_to, target, command, evaluation):
             return
         check_target(target, overwrite, resume)
@@ -312,13 +326,18 @@ def quantize(
                 )
                 steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
-                needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
+                needs = needed(checkpoint, steps, computing[0])
                 err.print(f"Calibration: {needs}", highlight=False)
-            if push_to:
+            if push_to and not dry_run:
                 reserve_for(push_to, checkpoint, steps)
-            fetch(checkpoint, steps, target, needs.states if needs else 0, work_dir, overwrite)
-            with progress_bar("Quantizing", checkpoint.nbytes) as bar:
-                if bits is not None:
+            states = needs.states if needs else 0
+            fetch(checkpoint, steps, target, states, work_dir, overwrite, dry_run)
+            with (
+                nullcontext(Bar(Shown(), "Quantizing"))
+                if dry_run
+                else progress_bar("Quantizing", checkpoint.nbytes, lambda: checkpoint.nbytes_read)
+            ) as bar:
+                if bits is not None or floats is not None:
                     assert tokens is not None
                     steps = within_bits(
                         checkpoint,
@@ -326,10 +345,14 @@ def quantize(
                         options,
                         tokens,
                         target,
-                        (devices or all_devices())[0],
+                        computing[0],
+                        weight_only=floats,
                         resume=resume,
                         work_dir=work_dir,
                         limited=not yes,
+                        counting=check_text,
+                        devices=room_on_ray(ray, threads) if ray else len(computing),
+                        dry=dry_run,
                         progress=bar.measuring,
                         say=bar.say,
                     )
@@ -350,22 +373,18 @@ def quantize(
                     limited=not yes,
                     work_dir=work_dir,
                     say=bar.say,
+                    dry=show if dry_run else None,
                 )
-        out.print(
-            f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
-            f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
-            f"{done.bytes_read / done.seconds / 1e9:.2f} GB/s",
-            soft_wrap=True,
-            highlight=False,
-        )
-        if push_to:
+        if not dry_run:
+            say_done(done, target, trust_remote_code)
+        if push_to and not dry_run:
             push_finished(push_to, target, command, None, anew=True)
 
 
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
     how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
-    how |= {"check_text", "yes", "stream", "push_to", "evaluation"}
+    how |= {"check_text", "yes", "dry_run", "log_file", "quiet", "stream", "push_to", "evaluation"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

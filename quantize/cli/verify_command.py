@@ -11,7 +11,14 @@ import typer
 from quantize.checkpoint.hub import resolve
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
-from quantize.cli.options import GateOption, JsonOption, TrustOption, stated_gate
+from quantize.cli.options import (
+    GateOption,
+    JsonOption,
+    LogOption,
+    QuietOption,
+    TrustOption,
+    stated_gate,
+)
 from quantize.cli.output import complain, err, out, plain, print_json, table
 from quantize.cli.progress import progress_bar
 from quantize.cli.source_options import RevisionOption, revision_for
@@ -34,10 +41,13 @@ def verify(
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    log_file: LogOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Check DST beside SRC: every tensor, every config, every file; exit 1 if anything is missing
     or wrong. With DST alone, check that its parts fit together."""
-    with reporting_errors():
+    apart = [Path(source), *([target] if target else [])]
+    with reporting_errors(quiet=quiet, log_file=log_file, apart=apart):
         stated = stated_gate(gate)
         folder = None
         if target is not None:

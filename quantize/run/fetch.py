@@ -22,6 +22,7 @@ def fetch(
     states: int,
     work_dir: Path | None,
     overwrite: bool,
+    dry: bool = False,
 ) -> None:
     """Download the weights of a source on the hub; nothing, if they are here or streamed.
 
@@ -29,6 +30,7 @@ def fetch(
         states: bytes of hidden states that calibration will keep.
         work_dir: of ``--work-dir``.
         overwrite: a checkpoint in ``target`` goes.
+        dry: only see whether there is room.
 
     Raises:
         QuantizeError: if a disk has no room for the downloads, the output and the states together,
@@ -50,7 +52,8 @@ def fetch(
         freed = replaced_by_new(target, target / FOLDER, names).nbytes(target)
     work = work_dir or target
     check_disks(target, output, freed, work, states, checkpoint.folder, downloads)
-    bring(checkpoint)
+    if not dry:
+        bring(checkpoint)
 
 
 def _is_done(target: Path, name: str, plan: Plan, shard: int) -> bool:

@@ -51,7 +51,7 @@ class Space:
         return self.rounds or self._fits(self.shards + self.source)
 
     def _fits(self, nbytes: int) -> bool:
-        return self.record.cleared or nbytes <= _free(self.record.target)
+        return self.record.cleared or nbytes <= free(self.record.target)
 
     @property
     def _same_disk(self) -> bool:
@@ -85,7 +85,7 @@ def check_disks(
     for folder, nbytes in places:
         disk = _disk(folder)
         more = freed if disk == _disk(target) else 0
-        if not nbytes or wanted[disk] <= _free(folder) + more:
+        if not nbytes or wanted[disk] <= free(folder) + more:
             continue
         replaced = f" (and {more / 1e9:.1f} GB are replaced)" if more else ""
         advice = "free some space or choose another folder"
@@ -97,7 +97,7 @@ def check_disks(
             advice += "" if calibration else "; --stream downloads a few files at a time"
         raise QuantizeError(
             f"{folder}: {wanted[disk] / 1e9:.1f} GB are still to be written, but its disk has "
-            f"{_free(folder) / 1e9:.1f} GB free{replaced}; {advice}"
+            f"{free(folder) / 1e9:.1f} GB free{replaced}; {advice}"
         )
 
 
@@ -105,7 +105,8 @@ def _disk(folder: Path) -> int:
     return _existing(folder).stat().st_dev
 
 
-def _free(folder: Path) -> int:
+def free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
     return shutil.disk_usage(_existing(folder)).free
 
 

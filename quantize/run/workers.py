@@ -8,16 +8,19 @@ use is that of one job for each thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from threading import Lock
+from typing import Protocol
 
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.streamed import StoppedError
 from quantize.errors import QuantizeError
+from quantize.experts.names import where_of
 from quantize.run.jobs import Job, KeepRounded
 from quantize.run.plan import Plan
 from quantize.run.record import Record
@@ -35,8 +38,15 @@ PER_GPU = 8
 _AT_ONCE = 4
 """Shards that are written at the same time, at most: their work is lost if the run is killed."""
 
-Progress = Callable[[int], None]
-"""Told how many bytes of the source have just been done."""
+
+class Progress(Protocol):
+    """Is told how many bytes of the source have just been done, and of which layer and expert."""
+
+    def __call__(self, nbytes: int, where: str = "", /) -> None: ...
+
+
+def not_shown(*_: object) -> None:
+    """Progress that nobody sees."""
 
 
 def make_shards(
@@ -46,7 +56,7 @@ def make_shards(
     shards: Sequence[int],
     devices: Sequence[torch.device],
     threads: int | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = not_shown,
     stream: Stream | None = None,
 ) -> None:
     """Make some of the plan's shards, and record what quantizing their weights lost.
@@ -65,7 +75,7 @@ def make_shards(
     if not shards:
         return
     wanted = [job for i in shards for job in plan.shards[i]]
-    team = _team(checkpoint, wanted, devices, threads)
+    team = team_of(checkpoint, wanted, devices, threads)
     jobs = list(_interleaved(plan, shards, 1 if stream else len(team)))
     open_shards = _OpenShards(plan, record, stream)
     numbers = iter(range(len(jobs)))
@@ -88,7 +98,7 @@ def make_shards(
                     stream.await_turn(shard)
                 errors = job.run(worker, open_shards.writer(shard))
                 open_shards.done(shard, errors)
-                progress(job.nbytes)
+                progress(job.nbytes, where_of(job.outputs[0].name))
 
     def guarded(worker: Worker) -> None:
         try:
@@ -105,12 +115,18 @@ def make_shards(
     try:
         with threads_of_our_own(), ThreadPoolExecutor(len(team), "quantize") as pool:
             try:
+                stopped = None
                 for future in as_completed([pool.submit(guarded, worker) for worker in team]):
-                    future.result()
+                    try:
+                        future.result()
+                    except StoppedError as error:
+                        stopped = error  # another error is why
             except BaseException:
                 stop()
                 raise
         open_shards.wait()
+        if stopped is not None:
+            raise stopped
     finally:
         open_shards.close()
 
@@ -193,22 +209,28 @@ class _OpenShards:
 
     def _finish(self, shard: int, writer: ShardWriter, errors: list[WeightError]) -> None:
         try:
-            self._record.check_ours()
-            self._record.save_errors(writer.path.name, errors)
+            try:
+                self._record.check_ours()
+                self._record.save_errors(writer.path.name, errors)
+            except BaseException:
+                writer.abort()
+                raise
+            writer.finish()
         except BaseException:
-            writer.abort()
+            if self._stream:
+                self._stream.stop()  # the next shards wait for this one
             raise
-        writer.finish()
         if self._stream:
             self._stream.finished(shard)
 
 
-def _team(
+def team_of(
     checkpoint: Checkpoint,
     jobs: Sequence[Job],
     devices: Sequence[torch.device],
     threads: int | None,
 ) -> list[Worker]:
+    """Those who do ``jobs``, as :func:`make_shards` is asked to."""
     largest = max(job.memory for job in jobs)
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:

@@ -385,3 +385,21 @@ def test_disks_have_room_for_all_of_it(
             fetch(checkpoint, steps, out, 0, None, True)
         room[:] = [enough]
         fetch(checkpoint, steps, out, 0, None, True)
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"]])
+def test_a_dry_run_downloads_nothing(
+    more: list[str], hub: Hub, source: Path, tmp_path: Path
+) -> None:
+    """It says what would be; and what refuses the run refuses it."""
+    hub.publish("org/moe", source)
+    result = run("quantize", "org/moe", tmp_path / "out", "--dry-run", *more)
+    assert result.exit_code == 0, result.output
+    size = (source / "model.safetensors").stat().st_size
+    assert f"{size / 1000:.1f} kB to be downloaded" in result.stdout or more
+    assert "Time: of downloading" in result.stdout
+    assert not any("HEAD" in line and "safetensors" in line for line in hub.requests)
+    assert not (tmp_path / "out").exists()
+    out = ("quantize", "org/moe", tmp_path / "out", "--push-to", "me/moe", "--dry-run")
+    assert run(*out).exit_code == 0
+    assert "me/moe" not in hub.models

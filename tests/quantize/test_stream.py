@@ -18,8 +18,10 @@ from quantize.checkpoint import hub_weights, streamed
 from quantize.checkpoint.hub import look_up
 from quantize.checkpoint.opened import opened
 from quantize.checkpoint.streamed import AHEAD, peak
+from quantize.errors import QuantizeError
 from quantize.run.plan import plan
 from quantize.run.record import Record
+from quantize.run.shards import ShardWriter
 from quantize.run.stream import bytes_beside
 from tests.hub_server import Hub, Model, Stored, serving, use
 from tests.quantize.checkpoints import contents
@@ -262,6 +264,10 @@ def test_a_hub_that_says_no(hub: Hub, model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def stopped(*_: object) -> None:
+    raise KeyError("stopped")
+
+
 def _quantize(url: str, cache: str, words: list[str]) -> None:
     """In a process of its own."""
     hub = Hub(url=url)
@@ -343,19 +349,56 @@ def test_ctrl_c_while_the_hub_does_not_answer(
     assert without_revision(out) == expected
 
 
-def test_small_numbers_of_files_that_are_gone(hub: Hub, tmp_path: Path) -> None:
-    """The report says the scales of keys and values, when all files have gone."""
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_a_file_that_cannot_be_finished(
+    threads: int, hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full, say, as the second file of DST is brought to it: all others wait for that,
+    and what is said is why."""
+    real, count = ShardWriter.finish, [0]
+
+    def finish(writer: ShardWriter) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            time.sleep(1)  # until whatever can go on has
+            writer.abort()
+            raise QuantizeError("the disk is full")
+        real(writer)
+
+    monkeypatch.setattr(ShardWriter, "finish", finish)
+    words = ("quantize", "org/moe", tmp_path / "out", "--max-shard-size", "4KB", "--stream")
+    start = time.monotonic()
+    said = refusal(*words, "--threads", threads)
+    assert "the disk is full" in said
+    assert time.monotonic() - start < 30
+    assert run(*words, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_small_numbers_of_files_that_are_gone(
+    killed: bool, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report says the scales of keys and values, when all files have gone; in an earlier run
+    even."""
     folder = save_source(tmp_path / "source", WAYS["modelopt"])
     source = in_shards(folder, tmp_path / "model", FILES)
     hub.publish("org/kv", source)
-    for name, what in (("one", ("org/kv", "--stream")), ("two", (source,))):
+    more = []
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr("quantize.execute.collect", stopped)
+            said = refusal("quantize", "org/kv", tmp_path / "one", *OPTIONS, "--stream")
+        assert "stopped" in said
+        more = ["--resume"]
+    for name, what in (("one", ("org/kv", "--stream", *more)), ("two", (source,))):
         result = run("quantize", what[0], tmp_path / name, *OPTIONS, *what[1:])
         assert result.exit_code == 0, result.output
     reports = [
         json.loads((tmp_path / name / "nvfp4_moe_report.json").read_text())["kv_scales"]
         for name in ("one", "two")
     ]
-    assert reports[0] == reports[1] != {}
+    assert reports[0] == reports[1]
+    assert reports[0]
     assert without_revision(tmp_path / "one") == without_revision(tmp_path / "two")
 
 
