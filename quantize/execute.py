@@ -274,7 +274,8 @@ class Run:
                 if not fresh:  # an earlier run may have left a part of it
                     files = record.calibration.rglob("*")
                     calibration -= sum(f.stat().st_size for f in files if f.is_file())
-                runnable_model(self.checkpoint, plan, self.devices[0])
+                if self.checkpoint.weights.here:  # else it is a dry run of a model on the hub
+                    runnable_model(self.checkpoint, plan, self.devices[0])
                 left = plan.groups if fresh else unstaged(plan, done.staged_of(record, plan))
                 self._foresee(budget.memory, left)
         if record.goes_on and not voided:
@@ -291,6 +292,8 @@ class Run:
         device = self.devices[0]
         if self.limited:
             check_memory(memory, device)
+        if not self.checkpoint.weights.here:
+            return
         counting = self.counting is not None
         count = self.cluster or len(self.devices)
         found = estimate(self.checkpoint, self.plan, groups, device, counting, count)

@@ -118,7 +118,11 @@ def within_bits(
     option = "--bits" if options.bits is not None else "--weight-only"
     key = {"of": plan.fingerprint(checkpoint), "formats": names}
     begun = (kept.folder / _KEY).exists() and read_json(kept.folder / _KEY) == key
-    if undone := [group for group in plan.groups if not (begun and kept.is_done(group))]:
+    undone = [group for group in plan.groups if not (begun and kept.is_done(group))]
+    if undone and not checkpoint.weights.here:  # a dry run of a model on the hub
+        say(_not_known(plan, options.bits))
+        return plan
+    if undone:
         own = WorkDir(work_dir, target) if work_dir else None
         folder = own.folder / MEASURED if own else kept.folder
         measuring = _Measuring(checkpoint, plan, kept, undone, folder, device, names, option)

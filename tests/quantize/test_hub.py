@@ -403,3 +403,21 @@ def test_a_dry_run_downloads_nothing(
     out = ("quantize", "org/moe", tmp_path / "out", "--push-to", "me/moe", "--dry-run")
     assert run(*out).exit_code == 0
     assert "me/moe" not in hub.models
+
+
+@pytest.mark.parametrize("more", [[], ["--bits", "5"], ["--weight-only", "1"]], ids=str)
+def test_a_dry_run_of_a_calibration_downloads_nothing(
+    more: list[str], hub: Hub, trained: Path, tmp_path: Path
+) -> None:
+    """Memory and disk are arithmetic on headers; time would take weights."""
+    (tmp_path / "a.txt").write_text("".join(f"x{n} = {n}\n" for n in range(999)))
+    hub.publish("org/moe", trained)
+    size = ("--calibration-rows", "4", "--calibration-length", "64")
+    command = ("quantize", "org/moe", tmp_path / "out", "--input-scales", tmp_path / "a.txt", *size)
+    result = run(*command, *more, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "Calibration: about" in result.stderr and "of memory" in result.stderr
+    assert "are known once" in result.stderr or "is known once" in result.stderr or not more
+    assert "Time: of downloading" in result.stdout
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
