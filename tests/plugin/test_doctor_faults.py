@@ -83,7 +83,7 @@ SHAPES = {
 def test_a_right_kernel_is_right(tmp_path: Path, kind: str) -> None:
     records = found(tmp_path, SHAPES[kind])
     assert faults(records) == set()
-    assert len(records["checked"]) == 4 * len(TOKENS) and records["compared"][0]["experts"] == 8
+    assert len(records["checked"]) == 4 * len(TOKENS) and records["compared"][0]["experts"] >= 6
     assert all(r["right"] and r["token_error"] < 0.01 for r in records["checked"])
     assert [r["tokens"] for r in records["timed"]] == [*TOKENS]
     assert "left out" not in records and "failed" not in records

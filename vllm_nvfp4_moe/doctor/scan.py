@@ -22,17 +22,17 @@ from vllm_nvfp4_moe.doctor.cases import Weights
 from vllm_nvfp4_moe.doctor.inputs import Batch
 from vllm_nvfp4_moe.doctor.reference import Expert, Rounding, experts_of
 
-_OUTSTANDING, _FEW_TOKENS = 4.0, 14.0
+_OUTSTANDING, _FEW_TOKENS = 2.5, 14.0
 """How many times the median of all columns' errors is more than roundings: with many tokens, and
 what is added to 1 with one token. With n, it is divided by the square root of n."""
-_LEAST = 0.2
+_LEAST = 0.05
 """Of what an average block's absence changes: smaller errors are not looked at."""
-ENOUGH = 12
+ENOUGH = 16
 """Tokens of an expert without which nothing is said of its scales: of fewer numbers, some block
 explains anything."""
-_EXPLAINED = 0.2
+_EXPLAINED = 0.1
 """What is left of a place's errors, as sums of squares, where one wrong block explains them."""
-_FACTORS = (0.0, -1.0, *(2.0**k for k in range(-4, 9) if k))
+_FACTORS = (0.0, -1.0, *(2.0**k for k in range(-2, 9) if k))
 """By which a scale may be wrong: left out, its sign, a power of two."""
 
 

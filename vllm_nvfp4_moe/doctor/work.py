@@ -33,7 +33,7 @@ from vllm_nvfp4_moe.doctor.shape import Shape, active_experts
 from vllm_nvfp4_moe.doctor.timing import WARM, Pass, time_on_cpu, time_on_gpu
 from vllm_nvfp4_moe.self_check import BOUNDS, ROUNDED_WEIGHTS, error_of, nearer_to
 
-JUDGED = {"cpu": 12, "cuda": 1024}
+JUDGED = {"cpu": 16, "cuda": 1024}
 """Tokens of a batch that plain arithmetic computes, by device."""
 AGAIN = (1, 64)
 """Numbers of tokens with which a kernel is tried once more, if it does with 4-bit activations what
