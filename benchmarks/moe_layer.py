@@ -40,7 +40,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.moe_layer_inputs import (
+from benchmarks.moe_layer_table import (
+    MORE,
+    SHAPES,
+    TITLES,
+    number,
+    report,
+    summary,
+    table,
+)
+from vllm_nvfp4_moe.doctor.inputs import (
     Batch,
     Biases,
     Stored,
@@ -51,88 +60,36 @@ from benchmarks.moe_layer_inputs import (
     random_biases,
     random_weights,
 )
-from benchmarks.moe_layer_table import (
-    MORE,
-    SHAPES,
-    TITLES,
-    Shape,
-    active_experts,
-    number,
-    report,
-    summary,
-    table,
-    title,
-)
-from benchmarks.moe_layer_vllm import WAYS, Layer, build, one_rank
+from vllm_nvfp4_moe.doctor.layer import Layer, Way, build, one_rank
+from vllm_nvfp4_moe.doctor.shape import Shape, active_experts, title
+from vllm_nvfp4_moe.doctor.timing import WARM, Pass, time_on_cpu, time_on_gpu
 
 TOKENS = tuple(2**n for n in range(15))
 APART, APART_FP8 = 0.03, 0.1
 """Relative error from which a kernel is wrong, and with FP8 activations."""
 CHECKED = 32
 """Tokens that are compared before the timing."""
-WARM, ROUNDS = 3, 15
-"""Replays of each graph before the timed ones, and those."""
+ROUNDS = 15
+"""Timed replays of each graph."""
+WAYS = {
+    "cuda": {
+        "ours": Way("auto", "HopperMethod", "HOPPER ("),
+        "fp8": Way("auto", "HopperMethod", "HOPPER FP8 (", "fp8"),
+        "humming": Way("humming", "VllmKernelsMethod", "HUMMING"),
+        "marlin": Way("marlin", "VllmKernelsMethod", "MARLIN"),
+        "bf16": Way("triton", "UnquantizedFusedMoEMethod", "TRITON"),
+    },
+    # Where this file only tries itself out.
+    "cpu": {
+        "ours": Way("auto", "CpuMethod", "the CPU kernel"),
+        "bf16": Way("auto", "UnquantizedFusedMoEMethod", "CPU"),
+    },
+}
 
 
 def most(*kernels: str) -> float:
     """How far these may be apart."""
     return APART_FP8 if "fp8" in kernels else APART
-
-
-class Pass:
-    """A layer's calls with all batches: one CUDA graph; on a CPU they are made anew."""
-
-    def __init__(self, layer: Layer, given: Sequence[Batch]) -> None:
-        self.layer, self.given = layer, given
-        self.graph: Any = None
-        self._call()
-
-    def capture(self) -> None:
-        """Only after every other layer has been called with as many tokens: what vLLM's workspace
-        was before it grew, the graph would still write to."""
-        if self.given[0].x.is_cuda:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._call()
-
-    def _call(self) -> None:
-        self.outs = [self.layer(given) for given in self.given]
-
-    def __call__(self) -> None:
-        if self.graph is None:
-            self._call()
-        else:
-            self.graph.replay()
-
-    def last(self) -> torch.Tensor:
-        """A copy of what it gives for the last batch."""
-        self()
-        return self.outs[-1].clone()
-
-
-def time_on_gpu(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, which take turns; nothing is waited for in between."""
-    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-            begin.record()
-            call()
-            end.record()
-            marks[name].append((begin, end))
-    torch.cuda.synchronize()
-    return {name: [b.elapsed_time(e) for b, e in pairs] for name, pairs in marks.items()}
-
-
-def time_on_cpu(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """The same."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            found[name].append((time.perf_counter() - begin) * 1e3)
-    return found
 
 
 class Clocks:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from quantize.experts.gates import Gate
+from vllm_nvfp4_moe.doctor.shape import (
+    CLAMPED,
+    MINIMAX_M3,
+    Shape,
+    floor,
+    restored,
+    title,
+)
 
-BYTES = 4.5 / 8
-"""Of a weight."""
 GOAL = {"geomean": 1.3, "memory": 0.80, "flops": 0.70, "fp8": 1.5}
 TITLES = {
     "ours": "ours",
@@ -23,46 +26,10 @@ TITLES = {
 }
 
 
-SILU = Gate("silu")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer's sizes on one rank of ``tp``; ``top_k`` experts a token, which may have biases."""
-
-    name: str
-    experts: int
-    hidden: int
-    intermediate: int
-    top_k: int
-    gate: Gate = SILU
-    tp: int = 1
-    biased: bool = False
-
-    def divides(self, tp: int) -> bool:
-        """Whether the slices of so many ranks are whole blocks of 16."""
-        return self.intermediate % (16 * tp) == 0
-
-    def slice(self, tp: int) -> Shape:
-        """One rank's."""
-        return replace(self, intermediate=self.intermediate // tp, tp=tp)
-
-    @property
-    def weights(self) -> int:
-        """Of one expert."""
-        return self.matrices * self.hidden * self.intermediate
-
-    @property
-    def matrices(self) -> int:
-        """Of one expert: gate, if there is one, up and down."""
-        return 3 if self.gate.gated else 2
-
-
-CLAMPED = Gate("swiglu_oai", 1.702, 1.0, 7.0)
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("minimax-m3", 128, 6144, 3072, 4, CLAMPED),
+        MINIMAX_M3,
         Shape("qwen3-235b", 128, 4096, 1536, 8),
         Shape("deepseek-v3", 256, 7168, 2048, 8),
     )
@@ -79,39 +46,6 @@ MORE = {
         Shape("minimax-m3-16", 16, 6144, 3072, 4),
     )
 }
-
-
-class Floor(NamedTuple):
-    """Milliseconds that reading the weights and that computing take at least."""
-
-    memory: float
-    flops: float
-
-    @property
-    def ms(self) -> float:
-        return max(self)
-
-    @property
-    def bound(self) -> str:
-        return "memory" if self.memory >= self.flops else "FLOPs"
-
-
-def floor(shape: Shape, tokens: int, active: float, bandwidth: float, flops: float) -> Floor:
-    """Of one call.
-
-    Args:
-        active: experts that any token goes to.
-        bandwidth: TB/s.
-        flops: TFLOP/s.
-    """
-    read = active * shape.weights * BYTES
-    computed = 2 * tokens * shape.top_k * shape.weights
-    return Floor(read / bandwidth / 1e9, computed / flops / 1e9)
-
-
-def active_experts(ids: torch.Tensor) -> int:
-    """How many experts int32 ``[tokens, k]`` names; negative ones are nobody's."""
-    return int(ids[ids >= 0].unique().numel())
 
 
 class Row:
@@ -145,13 +79,8 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _restored(saved: Mapping[str, Any]) -> Shape:
-    sizes = saved["shape"]
-    return Shape(**{**sizes, "gate": Gate(**sizes["gate"])})
-
-
 def _rows(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[Row]:
-    return [Row(_restored(saved), row, about) for row in saved["rows"]]
+    return [Row(restored(saved["shape"]), row, about) for row in saved["rows"]]
 
 
 def table(saved: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -182,7 +111,7 @@ def summary(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         f"best other / ours: geometric mean {mean:.3f} of {len(ratios)} token counts, "
         f"smallest {ratios[worst]:.3f} at {worst}"
     ]
-    shape = _restored(saved)
+    shape = restored(saved["shape"])
     if (shape.name, shape.tp, about["routing"]) != ("minimax-m3", 1, "uniform"):
         return lines
     memory = [row.reached(row.floor.memory) for row in rows if 16 <= row.tokens <= 256]
@@ -211,21 +140,14 @@ def _least(values: Sequence[float | None]) -> float | None:
     return min(found) if found and len(found) == len(values) else None
 
 
-def title(shape: Shape) -> str:
-    return (
-        f"{shape.name}, tensor parallel {shape.tp}: {shape.experts} experts, "
-        f"{shape.hidden} x {shape.intermediate}, top {shape.top_k}, {shape.gate}"
-        + (", biases" if shape.biased else "")
-    )
-
-
 def report(run: Mapping[str, Any]) -> str:
     """A whole saved run in Markdown."""
     about = run["about"]
     parts = ["; ".join(f"{key} {value}" for key, value in about.items())]
     for saved in run["shapes"]:
         kernels = ", ".join(f"{TITLES[k]}: {name}" for k, name in saved["kernels"].items())
-        parts += [f"### {title(_restored(saved))}", table(saved, about), f"Kernels: {kernels}."]
+        shape = title(restored(saved["shape"]))
+        parts += [f"### {shape}", table(saved, about), f"Kernels: {kernels}."]
         lines = summary(saved, about)
         if clocks := saved.get("clocks", {}).get("sm"):
             lines.append("MHz while timing, least, median and most: " + ", ".join(map(str, clocks)))

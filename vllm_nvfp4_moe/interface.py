@@ -40,6 +40,9 @@ class ExpertsBackend(FusedMoEMethodBase):
     input_scales_by_expert = False
     """Whether the kernel takes each expert's own input scale. If not, it takes the largest."""
 
+    measured: str | None = None
+    """Of which table of measurements it was chosen by, if it was (``NVFP4_MOE_SELECT``)."""
+
     takes_per_token = False
     """Whether the backend can be asked for activations in NVFP4 with a scale for each token."""
 
@@ -54,6 +57,12 @@ class ExpertsBackend(FusedMoEMethodBase):
         Args:
             layer: already set to the contract's gate.
         """
+
+    @classmethod
+    def kernel_names(cls) -> Iterable[str]:
+        """What ``nvfp4-moe doctor`` calls its kernels, on any machine, in tables that
+        ``NVFP4_MOE_SELECT`` reads."""
+        return [cls.__name__]
 
     @classmethod
     def missed(cls, layer: RoutedExperts) -> str | None:

@@ -44,6 +44,8 @@ from vllm_nvfp4_moe.reload import Kept
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+    from vllm_nvfp4_moe.measured import Table
+
 _CONVERTED = ("sharded_state", "runai_streamer_sharded", "tensorizer")
 """Values of ``--load-format`` with which vLLM loads what another start has made of a checkpoint,
 around the weight loaders or without a call of ``process_weights_after_loading``."""
@@ -75,6 +77,22 @@ class NvFp4MoEMethod(ExpertsBackend):
         self._kinds = tuple(
             kind for kind in EXPERT_TENSORS if kind != TensorKind.INPUT_SCALE or not weight_only
         )
+
+    @classmethod
+    def measured_best(
+        cls, name: str, table: Table, context: ModelContext, layer: RoutedExperts, weight_only: bool
+    ) -> NvFp4MoEMethod | None:
+        """A method for ``layer`` with the kernel ``name``; with the fastest kernel by number of
+        tokens, if others of this backend share its weights. None if it cannot run here, or
+        another was asked for.
+
+        Args:
+            name: one of :meth:`kernel_names`, the fastest in ``table``.
+            layer: already set to the contract's gate.
+        """
+        if cls.unsupported(layer):
+            return None
+        return cls(context, layer, weight_only)
 
     def uses_weight_scale_2_pattern(self) -> bool:
         return True

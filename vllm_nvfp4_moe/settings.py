@@ -16,6 +16,8 @@ variable                     meaning
                              scales of 1.0, for kernels with 4-bit activations.
 ``NVFP4_MOE_CACHE``          The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's
                              (``VLLM_CACHE_ROOT``).
+``NVFP4_MOE_SELECT``         ``measured``: of the kernels that are right on this machine, the
+                             fastest by the table that ``nvfp4-moe doctor`` has saved of it.
 ``NVFP4_MOE_ANY_VLLM``       ``1`` tries a vLLM of a version that this package does not know.
 ``NVFP4_MOE_RUN``            Not for users: the folder of one server, which its first process makes
                              and sets for those that it starts (:mod:`vllm_nvfp4_moe.metrics`).
@@ -33,6 +35,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +47,27 @@ SELF_CHECK = "NVFP4_MOE_SELF_CHECK"
 HOPPER = "NVFP4_MOE_HOPPER"
 CPP = "NVFP4_MOE_CPP"
 ACTIVATIONS = "NVFP4_MOE_ACTIVATIONS"
+SELECT = "NVFP4_MOE_SELECT"
 CACHE = "NVFP4_MOE_CACHE"
 ANY_VLLM = "NVFP4_MOE_ANY_VLLM"
 RUN = "NVFP4_MOE_RUN"
 
-OPTIONS: dict[str, type] = {SELF_CHECK: bool, HOPPER: bool, CPP: bool, ACTIVATIONS: str, CACHE: str}
+OPTIONS: dict[str, type] = {
+    SELF_CHECK: bool,
+    HOPPER: bool,
+    CPP: bool,
+    ACTIVATIONS: str,
+    CACHE: str,
+    SELECT: str,
+}
 """What ``--additional-config`` may say too, and of what type it is there."""
 
 BF16 = "bf16"
 NVFP4 = "nvfp4"
 """Values of ``NVFP4_MOE_ACTIVATIONS``."""
+
+MEASURED = "measured"
+"""The value of ``NVFP4_MOE_SELECT``."""
 
 HUMMING_INPUT = "VLLM_HUMMING_INPUT_QUANT_CONFIG"
 """vLLM's: how Humming quantizes activations."""
@@ -150,6 +165,40 @@ def on_the_fly_activations() -> bool:
     """Whether activations are quantized too at experts that are quantized while they load
     (``NVFP4_MOE_ACTIVATIONS``)."""
     return _said(ACTIVATIONS) == NVFP4
+
+
+def measured() -> bool:
+    """Whether doctor's measurements are to choose the kernel (``NVFP4_MOE_SELECT``).
+
+    Raises:
+        ValueError: if the variable asks for anything else.
+    """
+    asked = _said(SELECT)
+    if asked and asked != MEASURED:
+        raise ValueError(f"{SELECT}={asked}: must be {MEASURED}, or not set")
+    return bool(asked)
+
+
+def quiet() -> None:
+    """Have vLLM say nothing below errors, unless the user has asked for more; before it is
+    imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@contextmanager
+def set_to(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within, the environment has these variables; for what builds layers of several kinds in one
+    process."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def any_vllm() -> bool:

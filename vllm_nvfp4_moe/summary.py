@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.logger import init_logger
 
-from vllm_nvfp4_moe import metrics
+from vllm_nvfp4_moe import metrics, settings
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -89,6 +89,8 @@ class Summary:
             for name, reason in method.passed_over
         )
         told = [f"kernel {', '.join(kernels)}"]
+        tables = dict.fromkeys(m.measured for _, m in self._loaded if m.measured is not None)
+        told += [f"chosen by {table} ({settings.SELECT}={settings.MEASURED})" for table in tables]
         return [*told, f"passed over: {', '.join(passed)}"] if passed else told
 
     def _compare_ranks(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
@@ -29,6 +30,9 @@ app.command(epilog="Example: nvfp4-moe verify MiniMaxAI/MiniMax-M3 m3-nvfp4 --js
 app.command(epilog="Example: nvfp4-moe evaluate MiniMaxAI/MiniMax-M3 m3-nvfp4 --text wiki.txt")(
     evaluate
 )
+for _point in entry_points(group="nvfp4_moe.commands"):
+    # Of packages that know this one. Like the modules here, theirs import nothing large.
+    app.command(name=_point.name)(_point.load())
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from benchmarks import moe_layer
-from benchmarks.moe_layer import Clocks, Pass, check_outputs, parse, time_on_gpu
-from benchmarks.moe_layer_inputs import (
+from benchmarks.moe_layer import Clocks, check_outputs, parse
+from benchmarks.moe_layer_table import MORE, SHAPES, Row, report, summary, table
+from quantize.experts.gates import Gate
+from tests.conftest import ROOT
+from vllm_nvfp4_moe.doctor.inputs import (
     Batch,
     Stored,
     apart,
@@ -26,21 +29,9 @@ from benchmarks.moe_layer_inputs import (
     random_biases,
     random_weights,
 )
-from benchmarks.moe_layer_table import (
-    MORE,
-    SHAPES,
-    Floor,
-    Row,
-    Shape,
-    active_experts,
-    floor,
-    report,
-    summary,
-    table,
-)
-from benchmarks.moe_layer_vllm import Layer, WrongKernelError, build
-from quantize.experts.gates import Gate
-from tests.conftest import ROOT
+from vllm_nvfp4_moe.doctor.layer import Layer, WrongKernelError, build
+from vllm_nvfp4_moe.doctor.shape import Floor, Shape, active_experts, floor
+from vllm_nvfp4_moe.doctor.timing import Pass, time_on_gpu
 
 M3 = SHAPES["minimax-m3"]
 TINY = Shape("tiny", 16, 256, 128, 4)
@@ -98,7 +89,7 @@ def test_active_experts_are_counted_once() -> None:
 @pytest.mark.parametrize("skewed", [False, True])
 def test_a_tokens_experts_are_distinct(skewed: bool) -> None:
     shape = Shape("router", 128, 32, 16, 8)
-    x, weights, ids = batch(shape, 500, skewed, random())
+    x, weights, ids, _ = batch(shape, 500, skewed, random())
     assert (x.shape, x.dtype) == ((500, 32), torch.bfloat16)
     assert (weights.shape, weights.dtype) == ((500, 8), torch.float32)
     assert (ids.shape, ids.dtype) == ((500, 8), torch.int32) and ids.is_contiguous()
@@ -467,11 +458,14 @@ def test_another_kernel_than_ours(
 
 
 def test_the_kernels_name_is_checked_too() -> None:
-    method = type("VllmKernelsMethod", (), {"kernel": "MARLIN (Y)", "passed_over": ()})()
-    layer = Layer(type("Experts", (), {"quant_method": method})(), None)
+    def made(method: str, kernel: str) -> Layer:
+        own = type(method, (), {"kernel": kernel, "passed_over": ()})()
+        experts = type("Experts", (), {"quant_method": own})()
+        return Layer(type("Runner", (), {"routed_experts": experts})(), None)
+
+    layer = made("VllmKernelsMethod", "MARLIN (Y)")
     layer.check(moe_layer.WAYS["cuda"]["marlin"])
-    own = type("HopperMethod", (), {"kernel": "HOPPER FP8 (Z)", "passed_over": ()})()
-    eight = Layer(type("Experts", (), {"quant_method": own})(), None)
+    eight = made("HopperMethod", "HOPPER FP8 (Z)")
     eight.check(moe_layer.WAYS["cuda"]["fp8"])
     with pytest.raises(WrongKernelError, match="runs HOPPER FP8"):
         eight.check(moe_layer.WAYS["cuda"]["ours"])

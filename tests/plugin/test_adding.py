@@ -67,7 +67,7 @@ class PlainMethod(NvFp4MoEMethod):
 def test_a_backend(
     load: Load, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    monkeypatch.setattr(backends, "_methods", lambda: iter([PlainMethod]))
+    monkeypatch.setattr(backends, "methods", lambda: iter([PlainMethod]))
     layer = load(shallow[layout], dtype="float32")[LAYER].routed_experts
     method = layer.quant_method
     assert type(method) is PlainMethod

@@ -22,6 +22,7 @@ READ = {
     settings.HOPPER: (settings.hopper, True, False),
     settings.CPP: (environment.cpp, True, False),
     settings.ACTIVATIONS: (settings.hopper_activations, "bf16", "fp8"),
+    settings.SELECT: (lambda: settings.MEASURED if settings.measured() else None, None, "measured"),
     settings.CACHE: (environment.cache, None, Path("/kernels")),
 }
 """Of each option that ``--additional-config`` may say: who reads it, what is read if nobody says

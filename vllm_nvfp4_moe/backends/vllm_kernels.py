@@ -6,14 +6,18 @@ the weights have been checked, and kernels that would apply another gate are not
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
+from functools import cache
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from vllm.config.kernel import MoEBackend
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
     NvFp4MoeBackend,
     convert_to_nvfp4_moe_kernel_format,
     is_global_sf_supported_for_nvfp4_backend,
+    map_nvfp4_backend,
 )
 from vllm.model_executor.layers.quantization.utils.flashinfer_utils import (
     trtllm_nvfp4_hidden_alignment,
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from vllm_nvfp4_moe.context import ModelContext
+    from vllm_nvfp4_moe.measured import Table
+    from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 _WEIGHT_ONLY = (NvFp4MoeBackend.MARLIN, NvFp4MoeBackend.HUMMING)
 """Backends that take activations as they are, whatever the checkpoint asks for."""
@@ -55,6 +61,16 @@ _EIGHT_BITS = {
     NvFp4MoeBackend.MARLIN: settings.marlin_input,
 }
 """By backend, the setting by which users have its activations quantized all the same."""
+
+
+@cache
+def backend_names() -> dict[str, NvFp4MoeBackend]:
+    """The values of ``--moe-backend`` that are for NVFP4, and the backends that they mean."""
+    found = {}
+    for name in get_args(MoEBackend):
+        with suppress(ValueError):
+            found[name] = map_nvfp4_backend(name)
+    return found
 
 
 class VllmKernelsMethod(GpuMethod):
@@ -103,6 +119,23 @@ class VllmKernelsMethod(GpuMethod):
         if layer.moe_config.has_bias and layer.apply_router_weight_on_input:
             return "the router's weights are for the input of experts with biases"
         return None
+
+    @classmethod
+    def kernel_names(cls) -> Iterable[str]:
+        return list(backend_names())
+
+    @classmethod
+    def measured_best(
+        cls, name: str, table: Table, context: ModelContext, layer: RoutedExperts, weight_only: bool
+    ) -> NvFp4MoEMethod | None:
+        config = layer.moe_config
+        try:
+            config.moe_backend = name  # as if the user had asked for it
+            return super().measured_best(name, table, context, layer, weight_only)
+        except ValueError:
+            return None
+        finally:
+            config.moe_backend = "auto"
 
     @property
     def kernel(self) -> str:

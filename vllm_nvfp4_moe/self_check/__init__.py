@@ -173,9 +173,9 @@ class SelfCheck:
     ) -> None:
         bound = ROUNDED_WEIGHTS if method.rounds_weights else BOUNDS[method.activation_bits]
         own = sample.truth[method.gate]
-        error = _error(output, own)
+        error = error_of(output, own)
         nearer = {
-            gate: _nearer(output, own, truth)
+            gate: nearer_to(output, own, truth)
             for gate, truth in sample.truth.items()
             if float((truth - own).norm()) > _TELLING * error.total
         }
@@ -207,7 +207,7 @@ def _device_works(layer: RoutedExperts) -> bool:
         return False
 
 
-def _nearer(output: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> float:
+def nearer_to(output: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> float:
     """Above 0 if ``output`` is nearer to ``other`` than to ``own``, all ``[tokens, hidden]``.
 
     Each token counts alike: with 4-bit activations, one block of a large token that was rounded
@@ -217,7 +217,8 @@ def _nearer(output: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> flo
     return float(((here - there) / (here + there).clamp_min(1e-30)).sum())
 
 
-def _error(output: torch.Tensor, truth: torch.Tensor) -> Error:
+def error_of(output: torch.Tensor, truth: torch.Tensor) -> Error:
+    """How far ``output`` is from ``truth``, both float32 ``[tokens, hidden]``."""
     difference = output - truth
     norm = truth.norm(dim=1).clamp_min(1e-30)
     token = difference.norm(dim=1) / norm

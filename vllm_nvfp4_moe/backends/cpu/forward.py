@@ -20,7 +20,7 @@ from quantize.experts.gates import Gate
 from quantize.native import environment
 from quantize.native.jit import KernelError
 from quantize.nvfp4.format import BLOCK, decode
-from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, Kernel, kernel_for
+from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, Kernel, kernel_for, kernel_named
 
 logger = logging.getLogger("vllm.nvfp4_moe.cpu")
 """Below vLLM's logger, whose handlers it has in a server."""
@@ -28,6 +28,9 @@ logger = logging.getLogger("vllm.nvfp4_moe.cpu")
 MANY = 24
 """Tokens an expert, on average, up to which the loops of ``kernels`` are faster than a matrix
 product (measured with m3-nano's shapes on a Zen 5 core)."""
+
+NUMBA = "numba"
+"""What stands for numba's loops where kernels are named."""
 
 
 def expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -56,6 +59,21 @@ def native(dtype: torch.dtype) -> Kernel | None:
         return None
 
 
+@cache
+def parsed(by_tokens: str) -> tuple[tuple[float, str], ...]:
+    """``16=AVX2;inf=numba``: AVX2 takes up to 16 tokens, numba more."""
+    pairs = (part.split("=", 1) for part in by_tokens.split(";"))
+    return tuple((float(most), name) for most, name in pairs)
+
+
+def _kernel(by_tokens: str, tokens: int, dtype: torch.dtype) -> Kernel | None:
+    """The kernel in C++ for a call; None if numba is to do its work."""
+    if not by_tokens:
+        return native(dtype)
+    name = next(name for most, name in parsed(by_tokens) if tokens <= most)
+    return None if name == NUMBA else kernel_named(name)
+
+
 def _expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from vllm_nvfp4_moe.backends.cpu import kernels
 
@@ -82,6 +100,7 @@ def experts_forward(
     weight_on_input: bool,
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
+    by_tokens: str = "",
 ) -> torch.Tensor:
     """The routed experts' output ``[tokens, hidden]``, in x's dtype.
 
@@ -98,10 +117,12 @@ def experts_forward(
         weight_on_input: multiply by the router's weight before the experts instead of after.
         w13_bias, w2_bias: float32 ``[experts, 2 * intermediate]`` and ``[experts, hidden]``; None
             if the experts have none.
+        by_tokens: which kernel takes how many tokens, as :func:`parsed` reads it; if it is empty,
+            the fastest that this host can compile takes all.
     """
     gate = Gate(form, alpha, beta, limit)
     dtype = x.dtype
-    kernel = native(dtype) if gate.form in FORMS else None
+    kernel = _kernel(by_tokens, len(x), dtype) if gate.form in FORMS else None
     if kernel is not None:
         return kernel.run(
             x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, topk_weights, topk_ids,

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.cpu import huge_pages
-from vllm_nvfp4_moe.backends.cpu.forward import MANY, experts_forward, native
-from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS
+from vllm_nvfp4_moe.backends.cpu.forward import MANY, NUMBA, experts_forward, native, parsed
+from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, VARIANTS, lacking
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+    from vllm_nvfp4_moe.context import ModelContext
+    from vllm_nvfp4_moe.measured import Table
+
+
+_PREFIX = "cpu "
+"""Of the kernels' names."""
 
 _LIBRARY = torch.library.Library("vllm_nvfp4_moe", "FRAGMENT")
 
@@ -40,7 +50,36 @@ def _fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 class CpuMethod(NvFp4MoEMethod):
-    """NVFP4 experts on a CPU. Only the weights of routed experts are read."""
+    """NVFP4 experts on a CPU. Only the weights of routed experts are read.
+
+    Attributes:
+        by_tokens: which kernel takes how many tokens, as ``forward.parsed`` reads it. They all read
+            the same weights. If it is empty, the fastest that this host can compile takes all.
+    """
+
+    by_tokens = ""
+
+    @classmethod
+    def kernel_names(cls) -> Iterable[str]:
+        return [
+            f"{_PREFIX}{name}" for name in (*(each.instructions.name for each in VARIANTS), NUMBA)
+        ]
+
+    @classmethod
+    def measured_best(
+        cls, name: str, table: Table, context: ModelContext, layer: RoutedExperts, weight_only: bool
+    ) -> NvFp4MoEMethod | None:
+        if envs.VLLM_BATCH_INVARIANT:
+            return None  # a token's bits would depend on how many others there are
+        best = table.best_by_tokens(
+            f"{_PREFIX}{name}"
+            for name in (*(v.instructions.name for v in VARIANTS if lacking(v) is None), NUMBA)
+        )
+        if cls.unsupported(layer) or not best:
+            return None
+        chosen = cls(context, layer, weight_only)
+        chosen.by_tokens = ";".join(f"{most}={name.removeprefix(_PREFIX)}" for most, name in best)
+        return chosen
 
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
@@ -48,12 +87,18 @@ class CpuMethod(NvFp4MoEMethod):
 
     @property
     def kernel(self) -> str:
-        return "the CPU kernel"
+        if not self.by_tokens:
+            return "the CPU kernel"
+        every = parsed(self.by_tokens)
+        told = [f"{name} up to {most:g} tokens" for most, name in every if most != math.inf]
+        return f"the CPU kernel ({', then '.join([*told, every[-1][1]])})"
 
     @property
     def variant(self) -> str:
+        if self.by_tokens:
+            return self.by_tokens
         kernel = native(self.moe.in_dtype) if self.gate.form in FORMS else None
-        return kernel.variant.instructions.name if kernel else "numba"
+        return kernel.variant.instructions.name if kernel else NUMBA
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **more: Any) -> None:
         super().create_weights(layer, *args, **more)
@@ -73,7 +118,10 @@ class CpuMethod(NvFp4MoEMethod):
             layer.register_parameter(bias, torch.nn.Parameter(data, requires_grad=False))
         # numba compiles now, or loads from its cache, and not in the first request. All tokens go
         # to one expert, so that the second size is just enough for the other path of forward.
-        for tokens in (1, 1 + MANY):
+        edges = {1, 1 + MANY}
+        if self.by_tokens:
+            edges |= {int(most) + 1 for (most, _), _ in pairwise(parsed(self.by_tokens))}
+        for tokens in sorted(edges):
             x = torch.zeros(tokens, layer.hidden_size, dtype=layer.params_dtype)
             ids = torch.zeros(tokens, 1, dtype=torch.int32)
             self.apply(layer, x, torch.zeros(tokens, 1, dtype=torch.float32), ids, None, None)
@@ -109,4 +157,5 @@ class CpuMethod(NvFp4MoEMethod):
             layer.apply_router_weight_on_input,
             getattr(layer, "w13_bias", None),
             getattr(layer, "w2_bias", None),
+            self.by_tokens,
         )

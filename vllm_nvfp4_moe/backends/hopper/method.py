@@ -28,12 +28,15 @@ from vllm_nvfp4_moe.backends.gpu import GpuMethod
 from vllm_nvfp4_moe.backends.hopper import support
 from vllm_nvfp4_moe.backends.hopper.experts import HopperExperts
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows, packed_biases
+from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from vllm_nvfp4_moe.context import ModelContext
     from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
+    from vllm_nvfp4_moe.measured import Table
+    from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 
 class HopperMethod(GpuMethod):
@@ -49,6 +52,19 @@ class HopperMethod(GpuMethod):
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:
         return support.unsupported(layer)
+
+    @classmethod
+    def kernel_names(cls) -> Iterable[str]:
+        return [f"hopper {name}" for name in KERNELS]
+
+    @classmethod
+    def measured_best(
+        cls, name: str, table: Table, context: ModelContext, layer: RoutedExperts, weight_only: bool
+    ) -> NvFp4MoEMethod | None:
+        # Activations in FP8 cost accuracy: users ask for them, and measurements do not.
+        if name != f"hopper {support.asked()}":
+            return None
+        return super().measured_best(name, table, context, layer, weight_only)
 
     @classmethod
     def missed(cls, layer: RoutedExperts) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from quantize.experts.gates import Gate
 from quantize.native import jit
 from quantize.native.jit import KernelError
-from quantize.native.processor import AMX, AVX2, AVX512, AVX512_BF16, Instructions
+from quantize.native.processor import AMX, AVX2, AVX512, AVX512_BF16, Instructions, flags
 
 FORMS = {
     "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
@@ -177,6 +177,28 @@ class Kernel:
         wide = -(-columns // self._columns) * self._columns
         new = torch.empty if wide == columns else torch.zeros
         return new(rows, wide, dtype=self._input, device="cpu")
+
+
+def lacking(variant: Variant) -> str | None:
+    """Why this host's processor cannot run it, None if it can."""
+    instructions = variant.instructions
+    if instructions.here:
+        return None
+    missing = sorted(instructions.flags - flags())
+    return f"the processor has no {', '.join(missing) or instructions.name}"
+
+
+@cache
+def kernel_named(name: str) -> Kernel:
+    """The kernel of the variant with instructions of that name.
+
+    Raises:
+        KernelError: if it cannot be compiled or loaded here.
+    """
+    (variant,) = (each for each in VARIANTS if each.instructions.name == name)
+    if problem := lacking(variant):
+        raise KernelError(f"the loops for {name} cannot run here: {problem}")
+    return Kernel(variant)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What ``benchmarks.moe_layer`` runs kernels on: random tokens and weights; plain arithmetic."""
+"""What kernels are run on: random tokens and weights; and plain arithmetic."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.moe_layer_table import Shape
 from quantize.nvfp4.format import BLOCK, E2M1_VALUES, dequantize
+from vllm_nvfp4_moe.doctor.shape import Shape
 
 
 class Batch(NamedTuple):
-    """One call's input: bf16 ``[tokens, hidden]``, float32 and int32 ``[tokens, k]``."""
+    """One call's input.
+
+    Attributes:
+        x: bf16 ``[tokens, hidden]``.
+        weights, ids: float32 and int32 ``[tokens, k]``.
+        logits: float32 ``[tokens, experts]``, that they come from, for kernels that route by
+            themselves; None if there are none.
+    """
 
     x: torch.Tensor
     weights: torch.Tensor
     ids: torch.Tensor
+    logits: torch.Tensor | None = None
 
 
 def batches(tokens: int) -> int:

@@ -1,0 +1,273 @@
+"""Doctor from outside: its processes, what it makes of a checkpoint, its result, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantize.experts.gates import Gate
+from tests.conftest import ROOT
+from tests.gpu import reference as independent
+from tests.hardware_results import problems_of
+from vllm_nvfp4_moe.doctor import children
+from vllm_nvfp4_moe.doctor.cases import (
+    TOKENS,
+    Case,
+    all_cases,
+    judged,
+    make_batch,
+    make_weights,
+    together,
+)
+from vllm_nvfp4_moe.doctor.checkpoint import shape_of
+from vllm_nvfp4_moe.doctor.reference import Rounding, outputs
+from vllm_nvfp4_moe.doctor.routing import KINDS, correction_bias
+from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
+from vllm_nvfp4_moe.doctor.table import text
+from vllm_nvfp4_moe.doctor.verdict import verdict
+
+CPU = torch.device("cpu")
+TINY = Shape("tiny", 8, 256, 128, 2, CLAMPED, router="sigmoid")
+
+
+# Inputs, and what they should give.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
+def test_logits_are_what_they_are_called(kind: str, router: str) -> None:
+    shape = replace(TINY, experts=64, top_k=4, router=router)
+    given = make_batch(shape, Case(400, kind), CPU)
+    assert given.logits is not None
+    chosen = given.logits.gather(1, given.ids.long())
+    others = given.logits.scatter(1, given.ids.long(), -100.0).amax(1)
+    assert bool((chosen.amin(1) > others + 1).all())
+    assert bool((given.logits < 0).all()) == (kind == "all-negative")
+    assert (len(chosen.unique()) == 1) == (kind == "tied")
+    loads = given.ids.flatten().long().bincount(minlength=64).sort(descending=True).values
+    assert (float(loads[0]) > 0.4 * 400) == (kind == "skewed")
+
+
+def test_plain_arithmetic_is_that_of_another_implementation() -> None:
+    """``tests.gpu.reference`` shares no code with the package: experts, gate and router."""
+    for gate, router in (
+        (CLAMPED, "sigmoid"),
+        (Gate("silu"), "softmax"),
+        (Gate("relu2"), "softmax"),
+    ):
+        shape = replace(TINY, gate=gate, router=router)
+        weights = make_weights(shape, CPU)
+        given = make_batch(shape, Case(64, "uniform"), CPU)
+        logits = given.logits
+        assert logits is not None
+        scores = logits.sigmoid() if router == "sigmoid" else logits.softmax(-1)
+        bias = correction_bias(8) if router == "sigmoid" else 0.0
+        ids = (scores + bias).topk(2).indices
+        factor = scores.gather(1, ids) / scores.gather(1, ids).sum(1, keepdim=True)
+        torch.testing.assert_close(given.weights, factor)
+        assert torch.equal(given.ids.long(), ids)
+        w13, w2 = (independent.Stored(*part) for part in (weights.w13, weights.w2))
+        if not gate.gated:  # theirs drops a second half
+            w13 = independent.Stored(*(torch.cat([p, p], 1) if p.ndim > 1 else p for p in w13))
+        truth = independent.routed(given.x, w13, w2, factor, ids.int(), gate.form, torch.float64)
+        (ours,) = outputs(weights, given, Rounding())
+        assert float((ours - truth).norm() / truth.norm()) < 1e-5
+
+
+def test_four_bit_activations_are_those_of_another_implementation() -> None:
+    weights = make_weights(TINY, CPU)
+    ones = torch.ones(8)
+    weights = replace(weights, input_scales=(ones, ones))
+    given = make_batch(TINY, Case(64, "uniform"), CPU)
+    w13, w2 = (independent.Stored(*part) for part in (weights.w13, weights.w2))
+    truth = independent.routed(
+        given.x, w13, w2, given.weights, given.ids, "swiglu_oai", emulated=True
+    )
+    (ours,) = outputs(weights, given, Rounding(nvfp4=True))
+    (plain,) = outputs(weights, given, Rounding())
+    # Theirs also rounds to bfloat16 in between, which puts some values on the other side.
+    assert float((ours - truth).norm()) < 0.5 * float((plain - truth).norm())
+
+
+def test_whose_input_scale_shows() -> None:
+    weights, given = make_weights(TINY, CPU), make_batch(TINY, Case(64, "uniform"), CPU)
+    own, largest = (outputs(weights, given, Rounding(True, by))[0] for by in (True, False))
+    assert float((own - largest).norm() / own.norm()) > 0.02
+
+
+def test_judged_tokens_are_first_last_and_some_between() -> None:
+    assert judged(8, 12).tolist() == list(range(8))
+    some = judged(8192, 12).tolist()
+    assert some[0] == 0 and some[-1] == 8191 and 10 <= len(set(some)) <= 12
+    assert len(all_cases(TOKENS)) == 36
+    batch = together([make_batch(TINY, Case(n, "tied"), CPU) for n in (2, 3)])
+    assert (batch.x.shape, batch.ids.shape) == ((5, 256), (5, 2))
+
+
+# Processes.
+
+
+def _dies(how: str, emit: Callable[[Any], None]) -> None:
+    emit({"what": "begins", "at": "a step"})
+    if how == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if how == "hang":
+        time.sleep(60)
+    if how == "raise":
+        raise RuntimeError("the device is gone")
+    if how == "exit":
+        os._exit(3)
+    emit({"what": "done"})
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("segfault", "its process died of SIGSEGV, a step"),
+        ("hang", "it was ended after 1 s, a step"),
+        ("raise", "exit status 1, a step: Traceback"),
+        ("exit", "its process ended with exit status 3, a step"),
+        ("", None),
+    ],
+)
+def test_a_process_that_dies_is_told_of(how: str, words: str | None) -> None:
+    records, problem = children.run(_dies, how, seconds=1 if how == "hang" else 30)
+    assert [r["what"] for r in records] == (["begins"] if words else ["begins", "done"])
+    assert problem is None if words is None else words in str(problem)
+    if how == "raise":
+        assert "RuntimeError: the device is gone" in str(problem)
+
+
+# Checkpoints.
+
+
+def test_shape_of_a_checkpoint(trained: Path, quantized: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    for folder in (trained, *quantized.values()):
+        shape, gates = shape_of(str(folder))
+        assert (shape.experts, shape.top_k) == (
+            config["num_local_experts"], config["num_experts_per_tok"],
+        )  # fmt: skip
+        assert (shape.hidden, shape.intermediate) == (
+            config["hidden_size"], config["intermediate_size"],
+        )  # fmt: skip
+        assert (shape.gate, gates.layers, shape.router, shape.biased) == (
+            CLAMPED,
+            {},
+            "sigmoid",
+            False,
+        )
+    # Without its weights: config alone.
+    shutil.copy(trained / "config.json", tmp_path)
+    assert shape_of(str(tmp_path))[0].gate == CLAMPED
+
+
+# The result.
+
+
+def kernel(name: str, status: str, **more: Any) -> dict[str, Any]:
+    reason = "no" if status == "cannot run" else None
+    return {"name": name, "status": status, "reason": reason, "faults": [], "message": None, **more}
+
+
+def result(*kernels: dict[str, Any], chosen: str | None, stock: str | None = None) -> Any:
+    layer = {
+        "place": "whole", "variant": "weights only", "chosen": chosen, "stock": stock,
+        "problem": None, "kernels": [*kernels],
+    }  # fmt: skip
+    return {"about": {"unseen": None}, "problems": [], "layers": [layer]}
+
+
+WRONG = kernel("b", "wrong", faults=["gate and up swapped"])
+FAILED = kernel("b", "failed", message="its process died of SIGILL")
+
+
+@pytest.mark.parametrize("bad", [WRONG, FAILED], ids=["wrong", "failed"])
+def test_only_what_would_be_chosen_is_a_problem(bad: dict[str, Any]) -> None:
+    words = bad["faults"] or [bad["message"]]
+    told = verdict(result(kernel("a", "right"), bad, chosen="a"))
+    assert told["right"] and words[0] in told["warnings"][0] and not told["problems"]
+    for by in ({"chosen": "b"}, {"chosen": "a", "stock": "b"}):
+        told = verdict(result(kernel("a", "right"), bad, **by))
+        assert (
+            not told["right"]
+            and words[0] in told["problems"][0]
+            and "chosen by" in told["problems"][0]
+        )
+
+
+def test_what_is_not_known_is_said() -> None:
+    told = verdict(result(kernel("a", "no time"), chosen="a"))
+    assert told["right"] and "was not tried" in told["warnings"][0]
+    told = verdict(result(kernel("a", "right"), kernel("c", "cannot run"), chosen="a", stock="c"))
+    assert told["right"] and "c (chosen by vLLM) is not run here: no" in told["warnings"][0]
+    nothing = {"about": {"unseen": "no"}, "problems": ["it was ended"], "layers": []}
+    assert not verdict(nothing)["right"] and len(verdict(nothing)["warnings"]) == 2
+
+
+# The command, in processes of its own. What a fault is put in with lies on the path of modules.
+
+SWAP = """
+import sys
+from vllm_nvfp4_moe.registration import when_imported
+def put_in():
+    from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
+    {fault}
+when_imported("vllm_nvfp4_moe.doctor.run", put_in)
+"""
+CRASH = "CpuMethod.apply = lambda *_: __import__('os').kill(__import__('os').getpid(), 4)"
+
+
+def doctor(tmp_path: Path, folder: Path, fault: str = "pass") -> tuple[int, str, Any]:
+    """Exit code, output and JSON of ``doctor --quick`` on a checkpoint."""
+    (tmp_path / "sitecustomize.py").write_text(SWAP.format(fault=fault))
+    out = tmp_path / "out.json"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_nvfp4_moe.doctor", str(folder), "--quick", "--json", out],
+        env={**os.environ, "PYTHONPATH": path, "NVFP4_MOE_CACHE": str(tmp_path / "cache")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr, json.loads(out.read_text())
+
+
+def test_a_machine_that_is_right(tmp_path: Path, quantized: dict[str, Path]) -> None:
+    code, said, found = doctor(tmp_path, quantized["modelopt"])
+    assert code == 0 and found["verdict"]["right"], said
+    assert problems_of(found) == []
+    assert [(layer["place"], layer["variant"]) for layer in found["layers"]] == [
+        (place, variant) for place in ("whole", "slice")
+        for variant in ("weights only", "4-bit activations")
+    ]  # fmt: skip
+    names = {k["name"]: k for k in found["layers"][0]["kernels"]}
+    assert names["marlin"]["reason"] == "the platform is a CPU"
+    assert names["hopper bf16"]["reason"] == "the device is not an NVIDIA GPU"
+    ran = [k for k in names.values() if k["reason"] is None]
+    assert {"cpu numba", found["layers"][0]["chosen"]} <= {k["name"] for k in ran}
+    assert all(k["status"] == "right" for k in ran)
+    assert all(row["floor"]["ms"] > 0 for k in ran for row in k["timed"])
+    assert "| whole, weights only" in said and "VERDICT: what would be chosen here is right" in said
+    assert len(list((tmp_path / "cache" / "doctor").iterdir())) == 4
+    assert text(found)
+
+
+def test_a_kernel_that_kills_its_process(tmp_path: Path, quantized: dict[str, Path]) -> None:
+    code, said, found = doctor(tmp_path, quantized["modelopt"], CRASH)
+    assert code == 1
+    assert "its process died of SIGILL" in found["verdict"]["problems"][0], said
+    assert problems_of(found) == []
+    assert {k["status"] for layer in found["layers"] for k in layer["kernels"]} == {
+        "failed", "cannot run",
+    }  # fmt: skip

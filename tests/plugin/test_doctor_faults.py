@@ -1,0 +1,230 @@
+"""Doctor finds faults that are put into a kernel on purpose, and names them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantize.experts.gates import Gate
+from tests.plugin.test_self_check import round_activations
+from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
+from vllm_nvfp4_moe.doctor.kernels import VARIANTS, ways
+from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
+from vllm_nvfp4_moe.doctor.work import Job, examine
+
+TINY = Shape("tiny", 8, 256, 128, 2, CLAMPED, router="sigmoid")
+TOKENS = (1, 8, 64)
+KERNEL = "cpu numba"
+
+
+def found(
+    folder: Path, shape: Shape = TINY, tokens: tuple[int, ...] = TOKENS
+) -> dict[str, list[Any]]:
+    """What doctor's process finds of a kernel, by kind of record."""
+    job = Job(
+        KERNEL, ways()[KERNEL], {"whole": shape}, (("whole", VARIANTS[1]),), tokens,
+        torch.device("cpu"), time.monotonic() + 600, folder,
+    )  # fmt: skip
+    records: dict[str, list[Any]] = {}
+    examine(job, lambda record: records.setdefault(record["what"], []).append(record))
+    return records
+
+
+def faults(records: dict[str, list[Any]]) -> set[str]:
+    """All that it names."""
+    return {r["fault"] for r in records["checked"] + records.get("compared", []) if r["fault"]}
+
+
+def when_applied(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[CpuMethod, list[Any]], None]
+) -> None:
+    """Change the arguments of each call, or the method for it."""
+    apply = CpuMethod.apply
+
+    def changed(self: CpuMethod, *args: Any) -> torch.Tensor:
+        gate, given = self.gate, [*args]
+        change(self, given)
+        try:
+            return apply(self, *given)
+        finally:
+            self.gate = gate
+
+    monkeypatch.setattr(CpuMethod, "apply", changed)
+
+
+def when_converted(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Change a layer's weights, as a wrong conversion would."""
+    prepare = CpuMethod.prepare
+
+    def changed(self: CpuMethod, layer: Any) -> None:
+        change(layer)
+        prepare(self, layer)
+
+    monkeypatch.setattr(CpuMethod, "prepare", changed)
+
+
+SHAPES = {
+    "MiniMax-M3's gate": TINY,
+    "SiLU, softmax": replace(TINY, gate=Gate("silu"), router="softmax"),
+    "without a gate": replace(TINY, gate=Gate("relu2")),
+    "biases": replace(TINY, biased=True),
+    "one block a row": replace(TINY, intermediate=16),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_right_kernel_is_right(tmp_path: Path, kind: str) -> None:
+    records = found(tmp_path, SHAPES[kind])
+    assert faults(records) == set()
+    assert len(records["checked"]) == 4 * len(TOKENS) and records["compared"][0]["experts"] == 8
+    assert all(r["right"] and r["token_error"] < 0.01 for r in records["checked"])
+    assert [r["tokens"] for r in records["timed"]] == [*TOKENS]
+    assert "left out" not in records and "failed" not in records
+
+
+@pytest.mark.parametrize(
+    "gate", [Gate("silu"), replace(CLAMPED, limit=None), replace(CLAMPED, beta=0.0)], ids=str
+)
+def test_another_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+    when_applied(monkeypatch, lambda method, _: setattr(method, "gate", gate))
+    assert faults(found(tmp_path)) == {f"the gate {gate} in place of {CLAMPED}"}
+
+
+def test_swapped_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swap(layer: Any) -> None:
+        for name in ("w13_weight", "w13_weight_scale"):
+            data = getattr(layer, name).data.view(torch.uint8)
+            data.copy_(torch.cat(data.chunk(2, 1)[::-1], 1))
+
+    when_converted(monkeypatch, swap)
+    (fault,) = faults(found(tmp_path))
+    assert fault.startswith("gate and up swapped")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(1.0, "each expert counts fully"), (0.5, "a token's experts count alike")]
+)
+def test_router_weights_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
+) -> None:
+    def ignore(_: CpuMethod, given: list[Any]) -> None:
+        given[2] = torch.full_like(given[2], value)
+
+    when_applied(monkeypatch, ignore)
+    assert faults(found(tmp_path)) == {f"the router's weights left out: {words}"}
+
+
+@pytest.mark.parametrize(("matrix", "row"), [("w13", 5), ("w13", 128 + 77), ("w2", 200)])
+def test_one_block_scale_that_is_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str, row: int
+) -> None:
+    block = []
+
+    def zero(layer: Any) -> None:
+        scales = getattr(layer, f"{matrix}_weight_scale").data[6, row]
+        block.append(int(scales.float().argmax()))
+        scales[block[0]] = 0.0
+
+    when_converted(monkeypatch, zero)
+    named = faults(found(tmp_path))
+    told = f"{matrix}'s, row {row}, block {block[0]}, is left out (counts as 0)"
+    assert named == {f"a block scale of expert 6: {told}"}
+
+
+@pytest.mark.parametrize("matrix", ["w13", "w2"])
+def test_a_wrong_global_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str) -> None:
+    def double(layer: Any) -> None:
+        getattr(layer, f"{matrix}_weight_scale_2").data[3] *= 2
+
+    when_converted(monkeypatch, double)
+    (fault,) = faults(found(tmp_path))
+    assert fault.startswith(f"{matrix}'s global scale counts 2") and fault.endswith("expert 3")
+
+
+@pytest.mark.parametrize("matrix", ["w13", "w2"])
+def test_global_scales_of_all_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str
+) -> None:
+    def change(layer: Any) -> None:
+        getattr(layer, f"{matrix}_weight_scale_2").data[:] *= 0.25
+
+    when_converted(monkeypatch, change)
+    assert any(f"{matrix}'s global scale" in fault and "0.25" in fault
+               for fault in faults(found(tmp_path)))  # fmt: skip
+
+
+def test_biases_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    when_converted(monkeypatch, lambda layer: layer.w2_bias.data.zero_())
+    assert faults(found(tmp_path, SHAPES["biases"])) == {"w2's biases left out"}
+
+
+def test_a_router_that_chooses_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    select = CPURouter.select_experts
+
+    def others(self: Any, *args: Any, **more: Any) -> Any:
+        weights, ids = select(self, *args, **more)
+        return weights, (ids + 1) % TINY.experts
+
+    monkeypatch.setattr(CPURouter, "select_experts", others)
+    assert faults(found(tmp_path)) == {"vLLM's router chooses other experts"}
+
+
+def test_nan_and_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = CpuMethod.apply
+    for value, words in ((math.nan, "NaN or infinity in"), (0.0, "zeros alone")):
+        with monkeypatch.context() as within:
+            within.setattr(CpuMethod, "apply", lambda *a, v=value: apply(*a) * v)
+            assert all(fault.startswith(words) for fault in faults(found(tmp_path)))
+
+
+def test_what_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = CpuMethod.apply
+    monkeypatch.setattr(CpuMethod, "apply", lambda *a: apply(*a).flip(1))
+    assert faults(found(tmp_path)) == {"no known fault gives this output"}
+
+
+# Kernels with 4-bit activations, as which the CPU's is made to compute.
+
+
+def as_four_bit(monkeypatch: pytest.MonkeyPatch, gate: Gate | None, by_expert: bool) -> None:
+    round_activations(monkeypatch, gate, by_expert)
+    monkeypatch.setattr(CpuMethod, "quantizes_activations", True)
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_a_right_kernel_with_four_bit_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_expert: bool
+) -> None:
+    as_four_bit(monkeypatch, None, by_expert)
+    monkeypatch.setattr(CpuMethod, "input_scales_by_expert", by_expert)
+    records = found(tmp_path, tokens=(1, 8))
+    assert faults(records) == set()
+    assert records["built"][0]["activation_bits"] == 4 and records["compared"][0]["right"]
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_input_scales_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_expert: bool
+) -> None:
+    """Within the bound of 4-bit activations or a little beyond, and nearer to another reference."""
+    as_four_bit(monkeypatch, None, by_expert)
+    monkeypatch.setattr(CpuMethod, "input_scales_by_expert", not by_expert)
+    records = found(tmp_path, tokens=(1, 8))
+    whose = "each expert's own" if by_expert else "the largest"
+    assert faults(records) == {f"other input scales: {whose}"}
+
+
+def test_another_gate_with_four_bit_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_four_bit(monkeypatch, Gate("silu"), False)
+    assert f"the gate silu in place of {CLAMPED}" in faults(found(tmp_path, tokens=(1, 8)))

@@ -1,0 +1,356 @@
+"""What is done to one kernel, in a process of its own: run beside plain arithmetic, then timed."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_nvfp4_moe.doctor.cases import (
+    Case,
+    Weights,
+    all_cases,
+    judged,
+    make_batch,
+    make_weights,
+    some,
+    together,
+)
+from vllm_nvfp4_moe.doctor.diagnosis import Judge, named, single_scale
+from vllm_nvfp4_moe.doctor.inputs import Batch, batches
+from vllm_nvfp4_moe.doctor.kernels import VARIANTS, told
+from vllm_nvfp4_moe.doctor.layer import Layer, Way, build, one_rank
+from vllm_nvfp4_moe.doctor.reference import RIGHT, Rounding, faults, outputs
+from vllm_nvfp4_moe.doctor.scan import ENOUGH
+from vllm_nvfp4_moe.doctor.shape import Shape, active_experts
+from vllm_nvfp4_moe.doctor.timing import WARM, Pass, time_on_cpu, time_on_gpu
+from vllm_nvfp4_moe.self_check import BOUNDS, ROUNDED_WEIGHTS, error_of, nearer_to
+
+JUDGED = {"cpu": 12, "cuda": 1024}
+"""Tokens of a batch that plain arithmetic computes, by device."""
+AGAIN = (1, 64)
+"""Numbers of tokens with which a kernel is tried once more, if it does with 4-bit activations what
+it does without."""
+ROUNDS = 15
+_SECONDS = {"cpu": 1.0, "cuda": 2.0}
+"""That timing one number of tokens may take, by device, if that is two rounds or more."""
+_CALLS_ON_CPUS = 4
+"""With different experts, if there are few tokens; with many, all experts' weights are read."""
+_AGAIN_COSTS = 0.2
+"""Of a layer's time, what it takes to try it in another variant."""
+_NAMED = 3
+"""Wrong outputs of a layer that are looked into."""
+_CHECKS = 0.6
+"""Of the time that a layer has, what checks may take."""
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do.
+
+    Attributes:
+        name: of the kernel.
+        shapes: by place: ``whole``, ``slice``.
+        runnable: (place, variant) of all that could run.
+        tokens: numbers of tokens.
+        deadline: on the monotonic clock: what does not fit is left out.
+        folder: for what processes share, the reference's outputs.
+    """
+
+    name: str
+    way: Way
+    shapes: Mapping[str, Shape]
+    runnable: tuple[tuple[str, str], ...]
+    tokens: tuple[int, ...]
+    device: torch.device
+    deadline: float
+    folder: Path
+
+
+def examine(job: Job, emit: Emit) -> None:
+    """Do it; what is found is given to ``emit``, one thing after the other, so that it is not lost
+    when the process dies."""
+    done: dict[str, str] = {}
+    with one_rank(job.device):
+        for number, (place, variant) in enumerate(job.runnable):
+            if place in done and time.monotonic() > job.deadline:
+                continue  # it is known there, and most likely does the same here
+            costs = [
+                (_AGAIN_COSTS if p in done else 1.0) * job.shapes[p].weights
+                for p, _ in job.runnable[number:]
+            ]
+            left = max(0.0, job.deadline - time.monotonic())
+            until = time.monotonic() + left * costs[0] / sum(costs)
+            told_of = {"place": place, "variant": variant}
+            emit({"what": "begins", **told_of, "at": "building the layer"})
+            try:
+                part = _Part(job, place, variant, until, emit)
+                part.run(again=done.get(place))
+                if not part.layer.method.quantizes_activations:
+                    done[place] = part.layer.kernel
+            except Exception as error:
+                message = f"{type(error).__name__}: {told(error)}"
+                emit({"what": "failed", **told_of, "message": message})
+                if not _works(job.device):
+                    raise
+            part = None  # type: ignore[assignment]
+            if number + 1 < len(job.runnable):
+                gc.collect()
+            if job.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the device still runs anything."""
+    try:
+        return bool((torch.ones(2, device=device).sum() == 2).item())
+    except RuntimeError:
+        return False
+
+
+class _Part:
+    """One layer: a shape and a variant."""
+
+    def __init__(self, job: Job, place: str, variant: str, until: float, emit: Emit) -> None:
+        self.job, self.place, self.variant = job, place, variant
+        self.shape, self.until = job.shapes[place], until
+        self._emit = emit
+        self.weights = make_weights(self.shape, job.device)
+        w = self.weights
+        self.layer: Layer = build(
+            self.shape, w.w13, w.w2, job.way, w.biases, variant == VARIANTS[0], w.input_scales
+        )
+        method = self.layer.method
+        self.rounding = Rounding(
+            bool(method.quantizes_activations), bool(method.input_scales_by_expert)
+        )
+        bits = method.activation_bits
+        bound = ROUNDED_WEIGHTS if method.rounds_weights else BOUNDS[bits]
+        self.judge = Judge(self.weights, self.rounding, bound)
+        self.emit(
+            "built", kernel=self.layer.kernel, activation_bits=bits, bound=list(bound[:2]),
+            monolithic=bool(method.is_monolithic),
+        )  # fmt: skip
+
+    def emit(self, what: str, **more: Any) -> None:
+        self._emit({"what": what, "place": self.place, "variant": self.variant, **more})
+
+    def run(self, again: str | None) -> None:
+        """Check and time it.
+
+        Args:
+            again: the name of the kernel that has run this shape in the other variant, without
+                4-bit activations.
+        """
+        same = again == self.layer.kernel
+        tokens = [n for n in self.job.tokens if not same or n in AGAIN]
+        cases = all_cases(tokens)
+        if same:
+            self.emit("same", as_variant=VARIANTS[0], tokens=tokens)
+        share = 1.0 if same else _CHECKS
+        end = time.monotonic() + share * max(0.0, self.until - time.monotonic())
+        right = self.check(cases, end, scan=not same)
+        if right and not same:
+            self.time()
+
+    # -- right or wrong ---------------------------------------------------------------------------
+
+    def check(self, cases: list[Case], end: float, scan: bool) -> bool:
+        """Each case beside plain arithmetic; then, if ``scan``, all together, for single wrong
+        scales. Whether all is right."""
+        job = self.job
+        file = reference_file(job.folder, self.place, self.rounding)
+        if not file.exists():
+            self.emit("begins", at="computing the reference")
+            save_reference(file, self.weights, self.rounding, job.tokens, job.device)
+        every_truth = load_reference(file, job.tokens, job.device)
+        seen: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
+        a_token = 0.0
+        right, tried, found = True, 0, 0
+        for case in cases:
+            now = time.monotonic()
+            always = case.tokens in AGAIN and case.routing == "uniform"
+            if now + a_token * case.tokens > end and not always:
+                self.emit("left out", tokens=case.tokens, routing=case.routing)
+                continue
+            at = judged(case.tokens, JUDGED[self.job.device.type])
+            given = make_batch(self.shape, case, self.job.device)
+            asked = some(given, at)
+            for kernel, taking in self._every_kernel(case):
+                at_name = f"{case}{f' ({kernel})' if kernel else ''}"
+                self.emit("begins", at=at_name)
+                begin = time.monotonic()
+                with taking:
+                    out = self.layer(self.layer.routed(given))[at.to(given.x.device)].float()
+                    out = out.clone()
+                a_token = (time.monotonic() - begin) / case.tokens
+                truth = every_truth[case]
+                error = error_of(out, truth)
+                good = self.judge.right(out, truth)
+                fault = None
+                if not good and tried < _NAMED:
+                    tried += 1
+                    fault = self._router(given) or named(self.judge, asked, out)
+                    found += fault is not None
+                right = right and good
+                self.emit(
+                    "checked", tokens=case.tokens, routing=case.routing, tile=kernel,
+                    judged=len(at), token_error=_number(error.token),
+                    value_error=_number(error.value), right=good, fault=fault,
+                )  # fmt: skip
+            seen.append((asked, out, truth))
+        unnamed = tried > found
+        if unnamed or (seen and right and scan):
+            right = self._together(seen, unnamed) and right
+        return right
+
+    def _together(
+        self, seen: list[tuple[Batch, torch.Tensor, torch.Tensor]], unnamed: bool
+    ) -> bool:
+        """What one case alone cannot tell.
+
+        Args:
+            unnamed: something is wrong, and nobody knows what.
+        """
+        self.emit("begins", at="looking for single wrong scales")
+        given = together(batch for batch, _, _ in seen)
+        out, truth = (torch.cat(part) for part in list(zip(*seen, strict=True))[1:])
+        fault = None
+        if self.layer.method.activation_bits < 16 and not unnamed:
+            fault = self._nearer(given, out, truth)
+        fault = fault or single_scale(self.judge, given, out, truth)
+        if unnamed:
+            fault = fault or "no known fault gives this output"
+        tokens = given.ids.flatten().long().bincount(minlength=self.shape.experts)
+        self.emit(
+            "compared", judged=len(out), experts=int((tokens >= ENOUGH).sum()), right=fault is None,
+            fault=fault,
+        )  # fmt: skip
+        return fault is None
+
+    def _nearer(self, given: Batch, out: torch.Tensor, truth: torch.Tensor) -> str | None:
+        """A known fault whose result is nearer than the right one: with few bits, both may be
+        within the bound."""
+        few = torch.linspace(0, len(out) - 1, min(len(out), 256)).long().to(out.device)
+        candidates = list(faults(self.weights, self.rounding))
+        results = outputs(self.weights, some(given, few), self.rounding, candidates)
+        out, truth = out[few], truth[few]
+        apart = 0.2 * float((out - truth).norm())
+        near = [
+            (nearer_to(out, truth, result), fault.name)
+            for fault, result in zip(candidates, results, strict=True)
+            if float((result - truth).norm()) > apart
+        ]
+        best = max(near, default=(0.0, ""))
+        return best[1] if best[0] > 0 else None
+
+    def _every_kernel(self, case: Case) -> list[tuple[str, Any]]:
+        """Each kernel that the method may choose among, if it says which; with uniform routing."""
+        every = list(self.layer.method.every_kernel())
+        if case.routing == "uniform" and case.tokens in (1, 64, 1024) and every[0][0]:
+            return every
+        return [("", nullcontext())]
+
+    def _router(self, given: Batch) -> str | None:
+        """How vLLM's router chooses otherwise than plain arithmetic."""
+        routed = self.layer.routed(given)
+        order, theirs = given.ids.argsort(1), routed.ids.argsort(1)
+        ids, others = given.ids.gather(1, order), routed.ids.gather(1, theirs)
+        if not torch.equal(ids, others.to(ids)):
+            return "vLLM's router chooses other experts"
+        weights = routed.weights.gather(1, theirs)
+        if not torch.allclose(weights, given.weights.gather(1, order), rtol=1e-2, atol=1e-4):
+            return "vLLM's router gives the experts other weights"
+        return None
+
+    # -- how fast ---------------------------------------------------------------------------------
+
+    def time(self) -> None:
+        """Milliseconds of a call by number of tokens, uniformly routed."""
+        device = self.job.device.type
+        timer = time_on_gpu if device == "cuda" else time_on_cpu
+        a_token = 0.0
+        for tokens in self.job.tokens:
+            calls = batches(tokens) if device == "cuda" else _CALLS_ON_CPUS if tokens < 32 else 1
+            if time.monotonic() + (WARM + 2) * calls * tokens * a_token > self.until:
+                self.emit("left out", tokens=tokens, routing="timing")
+                continue
+            self.emit("begins", at=f"timing {tokens} tokens")
+            case = Case(tokens, "uniform")
+            given = [
+                self.layer.routed(make_batch(self.shape, case, self.job.device, 1 + number))
+                for number in range(calls)
+            ]
+            made = {"": Pass(self.layer, given)}
+            made[""].capture()
+            begin = time.monotonic()
+            timer(made, 1)
+            once = time.monotonic() - begin
+            room = min(_SECONDS[device], max(0.0, self.until - time.monotonic()))
+            rounds = max(2, min(ROUNDS, int(room / max(once, 1e-9)) - 1))
+            timer(made, 1 if once * WARM > room else WARM)
+            values = [ms / calls for ms in timer(made, rounds)[""]]
+            a_token = once / calls / tokens
+            self.emit(
+                "timed", tokens=tokens, ms=statistics.median(values),
+                quartiles=statistics.quantiles(values, n=4)[::2], rounds=rounds,
+                active=statistics.fmean(active_experts(each.ids) for each in given),
+            )  # fmt: skip
+
+
+def reference_file(folder: Path, place: str, rounding: Rounding) -> Path:
+    """Where the reference's outputs for a shape are, once they are computed."""
+    return folder / f"{place} {int(rounding.nvfp4)}{int(rounding.by_expert)}.pt"
+
+
+def save_reference(
+    file: Path, weights: Weights, rounding: Rounding, tokens: Iterable[int], device: torch.device
+) -> None:
+    """Compute what the judged tokens of all cases should give: all at once, so that each expert's
+    weights are expanded once; and once for all kernels that round alike."""
+    most = JUDGED[device.type]
+    asked = [
+        some(make_batch(weights.shape, case, device), judged(case.tokens, most))
+        for case in all_cases(tokens)
+    ]
+    (result,) = outputs(weights, together(asked), rounding, (RIGHT,))
+    new = file.with_suffix(".new")
+    torch.save(result, new)
+    new.replace(file)
+
+
+def load_reference(
+    file: Path, tokens: Iterable[int], device: torch.device
+) -> dict[Case, torch.Tensor]:
+    """What :func:`save_reference` has computed, by case."""
+    result = torch.load(file, map_location=device, weights_only=True)
+    cases = all_cases(tokens)
+    sizes = [len(judged(case.tokens, JUDGED[device.type])) for case in cases]
+    return dict(zip(cases, result.split(sizes), strict=True))
+
+
+def prepare(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    tokens: tuple[int, ...],
+    device: torch.device,
+    _: Emit,
+) -> None:
+    """Compute the reference for kernels that do not round, before any kernel's time begins."""
+    for place, shape in shapes.items():
+        file = reference_file(folder, place, Rounding())
+        save_reference(file, make_weights(shape, device), Rounding(), tokens, device)
+
+
+def _number(value: float) -> float | None:
+    """None for NaN and infinity, which JSON has not."""
+    return value if value - value == 0 else None
