@@ -72,7 +72,11 @@ def make(unit: Unit, folder: Path) -> str | None:
     try:
         if not _loads(library):
             jit.build(unit.source, unit.language, library)
-            ctypes.CDLL(str(library))
+            try:
+                ctypes.CDLL(str(library))
+            except OSError:
+                library.unlink()
+                raise
             done = f"{time.perf_counter() - begin:.0f} s"
     except (KernelError, OSError) as error:
         return " ".join(str(error).split())

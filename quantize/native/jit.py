@@ -91,14 +91,18 @@ def cpp(*options: str, openmp: bool = False) -> Language:
     """
     threads = ("-fopenmp",) if openmp else ()
     # OpenMP's runtime is that of PyTorch, whose names are global: a second one would have threads
-    # of its own, on cores that vLLM has given to others. With -fopenmp the linker asks for one.
+    # of its own, on cores that vLLM has given to others. With -fopenmp the linker asks for one. Nor
+    # is there a runtime of C++, which a destructor would want where there are exceptions.
     return Language(
         ".cpp",
         "this processor",
         lambda: cxx(),
-        ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *threads, "-c", *options),
+        (
+            "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", *threads, "-c",
+            *options,
+        ),
         ("-shared", "-nostdlib", "-lm", "-lc", "-lgcc"),
-    )
+    )  # fmt: skip
 
 
 def cxx() -> Path:
