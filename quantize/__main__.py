@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from quantize.cli.app import app
+from quantize.cli.signals import end_at_once
 
 _OPTIONS = {"--help", "--version", "--install-completion", "--show-completion"}
 """Of the command itself; all other options are those of ``quantize``."""
@@ -18,6 +18,9 @@ _OPTIONS = {"--help", "--version", "--install-completion", "--show-completion"}
 
 def main() -> None:
     """Run the command with the arguments of this process."""
+    end_at_once()
+    from quantize.cli.app import app
+
     words = sys.argv[1:]
     own = {info.callback.__name__ for info in app.registered_commands if info.callback} | _OPTIONS
     if words and words[0] not in own:

@@ -22,7 +22,7 @@ from quantize.calibration.calibrate import (
 )
 from quantize.calibration.cluster_crew import on_cluster
 from quantize.calibration.crew import Crew, Round, on_devices
-from quantize.calibration.estimate import check, check_memory, estimate
+from quantize.calibration.estimate import Estimate, check, check_memory, estimate
 from quantize.calibration.progress import Progress as Calibrating
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
@@ -32,6 +32,7 @@ from quantize.experts.group import ExpertGroup
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run import done
+from quantize.run.apart import check_apart
 from quantize.run.cluster import make_shards_on_ray, room_on_ray
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
@@ -40,11 +41,16 @@ from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
 from quantize.run.sessions import Sessions
 from quantize.run.space import Space
+from quantize.run.stream import Stream, bytes_beside, streamed
 from quantize.run.target import check_folder
-from quantize.run.workers import Progress, all_devices, make_shards
+from quantize.run.workers import Progress, all_devices, make_shards, not_shown
 
 Say = Callable[[str], None]
 """Is told, in one line, what a user should know though nothing is wrong."""
+
+
+Dry = Callable[["Run", Space | None], None]
+"""Is told a run that is not carried out, and what it would write; None: it is complete already."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,14 @@ def execute(
     threads: int | None = None,
     ray: str | None = None,
     command: str = "",
-    progress: Progress = lambda _: None,
+    progress: Progress = not_shown,
     samples: torch.Tensor | None = None,
     calibrating: Calibrating = lambda *_: None,
     counting: Calibrating | None = None,
     limited: bool | None = None,
     work_dir: Path | None = None,
     say: Say = lambda _: None,
+    dry: Dry | None = None,
 ) -> Summary:
     """Carry out ``plan`` into the folder ``target``.
 
@@ -106,6 +113,7 @@ def execute(
         work_dir: where calibration keeps hidden states and its experts; by default in ``target``.
         say: is told what is not copied, what becomes of a checkpoint that is replaced, and what the
             calibration's proof found.
+        dry: do nothing but what can refuse the run, and tell this.
 
     Raises:
         QuantizeError: if ``target`` is the source, or holds files and neither flag is set; if
@@ -115,6 +123,8 @@ def execute(
             resumed.
     """
     started = time.perf_counter()
+    if dry is None and not checkpoint.weights.here and not streamed(checkpoint):
+        raise AssertionError(f"{checkpoint.folder}: its weights are still on the hub")
     check_apart(checkpoint, target)
     others = companions(checkpoint.folder)
     check_apart(checkpoint, target, others)
@@ -124,7 +134,7 @@ def execute(
         plan.fingerprint(checkpoint, identity),
         command,
         str(checkpoint.folder),
-        {str(file.resolve()): file.stat().st_mtime_ns for file in checkpoint.files},
+        checkpoint.weights.times(checkpoint.files),
         names=written_names(plan, others),
         shards=shard_stamps(plan),
         settings=plan.settings(checkpoint),
@@ -142,13 +152,14 @@ def execute(
         )
 
     check_folder(target)
-    if resume and is_finished(record, plan, others):
+    finished = resume and is_finished(record, plan, others)
+    if finished and dry is None:
         if record.folder.exists():  # a kill in the last moments may have left it
             with locked(record.folder):
                 record.end()
         progress(_source_bytes(plan, range(len(plan.shards))))
         return summary([])
-    run = _Run(
+    run = Run(
         checkpoint,
         plan,
         record,
@@ -162,6 +173,11 @@ def execute(
         limited,
         started,
     )
+    if dry is not None:
+        if not finished:
+            record.prepare(overwrite, resume)
+        dry(run, None if finished else run.check())
+        return summary([])
     with locked(record.folder):
         return summary(run.go(overwrite, resume, progress, calibrating))
 
@@ -171,28 +187,15 @@ def _gpus_or_all(devices: Sequence[torch.device]) -> Sequence[torch.device]:
     return [device for device in devices if device.type == "cuda"] or devices
 
 
-def check_apart(checkpoint: Checkpoint, target: Path, others: Sequence[str] = ()) -> None:
-    """Raise QuantizeError if a run would write to its source, or read its target.
-
-    Args:
-        others: relative paths of files that are copied.
-    """
-    # The files' own folders too: a source may be a folder of links to them.
-    source = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.files)}
-    inner = {name.rpartition("/")[0] for name in others}
-    for place in (target, *(target / folder for folder in inner if folder)):
-        if place.exists() and any(folder.samefile(place) for folder in source):
-            raise QuantizeError(f"{place} is the source; choose another folder")
-    for name in {name.partition("/")[0] for name in others if "/" in name}:
-        if target.resolve().is_relative_to((checkpoint.folder / name).resolve()):
-            raise QuantizeError(
-                f"{target} is in {checkpoint.folder / name}, which is copied; choose another folder"
-            )
-
-
 @dataclass
-class _Run:
-    """A run whose target is locked."""
+class Run:
+    """A run. What it changes, it does while its target is locked.
+
+    Attributes:
+        missing: the shards that are still to be made, once that is known (:meth:`check`).
+        estimate: what calibrating will take, likewise; None if nothing is calibrated, or nobody
+            asked.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
@@ -208,6 +211,8 @@ class _Run:
     started: float
     cluster: int = 0
     """How many tasks the Ray cluster has room for."""
+    missing: Sequence[int] = ()
+    estimate: Estimate | None = None
 
     def go(
         self,
@@ -219,7 +224,7 @@ class _Run:
         """All of it; returns the shards that were made."""
         record, plan, checkpoint = self.record, self.plan, self.checkpoint
         record.prepare(overwrite, resume)
-        space = self._check()
+        space = self.check()
         record.begin(overwrite, resume)
         self.sessions = Sessions(
             record.folder, self.devices, time.perf_counter() - self.started, self.cluster
@@ -242,8 +247,12 @@ class _Run:
             raise
         return missing
 
-    def _check(self) -> Space:
-        """Whatever else can refuse the run."""
+    def check(self) -> Space:
+        """Whatever else can refuse the run, whose record is prepared. Nothing is changed.
+
+        Raises:
+            QuantizeError: if something does.
+        """
         record, plan = self.record, self.plan
         if self.ray is not None:
             self.cluster = room_on_ray(self.ray, self.threads)
@@ -253,6 +262,7 @@ class _Run:
         if record.goes_on:
             voided = done.voided(record, self.checkpoint, plan)
             missing = [i for i in every if i in voided or not done.is_done(record, plan, i)]
+        self.missing = missing
         shards = sum(out.nbytes for i in missing for out in plan.outputs(i))
         shards += sum((self.checkpoint.folder / name).stat().st_size for name in self.others)
         calibration = 0
@@ -264,12 +274,14 @@ class _Run:
                 if not fresh:  # an earlier run may have left a part of it
                     files = record.calibration.rglob("*")
                     calibration -= sum(f.stat().st_size for f in files if f.is_file())
-                runnable_model(self.checkpoint, plan, self.devices[0])
+                if self.checkpoint.weights.here:  # else it is a dry run of a model on the hub
+                    runnable_model(self.checkpoint, plan, self.devices[0])
                 left = plan.groups if fresh else unstaged(plan, done.staged_of(record, plan))
                 self._foresee(budget.memory, left)
         if record.goes_on and not voided:
             shards -= sum(_allocated(record.rounded(name)) for name in plan.file_names)
-        space = Space(record, max(0, shards), max(0, calibration), plan.rounds)
+        source = bytes_beside(self.checkpoint, plan, record, missing)
+        space = Space(record, max(0, shards), max(0, calibration), plan.rounds, source)
         space.check()
         return space
 
@@ -280,11 +292,14 @@ class _Run:
         device = self.devices[0]
         if self.limited:
             check_memory(memory, device)
+        if not self.checkpoint.weights.here:
+            return
         counting = self.counting is not None
         count = self.cluster or len(self.devices)
         found = estimate(self.checkpoint, self.plan, groups, device, counting, count)
         if self.limited:
             check(found)
+        self.estimate = found
         self.say(f"Calibration: {found}")
 
     def _make(
@@ -310,22 +325,29 @@ class _Run:
                 calibrate(*what, calibrating, self.say, self._gather)
         if not space.has_room_for_shards():
             self._clear()
-        with self.sessions.phase("shards"):
-            self._make_shards(missing, progress)
         assert record.identity is not None
+        with self.sessions.phase("shards"):
+            if streamed(checkpoint):
+                with Stream(checkpoint, plan, record, missing) as stream:
+                    self._make_shards(missing, progress, stream)
+                    record.identity = stream.identify(record.identity)
+            else:
+                self._make_shards(missing, progress)
         edited = digests(checkpoint, plan, record.identity)
         report = collect(checkpoint, plan, record, edited, self.sessions.all)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
         finish(checkpoint, plan, record, self.others, files)
 
-    def _make_shards(self, missing: Sequence[int], progress: Progress) -> None:
+    def _make_shards(
+        self, missing: Sequence[int], progress: Progress, stream: Stream | None = None
+    ) -> None:
         what, threads = (self.checkpoint, self.plan, self.record), self.threads
         if self.ray is not None:
             make_shards_on_ray(self.ray, *what, missing, threads, progress)
             return
         checkpoint, plan, record = what
         work = plan.calibrated(done.staged_of(record, plan))
-        make_shards(checkpoint, work, record, missing, self.devices, threads, progress)
+        make_shards(checkpoint, work, record, missing, self.devices, threads, progress, stream)
 
     def _gather(self, rounds: Round) -> AbstractContextManager[Crew | None]:
         """Who rounds experts: see ``quantize.calibration.calibrate.Gather``."""

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quantize.checkpoint.hub import revision_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.run.jobs import Biases, QuantizeExpert
@@ -77,6 +78,7 @@ def as_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     gates = plan.gates
     return {
         "source": str(checkpoint.folder),
+        "revision": revision_of(checkpoint.folder),
         "gate": gates.default.fields(),
         "layer_gates": {str(number): gate.fields() for number, gate in gates.layers.items()},
         "source_formats": sorted(checkpoint.formats),

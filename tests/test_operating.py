@@ -19,6 +19,7 @@ import typer
 import yaml  # type: ignore[import-untyped]
 
 from tests.conftest import ROOT
+from vllm_nvfp4_moe import settings
 
 PAGE = ROOT / "docs" / "operators" / "serving.md"
 PAGES = (PAGE, ROOT / "docs" / "operators" / "minimax-m3.md")
@@ -92,7 +93,9 @@ def test_flags_in_text_exist(page: Path) -> None:
     group: Any = typer.main.get_command(app)
     ours = {o for c in group.commands.values() for p in c.params for o in p.opts + p.secondary_opts}
     theirs = set(serve_parser()._option_string_actions)
-    other = {"--name-it-vllm", "--gpus"}  # examples/setup_vllm_cpu.py, docker
+    # Of examples/setup_vllm_cpu.py, docker, vllm_nvfp4_moe.build and pip.
+    other = {"--name-it-vllm", "--gpus", "--cuda", "--cpu", "--to"}
+    other |= {"--no-deps", "--no-build-isolation"}
     flags = {f for text in inline(page.read_text()) for f in re.findall(r"--[a-z][\w-]*", text)}
     assert flags
     assert flags - ours - theirs - other == set()
@@ -117,7 +120,8 @@ def test_variables_exist() -> None:
     named = {
         n for page in DOCS for n in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", page.read_text())
     }
-    named |= {entry["name"] for entry in container()["env"]}
+    named |= {entry["name"] for entry in container()["env"]} | set(image_environment())
+    named -= {"HOME", "USER"}
     assert {"VLLM_PLUGINS", "NVFP4_MOE_SELF_CHECK"} <= named
     for name in named:
         if name.startswith("VLLM_"):
@@ -214,6 +218,55 @@ def test_kubernetes_arguments_are_ones_vllm_takes() -> None:
     probe = of["startupProbe"]
     ready = next(e["value"] for e in of["env"] if e["name"] == "VLLM_ENGINE_READY_TIMEOUT_S")
     assert probe["periodSeconds"] * probe["failureThreshold"] >= int(ready)
+
+
+def instruction(name: str) -> list[str]:
+    """The arguments of all of the container file's instructions of this name."""
+    text = CONTAINERFILE.read_text().replace("\\\n", "")
+    return re.findall(rf"^{name} (.*)$", text, flags=re.M)
+
+
+def image_environment() -> dict[str, str]:
+    words = [word for line in instruction("ENV") for word in line.split()]
+    return dict(word.split("=", 1) for word in words)
+
+
+def test_the_image_has_the_kernels_where_its_server_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no volume hides them."""
+    from vllm_nvfp4_moe import build
+
+    (command,) = [line for line in instruction("RUN") if "vllm_nvfp4_moe.build" in line]
+    made: list[tuple[str, Path]] = []
+    monkeypatch.setattr(build, "make", lambda unit, folder: made.append((unit.name, folder)))
+    monkeypatch.setattr(build.jit, "make_folder", lambda folder: None)
+    monkeypatch.setattr(build.jit, "check_safe", lambda folder: None)
+    assert build.main(shlex.split(command.removeprefix("python3 -m vllm_nvfp4_moe.build "))) == 0
+    assert {folder for _, folder in made} == {Path(image_environment()[settings.CACHE])}
+    assert len(made) == len(list(build.cuda())) and "HOPPER" in made[0][0]
+    assert settings.CACHE not in {entry["name"] for entry in container()["env"]}
+    for mount in container()["volumeMounts"]:
+        assert not image_environment()[settings.CACHE].startswith(mount["mountPath"])
+
+
+def test_any_user_and_a_read_only_file_system() -> None:
+    """What is written lies in volumes; the image sets the user that the pod asks for."""
+    deployment, _ = manifest()
+    pod, of = deployment["spec"]["template"]["spec"], container()
+    user = pod["securityContext"]["runAsUser"]
+    assert pod["securityContext"]["runAsNonRoot"] is True and user > 0
+    assert instruction("USER") == [f"{user}:{pod['securityContext']['runAsGroup']}"]
+    assert of["securityContext"] == {
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    writable = [m["mountPath"] for m in of["volumeMounts"] if not m.get("readOnly")]
+    assert {"/tmp", "/dev/shm"} < set(writable)
+    environment = image_environment()
+    assert environment["USER"]  # else Python looks for the user's name in /etc/passwd
+    for name in ("HOME", "VLLM_CACHE_ROOT"):
+        assert any(environment[name].startswith(f"{place}/") for place in writable), name
+    assert instruction("WORKDIR")[0] in writable
 
 
 def test_kubernetes_parts_fit_together() -> None:

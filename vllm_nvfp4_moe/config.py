@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from vllm_nvfp4_moe import shadowing
 from vllm_nvfp4_moe.settings import NAME
 
 # All else is imported below: vLLM imports this module in each of its processes, whatever it serves.
@@ -67,12 +68,12 @@ class NvFp4MoEConfig(QuantizationConfig):
         Raises:
             ValueError: if the user named us, and nothing in the checkpoint is NVFP4.
         """
-        from quantize.experts.gates import KEY
+        contract = getattr(hf_config, NAME, None)
+        if user_quant != NAME and contract is None:
+            return None  # before anything is imported: this may be any model
+        shadowing.claim()
         from quantize.layouts import detect
 
-        contract = getattr(hf_config, KEY, None)
-        if user_quant != NAME and contract is None:
-            return None
         ours = isinstance(hf_quant_cfg, dict) and detect(hf_quant_cfg) is not None
         if user_quant == NAME:
             if not ours:

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
+from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.drafts import is_draft, is_one_of, name_in_files
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.loading.format import Format
@@ -97,9 +98,10 @@ class ExpertsConfig(Format, QuantizationConfig):
         from quantize.errors import QuantizeError
         from quantize.experts.gates import KEY, from_contract
         from quantize.experts.identify import identify, identify_config
-        from vllm_nvfp4_moe import gpu_only
+        from vllm_nvfp4_moe import gpu_only, metrics
         from vllm_nvfp4_moe.loading import gpt_oss
 
+        metrics.share()
         super().maybe_update_config(model_name, hf_config, revision)
         online = self.online_quantization_config  # from the user's --quantization-config
         if online is not None and online.args.moe is not None:
@@ -152,6 +154,8 @@ class ExpertsConfig(Format, QuantizationConfig):
         from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 
         prefix = name_in_files(prefix, self._architecture)
+        if isinstance(layer, RoutedExperts) and (config := get_current_vllm_config_or_none()):
+            settings.use(config.additional_config)
         if self._drafts(prefix):
             _ = self._drafting  # warns
         if self._is_plain_draft(layer, prefix):

@@ -76,6 +76,11 @@ class ExpertsBackend(FusedMoEMethodBase):
         """The kernel's name, for messages."""
 
     @property
+    def variant(self) -> str:
+        """What the kernel's name leaves open, for ``/metrics``."""
+        return f"{self.activation_bits}-bit activations"
+
+    @property
     def quantizes_activations(self) -> bool:
         """Whether the kernel rounds both GEMMs' inputs to NVFP4, by the input scales."""
         return False

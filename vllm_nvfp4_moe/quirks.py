@@ -4,7 +4,8 @@ Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
 checkpoints, or lasts for one call. The methods of vLLM's that are exchanged, by ``NAMED_NVFP4``,
-``UNGATED_ON_CPUS``, ``GPT_OSS`` and ``DBRX``, act for our checkpoints alone.
+``UNGATED_ON_CPUS``, ``GPT_OSS``, ``DBRX`` and ``NO_METRICS_OF_WORKERS``, act for our checkpoints
+alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -26,6 +27,7 @@ from vllm_nvfp4_moe.versions import installed_version, minor_version
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 logger = init_logger("vllm.nvfp4_moe.quirks")
 
@@ -213,6 +215,16 @@ DBRX = Quirk(
     gone_when="the class loads experts through RoutedExperts.load_weights, as others do.",
 )
 
+NO_METRICS_OF_WORKERS = Quirk(
+    name="a plugin's numbers do not get from workers to /metrics, and ours are read from files",
+    what="Plugins for statistics see the scheduler's alone, and with one installed vLLM computes "
+    "statistics also where --disable-log-stats turns them off.",
+    seen_in=("0.32", "0.33"),
+    undone="The method that vLLM's logger for Prometheus has called once the engine is ready is "
+    "exchanged, and sets gauges of ours after vLLM's, if ranks have left anything (metrics.py).",
+    gone_when="a worker can hand labels to API servers.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -228,6 +240,7 @@ QUIRKS = (
     MERGED_NAMES,
     BIAS_AMONG_EXPERTS,
     DBRX,
+    NO_METRICS_OF_WORKERS,
 )
 
 
@@ -254,6 +267,23 @@ def count_as_nvfp4() -> None:
         return stock(as_stock)
 
     ModelConfig.is_nvfp4_quantized = is_nvfp4_quantized
+
+
+def show_metrics(show: Callable[[str], bool]) -> None:
+    """Have vLLM's API servers call ``show``, with the model's name, once they show their own
+    metrics (``NO_METRICS_OF_WORKERS``); it says whether it had any."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    stock = PrometheusStatLogger.log_engine_initialized
+    if stock.__module__ == __name__:  # vLLM may register plugins more than once
+        return
+
+    def log_engine_initialized(self: PrometheusStatLogger) -> None:
+        stock(self)
+        if show(str(self.vllm_config.model_config.served_model_name)):
+            NO_METRICS_OF_WORKERS.log()
+
+    PrometheusStatLogger.log_engine_initialized = log_engine_initialized
 
 
 def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:

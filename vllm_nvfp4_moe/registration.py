@@ -47,6 +47,7 @@ def register() -> None:
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)
     when_imported("vllm.model_executor.layers.fused_moe.config", _build_ungated_on_cpus)
+    when_imported("vllm.v1.metrics.loggers", _show_metrics)
     when_imported("vllm.ray.ray_env", _give_settings_to_ray)
 
 
@@ -84,11 +85,17 @@ def _build_ungated_on_cpus() -> None:
     from vllm_nvfp4_moe import quirks
 
     def ours(config: VllmConfig) -> bool:
-        from vllm_nvfp4_moe.experts_config import ExpertsConfig
-
-        return isinstance(config.quant_config, ExpertsConfig)
+        # Of another model's config, nothing more of this package is imported.
+        module = sys.modules.get("vllm_nvfp4_moe.experts_config")
+        return module is not None and isinstance(config.quant_config, module.ExpertsConfig)
 
     quirks.build_ungated_on_cpus(ours)
+
+
+def _show_metrics() -> None:
+    from vllm_nvfp4_moe import metrics, quirks
+
+    quirks.show_metrics(metrics.show)
 
 
 def _give_settings_to_ray() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.logger import init_logger
 
-from vllm_nvfp4_moe import settings
+from vllm_nvfp4_moe import metrics, settings
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -65,6 +65,7 @@ class Summary:
         if len(self._loaded) == self._built:
             # By one rank only. With pipeline parallelism it has some of the layers.
             logger.info_once("%s", self.line(), scope="global")
+            metrics.report(_rank(), self._labels(), self._self_check.worst)
             if self._lacking:
                 logger.warning(
                     "Input scales that the checkpoint's config speaks of are missing, or are no "
@@ -99,7 +100,8 @@ class Summary:
         """
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return
-        rank, mine = torch.distributed.get_rank(), "; ".join(self._kernels())
+        variants = dict.fromkeys(method.variant for _, method in self._loaded)
+        rank, mine = _rank(), f"{'; '.join(self._kernels())} [{', '.join(variants)}]"
         store = torch.distributed.distributed_c10d._get_default_store()
         model = f"{self._storage.layout.name}/{self._gates}/{self._loaded[0][0].global_num_experts}"
         try:
@@ -112,6 +114,25 @@ class Summary:
                 "Ranks run different kernels for NVFP4 experts. Rank %d: %s. Rank %s: %s",
                 rank, mine, other, theirs,
             )  # fmt: skip
+            logger.info("Rank %d: %s", rank, self.line())
+
+    def _labels(self) -> dict[str, str]:
+        """What ``/metrics`` says, by :data:`metrics.INFO`."""
+        layers, methods = zip(*self._loaded, strict=True)
+        check = self._self_check
+        ran = "impossible" if check.skipped else "none" if check.worst is None else "passed"
+        return {
+            "layers": str(len(layers)),
+            "experts": _either(layer.global_num_experts for layer in layers),
+            "layout": self._storage.layout.name,
+            "gate": str(self._gates),
+            "kernel": ", ".join(dict.fromkeys(method.kernel for method in methods)),
+            "variant": ", ".join(dict.fromkeys(method.variant for method in methods)),
+            "passed_over": ", ".join(
+                dict.fromkeys(name for method in methods for name, _ in method.passed_over)
+            ),
+            "self_check": ran,
+        }
 
     def line(self) -> str:
         """The line, for what has been loaded so far."""
@@ -139,6 +160,11 @@ class Summary:
                 self._self_check.told(),
             ]
         )
+
+
+def _rank() -> int:
+    """Of all processes that the model runs in."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _either(counts: Iterable[int]) -> str:

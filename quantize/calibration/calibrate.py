@@ -91,7 +91,7 @@ def calibrate(
             rounder = Rounder(checkpoint, plan.layout, settings, plan.options.scales)
             crew = stack.enter_context(gather(rounder.round))
             rule = INPUT_RULES[settings.input_scale_rule]
-            visitor = Quantizer(staged, undone, plan.layout, rule, rounder, crew)
+            visitor = Quantizer(staged, undone, plan.layout_of, rule, rounder, crew)
         if caches:
             stack.enter_context(watching(model, caches, KvRanges(staged.folder)))
         if goes_back(settings):

@@ -18,6 +18,7 @@ from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.quantizer import Rounder
 from quantize.calibration.room import side_by_side
 from quantize.calibration.routing import Routing
+from quantize.calibration.visitor import Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.duration import duration
 from quantize.errors import TooMuchError
@@ -42,10 +43,13 @@ again on the way back, and then the gradients of inputs and weights."""
 
 clock: Callable[[], float] = time.perf_counter
 
+Look = Callable[[ExpertGroup], Visitor]
+"""Makes what looks at the experts of a group, on the way back."""
+
 
 class Seconds(NamedTuple):
     """What one expert takes, in seconds: to read, to compute its outputs, and to round (or, where
-    input scales are all that is wanted, to look at its inputs)."""
+    that is not what is wanted, to look at its inputs or its losses)."""
 
     read: float
     compute: float
@@ -91,6 +95,7 @@ def estimate(
     device: torch.device,
     counting: bool = False,
     devices: int = 1,
+    look: Look | None = None,
 ) -> Estimate:
     """Measure one expert of ``groups``, and say what calibrating all of them takes on ``device``.
 
@@ -101,6 +106,7 @@ def estimate(
     Args:
         counting: tokens are counted first (``quantize.calibration.calibrate.count_tokens``).
         devices: how many devices like ``device`` round experts (``quantize.calibration.crew``).
+        look: experts are not rounded but looked at, by this.
     """
     settings = plan.options.calibration
     assert settings is not None
@@ -109,9 +115,9 @@ def estimate(
     said = stated(checkpoint.text_config(), group.prefix).per_token
     chosen = next(iter(said.values()), (1,))[0]
     tokens = total if settings.every_expert else -(-total * chosen // group.num_experts)
-    one = measure(checkpoint, plan, group, tokens, device, devices)
+    one = measure(checkpoint, plan, group, tokens, device, devices, look)
     if one.total < AGAIN:
-        again = measure(checkpoint, plan, group, tokens, device, devices)
+        again = measure(checkpoint, plan, group, tokens, device, devices, look)
         one = min(one, again, key=lambda found: found.total)
     # Experts of other sizes take as long as they have weights.
     size = group.parameters / group.num_experts
@@ -156,6 +162,7 @@ def measure(
     tokens: int,
     device: torch.device,
     devices: int = 1,
+    look: Look | None = None,
 ) -> Seconds:
     """Return what the first expert of ``group`` takes with so many tokens: beside as many like it
     as are rounded together, its share."""
@@ -165,7 +172,7 @@ def measure(
     random = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, group.hidden, generator=random).to(dtype)
     gradient = torch.randn(tokens, group.hidden, generator=random) if goes_back(settings) else None
-    size = together(plan, group, device, devices)
+    size = together(plan, group, device, devices) if look is None else 1
     ids = torch.arange(size, dtype=torch.int32).expand(tokens, size)  # each is given all of them
     routing = Routing(x, ids, torch.ones(tokens, size), group.num_experts, device, gradient)
     gate = plan.gates.of(group.prefix)
@@ -177,8 +184,13 @@ def measure(
         own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
         output.index_add_(0, chunk.tokens, own.float().cpu())
     computed = clock()
-    if settings.method is None:
-        visitor = RangeGatherer(checkpoint, cast(Any, None), [group], settings)
+    if look is None and settings.method is None:
+
+        def look(one: ExpertGroup) -> Visitor:
+            return RangeGatherer(checkpoint, cast(Any, None), [one], settings)
+
+    if look is not None:
+        visitor = look(group)
         visitor.begin(layer_number(group.prefix) or 0, group, routing)
         visitor.expert(0, weights, routing)
     else:
@@ -187,16 +199,20 @@ def measure(
     return Seconds(read - started, computed - read, (clock() - computed) / size)
 
 
-def check(estimated: Estimate) -> None:
+def check(estimated: Estimate, first: Estimate | None = None) -> None:
     """Refuse what takes too long.
 
+    Args:
+        first: what comes before it: measuring layers' losses.
+
     Raises:
-        TooMuchError: if it does.
+        TooMuchError: if it does, or both together do.
     """
-    if estimated.seconds > LIMIT:
+    before = f"measuring layers' losses would take {first}; and then " if first else ""
+    if estimated.seconds + (first.seconds if first else 0) > LIMIT:
         raise TooMuchError(
-            f"calibration would take {estimated}. Take a GPU, a faster --rounding, or fewer "
-            "--calibration-rows; or give --yes to do it nevertheless"
+            f"{before}calibration would take {estimated}. Take a GPU, a faster --rounding, or "
+            "fewer --calibration-rows; or give --yes to do it nevertheless"
         )
 
 

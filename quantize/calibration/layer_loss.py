@@ -35,7 +35,7 @@ from quantize.nvfp4.input_scales import INPUT_RULES
 from quantize.nvfp4.input_scales.magnitudes import Magnitudes
 from quantize.nvfp4.kernels import for_device
 from quantize.nvfp4.kernels.kernel import NotFiniteError, quantize_weights
-from quantize.run.bits import BF16, NVFP4
+from quantize.run.bits import BF16, NVFP4, WEIGHTS
 from quantize.run.group_files import GroupFiles
 
 Round = Callable[[torch.Tensor], torch.Tensor]
@@ -101,7 +101,7 @@ class LossGatherer(NullVisitor):
         if self._group is None:
             return weights
         try:
-            variants = {name: self._rounded(name, weights) for name in self._products}
+            variants = self._variants(weights)
         except NotFiniteError:
             raise damaged(self._checkpoint, self._group, number) from None
         for chunk in routing.of(number):
@@ -122,6 +122,12 @@ class LossGatherer(NullVisitor):
         if self._group is not None:
             losses = {n: float(p.square().mean()) / 2 for n, p in self._products.items()}
             self._kept.write(self._group, losses | {BF16: 0.0})
+
+    def _variants(self, weights: ExpertWeights) -> dict[str, tuple[ExpertWeights, Round]]:
+        found = {name: self._rounded(name, weights) for name in self._products if name != WEIGHTS}
+        if WEIGHTS in self._products:
+            found[WEIGHTS] = found[NVFP4][0], lambda x: x
+        return found
 
     def _rounded(self, name: str, weights: ExpertWeights) -> tuple[ExpertWeights, Round]:
         """The expert with its weights in a format, and what the format's kernels do to inputs."""

@@ -41,6 +41,7 @@ class Quantizer:
 
     Args:
         groups: the experts to be quantized; it lets others pass.
+        layout_of: the layout of each of them.
         rule: one of ``quantize.nvfp4.input_scales.INPUT_RULES``.
         rounder: rounds them, unless there is a crew.
         crew: rounds several batches at once.
@@ -50,7 +51,7 @@ class Quantizer:
         self,
         staged: Staged,
         groups: list[ExpertGroup],
-        layout: Layout,
+        layout_of: Callable[[ExpertGroup], Layout],
         rule: Callable[[Magnitudes], float],
         rounder: Rounder,
         crew: Crew | None = None,
@@ -58,7 +59,7 @@ class Quantizer:
         self._rule = rule
         self._staged = staged
         self._groups = groups
-        self._layout = layout
+        self._layout_of = layout_of
         self._rounder = rounder
         self._crew = crew
 
@@ -117,10 +118,11 @@ class Quantizer:
         outcomes = [self._outcomes[number] for number in range(group.num_experts)]
         undersampled = {one.number for one in outcomes if one.rule == FALLBACK}
         scales = input_scales([one.magnitudes for one in outcomes], undersampled, self._rule)
+        layout = self._layout_of(group)
         for expert, (gate_up, down) in enumerate(scales):
             modules = group.modules(expert)
             for module, scale in zip(modules, [gate_up] * (len(modules) - 1) + [down], strict=True):
-                for suffix, tensor in self._layout.store_input_scale(scale).items():
+                for suffix, tensor in layout.store_input_scale(scale).items():
                     self._writer.write(f"{module}.{suffix}", tensor)
         self._writer.finish()
         self._staged.finish(

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -31,11 +31,15 @@ _ABSURD_NUMBER = re.compile(r"\d{19}")
 of some thousand digits to integers."""
 
 
-def find_files(folder: Path) -> list[Path]:
+def find_files(folder: Path, there: Collection[str] | None = None) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     These are the files that its index names. Without an index they are ``model.safetensors``, or
     else all ``*.safetensors`` files of the folder, if these can be one set.
+
+    Args:
+        there: names of the files that count as there, of a model on the hub; by default those in
+            ``folder``. Its index is read in ``folder``.
 
     Raises:
         QuantizeError: if there are no files, if one is missing, if there are several sets and no
@@ -43,7 +47,10 @@ def find_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if not os.path.lexists(index):  # a broken link is an error, not a checkpoint without one
-        files = sorted(folder.glob("*.safetensors"))
+        if there is None:
+            files = sorted(folder.glob("*.safetensors"))
+        else:
+            files = [folder / name for name in sorted(there) if name.endswith(".safetensors")]
         single = folder / "model.safetensors"
         if single in files:  # the other files (an adapter, a consolidated copy) are not the model
             return [single]
@@ -59,7 +66,7 @@ def find_files(folder: Path) -> list[Path]:
         # An index may come from anywhere: it must not name files outside of its folder.
         if Path(name).name != name or name in ("", ".."):
             raise QuantizeError(f"{index}: shard name {name!r} is not a plain file name")
-        if not (folder / name).exists():
+        if name not in there if there is not None else not (folder / name).exists():
             raise QuantizeError(f"{index} names {name}, which is missing; download it again")
     return [folder / name for name in sorted(names)]
 
@@ -82,7 +89,32 @@ def read_header(file: Path) -> list[TensorInfo]:
         QuantizeError: if the file is incomplete, or if a tensor has an unsupported dtype or a name
             with an invalid number.
     """
-    _, tensors, begin, size = _read(file)
+    return _whole(file, *_read(file)[1:])
+
+
+def header_of(file: Path, beginning: bytes, size: int) -> list[TensorInfo]:
+    """:func:`read_header` of a file whose first bytes, all of the header among them, are known.
+
+    Args:
+        file: what messages and tensors call it.
+        size: of the whole file in bytes.
+    """
+    return _whole(file, *_parsed(file, beginning, size)[1:])
+
+
+def header_length(file: Path, first: bytes, size: int) -> int:
+    """How many bytes of a file its header takes, going by the first 8.
+
+    Raises:
+        QuantizeError: if the file, or the format, allows no such header.
+    """
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or length > min(_MAX_HEADER, size - 8):
+        raise _incomplete(file, f"its header would have {length} bytes")
+    return 8 + length
+
+
+def _whole(file: Path, tensors: list[TensorInfo], begin: int, size: int) -> list[TensorInfo]:
     end = tensors[-1].offset + tensors[-1].nbytes if tensors else begin
     if end != size:
         raise QuantizeError(
@@ -96,19 +128,30 @@ def _read(file: Path) -> tuple[dict[str, Any], list[TensorInfo], int, int]:
     """A file's header, its tensors, where its data begin, and its size."""
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
             size = os.fstat(stream.fileno()).st_size
-            if length > min(_MAX_HEADER, size - 8):
-                raise ValueError(f"its header would have {length} bytes")
-            raw = stream.read(length)
+            beginning = first + stream.read(header_length(file, first, size) - 8)
+    except OSError as error:
+        raise _incomplete(file, error) from error
+    return _parsed(file, beginning, size)
+
+
+def _parsed(
+    file: Path, beginning: bytes, size: int
+) -> tuple[dict[str, Any], list[TensorInfo], int, int]:
+    length = header_length(file, beginning, size)
+    try:
+        raw = beginning[8:length]
         if not raw.startswith(b"{"):
             raise ValueError("its header is no JSON object")
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repetition)
-        return header, _tensors(file, header, 8 + length), 8 + length, size
-    except (OSError, ValueError, RecursionError) as error:
-        raise QuantizeError(
-            f"{file}: not a complete safetensors file ({error}); download it again"
-        ) from error
+        return header, _tensors(file, header, length), length, size
+    except (ValueError, RecursionError) as error:
+        raise _incomplete(file, error) from error
+
+
+def _incomplete(file: Path, why: object) -> QuantizeError:
+    return QuantizeError(f"{file}: not a complete safetensors file ({why}); download it again")
 
 
 def _tensors(file: Path, header: Any, start: int) -> list[TensorInfo]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quantize.checkpoint.companions import companions
+from quantize.checkpoint.hub import revision_of
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.tensors import TensorInfo
@@ -36,13 +37,16 @@ class Identity(NamedTuple):
 
     Attributes:
         files: of each safetensors file's header, size and, in the hub's cache, hash; by its name.
-        tensors: of the first, middle and last bytes of each tensor, by its file's and its name.
+        tensors: of the first, middle and last bytes of each tensor, by its file's and its name;
+            nothing yet of tensors that are still on the hub.
         companions: of each copied file's contents, by its relative path.
+        revision: the commit on the hub, see ``hub.revision_of``; None if it is not known.
     """
 
     files: dict[str, str]
     tensors: dict[str, dict[str, str]]
     companions: dict[str, str]
+    revision: str | None = None
 
 
 def identity_of(checkpoint: Checkpoint) -> Identity:
@@ -51,10 +55,14 @@ def identity_of(checkpoint: Checkpoint) -> Identity:
     Raises:
         QuantizeError: if a file cannot be read, or ends early.
     """
+    tensors: dict[str, dict[str, str]] = {file.name: {} for file in checkpoint.files}
+    if checkpoint.weights.here:
+        tensors |= tensor_digests(checkpoint.stored.values())
     return Identity(
-        {file.name: _header_digest(file) for file in checkpoint.files},
-        {file.name: {} for file in checkpoint.files} | tensor_digests(checkpoint.stored.values()),
+        {file.name: checkpoint.weights.digest(file) for file in checkpoint.files},
+        tensors,
         {name: _file_digest(checkpoint.folder / name) for name in companions(checkpoint.folder)},
+        revision_of(checkpoint.folder),
     )
 
 
@@ -71,7 +79,7 @@ def read_identity(file: Path) -> Identity | None:
         found = Identity(**read_json(file))
     except (QuantizeError, TypeError):
         return None
-    return found if all(isinstance(part, dict) for part in found) else None
+    return found if all(isinstance(part, dict) for part in found[:3]) else None
 
 
 def differences(before: Identity, now: Identity, but: set[str]) -> tuple[set[str], list[str]]:
@@ -96,6 +104,10 @@ def differences(before: Identity, now: Identity, but: set[str]) -> tuple[set[str
             allowed.update(changed)
         elif changed or before.files.get(file) != digest:
             others += [f"{file}: {name}" for name in changed] or [file]
+    if not allowed and before.revision != now.revision:
+        others.append(
+            f"revision {before.revision or 'unknown'} to {now.revision or 'unknown'} (--revision)"
+        )
     return allowed, others
 
 
@@ -118,19 +130,6 @@ def tensor_digests(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, str]]:
         for chunk, digests in zip(chunks, pool.map(_digests, chunks), strict=True):
             found[chunk[0].file.name].update(digests)
     return found
-
-
-def _header_digest(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            first = stream.read(8)
-            what = first + stream.read(int.from_bytes(first, "little"))
-            size = os.fstat(stream.fileno()).st_size
-    except OSError as error:
-        raise QuantizeError(f"{file}: {error.strerror or error}") from error
-    blob = file.resolve()
-    name = blob.name if blob.parent.name == "blobs" else ""
-    return hashlib.sha256(f"{name} {size} ".encode() + what).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

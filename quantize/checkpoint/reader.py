@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from quantize.checkpoint.bounds import check_counts
-from quantize.checkpoint.headers import check_index, find_files, read_header
+from quantize.checkpoint.headers import check_index, find_files
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.language import language_config
 from quantize.checkpoint.memory import Arena
 from quantize.checkpoint.sources.find import find_stored_weights
 from quantize.checkpoint.sources.stored_weight import StoredWeight
 from quantize.checkpoint.tensors import BYTES, DTYPES, TensorInfo
+from quantize.checkpoint.weights import Weights
 from quantize.errors import QuantizeError
 from quantize.nvfp4.format import NvFp4
 
@@ -43,29 +44,34 @@ class Checkpoint:
         folder: must hold ``config.json`` and ``*.safetensors``, with or without an index.
         decode: whether weights in a known quantized format (``quantize.checkpoint.sources``) are
             presented as floats.
+        weights: where the safetensors files are; by default in ``folder``.
 
     Attributes:
         folder: the folder.
+        weights: see above.
         config: the contents of ``config.json``.
         files: the safetensors files.
         stored: every tensor in the files, by name.
         tensors: every tensor of the model, by name. These are the tensors of ``stored``, except
             that the codes and scales of a weight in a known quantized format are replaced by one
             tensor with the weight's name and shape and dtype ``BF16``.
+        nbytes_read: how many bytes of tensors have been read so far.
 
     Raises:
         QuantizeError: if a file or tensor is missing or malformed; the message names it.
     """
 
-    def __init__(self, folder: Path, decode: bool = True) -> None:
+    def __init__(self, folder: Path, decode: bool = True, weights: Weights | None = None) -> None:
         self.folder = folder
+        self.weights = weights or Weights()
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self._open: dict[Path, int] = {}
         self._lock = Lock()
-        self.files = find_files(folder)
+        self.nbytes_read = 0
+        self.files = find_files(folder, self.weights.names)
         self.stored: dict[str, TensorInfo] = {}
         for file in self.files:
-            for info in read_header(file):
+            for info in self.weights.header(file):
                 if info.name in self.stored:
                     other = self.stored[info.name].file.name
                     raise QuantizeError(f"{info.name} is in both {other} and {file.name}")
@@ -81,6 +87,12 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def close(self, name: str) -> None:
+        """Close the file called ``name``, which nobody reads any more."""
+        with self._lock:
+            for file in [file for file in self._open if file.name == name]:
+                os.close(self._open.pop(file))
 
     @property
     def nbytes(self) -> int:
@@ -193,12 +205,18 @@ class Checkpoint:
         Raises:
             QuantizeError: if the file cannot be read, or ends early.
         """
+        begin = info.offset + start
+        if (apart := self.weights.apart(info.file, begin, begin + len(buffer))) is not None:
+            buffer.copy_(torch.frombuffer(bytearray(apart), dtype=torch.uint8))
+            return
         descriptor, keep = self._descriptor(info.file)
         try:
             read_fully(descriptor, buffer, info, start)
         finally:
             if not keep:
                 os.close(descriptor)
+        with self._lock:
+            self.nbytes_read += buffer.numel()
 
     def will_need(self, name: str, expert: int | None = None, experts: int | None = None) -> None:
         """Ask the operating system to read a tensor, or one expert of it, into its file cache.
@@ -208,6 +226,8 @@ class Checkpoint:
         which = None if expert is None else (expert, experts)
         weight = self._stored_weights.get(name)
         for info in (self.stored[part] for part in self.parts(name)):
+            if not self.weights.is_here(info.file):
+                continue
             start, size, _ = _extent(info, _slice(weight, info, which))
             descriptor, keep = self._descriptor(info.file)
             if hasattr(os, "posix_fadvise"):
@@ -245,14 +265,11 @@ class Checkpoint:
     def _descriptor(self, file: Path) -> tuple[int, bool]:
         """A descriptor of ``file``, and whether it stays open (else the caller closes it)."""
         with self._lock:
-            descriptor = self._open.get(file)
-            if descriptor is not None:
-                return descriptor, True
-            try:
-                descriptor = os.open(file, os.O_RDONLY)
-            except OSError as error:
-                raise QuantizeError(f"{file}: {error.strerror or error}") from error
-            if len(self._open) < _MAX_OPEN:
+            if file in self._open:
+                return self._open[file], True
+        descriptor = self.weights.open(file)  # which may have to wait for it
+        with self._lock:
+            if len(self._open) < _MAX_OPEN and file not in self._open:
                 self._open[file] = descriptor
                 return descriptor, True
             return descriptor, False

@@ -8,6 +8,9 @@ work: help, ``--version``, wrong usage and the completion of a shell answer at o
 
 def main() -> None:
     """Entry point of the console script."""
+    from quantize.cli.signals import end_at_once
+
+    end_at_once()
     from quantize.cli.app import app
 
     app()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import typer
 
-from quantize.cli.output import complain
+from quantize.cli.output import complain, speaking
+from quantize.cli.signals import INTERRUPTED, interrupting
 from quantize.errors import QuantizeError, TooMuchError, first_line
 
 TRACEBACK = "NVFP4_MOE_TRACEBACK"
@@ -25,12 +27,26 @@ class UsageError(QuantizeError):
 
 
 @contextmanager
-def reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
-    """Within, an exception becomes a line on standard error and an exit code.
+def reporting_errors(
+    advice: str = "nothing was changed",
+    quiet: bool = False,
+    log_file: Path | None = None,
+    apart: Iterable[Path] = (),
+) -> Iterator[None]:
+    """Within, an exception becomes a line on standard error and an exit code, and so do Ctrl-C and
+    SIGTERM.
 
     Args:
         advice: what to tell a user who interrupts the command.
+        quiet, log_file, apart: see ``quantize.cli.output.speaking``.
     """
+    with ExitStack() as stack, _reporting(advice), interrupting():
+        stack.enter_context(speaking(quiet, log_file, apart))
+        yield
+
+
+@contextmanager
+def _reporting(advice: str) -> Iterator[None]:
     try:
         yield
     except QuantizeError as error:
@@ -38,7 +54,7 @@ def reporting_errors(advice: str = "nothing was changed") -> Iterator[None]:
         sys.exit(2 if isinstance(error, UsageError | TooMuchError) else 1)
     except KeyboardInterrupt:
         complain("interrupted", advice)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         complain("error", f"{where}{error.strerror or error}")

@@ -13,6 +13,8 @@ from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
     GateOption,
     JsonOption,
+    LogOption,
+    QuietOption,
     Rounded,
     TrustOption,
     check_device,
@@ -21,6 +23,7 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import out, print_json, table
 from quantize.cli.progress import progress_bar
+from quantize.cli.source_options import RevisionOption, revision_for
 
 if TYPE_CHECKING:
     from quantize.evaluate import Result
@@ -92,21 +95,26 @@ def evaluate(
             "--resume; start if there is none.",
         ),
     ] = False,
+    revision: RevisionOption = None,
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    log_file: LogOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Run SRC and DST side by side over TEXT, a layer at a time: perplexity of both, KL divergence,
     top-1 agreement, and the loss by depth."""
     advice = "run the same command with --resume to go on" if work_dir else "nothing was changed"
-    with reporting_errors(advice):
+    apart = [Path(source), Path(target)]
+    with reporting_errors(advice, quiet, log_file, apart):
         if resume and work_dir is None:
             raise UsageError("--resume needs --work-dir: only there does a run leave its states")
         stated = stated_gate(gate)
         if device is not None:
             check_device(device)
         here = Path(target).expanduser()
-        folders = [resolve(name) for name in (source, target)]
+        second_folder = resolve(target)
+        first_folder = resolve(source, revision_for(source, second_folder, revision))
         with large_imports():
             from quantize.calibration.sources import check_there
             from quantize.checkpoint.reader import Checkpoint
@@ -116,14 +124,11 @@ def evaluate(
 
         check_there(text)
         with (
-            Checkpoint(folders[0]) as first,
-            Checkpoint(folders[1]) as second,
-            progress_bar("Evaluating") as bar,
+            Checkpoint(first_folder) as first,
+            Checkpoint(second_folder) as second,
+            progress_bar("Evaluating", read=lambda: first.nbytes_read + second.nbytes_read) as bar,
         ):
             tokens = tokens_of(text, first, second, samples, length, trust_remote_code, bar.say)
-
-            def progress(done: float, steps: int) -> None:
-                bar.passing("Evaluating", done, steps, f"layer {min(int(done) + 1, steps)}")
 
             found = run(
                 first,
@@ -137,7 +142,7 @@ def evaluate(
                 work_dir=work_dir,
                 resume=resume,
                 beside=here.resolve().parent if here.is_dir() else None,
-                progress=progress,
+                progress=bar.evaluating,
                 say=bar.say,
             )
         if as_json:
@@ -148,6 +153,7 @@ def evaluate(
 
 def _show(found: Result) -> None:
     """The figures for people: perplexity first, as it is published."""
+    out.quiet = False  # they were asked for
     figures = found.figures
     for line in (
         f"perplexity {figures.before:.3f} -> {figures.after:.3f} ({figures.change:+.2f} %)",

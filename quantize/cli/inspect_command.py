@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.filesize import decimal
 
-from quantize.checkpoint.hub import resolve
+from quantize.checkpoint.hub import look_up
 from quantize.cli.errors import reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
@@ -24,11 +24,13 @@ from quantize.cli.options import (
     stated_gate,
 )
 from quantize.cli.output import out, plain, print_json, table
+from quantize.cli.source_options import RevisionOption
 from quantize.run.options import Options
 
 
 def inspect(
     source: Source,
+    revision: RevisionOption = None,
     layout: LayoutOption = MODELOPT,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -39,7 +41,8 @@ def inspect(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what SRC's routed experts are, their gate, and what quantizing would save."""
+    """Show what SRC's routed experts are, their gate, and what quantizing would save; of a model on
+    the hub only headers are read."""
     with reporting_errors():
         options = Options(
             layout=layout.value,
@@ -51,13 +54,13 @@ def inspect(
             kv_cache=kv_cache.value if kv_cache else None,
             trust_remote_code=trust_remote_code,
         )
-        folder = resolve(source)
+        found = look_up(source, revision)
         with large_imports():
             from quantize import inspection
-            from quantize.checkpoint.reader import Checkpoint
+            from quantize.checkpoint.opened import opened
             from quantize.run.plan import plan
 
-        with Checkpoint(folder) as checkpoint:
+        with opened(found, code=trust_remote_code) as checkpoint:
             steps = plan(checkpoint, options)
             if as_json:
                 print_json(inspection.as_json(checkpoint, steps))

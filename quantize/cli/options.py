@@ -158,6 +158,32 @@ InputScaleOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of tables, e.g. --json > result.json.")
 ]
+WeightOnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weight-only",
+        metavar="PATTERN|N",
+        help="Of experts whose path matches, what goes into them stays bf16, though that of others "
+        "is NVFP4 (--activations), e.g. --weight-only '*.layers.3.*'; can be given several times. "
+        "A number: of so many layers, those that lose most otherwise, measured with the text.",
+    ),
+]
+LogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file",
+        metavar="FILE",
+        help="Write everything that is said to FILE too, each line with its time, e.g. --log-file "
+        "run.log; a log that is there is continued.",
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Print nothing but errors, and what was asked for, e.g. --quiet --log-file run.log.",
+    ),
+]
 
 
 def parse_size(text: str) -> int:
@@ -192,6 +218,27 @@ def stated_base(base: BaseName, all_linears: bool) -> str | None:
             f"--base {base.value} and --all-linears (NVFP4) are for the same linears; leave one out"
         )
     return str(base.value)
+
+
+def stated_weight_only(words: list[str] | None, text: bool) -> tuple[tuple[str, ...], int | None]:
+    """What ``--weight-only`` says: patterns, or a number of layers.
+
+    Args:
+        text: there is one, with which losses can be measured.
+
+    Raises:
+        UsageError: if it says both, or a number without a text.
+    """
+    numbers = [word for word in words or () if word.isdecimal()]
+    if not numbers:
+        return tuple(words or ()), None
+    if len(words or ()) > 1:
+        raise UsageError("--weight-only takes patterns, or one number of layers, and not both")
+    if not text:
+        raise UsageError(f"--weight-only {numbers[0]} needs --calibrate or --input-scales")
+    if int(numbers[0]) == 0:
+        raise UsageError("--weight-only 0 says nothing; leave it out")
+    return (), int(numbers[0])
 
 
 def stated_bits(bits: float | None) -> float | None:

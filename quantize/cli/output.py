@@ -1,18 +1,68 @@
 """What the commands print: tables, JSON and complaints.
 
-Results go to standard output, everything else to standard error.
+Results go to standard output, everything else to standard error; and all of it to the log, if
+there is one (``--log-file``). With ``--quiet`` only complaints are printed, and what was asked for
+by name: JSON, figures.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.control import Control
 from rich.markup import escape
 from rich.table import Table
 
-out = Console()
-err = Console(stderr=True)
+from quantize.cli.log import Log
+
+
+class Said(Console):
+    """A console whose lines go to the log too."""
+
+    log_file: Log | None = None
+    """The log of all of them."""
+
+    def print(self, *what: Any, **how: Any) -> None:
+        """See ``rich.console.Console``."""
+        if Said.log_file is not None and not isinstance(what[0] if what else Control(), Control):
+            Said.log_file.print(*what, **how)
+        super().print(*what, **how)
+
+
+out = Said()
+err = Said(stderr=True)
+
+
+@contextmanager
+def speaking(
+    quiet: bool = False, log_file: Path | None = None, apart: Iterable[Path] = ()
+) -> Iterator[None]:
+    """Within, things are said as ``--quiet`` and ``--log-file`` ask.
+
+    Args:
+        apart: folders that the log may not be in.
+
+    Raises:
+        QuantizeError: if the log cannot be written.
+    """
+    log = Log(log_file, apart) if log_file is not None else None
+    try:
+        Said.log_file = log
+        out.quiet = err.quiet = quiet
+        yield
+    finally:
+        Said.log_file = None
+        out.quiet = err.quiet = False
+        if log is not None:
+            log.close()
+            if log.failed:
+                complain("warning", f"--log-file {log_file}: {log.failed}; it lacks some lines")
 
 
 def plain(text: object) -> str:
@@ -30,12 +80,18 @@ def plain(text: object) -> str:
 
 def complain(kind: str, text: str) -> None:
     """Print a line such as ``error: ...`` on standard error; ``text`` may hold anything."""
+    quiet, err.quiet = err.quiet, False
     err.print(f"[red]{kind}:[/]", plain(text), soft_wrap=True, highlight=False)
+    err.quiet = quiet
 
 
 def print_json(value: object) -> None:
     """Print ``value`` as JSON, without rich, which would wrap and colour it."""
-    print(json.dumps(value, indent=2))
+    text = json.dumps(value, indent=2)
+    if Said.log_file is not None:
+        Said.log_file.write(text)
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def table(title: str, first: str, *others: str) -> Table:

@@ -1,26 +1,29 @@
-"""How far a command has come: bars on a terminal, elsewhere a line a minute.
+"""How far a command has come: bars on a terminal; elsewhere, and in the log, a line a minute.
 
-Both go to standard error.
+Bars and lines go to standard error.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from quantize.cli.output import err, plain
+from quantize.cli.output import Said, err, plain
 from quantize.duration import duration
 
 EVERY = 60.0
 """Seconds between two lines."""
 
 Clock = Callable[[], float]
+Count = Callable[[], int]
+"""Gives a number of bytes that grows."""
+
 Wait = Callable[[float], bool]
 """Waits for so many seconds; returns whether there is nothing more to wait for."""
 
@@ -36,6 +39,7 @@ class Work:
         steps: it is counted in steps, not in bytes.
         done: bytes or steps.
         where: which part of it is being done.
+        read: of steps, how many bytes were read until now, for this work or before it.
     """
 
     what: str
@@ -44,19 +48,29 @@ class Work:
     steps: bool = False
     done: float = 0
     where: str = ""
-    _began: tuple[float, float] | None = None
+    read: Count = lambda: 0
+    _began: tuple[float, float, int] | None = None
 
     def update(self, done: float, where: str = "") -> None:
         """Say how much is done. What the first call says was done before, and took no time."""
         self.done, self.where = done, where
-        self._began = self._began or (self.clock(), done)
+        self._began = self._began or (self.clock(), done, self.read())
 
     @property
     def pace(self) -> float:
         """Bytes or steps a second since it began; 0 if that is not known yet."""
         if self._began is None or self.done <= self._began[1]:
             return 0.0
-        return (self.done - self._began[1]) / max(self.clock() - self._began[0], 1e-9)
+        return (self.done - self._began[1]) / self._seconds
+
+    @property
+    def _seconds(self) -> float:
+        return max(self.clock() - self._began[0], 1e-9) if self._began else 0.0
+
+    @property
+    def _nbytes(self) -> int:
+        """Of steps: bytes that were read for them."""
+        return self.read() - self._began[2] if self._began else 0
 
     @property
     def left(self) -> str:
@@ -67,15 +81,20 @@ class Work:
 
     @property
     def amount(self) -> str:
-        """How much is done, and where it is."""
+        """Where it is, and how much is done."""
         if self.steps:
-            return self.where
-        return f"{decimal(int(self.done))} of {decimal(int(self.total))}"
+            much = f"{decimal(self._nbytes)} read" if self._nbytes else ""
+        else:
+            much = f"{decimal(int(self.done))} of {decimal(int(self.total))}"
+        return ", ".join(filter(None, (self.where, much)))
 
     @property
     def speed(self) -> str:
         """Of bytes."""
-        return f"{self.pace / 1e9:.2f} GB/s" if self.pace and not self.steps else ""
+        pace = self.pace
+        if self.steps:
+            pace = self._nbytes / self._seconds if self._nbytes else 0.0
+        return f"{pace / 1e9:.2f} GB/s" if pace else ""
 
     def __str__(self) -> str:
         percent = f"{100 * self.done / self.total if self.total else 100:.0f}%"
@@ -84,10 +103,15 @@ class Work:
 
 
 class Shown:
-    """Work in lines: of the latest, one when it begins, one every minute, and one at the end."""
+    """Work in lines: of the latest, one when it begins, one every minute, and one at the end.
 
-    def __init__(self) -> None:
+    Args:
+        say: prints a line; by default to standard error, and to the log.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self._latest: Work | None = None
+        self._say = say
 
     def update(self, work: Work) -> None:
         """Show that the work has gone on."""
@@ -96,8 +120,11 @@ class Shown:
             self.print()
 
     def say(self, line: str) -> None:
-        """Print a line beside the progress."""
-        err.print(plain(line), highlight=False, soft_wrap=True)
+        """Print a line."""
+        if self._say is not None:
+            self._say(line)
+        else:
+            err.print(plain(line), highlight=False, soft_wrap=True)
 
     def print(self) -> None:
         """Print how far the latest work is, if there is any."""
@@ -112,15 +139,22 @@ class Shown:
 
 
 class ShownAsBars(Shown):
-    """Work in bars, one below the other."""
+    """Work in bars, one below the other.
 
-    def __init__(self, bars: Progress) -> None:
+    Args:
+        lines: the same in lines, for the log.
+    """
+
+    def __init__(self, bars: Progress, lines: Shown | None = None) -> None:
         super().__init__()
         self._bars = bars
+        self._lines = lines
         self._tasks: dict[int, TaskID] = {}
 
     def update(self, work: Work) -> None:
         """See :class:`Shown`."""
+        if self._lines is not None:
+            self._lines.update(work)
         if id(work) not in self._tasks:
             self._tasks[id(work)] = self._bars.add_task(plain(work.what), about="")
         about = ", ".join(filter(None, (work.amount, work.speed, work.left)))
@@ -133,22 +167,28 @@ class Bar:
 
     Args:
         total: bytes; None if there are only passes.
+        read: how many bytes have been read until now, by passes and whatever else.
     """
 
     def __init__(
-        self, shown: Shown, what: str, total: int | None = None, clock: Clock = time.monotonic
+        self,
+        shown: Shown,
+        what: str,
+        total: int | None = None,
+        clock: Clock = time.monotonic,
+        read: Count = lambda: 0,
     ) -> None:
-        self._shown, self._clock = shown, clock
+        self._shown, self._clock, self._read = shown, clock, read
         self._lock = Lock()  # several threads advance
         self._passes: dict[str, Work] = {}
         self._bytes = Work(what, total or 0, clock)
         if total is not None:
             self._shown.update(self._bytes)
 
-    def advance(self, nbytes: int) -> None:
-        """Say that so many bytes more are done."""
+    def advance(self, nbytes: int, where: str = "") -> None:
+        """Say that so many bytes more are done, and where they are from."""
         with self._lock:
-            self._bytes.update(self._bytes.done + nbytes)
+            self._bytes.update(self._bytes.done + nbytes, where)
         self._shown.update(self._bytes)
 
     def say(self, line: str) -> None:
@@ -157,7 +197,8 @@ class Bar:
 
     def passing(self, what: str, done: float, steps: int, where: str = "") -> None:
         """Say how many of the steps of a pass are done, and where it is."""
-        work = self._passes.setdefault(what, Work(what, steps, self._clock, steps=True))
+        new = Work(what, steps, self._clock, steps=True, read=self._read)
+        work = self._passes.setdefault(what, new)
         work.total = steps
         work.update(done, where)
         self._shown.update(work)
@@ -170,29 +211,44 @@ class Bar:
         """Likewise, of the passes before it that measure layers' losses."""
         self.passing("Measuring losses", done, steps, where)
 
+    def evaluating(self, done: float, steps: int, where: str) -> None:
+        """Likewise, of both models."""
+        self.passing("Evaluating", done, steps, where)
+
     def counting(self, done: float, steps: int, where: str) -> None:
         """Likewise, of the pass before it that counts tokens."""
         self.passing("Counting tokens", done, steps, where)
 
 
 @contextmanager
-def progress_bar(what: str, total: int | None = None) -> Iterator[Bar]:
-    """Show how much is done of ``total`` bytes, until the context ends."""
-    if err.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[about]}"),
-        )
-        with Progress(*columns, console=err) as bars:
-            yield Bar(ShownAsBars(bars), what, total)
-        return
-    shown, ended = Shown(), Event()
+def progress_bar(what: str, total: int | None = None, read: Count = lambda: 0) -> Iterator[Bar]:
+    """Show how much is done of ``total`` bytes, until the context ends; see :class:`Bar`."""
+    with ExitStack() as stack:
+        shown: Shown
+        if err.is_terminal and not err.quiet:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[about]}"),
+            )
+            bars = stack.enter_context(Progress(*columns, console=err))
+            log = Said.log_file
+            lines = stack.enter_context(_every_minute(Shown(log.write))) if log else None
+            shown = ShownAsBars(bars, lines)
+        else:
+            shown = stack.enter_context(_every_minute(Shown()))
+        yield Bar(shown, what, total, read=read)
+
+
+@contextmanager
+def _every_minute(shown: Shown) -> Iterator[Shown]:
+    """Print it, until the context ends."""
+    ended = Event()
     thread = Thread(target=shown.print_until, args=(ended.wait,), daemon=True)
     thread.start()
     try:
-        yield Bar(shown, what, total)
+        yield shown
     finally:
         ended.set()
         thread.join()

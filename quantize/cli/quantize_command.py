@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 
-from quantize.checkpoint.hub import resolve
+from quantize.checkpoint.hub import look_up
 from quantize.cli.before_it_starts import say, say_activations, summary
+from quantize.cli.dry_run import DryOption, show
 from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
 from quantize.cli.options import (
@@ -32,21 +32,34 @@ from quantize.cli.options import (
     KvCacheOption,
     LayoutOption,
     LinearsOption,
+    LogOption,
     MethodName,
+    QuietOption,
     RuleName,
     Source,
     Target,
     TrustOption,
+    WeightOnlyOption,
     check_device,
     device_of,
     shard_size,
     stated_base,
     stated_bits,
     stated_gate,
+    stated_weight_only,
 )
-from quantize.cli.output import err, out, plain
-from quantize.cli.progress import progress_bar
+from quantize.cli.output import err
+from quantize.cli.progress import Bar, Shown, progress_bar
+from quantize.cli.push_options import (
+    EvaluationOption,
+    PushOption,
+    check_push,
+    push_finished,
+    reserve_for,
+)
+from quantize.cli.source_options import RevisionOption, StreamOption, check_stream
 from quantize.cli.text_options import check_text_options, said
+from quantize.cli.when_done import say_done
 from quantize.errors import QuantizeError
 from quantize.run.options import Calibration, Options
 
@@ -55,6 +68,8 @@ def quantize(
     context: typer.Context,
     source: Source,
     target: Target,
+    revision: RevisionOption = None,
+    stream: StreamOption = False,
     layout: LayoutOption = MODELOPT,
     scales: Annotated[
         RuleName,
@@ -128,6 +143,7 @@ def quantize(
             "scales of all that is quantized, else bf16; e.g. --activations bf16.",
         ),
     ] = None,
+    weight_only: WeightOnlyOption = None,
     input_scales: Annotated[
         list[str] | None,
         typer.Option(
@@ -206,14 +222,24 @@ def quantize(
             "DST, e.g. --calibrate texts.jsonl --work-dir /scratch.",
         ),
     ] = None,
+    push_to: PushOption = None,
+    evaluation: EvaluationOption = None,
+    dry_run: DryOption = False,
+    log_file: LogOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Write SRC to DST with its routed experts in NVFP4, everything else byte for byte."""
     again = "--resume instead of --overwrite" if overwrite else "--resume"
-    with reporting_errors(f"run the same command with {again} to go on"):
+    advice = "nothing was changed" if dry_run else f"run the same command with {again} to go on"
+    with reporting_errors(advice, quiet, log_file, [Path(source), target]):
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other")
         check_text_options(context, text, input_scales, activations, all_linears)
         read = text or input_scales or []
+        check_stream(stream, bool(read), ray)
+        check_push(push_to, source, evaluation, overwrite or resume)
+        command = _command(context)
+        patterns, floats = stated_weight_only(weight_only, bool(read))
         if read:
             from quantize.calibration.sources import check_there
 
@@ -228,6 +254,7 @@ def quantize(
             scales=scales.value,
             # Without either, an NVFP4 source decides.
             activations=chosen is Activations.NVFP4 if activations or found else None,
+            weight_only=patterns,
             max_shard_size=shard_size(max_shard_size),
             gate=stated_gate(gate),
             include=tuple(include or ()),
@@ -247,9 +274,11 @@ def quantize(
             from quantize.calibration.bits import within_bits
             from quantize.calibration.budget import needed
             from quantize.calibration.samples import digest_of, load_samples
-            from quantize.checkpoint.reader import Checkpoint
-            from quantize.execute import check_apart, execute
-            from quantize.run.cluster import connected
+            from quantize.checkpoint.opened import opened
+            from quantize.execute import execute
+            from quantize.run.apart import check_apart
+            from quantize.run.cluster import connected, room_on_ray
+            from quantize.run.fetch import fetch
             from quantize.run.lock import check_unlocked
             from quantize.run.plan import plan
             from quantize.run.target import FOLDER, check_folder, check_target, check_writable
@@ -258,13 +287,18 @@ def quantize(
 
         # Two names may be of one device: cuda and cuda:0.
         devices = list(dict.fromkeys(map(device_of, device))) if device else None
-        check_folder(target)  # all of this before hours of downloading
+        computing = devices or all_devices()
+        check_folder(target)  # all of this before anything is downloaded
         check_writable(target, "DST")
         if work_dir is not None:
             WorkDir(work_dir, target).check()
         check_unlocked(target / FOLDER)
+        goes_on = push_to is not None and not (overwrite or resume or dry_run)
+        if goes_on and push_finished(push_to, target, command, evaluation):
+            return
         check_target(target, overwrite, resume)
-        with connected(ray) if ray else nullcontext(), Checkpoint(resolve(source)) as checkpoint:
+        there = opened(look_up(source, revision), whole=True, stream=stream)
+        with connected(ray) if ray else nullcontext(), there as checkpoint:
             check_apart(checkpoint, target)
             steps = plan(checkpoint, replace(options, bits=None))
             if said(context, "scales") and not steps.quantizes:
@@ -275,7 +309,7 @@ def quantize(
             for note in steps.notes:
                 say(note)
             say_activations(steps, found, activations is None)
-            tokens = None
+            tokens = needs = None
             if read:
                 steps.check_can_calibrate()
                 wanted = calibration_rows or (128 if text else 32), calibration_length
@@ -292,10 +326,18 @@ def quantize(
                 )
                 steps = replace(steps, options=replace(steps.options, calibration=calibration))
             if tokens is not None:
-                needs = needed(checkpoint, steps, devices[0] if devices else all_devices()[0])
+                needs = needed(checkpoint, steps, computing[0])
                 err.print(f"Calibration: {needs}", highlight=False)
-            with progress_bar("Quantizing", checkpoint.nbytes) as bar:
-                if bits is not None:
+            if push_to and not dry_run:
+                reserve_for(push_to, checkpoint, steps)
+            states = needs.states if needs else 0
+            fetch(checkpoint, steps, target, states, work_dir, overwrite, dry_run)
+            with (
+                nullcontext(Bar(Shown(), "Quantizing"))
+                if dry_run
+                else progress_bar("Quantizing", checkpoint.nbytes, lambda: checkpoint.nbytes_read)
+            ) as bar:
+                if bits is not None or floats is not None:
                     assert tokens is not None
                     steps = within_bits(
                         checkpoint,
@@ -303,10 +345,14 @@ def quantize(
                         options,
                         tokens,
                         target,
-                        (devices or all_devices())[0],
+                        computing[0],
+                        weight_only=floats,
                         resume=resume,
                         work_dir=work_dir,
                         limited=not yes,
+                        counting=check_text,
+                        devices=room_on_ray(ray, threads) if ray else len(computing),
+                        dry=dry_run,
                         progress=bar.measuring,
                         say=bar.say,
                     )
@@ -319,7 +365,7 @@ def quantize(
                     devices=devices,
                     threads=threads,
                     ray=ray,
-                    command=_command(context),
+                    command=command,
                     progress=bar.advance,
                     samples=tokens,
                     calibrating=bar.calibrating,
@@ -327,20 +373,18 @@ def quantize(
                     limited=not yes,
                     work_dir=work_dir,
                     say=bar.say,
+                    dry=show if dry_run else None,
                 )
-        out.print(
-            f"{plain(target)}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} "
-            f"in {done.shards} file{'s' * (done.shards > 1)}, {done.seconds:.1f} s, "
-            f"{done.bytes_read / done.seconds / 1e9:.2f} GB/s",
-            soft_wrap=True,
-            highlight=False,
-        )
+        if not dry_run:
+            say_done(done, target, trust_remote_code)
+        if push_to and not dry_run:
+            push_finished(push_to, target, command, None, anew=True)
 
 
 def _command(context: typer.Context) -> str:
     """The command line that determines the output, without what only says how it is made."""
     how = {"overwrite", "resume", "device", "threads", "ray", "source", "target", "work_dir"}
-    how |= {"check_text", "yes"}
+    how |= {"check_text", "yes", "dry_run", "log_file", "quiet", "stream", "push_to", "evaluation"}
     words = ["nvfp4-moe", "quantize", context.params["source"], str(context.params["target"])]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

@@ -9,11 +9,19 @@ from typing import Annotated
 import typer
 
 from quantize.checkpoint.hub import resolve
-from quantize.cli.errors import reporting_errors
+from quantize.cli.errors import UsageError, reporting_errors
 from quantize.cli.large_imports import large_imports
-from quantize.cli.options import GateOption, JsonOption, TrustOption, stated_gate
+from quantize.cli.options import (
+    GateOption,
+    JsonOption,
+    LogOption,
+    QuietOption,
+    TrustOption,
+    stated_gate,
+)
 from quantize.cli.output import complain, err, out, plain, print_json, table
 from quantize.cli.progress import progress_bar
+from quantize.cli.source_options import RevisionOption, revision_for
 
 
 def verify(
@@ -29,15 +37,23 @@ def verify(
             metavar="DST", help="Folder of the quantized checkpoint.", show_default=False
         ),
     ] = None,
+    revision: RevisionOption = None,
     gate: GateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    log_file: LogOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Check DST beside SRC: every tensor, every config, every file; exit 1 if anything is missing
     or wrong. With DST alone, check that its parts fit together."""
-    with reporting_errors():
+    apart = [Path(source), *([target] if target else [])]
+    with reporting_errors(quiet=quiet, log_file=log_file, apart=apart):
         stated = stated_gate(gate)
-        folder = resolve(source) if target is not None else None
+        folder = None
+        if target is not None:
+            folder = resolve(source, revision_for(source, target, revision))
+        elif revision is not None:
+            raise UsageError("--revision is SRC's, and only DST is given; leave it out")
         with large_imports():
             from quantize.checkpoint.reader import Checkpoint
             from quantize.verify import verify as compare

@@ -26,6 +26,7 @@ from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
 from quantize.layouts import detect
 from quantize.layouts.base import BASES
+from quantize.layouts.stated import stays_float
 from quantize.nvfp4.activations import round_nvfp4, round_rows_e4m3
 
 NVFP4, FP8, BF16 = "nvfp4", "fp8", "bf16"
@@ -61,7 +62,8 @@ def check_has_scales(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> None:
             "nvfp4 rounds; leave it out"
         )
     for name in nvfp4:
-        if not checkpoint.has_input_scale(name):
+        module = name.removesuffix(".weight")
+        if not checkpoint.has_input_scale(name) and not stays_float(checkpoint.config, module):
             file = min(checkpoint.files_of([name]))
             raise QuantizeError(
                 f"{checkpoint.folder / file}: {name} has no input scale, and --activations nvfp4 "

@@ -16,6 +16,7 @@ import torch
 from rich.filesize import decimal
 
 from quantize.calibration.budget import state_size
+from quantize.calibration.progress import Progress as Advance
 from quantize.calibration.proof import prove_pass
 from quantize.calibration.samples import digest_of
 from quantize.checkpoint.identity import identity_of
@@ -54,7 +55,7 @@ def evaluate(
     work_dir: Path | None = None,
     resume: bool = False,
     beside: Path | None = None,
-    progress: Callable[[float, int], None] = lambda _, __: None,
+    progress: Advance = lambda *_: None,
     say: Say = lambda _: None,
 ) -> Result:
     """Compare what ``target`` predicts with what ``source`` does.
@@ -73,8 +74,8 @@ def evaluate(
         work_dir: where states are kept so that ``resume`` can go on; by default they go at the end.
         beside: without ``work_dir``, a temporary folder for states is made in this one; by default
             where the system has its own.
-        progress: is told how many steps are done, and how many there are: a step is a layer of
-            both models, or all predictions.
+        progress: see ``quantize.calibration.progress.Progress``. A step is a layer of both models,
+            or all predictions.
         say: is told what is said before the hours begin.
 
     Raises:
@@ -134,7 +135,7 @@ def _run(
     second: Side,
     tokens: torch.Tensor,
     state: Progress,
-    progress: Callable[[float, int], None],
+    progress: Advance,
     started: float,
 ) -> None:
     """All layers and then the predictions, from where ``state`` is."""
@@ -146,10 +147,15 @@ def _run(
         return state.seconds + time.perf_counter() - started
 
     for layer in range(len(state.depth), layers):
-        progress(layer, layers + 1)
+        progress(layer, layers + 1, f"layer {layer}")
         begun = time.perf_counter()
-        for side in sides:
-            side.layer_forward(layer)
+        for number, side in enumerate(sides):
+
+            def report(part: float, what: str, number: int = number, layer: int = layer) -> None:
+                where = f"layer {layer} of {('SRC', 'DST')[number]}, {what}"
+                progress(layer + (number + part) / 2, layers + 1, where)
+
+            side.layer_forward(layer, report)
         found = distance(*(side.hidden_states(layer + 1) for side in sides))
         took = time.perf_counter() - begun
         state.depth.append(Depth(layer, layer in with_experts, *found, took))
@@ -159,10 +165,11 @@ def _run(
     with first.end.loaded(), second.end.loaded(), torch.no_grad():
         share(first, second)
         for row in range(len(state.rows), len(tokens)):
-            progress(layers + row / len(tokens), layers + 1)
+            where = f"predictions, row {row + 1} of {len(tokens)}"
+            progress(layers + row / len(tokens), layers + 1, where)
             state.rows.append(row_of(first, second, tokens, row))
             state.write(sides, seconds())
-    progress(layers + 1, layers + 1)
+    progress(layers + 1, layers + 1, "done")
 
 
 def _ignored(side: Side, activations: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from quantize.calibration.forward import LayerwiseForward
+from quantize.calibration.forward import LayerwiseForward, ShareDone
 from quantize.calibration.layerwise import LayerwiseModel
 from quantize.calibration.model_end import ModelEnd
 from quantize.calibration.store import Store, states_name
@@ -88,14 +88,17 @@ class Side:
             self.checkpoint, self.gates, self.model, samples, self.store
         )
 
-    def layer_forward(self, layer: int) -> None:
+    def layer_forward(self, layer: int, progress: ShareDone = lambda *_: None) -> None:
         """Run one layer on all texts, from the states in the store to those after it.
+
+        Args:
+            progress: is told of its experts.
 
         Raises:
             QuantizeError: naming the checkpoint, if its weights make NaN or cannot be run.
         """
         try:
-            self._forward.layer_forward(layer, self._visitor)
+            self._forward.layer_forward(layer, self._visitor, progress)
         except QuantizeError as error:
             if str(self.folder) in str(error):
                 raise

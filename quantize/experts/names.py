@@ -50,6 +50,7 @@ SINGLE_PATTERN = re.compile(
 _MODULE = re.compile(
     EXPERTS + rf"[0-9]{{1,9}}\.(?:{'|'.join(name for names in PROJECTIONS for name in names)})"
 )
+_EXPERT = re.compile(r"\bexperts\.([0-9]{1,9})\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 
 
@@ -57,6 +58,14 @@ def layer_number(name: str) -> int | None:
     """The number of the decoder layer that holds a tensor or module; None if no layer does."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def where_of(name: str) -> str:
+    """Which layer and expert a tensor or module is of, in words; its name if it is of no layer."""
+    number, expert = layer_number(name), _EXPERT.search(name)
+    if number is None:
+        return name
+    return f"layer {number}" + (f", expert {expert[1]}" if expert else "")
 
 
 def is_expert(module: str) -> bool:

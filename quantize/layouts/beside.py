@@ -15,6 +15,7 @@ class Beside:
         eight_bit: formats of 8 bits, each with the module paths of what is in it, linears and
             experts.
         nvfp4: module paths of those in NVFP4: a config for several formats names each.
+        weight_only: those of them whose activations stay floats, though the others' do not.
         kv_cache: how engines are to keep keys and values, one of the layout's ``kv_caches``; None:
             as they like.
     """
@@ -22,6 +23,12 @@ class Beside:
     eight_bit: tuple[tuple[BaseFormat, tuple[str, ...]], ...] = ()
     nvfp4: tuple[str, ...] = ()
     kv_cache: str | None = None
+    weight_only: tuple[str, ...] = ()
+
+    @property
+    def several(self) -> bool:
+        """Whether modules differ, so that a config has to name them."""
+        return bool(self.eight_bit or self.weight_only)
 
 
 NOTHING = Beside()

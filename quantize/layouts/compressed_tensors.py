@@ -78,6 +78,10 @@ class CompressedTensors:
             # Readers look for a module's name before its class, so these are not the first group's.
             groups[f"group_{number}"] = preset_name_to_scheme(base.preset, sorted(modules))
             groups[f"group_{number}"].format = base.format
+        if beside.weight_only:
+            weights = preset_name_to_scheme("NVFP4A16", sorted(beside.weight_only))
+            weights.format = _FORMAT
+            groups[f"group_{len(groups)}"] = weights
         cache = self.kv_caches[beside.kv_cache] if beside.kv_cache else None
         config = QuantizationConfig(
             config_groups=groups,
@@ -87,6 +91,14 @@ class CompressedTensors:
             kv_cache_scheme=QuantizationArgs(**cache) if cache else None,
         )
         return config.model_dump(mode="json")
+
+    def stays_float(self, quantization_config: dict[str, Any], module: str) -> bool:
+        groups = quantization_config.get("config_groups")
+        found = list(groups.values()) if isinstance(groups, dict) else []
+        named = [g for g in found if isinstance(g, dict) and module in (g.get("targets") or ())]
+        return any(g.get("input_activations") is None for g in named) or (
+            not named and not self._activations
+        )
 
     def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:
         return {}

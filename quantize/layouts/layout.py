@@ -73,6 +73,10 @@ class Layout(Protocol):
     def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:
         """The contents of ``config_files``, by name. The arguments are as above."""
 
+    def stays_float(self, quantization_config: dict[str, Any], module: str) -> bool:
+        """Whether a config in this layout says that the activations at a module in NVFP4 stay
+        floats, so that the weight has no input scale."""
+
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         """Whether a checkpoint with this ``quantization_config`` is NVFP4 in this layout.
 

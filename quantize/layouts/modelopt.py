@@ -81,7 +81,7 @@ class ModelOpt:
     def quantization_config(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, Any]:
         cache = {"kv_cache_scheme": self.kv_caches[beside.kv_cache]} if beside.kv_cache else {}
         producer = {"producer": {"name": "vllm-nvfp4-moe"}}
-        if beside.eight_bit:
+        if beside.several:
             return {
                 "quant_method": "modelopt",
                 "quant_algo": MIXED,
@@ -108,7 +108,7 @@ class ModelOpt:
         }
 
     def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:
-        mixed = {"quantized_layers": self._layers(beside)} if beside.eight_bit else {}
+        mixed = {"quantized_layers": self._layers(beside)} if beside.several else {}
         quantization = {
             "quant_algo": MIXED if mixed else self._algorithm,
             "kv_cache_quant_algo": beside.kv_cache.upper() if beside.kv_cache else None,
@@ -126,8 +126,17 @@ class ModelOpt:
     def _layers(self, beside: Beside) -> dict[str, dict[str, Any]]:
         """``quantized_layers``: each module with an algorithm, as ModelOpt writes it."""
         ours = {"quant_algo": self._algorithm, "group_size": BLOCK}
+        weights = {"quant_algo": self.weights_only._algorithm, "group_size": BLOCK}
         others = ((module, base.modelopt) for base, names in beside.eight_bit for module in names)
-        return dict.fromkeys(beside.nvfp4, ours) | dict(others)
+        nvfp4 = dict.fromkeys(beside.nvfp4, ours) | dict.fromkeys(beside.weight_only, weights)
+        return nvfp4 | dict(others)
+
+    def stays_float(self, quantization_config: dict[str, Any], module: str) -> bool:
+        fields = settings(quantization_config)
+        layers = fields.get("quantized_layers")
+        entry = layers.get(module) if isinstance(layers, dict) else None
+        found = algorithm(entry if isinstance(entry, dict) else fields)
+        return WEIGHT_ONLY.get(found, not self._activations)
 
     def describes(self, quantization_config: dict[str, Any]) -> bool:
         method = str(quantization_config.get("quant_method", "modelopt")).lower()

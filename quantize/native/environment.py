@@ -23,15 +23,24 @@ CPP = "NVFP4_MOE_CPP"
 CACHE = "NVFP4_MOE_CACHE"
 
 
+configured: dict[str, str] = {}
+"""What a program that imports this says in the place of variables, by their names. It wins."""
+
+
+def said(name: str) -> str | None:
+    """What the user says of a variable; None for nothing."""
+    return configured.get(name) or os.environ.get(name) or None
+
+
 def cpp() -> bool:
     """Whether kernels for CPUs may be compiled from C++ (``NVFP4_MOE_CPP``)."""
-    return os.environ.get(CPP, "1") != "0"
+    return said(CPP) != "0"
 
 
 def cache() -> Path | None:
     """The folder in which compiled kernels are kept (``NVFP4_MOE_CACHE``); it may not exist. None
     if nothing says where it is: users of containers may have no home directory."""
-    if folder := os.environ.get(CACHE):
+    if folder := said(CACHE):
         return Path(folder).absolute()
     # As vLLM finds its own (vllm.envs), which is not imported for it.
     root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(  # noqa: PTH118

@@ -1,11 +1,14 @@
-"""Compiles this package's CUDA and C++ sources at first use, and keeps what comes out.
+"""Loads this package's CUDA and C++ sources as libraries, and compiles what is not there yet.
 
-What is compiled lies in ``$NVFP4_MOE_CACHE``, by default ``nvfp4_moe`` in vLLM's cache, under a
-hash of all that it depends on. If that folder cannot be used, one for this user alone below it or
-in the system's folder for temporary files takes its place. What is loaded is code, so it is taken
-only from folders that nobody but this user and root can write. Nothing is linked to PyTorch:
-kernels take pointers, through ctypes. A library's symbols are hidden but for those that its source
-marks as visible by default.
+A library's name is a hash of its source, of what the compiler is told and of the processor. It says
+nothing of the compiler, which is looked for only if no folder has a library of that name that loads
+here: so an image or a package can bring them all (``python -m vllm_nvfp4_moe.build``). They lie in
+``$NVFP4_MOE_CACHE``, by default ``nvfp4_moe`` in vLLM's cache. If that folder cannot be used, one
+for this user alone below it or in the system's folder for temporary files takes its place. What is
+loaded is code, so it is taken only from folders that nobody but this user and root can write.
+
+Nothing is linked to PyTorch: kernels take pointers, through ctypes. A library's symbols are hidden
+but for those that its source marks as visible by default.
 """
 
 from __future__ import annotations
@@ -21,15 +24,23 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from quantize.native import environment
 
 logger = logging.getLogger("vllm.nvfp4_moe.jit")
 """Below vLLM's logger, whose handlers it has in a server; elsewhere its warnings are seen."""
+
+
+PACKAGE = "vllm_nvfp4_moe_jit_cache"
+"""What the optional distribution ``vllm-nvfp4-moe-jit-cache`` installs (jit_cache)."""
+
+NOTE = ".does-not-load"
+"""Suffix of an empty file beside a library that was compiled and loads from no folder."""
 
 
 class KernelError(RuntimeError):
@@ -46,6 +57,7 @@ class Language:
         compiler: finds the compiler, or raises KernelError.
         options: what the compiler is told.
         linked: what it is told when it links, if it is not to do that at once.
+        libraries: a folder beside the compiler's, in which it may not look for libraries itself.
     """
 
     suffix: str
@@ -53,6 +65,7 @@ class Language:
     compiler: Callable[[], Path]
     options: tuple[str, ...]
     linked: tuple[str, ...] = ()
+    libraries: str | None = None
 
 
 def cuda(architecture: str) -> Language:
@@ -65,6 +78,7 @@ def cuda(architecture: str) -> Language:
             "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
             "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
         ),
+        libraries="lib",  # of pip's packages; nvcc looks in lib64
     )  # fmt: skip
 
 
@@ -77,14 +91,18 @@ def cpp(*options: str, openmp: bool = False) -> Language:
     """
     threads = ("-fopenmp",) if openmp else ()
     # OpenMP's runtime is that of PyTorch, whose names are global: a second one would have threads
-    # of its own, on cores that vLLM has given to others. With -fopenmp the linker asks for one.
+    # of its own, on cores that vLLM has given to others. With -fopenmp the linker asks for one. Nor
+    # is there a runtime of C++, which a destructor would want where there are exceptions.
     return Language(
         ".cpp",
         "this processor",
         lambda: cxx(),
-        ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *threads, "-c", *options),
+        (
+            "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", *threads, "-c",
+            *options,
+        ),
         ("-shared", "-nostdlib", "-lm", "-lc", "-lgcc"),
-    )
+    )  # fmt: skip
 
 
 def cxx() -> Path:
@@ -122,9 +140,13 @@ def nvcc() -> Path:
     )
 
 
-def folders() -> Iterator[Path]:
+def folders(make: bool = True) -> Iterator[Path]:
     """Where compiled kernels may be kept, the preferred place first. All exist and are safe, but
-    one may be a place that this user can only read."""
+    one may be a place that this user can only read.
+
+    Args:
+        make: whether a folder that is not there is made, or passed over.
+    """
     wanted = environment.cache()
     mine = f"user-{os.getuid()}"
     places = [] if wanted is None else [wanted, wanted / mine]
@@ -132,116 +154,180 @@ def folders() -> Iterator[Path]:
         places.append(Path(tempfile.gettempdir(), f"nvfp4_moe-{mine}"))
     for place in places:
         try:
-            # Nobody else may write in what is made here, whatever the umask is.
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                place.mkdir(mode=0o700)
-            problem = _unsafe(place)
+            if make:
+                make_folder(place)
+            elif not place.exists():
+                continue
+            check_safe(place)
         except OSError as error:
-            problem = str(error)
-        if problem is None:
+            if place == wanted and make:
+                logger.warning("Compiled kernels cannot be kept where they should be: %s", error)
+        else:
             yield place
-        elif place == wanted:
-            logger.warning("Compiled kernels cannot be kept in %s: %s", place, problem)
 
 
-def _unsafe(path: Path) -> str | None:
-    """Why code is not loaded from ``path``; None if only this user and root can write there."""
+def make_folder(place: Path) -> None:
+    """Make ``place`` unless it is there. Whatever the umask is, others can read what is made, and
+    nobody else can write in it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+        place.chmod(0o755)
+
+
+def check_safe(path: Path) -> None:
+    """Raise an OSError if anybody but this user and root can write in ``path``: no code is loaded
+    from there."""
     found = path.stat()
     if found.st_uid not in (0, os.getuid()):
-        return f"it belongs to another user ({found.st_uid})"
+        raise OSError(f"{path}: it belongs to another user ({found.st_uid})")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others can write there (mode {stat.S_IMODE(found.st_mode):o})"
+        raise OSError(f"{path}: others can write there (mode {stat.S_IMODE(found.st_mode):o})")
+
+
+def packaged(name: str) -> Path | None:
+    """The library of that name in the package ``vllm-nvfp4-moe-jit-cache``, which may not have it.
+    None if there is no package, or none that can be trusted."""
+    package = importlib.util.find_spec(PACKAGE)
+    for folder in map(Path, (package and package.submodule_search_locations) or ()):
+        library = folder / name
+        try:
+            # Whoever can write beside this package can change this module as well.
+            if folder.parent != Path(__file__).parents[2]:
+                for path in (folder, library) if library.exists() else (folder,):
+                    check_safe(path)
+        except OSError as error:
+            logger.warning("The package of compiled kernels is not used: %s", error)
+        else:
+            return library
     return None
 
 
-def build(source: str, language: Language, folder: Path) -> Path:
-    """Compile, or find what was compiled before.
+def file_name(source: str, language: Language) -> str:
+    """Of the library, without a folder."""
+    # The host's part needs a processor like this host's, and its C library or a newer one: where
+    # that is not so, the library does not load.
+    host = [platform.machine(), platform.libc_ver()[0]]
+    key = "\0".join([*language.options, *language.linked, *host, source])
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+
+
+def build(source: str, language: Language, library: Path) -> None:
+    """Compile, into a file that others can read. It is there whole or not at all.
 
     Args:
         source: the whole text, without includes of ours.
-        folder: one of :func:`folders`.
-
-    Returns:
-        The path of the shared library.
+        library: what is to be made, in a folder that is there.
 
     Raises:
         KernelError: with what the compiler says.
-        OSError: if it is not there, and cannot be written there.
+        OSError: if it cannot be written.
     """
     compiler = language.compiler()
-    version = _run(compiler, "--version")
-    # The host's part of the library needs a processor and a C library like this host's.
-    host = [platform.machine(), *platform.libc_ver()]
-    key = "\0".join([version, *language.options, *language.linked, *host, source])
-    library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if not library.exists():
-        with _locked(library.with_suffix(".lock")):
-            if not library.exists():  # nobody compiled it meanwhile
-                logger.info(
-                    "Compiling a kernel for %s with %s, once: %s",
-                    language.target,
-                    compiler,
-                    library,
-                )
-                _compile(compiler, language, source, library)
-    if problem := _unsafe(library):
-        raise OSError(f"{library}: {problem}")
-    return library
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Within, no other process compiles the same: the ranks of a server start together."""
-    with file.open("w") as handle:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _compile(compiler: Path, language: Language, source: str, library: Path) -> None:
+    logger.info("Compiling a kernel for %s with %s, once: %s", language.target, compiler, library)
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         file = Path(temporary, "kernel").with_suffix(language.suffix)
         made = file.with_suffix(".so")
         file.write_text(source)
         compiled = file.with_suffix(".o") if language.linked else made
-        _run(compiler, "-o", compiled, file, *language.options)
+        more = [f"-L{compiler.parents[1] / language.libraries}"] if language.libraries else []
+        _run(compiler, "-o", compiled, file, *language.options, *more)
         if language.linked:
             _run(compiler, "-o", made, compiled, *language.linked)
         made.chmod(0o755)
         made.replace(library)
 
 
-def _run(compiler: Path, *arguments: str | Path) -> str:
-    """What it prints."""
+def _run(compiler: Path, *arguments: str | Path) -> None:
     done = subprocess.run([compiler, *arguments], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()[-2000:]
         said = said or f"it said nothing, and its exit status is {done.returncode}"
         raise KernelError(f"{compiler.name} failed: {said}")
-    return done.stdout
 
 
 def load(source: str, language: Language) -> ctypes.CDLL:
-    """Load the library of :func:`build`, whose arguments it has but for the folder. A library that
-    does not load, because it is damaged or from another host, is built again.
+    """Load the library of ``source``, whose arguments :func:`build` has. If none loads, because
+    there is none, or it is damaged or from another host, it is compiled, once.
 
     Raises:
         KernelError: if it cannot be built, or cannot be loaded from any folder.
     """
+    name = file_name(source, language)
     problems: dict[str, None] = {}
-    for folder in folders():
-        for _ in range(2):
-            library = None
-            try:
-                library = build(source, language, folder)
+    if prebuilt := packaged(name):
+        try:
+            return ctypes.CDLL(str(prebuilt))
+        except OSError as error:
+            problems[str(error)] = None
+            logger.warning(
+                "The installed package of kernels has none for %s that loads here and is of this "
+                "version, and it is looked for elsewhere: %s", language.target, error,
+            )  # fmt: skip
+    found = _loaded(name, folders(make=False), problems)
+    for folder in () if found else folders():
+        try:
+            with _locked(folder / name):
+                # Another process may have compiled it meanwhile.
+                found = _loaded(name, folders(make=False), problems) or _made(
+                    source, language, folder / name, problems
+                )
+            break
+        except OSError as error:  # this user can only read there
+            problems[str(error)] = None
+    if found is None:
+        raise KernelError(
+            f"cannot be built or loaded: {'; '.join(problems) or 'no folder can be written'}"
+        )
+    return found
+
+
+def _loaded(name: str, places: Iterable[Path], problems: dict[str, None]) -> ctypes.CDLL | None:
+    """The library from the first of the places that has one that loads; why others do not is noted
+    in ``problems``."""
+    for library in (place / name for place in places):
+        try:
+            if library.exists():
+                check_safe(library)
                 return ctypes.CDLL(str(library))
-            except OSError as error:
-                problems[str(error)] = None
-                if library is None:
-                    break
-                with suppress(OSError):
-                    library.unlink()
-    raise KernelError(
-        f"cannot be built or loaded: {'; '.join(problems) or 'no folder can be written'}"
-    )
+        except OSError as error:
+            problems[str(error)] = None
+    return None
+
+
+def _made(
+    source: str, language: Language, library: Path, problems: dict[str, None]
+) -> ctypes.CDLL | None:
+    """Compile ``library``, and load it, or else a copy of it in one of the other folders.
+
+    If it loads from none, it stays, beside a note that it does not: no later start compiles it
+    again to learn the same.
+    """
+    note = library.with_suffix(NOTE)
+    if library.exists() and note.exists():
+        raise KernelError(
+            f"it was compiled before, and does not load: {'; '.join(problems)}. Remove {note} to "
+            "have it compiled again"
+        )
+    build(source, language, library)
+    for place in chain([library.parent], folders()):
+        copy = place / library.name
+        if copy != library:
+            with suppress(OSError):
+                temporary = copy.with_suffix(f".{os.getpid()}")
+                shutil.copy(library, temporary)
+                temporary.replace(copy)
+        if found := _loaded(copy.name, [place], problems):
+            note.unlink(missing_ok=True)
+            return found
+    note.touch()
+    return None
+
+
+@contextmanager
+def _locked(library: Path) -> Iterator[None]:
+    """Within, no other process compiles the same: the ranks of a server start together."""
+    with library.with_suffix(".lock").open("w") as handle:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

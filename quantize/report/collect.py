@@ -80,6 +80,7 @@ def collect(
         digests=digests,
         revision=revision_of(checkpoint.folder),
         source_digest=digest_of(record.identity),
+        weight_only=list(plan.options.weight_only),
         sessions=sessions,
     )
 
@@ -113,7 +114,7 @@ def _layer(
     written = sum(
         out.nbytes
         for module, shape in zip(group.modules(0), group.shapes, strict=True)
-        for out in stored_tensors(module, shape, plan.layout)
+        for out in stored_tensors(module, shape, plan.layout_of(group))
     )
     biases = sum(checkpoint.tensors[name].nbytes for name in group.bias_names)  # kept as they are
     return LayerReport(

@@ -176,6 +176,8 @@ class RunReport:
             that is not known.
         source_digest: SHA-256, in hexadecimal, of a part of each tensor of the source and of all
             files beside (``quantize.checkpoint.identity``).
+        weight_only: patterns of module paths of experts whose activations stay floats, though the
+            checkpoint says that activations are quantized.
         sessions: when, how long and where the run was made; empty if it is to be reproducible
             (``quantize.run.sessions``).
     """
@@ -203,6 +205,7 @@ class RunReport:
     converted: bool = False
     revision: str | None = None
     source_digest: str = ""
+    weight_only: list[str] = field(default_factory=list)
     sessions: list[Session] = field(default_factory=list)
 
 
@@ -216,6 +219,7 @@ _LATER: dict[str, Any] = {
     "converted": False,
     "revision": None,
     "source_digest": "",
+    "weight_only": [],
     "sessions": [],
 }
 """What older reports do not have."""

@@ -20,6 +20,10 @@ from quantize.report.data import LayerReport
 FAR = 0.25
 """How far above its projection's median an error may be, as a part of the median."""
 
+LOW = 0.5
+"""An error below this part of its projection's median is remarkable too: rounding does not come out
+so much better, so a few huge values make up the weight's norm, and the others may be lost."""
+
 COMBINED = "combined"
 
 
@@ -28,11 +32,12 @@ class Kind(Enum):
 
     FINE = "fine"
     FAR = "far"
+    LOW = "low"
     ZERO = "zero"
     EXACT = "exact"
 
 
-NAMES = {Kind.FAR: "far above", Kind.ZERO: "all zero", Kind.EXACT: "exact"}
+NAMES = {Kind.FAR: "far above", Kind.LOW: "far below", Kind.ZERO: "all zero", Kind.EXACT: "exact"}
 """What the page calls the remarkable kinds, gravest first."""
 
 
@@ -83,8 +88,10 @@ class ErrorScale:
             return Kind.ZERO
         if error == 0:
             return Kind.EXACT
-        median = self.medians.get(projection, math.inf)
-        return Kind.FAR if error > min(median * (1 + FAR), IMPLAUSIBLE) else Kind.FINE
+        median = self.medians.get(projection)
+        if error > min((median or math.inf) * (1 + FAR), IMPLAUSIBLE):
+            return Kind.FAR
+        return Kind.LOW if median and error < median * LOW else Kind.FINE
 
     def position(self, error: float) -> float:
         """Where ``error`` is between ``low`` (0) and ``high`` (1); those beyond are at the end."""
@@ -102,7 +109,7 @@ class ErrorScale:
         for number, layer in enumerate(layers):
             for expert, errors in enumerate(layer.errors):
                 kinds = {self.kind(*both) for both in zip(layer.projections, errors, strict=True)}
-                kind = next((k for k in (Kind.FAR, Kind.ZERO) if k in kinds), Kind.FINE)
+                kind = next((k for k in (Kind.FAR, Kind.LOW, Kind.ZERO) if k in kinds), Kind.FINE)
                 if kinds == {Kind.EXACT}:
                     kind = Kind.EXACT
                 yield Cell(number, expert, COMBINED, root_mean_square(errors), kind)
@@ -116,7 +123,8 @@ class ErrorScale:
         median = self.medians.get(cell.projection)
         if not median:
             return "\N{EN DASH}"
-        return f"{cell.error / median:.2f} \N{MULTIPLICATION SIGN}"
+        times = cell.error / median
+        return f"{'<0.01' if 0 < times < 0.005 else f'{times:.2f}'} \N{MULTIPLICATION SIGN}"
 
 
 def root_mean_square(errors: tuple[float, ...]) -> float:

@@ -16,7 +16,7 @@ from quantize.nvfp4.rounding import METHODS
 from quantize.report import heatmap, histogram
 from quantize.report.calibration import findings
 from quantize.report.data import RunReport, dumps
-from quantize.report.findings import FAR, NAMES, Kind, root_mean_square
+from quantize.report.findings import FAR, LOW, NAMES, Kind, root_mean_square
 from quantize.report.grid import of_experts, of_linears
 from quantize.report.verdict import judge
 from quantize.run.report_files import mark
@@ -75,7 +75,7 @@ def _context(run: RunReport) -> dict[str, Any]:
         "name": PurePath(run.target).name or run.target,
         "experts_grid": experts,
         "linears_grid": linears,
-        "verdict": judge([experts, linears] if linears else [experts]),
+        "verdict": judge([experts, linears] if linears else [experts], run.calibration),
         "gates": Counter(layer.gate for layer in run.layers),
         "sizes": _sizes(run),
         "decibels": -20 * math.log10(experts.scale.median) if experts.scale.median > 0 else 0,
@@ -90,6 +90,7 @@ def _context(run: RunReport) -> dict[str, Any]:
         "every_nth": heatmap.every_nth,
         "root_mean_square": root_mean_square,
         "FAR": FAR,
+        "LOW": LOW,
         "Kind": Kind,
         "NAMES": NAMES,
     }

@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # a command reads this without PyTorch
 NVFP4, BF16 = "nvfp4", "bf16"
 """The names of the formats that are not in ``BASES``."""
 
+WEIGHTS = "nvfp4-weights"
+"""NVFP4 whose inputs stay floats, where those of others do not: ``--weight-only``. It takes as many
+bits, so a budget does not choose between the two."""
+
 MEASURED = "measured"
 """The name of the folder of losses in a record's folder, and of states in ``--work-dir``."""
 
@@ -81,6 +85,33 @@ def formats_of(groups: Sequence[ExpertGroup]) -> list[str]:
         if all(base.fits(*shape) and not g.bias_names for g in groups for shape in g.shapes)
     ]
     return [NVFP4, *fitting, BF16]
+
+
+def check_count(count: int, layers: int) -> None:
+    """Refuse to keep the inputs of more layers than would leave any.
+
+    Raises:
+        QuantizeError: if it is as many as there are, or more.
+    """
+    if count >= layers:
+        raise QuantizeError(
+            f"--weight-only {count}: there are {layers} layers with experts in NVFP4; give a "
+            "smaller number, or --activations bf16 for all of them"
+        )
+
+
+def most_by_inputs(losses: Losses, prefixes: Iterable[str], count: int) -> list[str]:
+    """The layers that lose most by rounding inputs to NVFP4, in their order.
+
+    Args:
+        losses: of NVFP4 and of ``WEIGHTS``, at least.
+        prefixes: of the layers to choose from.
+        count: how many; all, if there are no more.
+    """
+    order = list(prefixes)
+    gains = {prefix: losses[prefix][NVFP4] - losses[prefix][WEIGHTS] for prefix in order}
+    chosen = sorted(order, key=lambda prefix: -gains[prefix])[:count]
+    return [prefix for prefix in order if prefix in chosen]
 
 
 def by_layer(groups: Iterable[ExpertGroup]) -> dict[str, list[ExpertGroup]]:

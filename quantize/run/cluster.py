@@ -15,8 +15,10 @@ import logging
 import os
 import pickle
 import platform
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -27,6 +29,7 @@ from uuid import uuid4
 
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
+from quantize.experts.names import where_of
 from quantize.run.done import is_done, staged_of
 from quantize.run.plan import Plan, plan
 from quantize.run.record import Record
@@ -64,10 +67,15 @@ def connected(address: str) -> Iterator[None]:
         yield
         return
     _check_address(address)
+    # Ray's own handler would end this process without tasks being stopped.
+    handled = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise QuantizeError(f"--ray {address}: no cluster there ({brief(error)})") from error
+    finally:
+        if handled is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handled)
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -114,7 +122,8 @@ def make_shards_on_ray(
                 except ray.exceptions.RayError as error:
                     raise QuantizeError(f"--ray {address}: {brief(error)}") from error
                 _wait_for(shard, plan, record)
-                progress(sum(job.nbytes for job in plan.shards[shard]))
+                nbytes = sum(job.nbytes for job in plan.shards[shard])
+                progress(nbytes, where_of(plan.outputs(shard)[-1].name))
         except BaseException:
             _end(list(pending), stop)
             raise
@@ -242,7 +251,7 @@ def _make_shard(run: bytes, stop: str, shard: int) -> None:
     """The task: one shard, on whichever machine it runs, unless the driver says to stop."""
     checkpoint, steps, record, threads = _planned(run)
 
-    def go_on(_: int = 0) -> None:
+    def go_on(*_: object) -> None:
         if (record.folder / stop).exists():
             raise QuantizeError("stopped by the driver")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from glob import escape
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,7 @@ from quantize.experts.group import ExpertGroup, tensor_names_of
 from quantize.experts.names import natural_order
 from quantize.layouts.heads import EMBEDDING
 from quantize.layouts.layout import Layout
+from quantize.layouts.stated import stays_float
 from quantize.nvfp4.format import NvFp4, bad_scales
 from quantize.run.jobs import QuantizeExpert, QuantizeLinears
 from quantize.run.options import Options
@@ -140,8 +142,16 @@ def with_activations(
     Raises:
         QuantizeError: if input scales are asked for that NVFP4 weights of the source do not have.
     """
+    said = options.weight_only
+    options = _with_weight_only(checkpoint, options, groups)
     weights = {
-        *(name for g in groups for expert in range(g.num_experts) for name in g.weights_of(expert)),
+        *(
+            name
+            for group in groups
+            if not options.keeps_floats(group.prefix)
+            for expert in range(group.num_experts)
+            for name in group.weights_of(expert)
+        ),
         *(name for names in dense for name in names),
     }
     nvfp4 = sorted(filter(checkpoint.is_nvfp4, weights), key=natural_order)
@@ -155,6 +165,8 @@ def with_activations(
     if options.activations is not None:
         return options, ()
     activations = bool(nvfp4) and len(nvfp4) == len(weights) and not without
+    if not activations:
+        options = replace(options, weight_only=said)
     notes: tuple[str, ...] = ()
     if 0 < len(without) < len(nvfp4):
         notes = (
@@ -162,6 +174,24 @@ def with_activations(
             f"({without[0]}).",
         )
     return replace(options, activations=activations), notes
+
+
+def _with_weight_only(
+    checkpoint: Checkpoint, options: Options, groups: list[ExpertGroup]
+) -> Options:
+    """Experts whose activations stay floats in the source, though others' do not, keep that."""
+    if options.activations is False:
+        return options
+    floats = [
+        group.prefix
+        for group in groups
+        if not any(map(checkpoint.has_input_scale, group.tensor_names))
+        and all(map(checkpoint.is_nvfp4, group.weights_of(0)))
+        and stays_float(checkpoint.config, group.modules(0)[0])
+    ]
+    if len(floats) == len(groups):
+        return options
+    return replace(options, weight_only=(*options.weight_only, *map(escape, floats)))
 
 
 def stored_tensors_of(stored: Stored, layout: Layout) -> dict[str, torch.Tensor]:

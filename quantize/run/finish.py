@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint.descriptions import without_descriptions
+from quantize.checkpoint.hub import revision_of
 from quantize.checkpoint.identity import Identity
 from quantize.checkpoint.json_files import INDEX
 from quantize.checkpoint.reader import Checkpoint
@@ -86,7 +87,7 @@ def config_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The target's ``config.json``."""
     return without_descriptions(checkpoint.config) | {
         KEY: to_contract(plan.gates.concatenated())
-        | {FIELD: record_of(plan.options, plan.converts)},
+        | {FIELD: record_of(plan.options, plan.converts, revision_of(checkpoint.folder))},
         "quantization_config": plan.layout.quantization_config(plan.ignore, plan.beside),
     }
 

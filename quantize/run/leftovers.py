@@ -60,6 +60,12 @@ def repaired(folder: Path, found: RunFile, settings: str, identity: Identity | N
         QuantizeError: if it differs in anything else.
     """
     before = read_identity(folder / SOURCE)
+    if before and identity and any(before.tensors.values()) != any(identity.tensors.values()):
+        how = "without --stream" if any(before.tensors.values()) else "with --stream"
+        raise QuantizeError(
+            f"{folder / NAME}: the interrupted run was started {how}; go on so, or start again "
+            "with --overwrite"
+        )
     if found.settings != settings or before is None or identity is None:
         raise QuantizeError(
             f"{folder / NAME}: the interrupted run had another source, options or version of this "

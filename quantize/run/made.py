@@ -7,7 +7,8 @@
                             "scales": "max", "activations": false, "rounding": null,
                             "text": false, "include": [], "exclude": [], "linears": false,
                    "base": null, "bits": null, "formats": {}, "kv_cache": null, "kv_scales": false,
-                   "converted": false, "kv_carried": false}}}
+                   "converted": false, "kv_carried": false, "weight_only": [],
+                   "revision": "ORG/NAME@COMMIT"}}}
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class Made:
         version: of this package.
         arithmetic: see ``ARITHMETIC``.
         layout, scales, activations, include, exclude, linears, base, bits, formats, kv_cache,
-            kv_scales, kv_carried: as in ``Options``, decided.
+            kv_scales, kv_carried, weight_only: as in ``Options``, decided.
         rounding: a key of ``quantize.nvfp4.rounding.METHODS``; None if experts were rounded to
             nearest, without calibration.
         converted: some weights were NVFP4 in the source, and keep their bits and input scales.
+        revision: the source's commit on the hub (``quantize.checkpoint.hub.revision_of``); None if
+            it is not known.
         text: other input scales are those of a text; else all are 1.0, where there are any.
     """
 
@@ -59,6 +62,8 @@ class Made:
     kv_scales: bool = False
     converted: bool = False
     kv_carried: bool = False
+    weight_only: list[str] = field(default_factory=list)
+    revision: str | None = None
 
     def selection(self) -> Options:
         """What was chosen to be quantized, as options."""
@@ -69,14 +74,17 @@ class Made:
             base=self.base,
             bits=self.bits,
             formats=tuple(self.formats.items()),
+            weight_only=tuple(self.weight_only),
         )
 
 
-def record_of(options: Options, converted: bool = False) -> dict[str, Any]:
+def record_of(
+    options: Options, converted: bool = False, revision: str | None = None
+) -> dict[str, Any]:
     """The value of ``made`` for a run with these options.
 
     Args:
-        converted: as in ``Made``.
+        converted, revision: as in ``Made``.
     """
     calibration = options.calibration
     return asdict(
@@ -98,6 +106,8 @@ def record_of(options: Options, converted: bool = False) -> dict[str, Any]:
             options.kv_scales,
             converted,
             options.kv_carried,
+            list(options.weight_only),
+            revision,
         )
     )
 
@@ -121,7 +131,7 @@ def made(config: dict[str, Any], where: str) -> Made | None:
     }  # fmt: skip
     problem = f"{where}: {KEY}.{FIELD} cannot be read"
     if isinstance(value, dict):  # an earlier version did not write what has a default
-        value = {"formats": {}} | value
+        value = {"formats": {}, "weight_only": []} | value
         value = {f.name: f.default for f in fields(Made) if f.default is not MISSING} | value
     if not isinstance(value, dict) or set(value) != {one.name for one in fields(Made)}:
         raise QuantizeError(f"{problem}: its fields are not those of this version; update it")

@@ -52,6 +52,8 @@ class Options:
             scales: those that calibration finds, else 1.0, by which kernels lose small inputs. Of
             weights that are NVFP4 already, it keeps theirs. None: as a source that is all NVFP4 has
             it, and else not.
+        weight_only: patterns of module paths of experts whose activations stay floats though those
+            of others are quantized: they have no input scales.
         max_shard_size: bytes; a shard exceeds it only if a single tensor does.
         gate: the experts' gate, if the user states it; else it is identified.
         include: patterns of module paths (``fnmatch``); if there are any, only layers' experts and
@@ -77,6 +79,7 @@ class Options:
     layout: str = "modelopt"
     scales: str = "mse"
     activations: bool | None = None
+    weight_only: tuple[str, ...] = ()
     max_shard_size: int = 5 * 10**9
     gate: Gate | None = None
     include: tuple[str, ...] = ()
@@ -104,6 +107,10 @@ class Options:
         return part is not None and any(
             names_part(pattern, part) and matches(module, (pattern,)) for pattern in self.include
         )
+
+    def keeps_floats(self, module: str) -> bool:
+        """Whether ``weight_only`` says that what goes into experts is not quantized."""
+        return matches(module, self.weight_only)
 
     def takes(self, module: str) -> bool:
         """Whether ``include`` and ``exclude`` leave ``module`` to be quantized, and ``formats`` say

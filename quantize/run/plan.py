@@ -45,7 +45,7 @@ from quantize.run.kv_carried import CarryKvScales, with_kv_cache
 from quantize.run.kv_scales import KvRanges, KvScales
 from quantize.run.notes import bare_fp8, left_over, of_mxfp4, other_parts
 from quantize.run.options import Options
-from quantize.run.patterns import check_patterns
+from quantize.run.patterns import check_patterns, with_weight_only
 from quantize.run.planned_jobs import check_unique, into_shards, jobs_of
 from quantize.run.ranges import Ranges
 from quantize.run.staged import Staged
@@ -126,7 +126,19 @@ class Plan:
             tuple((BASES[name], tuple(eight_bit[name])) for name in sorted(eight_bit)),
             tuple(nvfp4),
             self.options.kv_cache,
+            tuple(
+                module
+                for group in self.groups
+                if self.options.keeps_floats(group.prefix)
+                for expert in range(group.num_experts)
+                for module in group.modules(expert)
+            ),
         )
+
+    def layout_of(self, group: ExpertGroup) -> Layout:
+        """The layout of one of ``groups``."""
+        stays = self.options.keeps_floats(group.prefix)
+        return self.layout.weights_only if stays else self.layout
 
     def format_of(self, group: ExpertGroup) -> str:
         """The key of ``BASES`` that one of ``eight_bit`` has."""
@@ -304,6 +316,7 @@ def plan(
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
     said, of_cache = with_kv_cache(checkpoint, options)
     decided, of_scales = with_activations(checkpoint, said, groups, dense)
+    decided = with_weight_only(decided, prefixes, bool(dense))
     layout = LAYOUTS[decided.layout]
     layout = layout if decided.activations else layout.weights_only
     jobs = jobs_of(checkpoint, groups, dense, rounded, gates, layout, decided, eight_bit)

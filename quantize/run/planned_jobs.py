@@ -47,8 +47,9 @@ def jobs_of(
         if name in first:
             group = first[name]
             interleaved = gates.of(group.prefix).interleaved
+            own = layout.weights_only if options.keeps_floats(group.prefix) else layout
             for expert in range(group.num_experts):
-                for job in expert_jobs(checkpoint, group, expert, interleaved, layout, rule):
+                for job in expert_jobs(checkpoint, group, expert, interleaved, own, rule):
                     if group.prefix in formats and isinstance(job, QuantizeExpert):
                         yield RoundExpert(job, formats[group.prefix])
                     else:

@@ -105,6 +105,11 @@ class Record:
         return self.work.folder if self.work else self.folder / "calibration"
 
     @property
+    def source_files(self) -> Path:
+        """Where files of a source on the hub are, while they are needed (``stream``)."""
+        return self.folder / "source"
+
+    @property
     def goes_on(self) -> bool:
         """Whether the run goes on with another one; known once it is prepared."""
         return bool(self._adopts)
@@ -244,7 +249,7 @@ class Record:
             self.check_ours()
             begun = any(self.folder.glob(PATTERN))
             begun = begun or (self.calibration / "next.json").exists()
-            begun = begun or (self.folder / MEASURED).exists()
+            begun = begun or (self.folder / MEASURED).exists() or self.source_files.exists()
             if self.cleared:
                 begun = begun or {file.name for file in self.target.iterdir()} != {FOLDER}
             if not begun:
@@ -353,7 +358,7 @@ class Record:
 
     def _void(self) -> None:
         """Remove what runs make in the record's folder, all but ``run.json`` and the lock."""
-        for folder in ("new", "calibration"):
+        for folder in ("new", "calibration", "source"):
             if (self.folder / folder).exists():
                 shutil.rmtree(self.folder / folder)
         for pattern in (PATTERN, "*.partial", "*.rounded", "*.stop", SOURCE, SESSIONS):

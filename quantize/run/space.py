@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,15 @@ class Space:
         shards: bytes of the checkpoint, in the target.
         calibration: bytes of calibration's files, in ``record.calibration``.
         rounds: calibration writes a part of the shards.
+        source: bytes of the source's files that are in the record's folder for a while, beside the
+            shards (``stream.bytes_beside``).
     """
 
     record: Record
     shards: int
     calibration: int
     rounds: bool = False
+    source: int = 0
 
     def check(self) -> None:
         """Count what goes of the old checkpoint as free.
@@ -31,25 +35,10 @@ class Space:
         Raises:
             QuantizeError: if there is not enough space.
         """
-        target, work = self.record.target, self.record.calibration
+        target = self.record.target
         freed = 0 if self.record.cleared else self.record.replaced.nbytes(target)
-        here = self.shards + (self.calibration if self._same_disk else 0)
-        there = 0 if self._same_disk else self.calibration
-        for folder, wanted, room in (
-            (target, here, _free(target) + freed),
-            (work, there, _free(work)),
-        ):
-            if wanted > room:
-                replaced = f" (and {freed / 1e9:.1f} GB are replaced)" if freed else ""
-                elsewhere = ""
-                if self.calibration:
-                    elsewhere = f", or keep the {self.calibration / 1e9:.1f} GB of calibration "
-                    elsewhere += "elsewhere with --work-dir"
-                raise QuantizeError(
-                    f"{folder}: {wanted / 1e9:.1f} GB are still to be written, but its disk has "
-                    f"{_free(folder) / 1e9:.1f} GB free{replaced}; free some space or choose "
-                    f"another folder{elsewhere}"
-                )
+        output = self.shards + self.source
+        check_disks(target, output, freed, self.record.calibration, self.calibration)
 
     def has_room_to_calibrate(self) -> bool:
         """Whether calibration fits beside an old checkpoint, with the shards that it begins."""
@@ -59,18 +48,65 @@ class Space:
     def has_room_for_shards(self) -> bool:
         """Whether a new checkpoint fits beside an old one, now that calibration is done; shards
         that it has begun were asked about before."""
-        return self.rounds or self._fits(self.shards)
+        return self.rounds or self._fits(self.shards + self.source)
 
     def _fits(self, nbytes: int) -> bool:
-        return self.record.cleared or nbytes <= _free(self.record.target)
+        return self.record.cleared or nbytes <= free(self.record.target)
 
     @property
     def _same_disk(self) -> bool:
-        target, work = _existing(self.record.target), _existing(self.record.calibration)
-        return target.stat().st_dev == work.stat().st_dev
+        return _disk(self.record.target) == _disk(self.record.calibration)
 
 
-def _free(folder: Path) -> int:
+def check_disks(
+    target: Path,
+    output: int,
+    freed: int,
+    work: Path,
+    calibration: int,
+    cache: Path | None = None,
+    downloads: int = 0,
+) -> None:
+    """Whether each disk has room for all that comes onto it.
+
+    Args:
+        output: bytes that come into ``target``, after ``freed`` bytes of an old checkpoint have
+            gone there.
+        calibration: bytes that come into ``work``.
+        downloads: bytes that come into ``cache``.
+
+    Raises:
+        QuantizeError: naming the first folder whose disk has not.
+    """
+    wanted: dict[int, int] = defaultdict(int)
+    places = [(target, output), (work, calibration), *([(cache, downloads)] if cache else [])]
+    for folder, nbytes in places:
+        wanted[_disk(folder)] += nbytes
+    for folder, nbytes in places:
+        disk = _disk(folder)
+        more = freed if disk == _disk(target) else 0
+        if not nbytes or wanted[disk] <= free(folder) + more:
+            continue
+        replaced = f" (and {more / 1e9:.1f} GB are replaced)" if more else ""
+        advice = "free some space or choose another folder"
+        if calibration and _disk(work) == disk:
+            advice += f", or keep the {calibration / 1e9:.1f} GB of calibration elsewhere with "
+            advice += "--work-dir"
+        if downloads and cache and _disk(cache) == disk:
+            advice += f", or the {downloads / 1e9:.1f} GB of downloads with HF_HUB_CACHE"
+            advice += "" if calibration else "; --stream downloads a few files at a time"
+        raise QuantizeError(
+            f"{folder}: {wanted[disk] / 1e9:.1f} GB are still to be written, but its disk has "
+            f"{free(folder) / 1e9:.1f} GB free{replaced}; {advice}"
+        )
+
+
+def _disk(folder: Path) -> int:
+    return _existing(folder).stat().st_dev
+
+
+def free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
     return shutil.disk_usage(_existing(folder)).free
 
 

@@ -8,20 +8,24 @@ use is that of one job for each thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from threading import Lock
+from typing import Protocol
 
 import torch
 
 from quantize.checkpoint.reader import Checkpoint
+from quantize.checkpoint.streamed import StoppedError
 from quantize.errors import QuantizeError
+from quantize.experts.names import where_of
 from quantize.run.jobs import Job, KeepRounded
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.shards import ShardWriter, is_complete
+from quantize.run.stream import Stream
 from quantize.run.weight_error import WeightError
 from quantize.run.worker import Worker
 
@@ -34,8 +38,15 @@ PER_GPU = 8
 _AT_ONCE = 4
 """Shards that are written at the same time, at most: their work is lost if the run is killed."""
 
-Progress = Callable[[int], None]
-"""Told how many bytes of the source have just been done."""
+
+class Progress(Protocol):
+    """Is told how many bytes of the source have just been done, and of which layer and expert."""
+
+    def __call__(self, nbytes: int, where: str = "", /) -> None: ...
+
+
+def not_shown(*_: object) -> None:
+    """Progress that nobody sees."""
 
 
 def make_shards(
@@ -45,7 +56,8 @@ def make_shards(
     shards: Sequence[int],
     devices: Sequence[torch.device],
     threads: int | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = not_shown,
+    stream: Stream | None = None,
 ) -> None:
     """Make some of the plan's shards, and record what quantizing their weights lost.
 
@@ -54,6 +66,7 @@ def make_shards(
         devices: every GPU among them gets ``PER_GPU`` threads; without one, the CPU computes.
         threads: how many CPU threads; by default one a core, as far as ``MEMORY`` allows.
         progress: called with the bytes of the source that a job has read.
+        stream: what brings the source's files, if they are on the hub.
 
     Raises:
         QuantizeError: if a tensor cannot be read, quantized or written, or another run has taken
@@ -62,9 +75,9 @@ def make_shards(
     if not shards:
         return
     wanted = [job for i in shards for job in plan.shards[i]]
-    team = _team(checkpoint, wanted, devices, threads)
-    jobs = list(_interleaved(plan, shards, len(team)))
-    open_shards = _OpenShards(plan, record)
+    team = team_of(checkpoint, wanted, devices, threads)
+    jobs = list(_interleaved(plan, shards, 1 if stream else len(team)))
+    open_shards = _OpenShards(plan, record, stream)
     numbers = iter(range(len(jobs)))
     failed: list[bool] = []
     lock = Lock()
@@ -81,26 +94,39 @@ def make_shards(
                 if ahead < len(jobs):
                     jobs[ahead][1].will_need(checkpoint)
                 worker.arena.reset()
+                if stream:
+                    stream.await_turn(shard)
                 errors = job.run(worker, open_shards.writer(shard))
                 open_shards.done(shard, errors)
-                progress(job.nbytes)
+                progress(job.nbytes, where_of(job.outputs[0].name))
 
     def guarded(worker: Worker) -> None:
         try:
             work(worker)
         except BaseException:
-            failed.append(True)  # the others stop after their job
+            stop()
             raise
+
+    def stop() -> None:
+        failed.append(True)  # the others stop after their job
+        if stream:
+            stream.stop()
 
     try:
         with threads_of_our_own(), ThreadPoolExecutor(len(team), "quantize") as pool:
             try:
+                stopped = None
                 for future in as_completed([pool.submit(guarded, worker) for worker in team]):
-                    future.result()
+                    try:
+                        future.result()
+                    except StoppedError as error:
+                        stopped = error  # another error is why
             except BaseException:
-                failed.append(True)
+                stop()
                 raise
         open_shards.wait()
+        if stopped is not None:
+            raise stopped
     finally:
         open_shards.close()
 
@@ -125,9 +151,10 @@ def _interleaved(plan: Plan, shards: Sequence[int], count: int) -> Iterator[tupl
 class _OpenShards:
     """The shards that threads are writing. Each is finished when its last job is done."""
 
-    def __init__(self, plan: Plan, record: Record) -> None:
+    def __init__(self, plan: Plan, record: Record, stream: Stream | None) -> None:
         self._plan = plan
         self._record = record
+        self._stream = stream
         self._writers: dict[int, ShardWriter] = {}
         self._errors: dict[int, list[WeightError]] = {}
         self._left = {i: len(jobs) for i, jobs in enumerate(plan.shards)}
@@ -162,7 +189,7 @@ class _OpenShards:
             self._left[shard] -= 1
             if not self._left[shard]:
                 writer, every = self._writers.pop(shard), self._errors.pop(shard)
-                self._finishing.append(self._finisher.submit(self._finish, writer, every))
+                self._finishing.append(self._finisher.submit(self._finish, shard, writer, every))
             finished = [future for future in self._finishing if future.done()]
             self._finishing = [future for future in self._finishing if future not in finished]
         for future in finished:
@@ -180,22 +207,30 @@ class _OpenShards:
             with suppress(OSError):
                 writer.abort()
 
-    def _finish(self, writer: ShardWriter, errors: list[WeightError]) -> None:
+    def _finish(self, shard: int, writer: ShardWriter, errors: list[WeightError]) -> None:
         try:
-            self._record.check_ours()
-            self._record.save_errors(writer.path.name, errors)
+            try:
+                self._record.check_ours()
+                self._record.save_errors(writer.path.name, errors)
+            except BaseException:
+                writer.abort()
+                raise
+            writer.finish()
         except BaseException:
-            writer.abort()
+            if self._stream:
+                self._stream.stop()  # the next shards wait for this one
             raise
-        writer.finish()
+        if self._stream:
+            self._stream.finished(shard)
 
 
-def _team(
+def team_of(
     checkpoint: Checkpoint,
     jobs: Sequence[Job],
     devices: Sequence[torch.device],
     threads: int | None,
 ) -> list[Worker]:
+    """Those who do ``jobs``, as :func:`make_shards` is asked to."""
     largest = max(job.memory for job in jobs)
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:

@@ -13,6 +13,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.checkpoint.sources.nvfp4 import NVFP4
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY
+from quantize.experts.names import is_expert
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.scales import RULES
 from quantize.report import RunReport, dumps, loads, render
@@ -71,6 +72,14 @@ class Claims:
     def text(self) -> bool:
         """Whether input scales may be others than 1.0."""
         return self.made is None or self.made.text or self.foreign
+
+    def stays_float(self, module: str) -> bool:
+        """Whether the activations of an expert's module stay floats, as ``made`` has it, though
+        those of others do not."""
+        made = self.made
+        if made is None or not made.weight_only or not is_expert(module):
+            return False
+        return made.selection().keeps_floats(module.rsplit(".", 2)[0])
 
     def rule(self, prefix: str, expert: int | None) -> str | None:
         """The scale rule that alone decides an expert's bits, or without an expert those of the
@@ -236,6 +245,7 @@ def _agree(said: Made, run: RunReport, report: Report) -> None:
         "base": (said.base, run.base.format if run.base else None),
         "bits": (said.bits, run.bits.asked if run.bits else None),
         "formats": (said.formats, _others(run)),
+        "weight_only": (said.weight_only, run.weight_only),
         "kv_cache": (said.kv_cache, run.kv_cache),
         "kv_scales": (said.kv_scales or said.kv_carried, bool(run.kv_scales)),
         "linears": (

@@ -282,7 +282,15 @@ class Comparison:
             job.stored if isinstance(job, ConvertExpert) else None,
             self.claims.foreign,
             job.tensor_names,
+            self._stays_float(job.modules[0]),
         )
+
+    def _stays_float(self, module: str) -> bool:
+        """Whether the config says that what goes into one of its weights stays as it is."""
+        if self.claims.made is not None:
+            return self.claims.stays_float(module)
+        config = self.target.config.get("quantization_config") or {}
+        return self.layout.stays_float(config, module)
 
     def _converted(self, name: str) -> Weights:
         rows, columns = self._info(name).shape

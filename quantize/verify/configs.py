@@ -97,6 +97,7 @@ def quantization_problems(
         ),
         tuple(modules.quantized),
         kind if kind in layout.kv_caches else None,
+        tuple(filter(claims.stays_float, modules.quantized)) if claims.made else (),
     )
     lists = {"ignore": config.get("ignore", config.get("exclude_modules"))}
     for name in layout.config_files:

@@ -133,7 +133,7 @@ def _layer_problems(
     dense = prefix == DENSE
     modules = sorted(module for one in weights for module in one.modules)
     kinds = {module.rpartition(".")[2] for module in modules}
-    after = sum(stored_nbytes(shape, layout) for one in weights for shape in one.shapes)
+    after = sum(stored_nbytes(shape, one.layout(layout)) for one in weights for shape in one.shapes)
     if not dense:
         biases = (target.tensors.get(f"{module}.bias") for module in modules)
         after += sum(bias.nbytes for bias in biases if bias)

@@ -60,9 +60,16 @@ class Structure:
                 prefix, tuple(modules), tuple(map(self._shape, modules)),
                 text=(claims.text and prefix != DENSE) or claims.made is None or foreign,
                 foreign=foreign,
+                stays_float=self._stays_float(claims, modules[0]),
             )
             for (prefix, _, _), modules in sets.items()
         ]  # fmt: skip
+
+    def _stays_float(self, claims: Claims, module: str) -> bool:
+        if claims.made is not None:
+            return claims.stays_float(module)
+        config = self._target.config.get("quantization_config") or {}
+        return self._layout.stays_float(config, module)
 
     def _shape(self, module: str) -> tuple[int, int]:
         """``[out, in]``, from the codes or else from the block scales."""
@@ -100,9 +107,11 @@ class Structure:
     def _stray(self) -> Iterator[str]:
         """Tensors of quantized weights of which the config does not speak."""
         full = LAYOUTS.get(self._layout.name, self._layout)
-        inputs = set(full.store_input_scale(INPUT_SCALE)) - set(self._layout.suffixes)
+        inputs = set(full.store_input_scale(INPUT_SCALE))
+        config = self._target.config.get("quantization_config") or {}
         for name, info in self._target.tensors.items():
-            if name.rpartition(".")[2] in inputs:
+            module, _, suffix = name.rpartition(".")
+            if suffix in inputs and self._layout.stays_float(config, module):
                 yield (
                     f"{info.file.name}: {name} is an input scale, but config.json says that only "
                     "weights are quantized; quantize again"

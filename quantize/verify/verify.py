@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -16,11 +16,12 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, Gate, Gates, from_contract
 from quantize.experts.identify import identify
+from quantize.experts.names import where_of
 from quantize.layouts import detect
 from quantize.layouts.layout import Layout
 from quantize.nvfp4.format import BLOCK
 from quantize.run.worker import Worker
-from quantize.run.workers import cores, threads_of_our_own
+from quantize.run.workers import Progress, cores, not_shown, threads_of_our_own
 from quantize.verify.base import BaseLinear, base_modules
 from quantize.verify.claims import Claims, read_claims
 from quantize.verify.compare import Comparison, Task
@@ -38,7 +39,7 @@ def verify(
     source: Checkpoint | None,
     target: Checkpoint,
     gate: Gate | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress = not_shown,
     trust_remote_code: bool = False,
 ) -> Report:
     """Check the quantized ``target``, on all cores.
@@ -52,7 +53,8 @@ def verify(
         source: what it was made of; None if that is not at hand.
         target: opened with ``decode=False``.
         gate: the experts' gate, if the user states it; else it is identified from the source.
-        progress: told how many bytes of the source have just been compared.
+        progress: told how many bytes of the source have just been compared, or of the target where
+            that is alone.
 
     Raises:
         QuantizeError: if a file cannot be read, or the source could not be quantized.
@@ -74,7 +76,7 @@ def verify(
     report.problems += gate_problems(target, gates, claims.made is not None)
     report.problems += file_problems(source, target, claims)
     if source is None or gates is None:
-        modules = _alone(target, layout, claims, report)
+        modules = _alone(target, layout, claims, progress, report)
     else:
         comparison = Comparison(source, target, layout, gates, claims)
         modules = _against(comparison, progress, report)
@@ -84,7 +86,7 @@ def verify(
     return report
 
 
-def _against(comparison: Comparison, progress: Callable[[int], None], report: Report) -> Modules:
+def _against(comparison: Comparison, progress: Progress, report: Report) -> Modules:
     """Compare all tensors; returns what is quantized and what is not."""
     tasks = list(comparison.tasks())
     report.problems += comparison.problems
@@ -95,7 +97,7 @@ def _against(comparison: Comparison, progress: Callable[[int], None], report: Re
         report.problems += part.problems
         if part.prefix is not None:
             lost[part.prefix] += part.lost
-        progress(nbytes)
+        progress(nbytes, where_of(part.lost[0].module) if part.lost else "")
     whole = len(report.problems) == before
     for prefix, weights in lost.items():
         if whole:  # else the report's figures differ for reasons that were given
@@ -146,7 +148,9 @@ def _worst(comparison: Comparison, prefix: str, lost: list[Lost]) -> Worst | Non
     return Worst(most.module, most.relative, row, BLOCK * block, share)
 
 
-def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -> Modules:
+def _alone(
+    target: Checkpoint, layout: Layout, claims: Claims, progress: Progress, report: Report
+) -> Modules:
     """Check the target without a source; returns what is quantized and what is not."""
     structure = Structure(target, layout)
     weights = structure.weights(claims)
@@ -157,9 +161,15 @@ def _alone(target: Checkpoint, layout: Layout, claims: Claims, report: Report) -
     tasks: list[Task] = [partial(w.check, target, layout) for w in weights]
     base = base_modules(target)
     tasks += [partial(BaseLinear(m, b).check, target, layout) for m, b in base.items()]
+    modules = [*(each.modules for each in weights), *((m,) for m in base)]
     memory = max((_memory(w) for w in weights), default=0)
-    for part, _ in _in_threads(target, tasks, cores(memory)):
+    found = zip(modules, _in_threads(target, tasks, cores(memory)), strict=True)
+    done = 0
+    for names, (part, _) in found:
         report.problems += part.problems
+        progress(target.nbytes_read - done, where_of(f"{names[0]}."))
+        done = target.nbytes_read
+    progress(max(0, target.nbytes - done))  # nothing is known of the rest
     caches = kv_scales_of(None, target, layout, claims)
     report.problems += kv_problems(target, caches, claims)
     gates = None

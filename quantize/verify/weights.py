@@ -38,6 +38,7 @@ class Weights:
         load: reads the source's weights, each ``[out, in]``; None if there is no source.
         names: of the source's tensors that it reads.
         carried: reads what they are in the source, if that is NVFP4: they must be the same.
+        stays_float: their activations do, so they have no input scales.
         foreign: another tool may have made them, which decided on their scales.
         nbytes: of the source.
         memory: how many bytes checking them takes, about.
@@ -56,15 +57,21 @@ class Weights:
     carried: Callable[[Worker], list[Stored]] | None = None
     foreign: bool = False
     names: tuple[str, ...] = ()
+    stays_float: bool = False
+
+    def layout(self, layout: Layout) -> Layout:
+        """Theirs, in a checkpoint in ``layout``."""
+        return layout.weights_only if self.stays_float else layout
 
     def outputs(self, layout: Layout) -> list[tuple[TensorInfo, ...]]:
         """The tensors that must store each of them."""
         pairs = zip(self.modules, self.shapes, strict=True)
-        return [stored_tensors(module, shape, layout) for module, shape in pairs]
+        own = self.layout(layout)
+        return [stored_tensors(module, shape, own) for module, shape in pairs]
 
     def check(self, target: Checkpoint, layout: Layout, worker: Worker) -> tuple[Part, int]:
         """Check their tensors; return what was found and ``nbytes``."""
-        part = Part(self.prefix)
+        part, layout = Part(self.prefix), self.layout(layout)
         found = [
             StoredWeight.read(target, layout, outputs, worker, part.problems)
             for outputs in self.outputs(layout)
@@ -92,7 +99,7 @@ class Weights:
         self, target: Checkpoint, layout: Layout, worker: Worker, module: str
     ) -> Blocks | None:
         """What each block of one of the weights lost; None if it cannot be read."""
-        number = self.modules.index(module)
+        number, layout = self.modules.index(module), self.layout(layout)
         found = StoredWeight.read(target, layout, self.outputs(layout)[number], worker, [])
         if found is None or self.load is None:
             return None

@@ -88,6 +88,21 @@ def test_log_says_which_gate(server: Server) -> None:
     assert "where vLLM's layer would have applied silu" in log
 
 
+def test_metrics_say_what_runs(server: Server) -> None:
+    """In the API server's process, of layers that another has loaded."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    address = f"http://127.0.0.1:{server.port}/metrics"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    found = {family.name: family.samples for family in families if "nvfp4_moe" in family.name}
+    (info,) = found["nvfp4_moe_experts_info"]
+    assert info.labels["model_name"] == NAME and info.labels["self_check"] == "passed"
+    assert info.labels["kernel"] == "the CPU kernel"
+    (error,) = found["nvfp4_moe_self_check_error"]
+    assert 0 < error.value < 0.02
+
+
 def test_perplexity_is_within_one_percent_of_bf16(server: Server, trained: Path) -> None:
     """The same rows through Transformers, on the original bf16 weights. Plain SiLU, which vLLM's
     layer would have applied, is 3 % off (on m3-nano 17 %)."""

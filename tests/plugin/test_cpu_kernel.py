@@ -305,6 +305,28 @@ def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("chosen_anew")
+def test_a_compiler_that_does_not_know_the_newest_instructions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """g++ 9 and BF16: the next best are taken, and not numba."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *bf16*) echo "unrecognized" >&2; exit 1;; esac\n'
+        'exec /usr/bin/env -u CXX g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv(settings.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    first = VARIANTS[0].instructions.flags
+    monkeypatch.setattr(processor, "flags", lambda: first)
+    assert cpu.kernel_for(torch.bfloat16).variant is VARIANTS[2]
+    monkeypatch.setattr(cpu, "VARIANTS", VARIANTS[:2])
+    with pytest.raises(jit.KernelError, match="unrecognized"):
+        cpu.kernel_for.__wrapped__(torch.bfloat16)
+
+
+@pytest.mark.usefixtures("chosen_anew")
 @pytest.mark.parametrize("lacks", ["AVX2", "a compiler", "the wish"])
 def test_without_it_numba_does_the_work(
     lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -317,6 +339,8 @@ def test_without_it_numba_does_the_work(
     elif lacks == "a compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv(settings.CACHE, str(tmp_path))  # which is empty
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     else:
         monkeypatch.setenv(settings.CPP, "0")
     torch.manual_seed(4)
@@ -381,20 +405,6 @@ def test_huge_pages() -> None:
             sizes[name] = int(rest[0]) if rest[0].isdigit() else 0
     assert (sizes["AnonHugePages:"] > 0) == asked
     assert not huge_pages.advise(torch.empty(1 << 20, dtype=torch.uint8))
-
-
-@pytest.mark.usefixtures("chosen_anew")
-def test_a_compiler_that_is_older_than_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it can compile is used, and the rest is not a reason for numba."""
-    best = next(each for each in NATIVE if torch.float32 in each.takes)
-    first = Variant(replace(best.instructions, flags=frozenset()), "none.h", ANY)
-    broken = type("Broken", (Variant,), {"source": lambda self: "none of C++"})
-    monkeypatch.setattr(cpu, "VARIANTS", (broken(first.instructions, "none.h", ANY), best))
-    assert cpu.kernel_for(torch.float32).variant is best
-    monkeypatch.setattr(cpu, "VARIANTS", (broken(first.instructions, "none.h", ANY),))
-    cpu.kernel_for.cache_clear()
-    with pytest.raises(jit.KernelError, match="failed"):
-        cpu.kernel_for(torch.float32)
 
 
 def test_instructions_that_linux_does_not_give() -> None:

@@ -13,17 +13,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vllm import envs
 
-from quantize.native import jit
+from quantize.native import environment, jit
 from tests.conftest import ROOT
 from vllm_nvfp4_moe import settings
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }'
 NVCC = """#!/bin/sh
-if [ "$1" = --version ]; then echo "a compiler, ${NVCC_SAYS:-13.0}"; exit; fi
 echo compiled >> "$NVCC_LOG"
 sleep "${NVCC_TAKES:-0}"
 for word; do
@@ -31,7 +32,7 @@ for word; do
     case "$word" in *.cu) file=$word;; esac
     before=$word
 done
-exec g++ -x c++ -shared -fPIC -fvisibility=hidden -o "$out" "$file"
+exec g++ -x c++ -shared -fPIC -fvisibility=hidden -o "$out" "$file" $NVCC_MORE
 """
 LOAD = f"print(jit.load({SOURCE!r}, jit.cuda('90a')).answer())"
 MonkeyPatch = pytest.MonkeyPatch
@@ -65,6 +66,14 @@ def log(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
 
 def compilations(log: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def built(source: str = SOURCE) -> Path:
+    """A library in the folder that is preferred."""
+    folder = next(iter(jit.folders()))
+    library = folder / jit.file_name(source, jit.cuda("90a"))
+    jit.build(source, jit.cuda("90a"), library)
+    return library
 
 
 def libraries(folder: Path) -> list[Path]:
@@ -118,39 +127,105 @@ def test_cpp(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
         jit.load("no_such_type x;", jit.cpp())
     compiler.write_text("#!/bin/sh\necho no licence >&2; exit 3\n")
     with pytest.raises(jit.KernelError, match=r"my-c\+\+ failed: no licence"):
-        jit.load(source, jit.cpp("-mavx2"))
+        jit.load(source, jit.cpp("-mavx"))
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX")
     with pytest.raises(jit.KernelError, match=r"no C\+\+ compiler: neither \$CXX"):
-        jit.load(source, jit.cpp("-mavx2"))
+        jit.load(source, jit.cpp("-mavx"))
 
 
-@pytest.mark.parametrize("what", ["source", "architecture", "compiler", "processor", "C library"])
+@pytest.mark.parametrize("what", ["source", "architecture", "options", "processor", "C library"])
 def test_what_the_library_depends_on(log: Path, monkeypatch: MonkeyPatch, what: str) -> None:
     jit.load(SOURCE, jit.cuda("90a"))
-    source, architecture = SOURCE, "90a"
+    source, language = SOURCE, jit.cuda("90a")
     if what == "source":
         source += "\n"
     elif what == "architecture":
-        architecture = "100a"
-    elif what == "compiler":
-        monkeypatch.setenv("NVCC_SAYS", "13.1")
+        language = jit.cuda("100a")
+    elif what == "options":
+        language = replace(language, options=(*language.options, "--use_fast_math"))
     elif what == "processor":
         monkeypatch.setattr("platform.machine", lambda: "aarch64")
     else:
-        monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.99"))
-    jit.load(source, jit.cuda(architecture))
+        monkeypatch.setattr("platform.libc_ver", lambda: ("musl", "1.2"))
+    jit.load(source, language)
     assert compilations(log) == 2
 
 
 def test_a_library_that_does_not_load(tmp_path: Path, log: Path) -> None:
     """Damaged, or built with a newer C library on a host that shares the folder."""
-    folder = next(iter(jit.folders()))
-    library = jit.build(SOURCE, jit.cuda("90a"), folder)
+    library = built()
     library.write_bytes(b"\x7fELF, and no more")
     assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
     assert compilations(log) == 2
     assert libraries(tmp_path) == [library]
+
+
+def test_one_that_loads_nowhere_is_compiled_once(
+    tmp_path: Path, log: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """Not again at each start: it would not load then either."""
+    monkeypatch.setenv("NVCC_MORE", "-Wl,--no-as-needed -Wl,-z,now")
+    missing = 'extern "C" int nobody_has_this(); ' + SOURCE.replace("42", "nobody_has_this()")
+    for _ in range(3):
+        with pytest.raises(jit.KernelError, match="undefined symbol: nobody_has_this"):
+            jit.load(missing, jit.cuda("90a"))
+    assert compilations(log) == 1
+    with pytest.raises(jit.KernelError, match=r"was compiled before, .*\. Remove "):
+        jit.load(missing, jit.cuda("90a"))
+    (note,) = (tmp_path / "cache").glob("*.does-not-load")
+    note.unlink()
+    with pytest.raises(jit.KernelError, match="undefined symbol: nobody_has_this"):
+        jit.load(missing, jit.cuda("90a"))
+    assert compilations(log) == 2
+    # It is tried before the note is looked at: the host may have got what was missing.
+    library = note.with_suffix(".so")
+    shutil.copy(built(), library)
+    assert jit.load(missing, jit.cuda("90a")).answer() == 42
+
+
+def test_a_folder_from_which_nothing_runs(
+    tmp_path: Path, log: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """Mounted with ``noexec``: what is compiled there is copied to the next, and found there."""
+    mapped = jit.ctypes.CDLL
+
+    def no_exec(file: str) -> object:
+        if "/cache/" in file:
+            raise OSError(f"{file}: failed to map segment from shared object")
+        return mapped(file)
+
+    monkeypatch.setattr(jit.ctypes, "CDLL", no_exec)
+    (tmp_path / "cache" / f"user-{os.getuid()}").mkdir(parents=True, mode=0o700)
+    for _ in range(2):
+        assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
+    assert compilations(log) == 1
+    assert (tmp_path / "temporary" / f"nvfp4_moe-user-{os.getuid()}") in [
+        library.parent for library in libraries(tmp_path)
+    ]
+    assert not list(tmp_path.rglob("*.does-not-load"))
+
+
+def test_what_is_there_needs_no_compiler(
+    tmp_path: Path, log: Path, monkeypatch: MonkeyPatch
+) -> None:
+    built()
+    monkeypatch.setattr(jit, "nvcc", lambda: pytest.fail("a compiler was looked for"))
+    assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
+
+
+def test_pips_compiler_finds_its_libraries(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """They lie in ``lib``, and nvcc looks in ``lib64``."""
+    folder = tmp_path / "cuda" / "lib"
+    folder.mkdir()
+    part = tmp_path / "part.cpp"
+    part.write_text('extern "C" int nobody_has_this() { return 43; }')
+    subprocess.run(["g++", "-shared", "-fPIC", part, "-o", folder / "libpart.so"], check=True)
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    linking = ' "$(for w; do case "$w" in -L*) echo $w;; esac; done)" -lpart'
+    compiler.write_text(NVCC.replace(" $NVCC_MORE", f' {linking} "-Wl,-rpath,{folder}"'))
+    source = 'extern "C" int nobody_has_this(); ' + SOURCE.replace("42", "nobody_has_this()")
+    assert jit.load(source, jit.cuda("90a")).answer() == 43
 
 
 def test_the_ranks_of_a_server_compile_once(log: Path, monkeypatch: MonkeyPatch) -> None:
@@ -175,8 +250,11 @@ def test_folders_that_others_can_write(
     assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
     (library,) = libraries(tmp_path)
     assert library.parent == cache / f"user-{os.getuid()}"
-    assert library.parent.stat().st_mode & 0o777 == 0o700
-    assert f"cannot be kept in {cache}: others can write there (mode 777)" in caplog.text
+    assert library.parent.stat().st_mode & 0o777 == 0o755
+    assert (
+        f"cannot be kept where they should be: {cache}: others can write there (mode 777)"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["the folder", "the library"])
@@ -185,9 +263,8 @@ def test_what_another_user_has_put_there(
 ) -> None:
     if os.getuid():
         pytest.skip("only root can give files away")
-    library = jit.build(SOURCE.replace("42", "666"), jit.cuda("90a"), next(iter(jit.folders())))
-    right = jit.build(SOURCE, jit.cuda("90a"), library.parent)
-    library.replace(right)  # by the name that is looked for
+    right = built()
+    built(SOURCE.replace("42", "666")).replace(right)  # by the name that is looked for
     os.chown(right.parent if whole else right, 12345, -1)
     assert jit.load(SOURCE, jit.cuda("90a")).answer() == 42
     assert compilations(log) == 3
@@ -236,13 +313,19 @@ def test_a_user_without_a_home(tmp_path: Path, log: Path, cache: str | None) -> 
 def test_a_library_that_root_has_built(tmp_path: Path, log: Path) -> None:
     """As in an image: others can read it, and nobody needs to write."""
     jit.load(SOURCE, jit.cuda("90a"))
-    (tmp_path / "cache").chmod(0o755)
+    shutil.rmtree(tmp_path / "cuda")
     done = as_nobody(LOAD, tmp_path, f"NVFP4_MOE_CACHE={tmp_path / 'cache'}")
     assert done.stdout.splitlines()[-1:] == ["42"], done.stderr
     assert compilations(log) == 1
 
 
-def test_by_default_it_is_in_vllms_cache(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", ["VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "HOME"])
+def test_by_default_it_is_in_vllms_cache(
+    variable: str, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """As vLLM itself says where that is."""
     monkeypatch.delenv(settings.CACHE)
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
-    assert next(iter(jit.folders())) == tmp_path / "vllm" / "nvfp4_moe"
+    for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "a"))
+    assert environment.cache() == Path(envs.VLLM_CACHE_ROOT) / "nvfp4_moe"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.plugin.conftest import Damage
 
 
 def python(code: str, **env: str) -> str:
@@ -131,8 +135,6 @@ def test_without_the_flag(
     """vLLM's own resolution: a contract is enough, and it is needed."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from tests.plugin.conftest import Damage
-
     folder = quantized[layout]
     for asked in (None, "nvfp4_moe"):
         config = EngineArgs(model=str(folder), quantization=asked).create_model_config()
@@ -142,6 +144,22 @@ def test_without_the_flag(
     told = {"nvfp4_moe": json.loads((folder / "config.json").read_text())["nvfp4_moe"]}
     config = EngineArgs(model=str(without), hf_overrides=told).create_model_config()
     assert config.quantization == "nvfp4_moe"
+
+
+def test_the_gate_that_the_user_says(
+    load: Callable[..., dict[str, Any]], damage: Callable[..., Damage], summary_lines: list[str]
+) -> None:
+    """``--hf-overrides`` goes before the contract in the file, and before the model's class."""
+    gate = {"form": "swiglu_oai", "alpha": 1.5, "beta": 0.5, "limit": 6.0}
+    said = {"nvfp4_moe": {"version": 1, "gate": gate}}
+    experts = damage("modelopt")
+    for folder in (experts.folder, experts.config(lambda config: config.pop("nvfp4_moe"))):
+        runners = load(folder, hf_overrides=said)
+        assert "gate swiglu_oai(alpha=1.5, beta=0.5, limit=6); " in summary_lines.pop()
+        ours = runners["model.layers.1.mlp.experts"].routed_experts
+        assert (ours.quant_method.gate.alpha, ours.quant_method.gate.beta) == (1.5, 0.5)
+    load(folder)
+    assert "gate swiglu_oai(alpha=1.702, beta=1, limit=7); " in summary_lines.pop()
 
 
 def test_without_the_flag_as_the_hub_publishes_it(trained_hub: Path, tmp_path: Path) -> None:

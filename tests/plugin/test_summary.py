@@ -67,6 +67,8 @@ def test_ranks_that_run_other_kernels(
     mine = layer.quant_method.context.summary
     store = torch.distributed.HashStore()
     warnings: list[str] = []
+    own_lines: list[str] = []
+    monkeypatch.setattr(summary.logger, "info", lambda text, *a: own_lines.append(text % a))
     monkeypatch.setattr(summary.logger, "warning", lambda text, *a: warnings.append(text % a))
     distributed = torch.distributed
     monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
@@ -82,10 +84,21 @@ def test_ranks_that_run_other_kernels(
     assert warnings == []
     monkeypatch.setattr(layer.quant_method, "passed_over", [("HOPPER", "no nvcc")])
     rank(1)
+    ran = f"[{layer.quant_method.variant}]"
     assert warnings == [
         "Ranks run different kernels for NVFP4 experts. Rank 1: kernel the CPU kernel; passed "
-        "over: HOPPER (no nvcc). Rank 0: kernel the CPU kernel"
+        f"over: HOPPER (no nvcc) {ran}. Rank 0: kernel the CPU kernel {ran}"
     ]
+    (line,) = own_lines
+    assert line.startswith("Rank 1: NVFP4 experts: 1 layers x 32 experts, ")
+    assert "; passed over: HOPPER (no nvcc); " in line
+    # The same kernel in another form: a processor with other instructions.
+    monkeypatch.setattr(type(layer.quant_method), "variant", "some other")
+    monkeypatch.setattr(layer.quant_method, "passed_over", [])
+    rank(3)
+    assert warnings[1].endswith(
+        f"kernel the CPU kernel [some other]. Rank 0: kernel the CPU kernel {ran}"
+    )
 
 
 def test_a_draft_model_of_the_same_config(

@@ -373,7 +373,7 @@ def test_the_command(
         patch.setattr("quantize.execute.calibrate", interrupt)
         assert run(*command).exit_code == 1
     with monkeypatch.context() as patch:
-        patch.setattr(measuring, "_measure", interrupt)
+        patch.setattr(measuring, "_Measuring", interrupt)
         result = run(*command, "--resume")
         assert result.exit_code == 0, result.output
         assert "--bits 5.7: 2 layers nvfp4; fp8 " in result.stderr

@@ -272,10 +272,12 @@ def test_another_goes_on_with_a_run_that_failed(
             shutil.rmtree(damaged)
 
 
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
 def test_an_interrupted_driver_leaves_a_run_to_resume(
-    address: str, source: Path, alone: dict[str, bytes], tmp_path: Path
+    which: str, address: str, source: Path, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Ctrl-C while one task hangs: none writes any more once the command has ended."""
+    """Ctrl-C, or what schedulers send, while one task hangs: none writes any more once the command
+    has ended."""
     out = tmp_path / "out"
     hanging: list[int] = []
 
@@ -297,7 +299,7 @@ def test_an_interrupted_driver_leaves_a_run_to_resume(
             assert time.monotonic() < deadline
             assert driver.poll() is None
             time.sleep(0.01)
-    driver.send_signal(signal.SIGINT)
+    driver.send_signal(signal.Signals[which])
     time.sleep(0.5)
     for process in hanging:
         os.kill(process, signal.SIGCONT)

@@ -12,6 +12,7 @@ import pytest
 from quantize.checkpoint import companions, hub
 from quantize.checkpoint.companions import configs, folders_named
 from quantize.checkpoint.json_files import read_json
+from tests.hub_server import serving, use
 from tests.quantize.checkpoints import contents, convert
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.user_files import Folders, tree
@@ -245,30 +246,14 @@ def test_links_within_the_source_and_its_hub_cache(source: Path, tmp_path: Path)
 
 
 def test_what_is_downloaded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's own filter on a list of files: what belongs, with folders that configs name."""
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
+    """What belongs, with folders that configs name, and no byte of anything else."""
     fill(source, COPIED | NOT_COPIED)
     named_in_its_config(source)
-    everything = [str(f.relative_to(source)) for f in source.rglob("*") if f.is_file()]
-    cache = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
-    revisions = []
-
-    def download(name: str, revision: str | None = None, **patterns: Any) -> str:
-        assert name == "org/name"
-        revisions.append(revision)
-        for file in filter_repo_objects(everything, **patterns):
-            (cache / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, cache / file)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.resolve("org/name") == cache
-    assert revisions == [None, "0123abcd"]
-    found = {str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file()}
-    weights = {"model.safetensors", "config.json", "generation_config.json"}
-    assert found >= set(COPIED) | weights
-    indexes = {name for name in found if name.endswith(".index.json") and "/" not in name}
-    # The hub's patterns are compared with whole paths: what begins with a name is let through.
-    assert found - set(COPIED) - weights - indexes == {"sp/adapter_config.json"}
+    with serving() as server:
+        use(server, tmp_path / "cache", monkeypatch)
+        commit = server.publish("org/name", source)
+        folder = hub.resolve("org/name")
+    assert folder.name == commit
+    found = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    assert found == {*COPIED, "model.safetensors", "config.json", "generation_config.json"}
+    assert server.sent.keys() <= found  # what is equal comes once

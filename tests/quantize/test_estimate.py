@@ -174,7 +174,7 @@ def text(tmp_path: Path) -> Path:
         ("memory", r"calibration needs about .* of memory, and cpu has 1.0 kB.* give --yes"),
     ],
 )
-@pytest.mark.parametrize("option", ["--calibrate", "--input-scales"])
+@pytest.mark.parametrize("option", ["--calibrate", "--input-scales", "--bits"])
 def test_too_much_is_refused_unless_the_user_insists(
     option: str, what: str, message: str, trained: Path, text: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -184,12 +184,19 @@ def test_too_much_is_refused_unless_the_user_insists(
     else:
         monkeypatch.setattr(module, "memory_of", lambda _: 1000)
     out = tmp_path / "out"
-    command = ("quantize", trained, out, option, text, *SIZE, "--device", "cpu")
-    assert re.search(message, refusal(*command, code=2))
+    bits = ("--bits", "5") if option == "--bits" else ()
+    read = option if not bits else "--input-scales"
+    command = ("quantize", trained, out, read, text, *bits, *SIZE, "--device", "cpu")
+    said = refusal(*command, code=2)
+    assert re.search(message, said)
+    if what == "time":
+        assert ("measuring layers' losses would take about" in said) is bool(bits)
     assert not out.exists() or not list(out.iterdir())
     result = run(*command, "--yes")
     assert result.exit_code == 0, result.output
     assert "Calibration: about" in result.stderr and " for one of " in result.stderr
+    measures = re.search("Measuring .* about .* for one of .*; then calibration: ", result.stderr)
+    assert bool(measures) is bool(bits)
     assert (out / "config.json").exists()
     assert "--yes" not in (out / "nvfp4_moe_report.json").read_text()
 
@@ -213,3 +220,22 @@ def test_the_machines_memory() -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()
     (total,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")]
     assert module.memory_of(CPU) == total
+
+
+def test_measuring_for_bits_is_three_reads_and_the_products_of_both_ways(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, and back: outputs twice more and gradients; an expert is looked at, not rounded.
+    Together with calibration it may not take more than is allowed."""
+    monkeypatch.setattr(module, "measure", lambda *_: Seconds(1, 2, 40))
+    monkeypatch.setattr(module, "_beside", lambda *_: 0)
+    with Checkpoint(trained) as checkpoint:
+        steps = steps_of(checkpoint, "two-sided")
+        looked: Any = lambda group: None  # noqa: E731
+        found = estimate(checkpoint, steps, steps.groups, CPU, look=looked)
+    count = 2 * Sizes.of(trained).experts
+    assert found.seconds == pytest.approx(count * (3 * 1 + 5 * 2 + 40))
+    half = found._replace(seconds=0.6 * module.LIMIT)
+    module.check(half)
+    with pytest.raises(TooMuchError, match=r"measuring layers' losses .*; and then calibration"):
+        module.check(half, half)

@@ -181,6 +181,8 @@ def test_without_cpp_numba_does_the_work(
     elif lacks == "a compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv(environment.CACHE, str(tmp_path))  # which is empty
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     else:
         monkeypatch.setenv(environment.CPP, "0")
     try:

@@ -145,7 +145,7 @@ def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
     experts = Sizes.of(trained).experts
     (found,) = [line for line in lines if f"for one of {2 * experts} experts" in line]
     assert found.startswith("Calibration: about")
-    where = rf"layer \d, expert \d+ of {experts}, \d+%(, .* left)?"
+    where = rf"layer \d, expert \d+ of {experts}, [^,]+ read, \d+%, [\d.]+ GB/s(, .* left)?"
     for what in ("Counting tokens", "Calibrating"):
         own = [line for line in lines if line.startswith(f"{what}: ")]
         assert own[0] == f"{what}: layer 0, 0%"
@@ -153,4 +153,4 @@ def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
     order = [next(n for n, line in enumerate(lines) if line.startswith(what))
              for what in ("Calibration: about", "Counting", "Calibrating: ")]  # fmt: skip
     assert order == sorted(order)
-    assert re.fullmatch(r"Quantizing: (.*) of \1, 100%, .*GB/s", lines[-1])
+    assert re.fullmatch(r"Quantizing: .*, (\S+ \wB) of \1, 100%, .*GB/s", lines[-1])

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from quantize.nvfp4.kernels import for_device
+from quantize.nvfp4.kernels.kernel import quantize_weights
 from quantize.report import LayerReport, RunReport, render
 from quantize.report.heatmap import LEVELS
 from quantize.report.histogram import value
@@ -238,6 +240,74 @@ def test_the_worst_is_named_first(eventful: Node) -> None:
     assert numbers == [f"{combined:.4f}", "0.09510", "0.09490", "0.3127"]
 
 
+def test_findings_come_first_and_say_why(eventful: Node) -> None:
+    """Before all figures: what is off, gravest first, each with a reason."""
+    sections = eventful.one("main").all("section")
+    assert "verdict" in sections[0].attributes["class"]
+    whole = eventful.one("main").text
+    assert whole.index("far above the usual error") < whole.index("smaller") < whole.index("Layers")
+    reasons = [line.one(class_="why").text for line in sections[0].all("li")]
+    assert ["verify SRC DST" in reasons[0], "zeros" in reasons[1], "NVFP4 has" in reasons[2]] == (
+        [True] * 3
+    )
+
+
+def test_few_scales_left_is_a_reason() -> None:
+    """Block scales of 1 to 7 are subnormal: here a tenth of all."""
+    bad = changed(layer(1), 5, (0.0951, 0.0949, 0.3127))
+    counts = [0] * 127
+    counts[3], counts[100] = 100, 900
+    verdict = parse(run(layer(0), replace(bad, scale_counts=counts))).one(class_="verdict")
+    assert verdict.one(class_="why").text.startswith(
+        "10% of the layer's block scales are subnormal"
+    )
+
+
+def test_an_expert_that_a_huge_value_has_wiped_out() -> None:
+    """Its relative error is small, since the value makes up its norm: that must not look well."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 50
+    weight[3, 5] = 1e6
+    (found,) = quantize_weights([weight], "mse", for_device(torch.device("cpu")))
+    left = found.weight.dequantize()
+    left[3, 5] = 0
+    assert not left.any()  # what else was there is lost
+    error = math.sqrt(found.noise / found.signal)
+    assert error < 0.04
+    root = parse(run(layer(0), changed(layer(1), 5, (0.0951, 0.0949, error))))
+    verdict = root.one(class_="verdict")
+    assert "warn" in verdict.attributes["class"]
+    assert verdict.one("h2").text == "1 weight is far below the usual error"
+    assert "expert 5 down" in verdict.one("li").text
+    assert "a few huge values" in verdict.one(class_="why").text.lower()
+    assert root.all("svg", class_="map")[0].all("path", class_="low")
+
+
+def test_nothing_is_wider_than_a_phone(eventful: Node) -> None:
+    """What has a width of its own lies in something that scrolls, or shrinks with the page."""
+    (viewport,) = [m for m in eventful.all("meta") if m.attributes.get("name") == "viewport"]
+    assert viewport.attributes["content"].startswith("width=device-width")
+    style = eventful.one("style").text
+    for scrolls in (
+        r"\.wide\{[^}]*overflow-x:auto",
+        r"\.scroll\{[^}]*overflow:auto",
+        r"\.histogram\{[^}]*max-width:100%",
+        r"pre\{[^}]*white-space:pre-wrap",
+    ):
+        assert re.search(scrolls, style)
+    assert len(eventful.all("table")) == sum(
+        len(s.all("table")) for s in eventful.all(class_="scroll")
+    )
+    maps = eventful.all("svg", class_="map")
+    assert len(maps) == sum(
+        len(wide.all("svg", class_="map")) for wide in eventful.all(class_="wide")
+    )
+    for picture in eventful.all("svg"):
+        kinds = picture.attributes.get("class", "").split()
+        assert {"map", "histogram"} & {*kinds} or int(picture.attributes["width"]) <= 150
+    for rule in re.findall(r"[;{](?:min-)?width:(\d+)px", style):
+        assert int(rule) <= 150 or f"width:{rule}px;max-width:100%" in style
+
+
 def test_maps_mark_what_is_remarkable(eventful: Node) -> None:
     combined, gate, _, down = eventful.all("svg", class_="map")
     for map_, row, column, kind in (
@@ -298,7 +368,7 @@ def test_a_whole_bad_layer_is_one_line() -> None:
     root = parse(run(*map(layer, range(6)), layer(6, errors=[(0.4, 0.4, 0.4)] * 8)))
     verdict = root.one(class_="verdict")
     assert verdict.one("h2").text == "24 weights are far above the usual error"
-    assert verdict.one("li").text.endswith("; and 2 more")
+    assert "; and 2 more" in verdict.one("li").text
 
 
 def test_a_wholly_bad_run_is_not_its_own_yardstick() -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from quantize.report import CalibrationReport, ExpertStats
-from tests.quantize.test_report import NASTY, TIMES, Node, layer, parse, run
+from tests.quantize.test_report import NASTY, TIMES, Node, changed, layer, parse, run
 
 NAN = math.nan
 SETTINGS = CalibrationReport("texts.jsonl", 128, 2048, "descent", False, 32)
@@ -96,3 +96,30 @@ def test_experts_that_got_nothing_at_all() -> None:
     said = words(section(page(none)))
     assert "8 below 32" in said
     assert "nan" not in said.lower().replace("nanoseconds", "")
+
+
+def test_experts_that_got_too_little_text_are_named_first() -> None:
+    verdict = page().one(class_="verdict")
+    assert "warn" in verdict.attributes["class"]
+    assert verdict.one("h2").text == "Errors are as usual, but 2 experts got too little text"
+    (line,) = verdict.all("li")
+    assert "little text model.layers.0.mlp.experts expert 2 31 tokens; expert 3 0 tokens" in (
+        words(line).replace("textmodel", "text model")
+    )
+    assert "Fewer than 32: rounded to nearest" in words(line)
+    assert [a.attributes["href"] for a in line.all("a")] == ["#e0-2", "#e0-3"]
+    # With all tokens for all experts, those that the router sends few are calibrated too.
+    every = replace(GIVEN, rules=["descent"] * 8)
+    assert (
+        page(every, every_expert=True).one(class_="verdict").one("h2").text == "Nothing stands out"
+    )
+
+
+def test_what_became_of_the_outputs_is_said_of_a_weight_that_is_far() -> None:
+    bad = changed(layer(0, calibration=GIVEN), 0, (0.0951, 0.0949, 0.3127))
+    verdict = parse(run(bad, layer(1), calibration=SETTINGS)).one(class_="verdict")
+    before, after = math.hypot(0.08, 0.1), math.hypot(0.04, 0.06)
+    assert verdict.all(class_="why")[0].text == (
+        "Expert 0 was rounded for its outputs on 1,000 tokens; their error went from "
+        f"{before:.3g} to {after:.3g}."
+    )

@@ -150,14 +150,19 @@ def test_killed_while_it_replaces_another(
 # -- interrupted -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("share", "which"),
+    [(0.2, "SIGINT"), (0.5, "SIGINT"), (0.9, "SIGINT"), (0.3, "SIGTERM"), (0.8, "SIGTERM")],
+)
 def test_ctrl_c(
-    share: float, source: Path, whole: tuple[dict[str, bytes], int], tmp_path: Path
+    share: float, which: str, source: Path, whole: tuple[dict[str, bytes], int], tmp_path: Path
 ) -> None:
+    """And what schedulers send."""
     files, moments = whole
     interrupted = processes.run(
-        tmp_path, "quantize", source, "out", *SIZE, at=int(share * moments), send=signal.SIGINT
-    )
+        tmp_path, "quantize", source, "out", *SIZE,
+        at=int(share * moments), send=signal.Signals[which],
+    )  # fmt: skip
     assert interrupted.code == 130, interrupted.output
     last = interrupted.output.splitlines()[-1]
     assert re.fullmatch(r"interrupted: .*same command with --resume to go on", last)

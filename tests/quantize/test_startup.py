@@ -6,6 +6,7 @@ it opened a file. Each case is a process of its own.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -147,18 +148,27 @@ def test_wrong_usage_loads_nothing_large(words: list[str], says: str, tmp_path: 
         ("nvfp4-moe quantize --layout ", {"modelopt", "compressed-tensors"}),
         ("nvfp4-moe quantize --scales m", {"max", "mse"}),
         ("nvfp4-moe quantize --rounding ", {"gptq", "descent", "two-sided"}),
+        ("nvfp4-moe inspect --base ", {"keep", "fp8", "mxfp8"}),
+        ("nvfp4-moe evaluate --activations ", {"nvfp4", "fp8", "bf16"}),
         ("nvfp4-moe verify --js", {"--json"}),
+        ("nvfp4-moe quantize --dr", {"--dry-run"}),
     ],
 )
-def test_completion_loads_nothing_large(line: str, offers: set[str], tmp_path: Path) -> None:
-    ended = process(
-        tmp_path / "note",
-        _NVFP4_MOE_COMPLETE="complete_bash",
-        COMP_WORDS=line,
-        COMP_CWORD=str(len(line.split(" ")) - 1),
-    )
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_loads_nothing_large(
+    shell: str, line: str, offers: set[str], tmp_path: Path
+) -> None:
+    if shell == "bash":
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    else:
+        words = {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    ended = process(tmp_path / "note", _NVFP4_MOE_COMPLETE=f"complete_{shell}", **words)
     assert (ended.code, ended.stderr) == (0, "")
-    assert set(ended.stdout.split()) == offers
+    if shell == "zsh":  # _arguments '*: :(("one":"its help" "other":"its help"))'
+        found = set(re.findall(r'(?:\(\(|^|\s)"([^":]+)"', ended.stdout))
+    else:  # fish has help after a tab
+        found = {entry.partition("\t")[0] for entry in ended.stdout.split("\n")} - {""}
+    assert found == offers
     assert ended.large == set()
 
 

@@ -74,6 +74,9 @@ class WeightOnly:
     def quantization_config(self, ignore: list[str], beside: Any = None) -> dict[str, Any]:
         return {"quant_method": "toy", "ignore": ignore}
 
+    def stays_float(self, quantization_config: dict[str, Any], module: str) -> bool:
+        return True
+
     def extra_files(self, ignore: list[str], beside: Any = None) -> dict[str, dict[str, Any]]:
         return {"toy.json": {"ignore": ignore}}
 

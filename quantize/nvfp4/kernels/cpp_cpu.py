@@ -25,6 +25,13 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Mirrors ``Kind`` in encode.cpp."""
 
 
+def source(instructions: Instructions) -> tuple[str, jit.Language]:
+    """What is compiled for ``instructions``, and how."""
+    text = Path(__file__).with_name("encode.cpp").read_text()
+    # Not fused: each operation rounds as the reference's does.
+    return text, jit.cpp(*instructions.options, "-ffp-contract=off", "-Wno-psabi")
+
+
 class CppKernel:
     """See ``quantize.nvfp4.kernels.kernel.Kernel``.
 
@@ -36,10 +43,7 @@ class CppKernel:
     """
 
     def __init__(self, instructions: Instructions) -> None:
-        source = Path(__file__).with_name("encode.cpp").read_text()
-        # Not fused: each operation rounds as the reference's does.
-        options = (*instructions.options, "-ffp-contract=off", "-Wno-psabi")
-        self._library = jit.load(source, jit.cpp(*options))
+        self._library = jit.load(*source(instructions))
         self._library.amax.restype = ctypes.c_float
 
     @property

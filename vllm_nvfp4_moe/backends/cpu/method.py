@@ -14,8 +14,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.cpu import huge_pages
-from vllm_nvfp4_moe.backends.cpu.forward import MANY, NUMBA, experts_forward, parsed
-from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS, lacking
+from vllm_nvfp4_moe.backends.cpu.forward import MANY, NUMBA, experts_forward, native, parsed
+from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, VARIANTS, lacking
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 if TYPE_CHECKING:
@@ -92,6 +92,13 @@ class CpuMethod(NvFp4MoEMethod):
         every = parsed(self.by_tokens)
         told = [f"{name} up to {most:g} tokens" for most, name in every if most != math.inf]
         return f"the CPU kernel ({', then '.join([*told, every[-1][1]])})"
+
+    @property
+    def variant(self) -> str:
+        if self.by_tokens:
+            return self.by_tokens
+        kernel = native(self.moe.in_dtype) if self.gate.form in FORMS else None
+        return kernel.variant.instructions.name if kernel else NUMBA
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **more: Any) -> None:
         super().create_weights(layer, *args, **more)

@@ -44,6 +44,11 @@ class Variant:
     takes: tuple[torch.dtype, ...]
     invariant: bool = True
 
+    @property
+    def language(self) -> jit.Language:
+        """How the source is compiled."""
+        return jit.cpp(*self.instructions.options, openmp=True)
+
     def source(self) -> str:
         """The whole C++ source."""
         return _inlined("experts.cpp").replace('#include "vectors.h"\n', _inlined(self.header))
@@ -93,8 +98,7 @@ class Kernel:
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
-        options = jit.cpp(*variant.instructions.options, openmp=True)
-        self._library = jit.load(variant.source(), options)
+        self._library = jit.load(variant.source(), variant.language)
         self._columns: int = self._library.columns()
         self._input = torch.bfloat16 if self._library.size_of_input() == 2 else torch.float32
         if (theirs := self._library.size_of_work()) != (ours := ctypes.sizeof(Work)):
@@ -199,7 +203,8 @@ def kernel_named(name: str) -> Kernel:
 
 @cache
 def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
-    """The fastest kernel that this host has for activations of ``dtype``.
+    """The fastest kernel that this host has for activations of ``dtype``, and that can be had: an
+    old compiler does not know the newest instructions.
 
     Args:
         invariant: whether a token's bits must not depend on its neighbours.
@@ -212,7 +217,7 @@ def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
         if dtype in variant.takes and variant.instructions.here and variant.invariant >= invariant:
             try:
                 return Kernel(variant)
-            except KernelError as error:  # such as a compiler that is older than the processor
+            except KernelError as error:
                 problem = error
     if problem is None:
         raise KernelError("the processor has no AVX2")

@@ -35,6 +35,9 @@ class Form:
 ORDINARY = Form()
 """That of nearly all models."""
 
+FORMS = tuple(Form(gated, biased) for gated in (True, False) for biased in (False, True))
+"""All that there are."""
+
 
 def inlined(path: Path, form: Form) -> str:
     """The text of a ``.cu`` file for experts of ``form``, with this package's headers in the place

@@ -1,0 +1,1 @@
+"""Compiled kernels, beside this file. ``quantize.native.jit`` looks for them here."""

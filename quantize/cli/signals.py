@@ -1,0 +1,78 @@
+"""Ctrl-C and SIGTERM, which schedulers and containers send: both end a command in the same way.
+
+While nothing is to be tidied up they end the process at once, without a traceback: as long as the
+command starts, and again once it is done. An exception would not do there: within an import, other
+code may turn it into an error of its own, or print it and go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+INTERRUPTED = 130
+"""The exit code, of both."""
+
+Handler = Callable[[int, Any], Any]
+
+_over = False
+"""Whether a command has done its work."""
+
+
+def end_at_once() -> None:
+    """From here on, both signals end the process with a line."""
+    _handle(_end)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within, both signals end the process with a line."""
+    before = _handle(_end)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Within, both signals raise KeyboardInterrupt in the main thread."""
+    global _over
+    before = _handle(signal.default_int_handler)
+    try:
+        yield
+    finally:
+        _restore(before)
+        _over = True
+
+
+def _end(number: int, _: object) -> None:
+    with suppress(OSError):
+        os.write(2, b"interrupted\n" if _over else b"interrupted: nothing was changed\n")
+    os._exit(INTERRUPTED)
+
+
+def _handle(handler: Handler) -> dict[signal.Signals, Any]:
+    """Give both signals a handler; returns those that they had."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    # Who ignores Ctrl-C, as a shell does for what it runs in the background, goes on doing so.
+    found = {number: signal.getsignal(number) for number in SIGNALS}
+    found = {number: had for number, had in found.items() if had is not signal.SIG_IGN}
+    for number in found:
+        signal.signal(number, handler)
+    return found
+
+
+def _restore(before: dict[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            # None: something that was not installed from Python, and cannot be from there.
+            if handler is not None:
+                signal.signal(number, handler)

@@ -1,0 +1,158 @@
+"""Uploading the files of a finished checkpoint.
+
+They go in several commits, the weights first. ``config.json``, card and report come with the last:
+until then nothing takes the repository for a model. The hub keeps what it has, so the same again
+goes on: of a file that is there already nothing is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal
+
+from quantize.checkpoint.hub import CONFIG
+from quantize.checkpoint.hub_weights import is_passing
+from quantize.checkpoint.json_files import read_json
+from quantize.errors import QuantizeError
+from quantize.experts.gates import KEY
+from quantize.push.card import card
+from quantize.push.checkpoint import CARD, Finished, uploaded
+from quantize.push.report import published
+from quantize.run.version import PACKAGE, package_version
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Say = Callable[[str], None]
+
+_BATCH_FILES, _BATCH_BYTES = 10, 20 * 10**9
+"""Most of one commit: what is lost at a broken connection is hashed again, though not sent."""
+
+_TRIES = 6
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.h5")
+"""Files that make up another model, if they are beside ours."""
+
+
+def reserve(name: str, written: Sequence[str], say: Say = lambda _: None) -> None:
+    """Make the repository ``name`` on the hub, private, unless it is there; before hours of work.
+
+    Args:
+        written: relative paths of what the run will write.
+
+    Raises:
+        QuantizeError: if this user may not, or another model is there.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _pushing(name):
+        new = not api.repo_exists(name)
+        api.create_repo(name, private=True, exist_ok=True)
+        if new:
+            say(f"{name} is new on the hub, and private: make it public on its page there")
+        _check_contents(api, name, uploaded(list(written)))
+
+
+def push(
+    made: Finished,
+    name: str,
+    evaluation: dict[str, Any] | None = None,
+    say: Say = lambda _: None,
+) -> str:
+    """Upload ``made`` as ``name``, or what is not there yet; returns the address of its page.
+
+    Args:
+        evaluation: what ``evaluate --json`` printed, for the card.
+
+    Raises:
+        QuantizeError: if that fails; nothing here was changed.
+    """
+    from huggingface_hub import HfApi
+
+    text = card(made, name, evaluation)
+    reserve(name, made.report.files, say)
+    api = HfApi()
+    large = [file for file in made.files if file != CONFIG]
+    batches = list(_batches(made.folder, large))
+    every = [*batches, [CONFIG]]
+    for number, files in enumerate(every, 1):
+        size = sum((made.folder / file).stat().st_size for file in files)
+        say(f"uploading to {name}: part {number} of {len(every)}, {decimal(size)}")
+        contents: dict[str, str | bytes] = {file: str(made.folder / file) for file in files}
+        if files == [CONFIG]:
+            contents |= {CARD: text.encode()} | published(made)
+        message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
+        with _pushing(name):
+            _commit(api, name, contents, message)
+    return f"{api.endpoint}/{name}"
+
+
+def _commit(api: HfApi, name: str, contents: Mapping[str, str | bytes], message: str) -> None:
+    """One commit of files, by their paths there: each a path here, or what it holds."""
+    from huggingface_hub import CommitOperationAdd
+
+    for attempt in range(_TRIES):
+        try:
+            files = [CommitOperationAdd(path, content) for path, content in contents.items()]
+            api.create_commit(name, files, commit_message=message)
+            return
+        except Exception as error:
+            if attempt == _TRIES - 1 or not is_passing(error):
+                raise
+            time.sleep(2**attempt)
+
+
+def _batches(folder: Path, files: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for file in files:
+        nbytes = (folder / file).stat().st_size
+        if batch and (len(batch) == _BATCH_FILES or size + nbytes > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(file)
+        size += nbytes
+    if batch:
+        yield batch
+
+
+def _check_contents(api: HfApi, name: str, ours: Sequence[str]) -> None:
+    """Raise QuantizeError if the repository holds another model."""
+    there = api.list_repo_files(name)
+    strange = [f for f in there if f not in ours and any(fnmatchcase(f, p) for p in _WEIGHTS)]
+    if strange:
+        raise QuantizeError(
+            f"{name} on the hub has weights that are not this checkpoint's ({strange[0]}), and an "
+            "engine could load both; delete them there, or choose another name"
+        )
+    if CONFIG in there:
+        config = read_json(Path(api.hf_hub_download(name, CONFIG)))
+        if KEY not in config:
+            raise QuantizeError(
+                f"{name} on the hub holds another model: its {CONFIG} is not one that nvfp4-moe "
+                "wrote; choose another name"
+            )
+
+
+@contextmanager
+def _pushing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except QuantizeError:
+        raise
+    except Exception as error:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        response = error.response if isinstance(error, HfHubHTTPError) else None
+        advice = ""
+        if response is not None and response.status_code in (401, 403):
+            advice = "; log in with `hf auth login`, with a token that may write there"
+        raise QuantizeError(
+            f"uploading to {name} failed: {' '.join(str(error).split())}{advice}"
+        ) from error

@@ -1,0 +1,62 @@
+"""Downloading a source, once its plan is made from its headers and all that comes has room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantize.checkpoint.companions import companions
+from quantize.checkpoint.opened import bring, to_bring
+from quantize.checkpoint.reader import Checkpoint
+from quantize.run.finish import written_names
+from quantize.run.leftovers import replaced_by_new
+from quantize.run.plan import Plan
+from quantize.run.shards import is_complete
+from quantize.run.space import check_disks
+from quantize.run.target import FOLDER
+
+
+def fetch(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    target: Path,
+    states: int,
+    work_dir: Path | None,
+    overwrite: bool,
+    dry: bool = False,
+) -> None:
+    """Download the weights of a source on the hub; nothing, if they are here or streamed.
+
+    Args:
+        states: bytes of hidden states that calibration will keep.
+        work_dir: of ``--work-dir``.
+        overwrite: a checkpoint in ``target`` goes.
+        dry: only see whether there is room.
+
+    Raises:
+        QuantizeError: if a disk has no room for the downloads, the output and the states together,
+            before the first byte is fetched; or if the download fails.
+    """
+    downloads = to_bring(checkpoint)
+    if not downloads:
+        return
+    others = companions(checkpoint.folder)
+    output = sum(
+        sum(out.nbytes for out in plan.outputs(shard))
+        for shard, name in enumerate(plan.file_names)
+        if overwrite or not _is_done(target, name, plan, shard)
+    )
+    output += sum((checkpoint.folder / name).stat().st_size for name in others)
+    freed = 0
+    if overwrite:
+        names = written_names(plan, others)
+        freed = replaced_by_new(target, target / FOLDER, names).nbytes(target)
+    work = work_dir or target
+    check_disks(target, output, freed, work, states, checkpoint.folder, downloads)
+    if not dry:
+        bring(checkpoint)
+
+
+def _is_done(target: Path, name: str, plan: Plan, shard: int) -> bool:
+    """Whether a shard, or the part that calibration has written, is there already."""
+    here = target / name, target / FOLDER / "new" / name, target / FOLDER / f"{name}.rounded"
+    return any(is_complete(file, plan.outputs(shard)) for file in here)
