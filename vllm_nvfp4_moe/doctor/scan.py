@@ -30,8 +30,10 @@ _LEAST = 0.05
 ENOUGH = 16
 """Tokens of an expert without which nothing is said of its scales: of fewer numbers, some block
 explains anything."""
-_EXPLAINED = 0.1
-"""What is left of a place's errors, as sums of squares, where one wrong block explains them."""
+_EXPLAINED, _BY_TOKENS = 0.3, 160
+"""What may be left of a place's errors, as sums of squares, where one wrong block explains them;
+with fewer tokens than 48, less: their number over the second, since some block of thousands is
+like anything short."""
 _FACTORS = (0.0, -1.0, *(2.0**k for k in range(-2, 9) if k))
 """By which a scale may be wrong: left out, its sign, a power of two."""
 
@@ -119,7 +121,7 @@ def wrong_scale(
             found = WrongScale(place.expert, place.matrix, row, block, factor)
             tried.append((unexplained, found))
     best = min(tried, key=lambda pair: pair[0])
-    return best if best[0] < _EXPLAINED else None
+    return best if best[0] < min(_EXPLAINED, len(mine) / _BY_TOKENS) else None
 
 
 def _blocks(inputs: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
