@@ -5,7 +5,7 @@ Layers are loaded by workers, and ``/metrics`` is answered by API servers, which
 processes; vLLM takes no numbers of a plugin from the ones to the others. So each rank leaves a
 file. The folder is made by the process that makes vLLM's config, which is the first one, and named
 in the environment, which the others on this machine inherit. Once the engine is ready
-(``quirks.show_metrics``), each API server sets gauges from the files, by prometheus_client and
+(``exchanged.show_metrics``), each API server sets gauges from the files, by prometheus_client and
 beside vLLM's own. So it does not matter whether there are several API servers, which vLLM then has
 share a folder (``PROMETHEUS_MULTIPROC_DIR``).
 

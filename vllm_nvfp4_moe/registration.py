@@ -76,26 +76,26 @@ def _register_gpu_only_models() -> None:
 
 
 def _count_as_nvfp4() -> None:
-    from vllm_nvfp4_moe import quirks
+    from vllm_nvfp4_moe import exchanged
 
-    quirks.count_as_nvfp4()
+    exchanged.count_as_nvfp4()
 
 
 def _build_ungated_on_cpus() -> None:
-    from vllm_nvfp4_moe import quirks
+    from vllm_nvfp4_moe import exchanged
 
     def ours(config: VllmConfig) -> bool:
         # Of another model's config, nothing more of this package is imported.
         module = sys.modules.get("vllm_nvfp4_moe.experts_config")
         return module is not None and isinstance(config.quant_config, module.ExpertsConfig)
 
-    quirks.build_ungated_on_cpus(ours)
+    exchanged.build_ungated_on_cpus(ours)
 
 
 def _show_metrics() -> None:
-    from vllm_nvfp4_moe import metrics, quirks
+    from vllm_nvfp4_moe import exchanged, metrics
 
-    quirks.show_metrics(metrics.show)
+    exchanged.show_metrics(metrics.show)
 
 
 def _give_settings_to_ray() -> None:

@@ -23,8 +23,8 @@ OURS = Path(__file__).resolve().parents[1] / NAME
 
 PACKAGE = __name__.partition(".")[0]
 LIGHT = frozenset({
-    "config", "errors", "gpu_only", "metrics", "quirks", "registration", "settings", "shadowing",
-    "versions",
+    "config", "errors", "exchanged", "gpu_only", "metrics", "quirks", "registration", "settings",
+    "shadowing", "versions",
 })  # fmt: skip
 """Modules of this package that are imported whatever vLLM serves. They need no ``quantize``."""
 
