@@ -297,6 +297,7 @@ def test_inspect_as_json(trained: Path) -> None:
     assert shown.pop("notes") == []
     assert shown == {
         "source": str(trained),
+        "revision": None,
         "gate": {"form": "swiglu_oai", "alpha": 1.702, "beta": 1, "limit": 7, "interleaved": False},
         "layer_gates": {},
         "source_formats": [],
