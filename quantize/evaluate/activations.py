@@ -61,9 +61,11 @@ def check_has_scales(checkpoint: Checkpoint, groups: list[ExpertGroup]) -> None:
             f"{checkpoint.folder}: no expert is in NVFP4, so there is nothing that --activations "
             "nvfp4 rounds; leave it out"
         )
+    scaled = set(filter(checkpoint.has_input_scale, nvfp4))
     for name in nvfp4:
         module = name.removesuffix(".weight")
-        if not checkpoint.has_input_scale(name) and not stays_float(checkpoint.config, module):
+        # Some layers' inputs may be left as they are, but then not those of all.
+        if name not in scaled and not (scaled and stays_float(checkpoint.config, module)):
             file = min(checkpoint.files_of([name]))
             raise QuantizeError(
                 f"{checkpoint.folder / file}: {name} has no input scale, and --activations nvfp4 "

@@ -188,9 +188,9 @@ def test_what_is_done_is_not_done_again(
     layers: list[int] = []
     plain_layer, plain_write = Side.layer_forward, Progress.write
 
-    def layer_forward(self: Side, layer: int) -> None:
+    def layer_forward(self: Side, layer: int, *more: Any) -> None:
         layers.append(layer)
-        plain_layer(self, layer)
+        plain_layer(self, layer, *more)
 
     def write(self: Progress, *args: Any) -> None:
         plain_write(self, *args)
