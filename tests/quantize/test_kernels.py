@@ -153,6 +153,15 @@ def test_what_is_not_finite_is_refused(
 
 
 @by_name
+@pytest.mark.parametrize("rule", FAST)
+def test_rows_that_are_no_whole_number_of_blocks(name: str, rule: str) -> None:
+    """Even if the weight is: more scales would be written than there is room for."""
+    weight = torch.ones(64, 24, device=device(name))
+    with pytest.raises(RuntimeError, match="unflatten"):
+        quantize_weights([weight], rule, kernel(name))
+
+
+@by_name
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_comparison_with_what_is_stored(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
