@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -405,6 +406,32 @@ def test_huge_pages() -> None:
             sizes[name] = int(rest[0]) if rest[0].isdigit() else 0
     assert (sizes["AnonHugePages:"] > 0) == asked
     assert not huge_pages.advise(torch.empty(1 << 20, dtype=torch.uint8))
+
+
+def test_the_compiler_knows_that_tiles_are_read(tmp_path: Path) -> None:
+    """g++ 12 takes its own macros for AMX not to read memory. No processor with AMX is needed."""
+    code = """
+extern "C" void product(const __m512i* from, float* to) {
+    alignas(64) __m512i rows[16];
+    tile_zero(0);
+    for (int c = 0; c < 8; c++) {
+        for (int r = 0; r < 16; r++) rows[r] = _mm512_slli_epi16(from[16 * c + r], 1);
+        tile_load(1, rows);
+        tile_multiply(0, 1, 2);
+    }
+    tile_store(0, to);
+}
+"""
+    source = tmp_path / "tiles.cpp"
+    source.write_text((Path(cpu.__file__).parent / "tiles.h").read_text() + code)
+    options = [option for option in VARIANTS[0].language.options if option != "-c"]
+    command = [jit.cxx(), *options, "-S", "-o", "-", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unrecognized" in done.stderr:
+        pytest.skip("an old compiler")
+    before, load, _ = done.stdout.partition("\ttileloadd\t")
+    assert load
+    assert re.search(r"\tvmov\w+\t%zmm\d+, -?\d*\(%r", before)
 
 
 def test_instructions_that_linux_does_not_give() -> None:
