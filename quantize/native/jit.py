@@ -40,7 +40,7 @@ PACKAGE = "vllm_nvfp4_moe_jit_cache"
 """What the optional distribution ``vllm-nvfp4-moe-jit-cache`` installs (jit_cache)."""
 
 NOTE = ".does-not-load"
-"""Suffix of an empty file beside a library that was compiled and loads from no folder."""
+"""Suffix of a file beside a library that loads from no folder. It says what had compiled it."""
 
 
 class KernelError(RuntimeError):
@@ -301,10 +301,10 @@ def _made(
     """Compile ``library``, and load it, or else a copy of it in one of the other folders.
 
     If it loads from none, it stays, beside a note that it does not: no later start compiles it
-    again to learn the same.
+    again with the same compiler to learn the same.
     """
-    note = library.with_suffix(NOTE)
-    if library.exists() and note.exists():
+    note, compiler = library.with_suffix(NOTE), str(language.compiler().resolve())
+    if library.exists() and note.exists() and note.read_text() == compiler:
         raise KernelError(
             f"it was compiled before, and does not load: {'; '.join(problems)}. Remove {note} to "
             "have it compiled again"
@@ -320,7 +320,7 @@ def _made(
         if found := _loaded(copy.name, [place], problems):
             note.unlink(missing_ok=True)
             return found
-    note.touch()
+    note.write_text(compiler)
     return None
 
 

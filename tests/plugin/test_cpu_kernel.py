@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -250,24 +251,49 @@ def test_an_expert_that_there_is_not(kernel: Kernel) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("w13", lambda t: t.mT.contiguous().mT, r"uint8 \[5, 32, 8\] where torch.uint8 in C"),
+        (
+            "w13",
+            lambda t: t.mT.contiguous().mT,
+            r"uint8 \[5, 32, 8\] where torch.uint8 \[5, 32, 8\] in C",
+        ),
+        ("w13", lambda t: t[:, :16].contiguous(), r"\[5, 16, 8\] where torch.uint8 \[5, 32, 8\]"),
         ("g2", lambda t: t.double(), r"float64 \[5\] where torch.float32"),
+        ("g13", lambda t: t[:2], r"\[2\] where torch.float32 \[5\]"),
         ("s13", lambda t: t.view(torch.uint8), "where torch.float8_e4m3fn"),
-        ("w2", lambda t: t[:, :8].contiguous(), r"weights \[5, 32, 8\] and \[5, 8, 8\]"),
+        (
+            "s2",
+            lambda t: t[:, :8].contiguous(),
+            r"\[5, 8, 1\] where torch.float8_e4m3fn \[5, 16, 1\]",
+        ),
+        ("w2", lambda t: t[:, :8].contiguous(), r"\[5, 8, 8\] where torch.uint8 \[5, 16, 8\]"),
+        ("b13", lambda t: t[:, :16].contiguous(), r"\[5, 16\] where torch.float32 \[5, 32\]"),
+        ("b2", lambda t: t[:1], r"\[1, 16\] where torch.float32 \[5, 16\]"),
     ],
 )
 def test_what_is_not_as_the_loops_take_it(
     kernel: Kernel, name: str, change: Callable[[torch.Tensor], torch.Tensor], said: str
 ) -> None:
-    case, (weights, ids) = Case(16, 16), routing(1, EXPERTS, TOP_K)
+    case, (weights, ids) = Case(16, 16, biased=True), routing(1, EXPERTS, TOP_K)
     setattr(case, name, change(getattr(case, name)))
     with pytest.raises(ValueError, match=said):
         case.run(kernel, torch.zeros(1, 16), weights, ids, Gate("silu"))
-    whole = Case(16, 16)
-    with pytest.raises(ValueError, match=r"activations \[1, 32\] for weights"):
-        whole.run(kernel, torch.zeros(1, 32), weights, ids, Gate("silu"))
+
+
+def test_what_does_not_fit_the_weights(kernel: Kernel) -> None:
+    case, (weights, ids) = Case(16, 16), routing(1, EXPERTS, TOP_K)
+    x, silu = torch.zeros(1, 16), Gate("silu")
+    with pytest.raises(ValueError, match=r"\[5, 32, 8\] where torch.uint8 \[5, 32, 16\]"):
+        case.run(kernel, torch.zeros(1, 32), weights, ids, silu)
     with pytest.raises(ValueError, match="int64"):
-        whole.run(kernel, torch.zeros(1, 16), weights, ids, Gate("silu"), torch.arange(EXPERTS))
+        case.run(kernel, x, weights, ids, silu, torch.arange(EXPERTS))
+    with pytest.raises(ValueError, match=r"2 tokens, ids \[1, 2\], weights \[1, 2\]"):
+        case.run(kernel, torch.zeros(2, 16), weights, ids, silu)
+    with pytest.raises(ValueError, match=r"1 tokens, ids \[1, 2\], weights \[1, 1\]"):
+        case.run(kernel, x, weights[:, :1], ids, silu)
+    with pytest.raises(ValueError, match=r"\[5, 32, 8\] where torch.uint8 \[5, 16, 8\]"):
+        case.run(kernel, x, weights, ids, Gate("relu2"))
+    with pytest.raises(ValueError, match="rows of 24 and 16 columns are no whole number of blocks"):
+        case.run(kernel, torch.zeros(1, 24), weights, ids, silu)
 
 
 def test_a_source_that_does_not_belong_to_its_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,6 +431,32 @@ def test_huge_pages() -> None:
             sizes[name] = int(rest[0]) if rest[0].isdigit() else 0
     assert (sizes["AnonHugePages:"] > 0) == asked
     assert not huge_pages.advise(torch.empty(1 << 20, dtype=torch.uint8))
+
+
+def test_the_compiler_knows_that_tiles_are_read(tmp_path: Path) -> None:
+    """g++ 12 takes its own macros for AMX not to read memory. No processor with AMX is needed."""
+    code = """
+extern "C" void product(const __m512i* from, float* to) {
+    alignas(64) __m512i rows[16];
+    tile_zero(0);
+    for (int c = 0; c < 8; c++) {
+        for (int r = 0; r < 16; r++) rows[r] = _mm512_slli_epi16(from[16 * c + r], 1);
+        tile_load(1, rows);
+        tile_multiply(0, 1, 2);
+    }
+    tile_store(0, to);
+}
+"""
+    source = tmp_path / "tiles.cpp"
+    source.write_text((Path(cpu.__file__).parent / "tiles.h").read_text() + code)
+    options = [option for option in VARIANTS[0].language.options if option != "-c"]
+    command = [jit.cxx(), *options, "-S", "-o", "-", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unrecognized" in done.stderr:
+        pytest.skip("an old compiler")
+    before, load, _ = done.stdout.partition("\ttileloadd\t")
+    assert load
+    assert re.search(r"\tvmov\w+\t%zmm\d+, -?\d*\(%r", before)
 
 
 def test_instructions_that_linux_does_not_give() -> None:

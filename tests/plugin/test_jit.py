@@ -184,6 +184,23 @@ def test_one_that_loads_nowhere_is_compiled_once(
     assert jit.load(missing, jit.cuda("90a")).answer() == 42
 
 
+def test_another_compiler_may_make_one_that_loads(
+    tmp_path: Path, log: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """As g++ after clang, whose OpenMP is not PyTorch's."""
+    monkeypatch.setenv("NVCC_MORE", "-Wl,--unresolved-symbols=ignore-all -Dmissing=nobody_has_this")
+    source = 'extern "C" int missing(); ' + SOURCE.replace("42", "missing()")
+    source = f"#ifndef missing\n{SOURCE}\n#else\n{source}\n#endif\n"
+    with pytest.raises(jit.KernelError, match="undefined symbol: nobody_has_this"):
+        jit.load(source, jit.cuda("90a"))
+    monkeypatch.delenv("NVCC_MORE")
+    shutil.copytree(tmp_path / "cuda", tmp_path / "another")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "another"))
+    assert jit.load(source, jit.cuda("90a")).answer() == 42
+    assert compilations(log) == 2
+    assert not list(tmp_path.rglob("*.does-not-load"))
+
+
 def test_a_folder_from_which_nothing_runs(
     tmp_path: Path, log: Path, monkeypatch: MonkeyPatch
 ) -> None:

@@ -145,6 +145,29 @@ def test_the_cpu_takes_each_kernel_for_its_tokens(
     torch.testing.assert_close(outs[0], outs[1][:8], rtol=0.02, atol=0.02 * float(outs[0].std()))
 
 
+def test_kernels_for_bfloat16_take_nothing_else(
+    load: Load, shallow: dict[str, Path], asked: None
+) -> None:
+    """Doctor measures with bfloat16. Others would be rounded to it."""
+    names = [v.instructions.name for v in VARIANTS if lacking(v) is None]
+    (exact, *_) = [
+        v.instructions.name for v in VARIANTS if lacking(v) is None and torch.float16 in v.takes
+    ]
+    keep({f"cpu {name}": {1: 1.0 + place} for place, name in enumerate(names)})
+    layer = load(shallow["modelopt"], dtype="float16")[LAYER].routed_experts
+    assert layer.quant_method.by_tokens == f"inf={exact}"
+
+
+@pytest.mark.usefixtures("numba")
+def test_no_cpp_where_the_user_wants_none(
+    load: Load, shallow: dict[str, Path], asked: None
+) -> None:
+    (fastest, *_) = [v.instructions.name for v in VARIANTS if lacking(v) is None]
+    keep({"cpu numba": {1: 2.0}, f"cpu {fastest}": {1: 1.0}})
+    layer = load(shallow["modelopt"])[LAYER].routed_experts
+    assert layer.quant_method.by_tokens == "inf=numba"
+
+
 def test_without_a_table_the_usual_order_and_one_warning(
     load: Load, shallow: dict[str, Path], asked: None, warned: list[str], summary_lines: list[str]
 ) -> None:

@@ -152,6 +152,28 @@ def test_what_is_not_finite_is_refused(
         quantize_weights([torch.ones_like(weight), weight], "max", kernel(name))
 
 
+@pytest.mark.parametrize("name", CPP)
+def test_small_float16_where_pytorch_flushes_denormals(name: str) -> None:
+    """Such a number is none of float32's."""
+    weight = (torch.randn(16, 64, generator=torch.Generator().manual_seed(4)) * 1e-5).half()
+    want = judged([weight], "mse")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("the processor cannot")
+    try:
+        assert_same(quantize_weights([weight], "mse", kernel(name)), want)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@by_name
+@pytest.mark.parametrize("rule", FAST)
+def test_rows_that_are_no_whole_number_of_blocks(name: str, rule: str) -> None:
+    """Even if the weight is: more scales would be written than there is room for."""
+    weight = torch.ones(64, 24, device=device(name))
+    with pytest.raises(RuntimeError, match="unflatten"):
+        quantize_weights([weight], rule, kernel(name))
+
+
 @by_name
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_comparison_with_what_is_stored(name: str, dtype: torch.dtype) -> None:

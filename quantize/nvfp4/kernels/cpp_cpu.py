@@ -2,7 +2,7 @@
 
 It is compiled at first use. Threads can quantize different weights at once: ctypes releases
 Python's global interpreter lock. What is not its work, numba's kernel does: comparing with stored
-weights, other dtypes, and rules without ``reach``.
+weights, other dtypes, rules without ``reach``, and rows that are no whole number of blocks.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class CppKernel:
 
 
 def _takes(weight: torch.Tensor) -> bool:
-    return weight.dtype in _KINDS and weight.numel() % BLOCK == 0
+    return weight.dtype in _KINDS and weight.shape[-1] % BLOCK == 0
 
 
 def _source(weight: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]:

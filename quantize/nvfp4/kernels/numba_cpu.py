@@ -252,8 +252,8 @@ def _products(source, half, global_scale, pairs, e4m3, packed, scale):  # type: 
 class NumbaKernel(ReferenceKernel):
     """See ``quantize.nvfp4.kernels.kernel.Kernel``.
 
-    It leaves other dtypes than bfloat16, float16 and float32, and rules without ``reach``, to the
-    reference kernel.
+    It leaves other dtypes than bfloat16, float16 and float32, rules without ``reach``, and rows
+    that are no whole number of blocks, to the reference kernel.
     """
 
     def amax(self, weight: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ class NumbaKernel(ReferenceKernel):
     def encode(
         self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
     ) -> Quantized:
-        if weight.dtype not in _BITS or rule.reach is None:
+        if weight.dtype not in _BITS or rule.reach is None or weight.shape[-1] % BLOCK:
             return super().encode(weight, global_scale, rule)
         rows, columns = weight.shape
         codes = torch.empty(rows, columns // 2, dtype=torch.uint8)

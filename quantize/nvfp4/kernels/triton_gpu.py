@@ -90,13 +90,14 @@ def _encode(  # type: ignore[no-untyped-def]
 class TritonKernel(ReferenceKernel):
     """See ``quantize.nvfp4.kernels.kernel.Kernel``.
 
-    It leaves dtypes outside of ``_DTYPES``, and rules without ``reach``, to the reference kernel.
+    It leaves dtypes outside of ``_DTYPES``, rules without ``reach``, and rows that are no whole
+    number of blocks, to the reference kernel.
     """
 
     def encode(
         self, weight: torch.Tensor, global_scale: torch.Tensor, rule: ScaleRule
     ) -> Quantized:
-        if weight.dtype not in _DTYPES or rule.reach is None:
+        if weight.dtype not in _DTYPES or rule.reach is None or weight.shape[-1] % BLOCK:
             return super().encode(weight, global_scale, rule)
         weight = weight.contiguous()
         rows, columns = weight.shape

@@ -12,6 +12,7 @@ import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from quantize.native import environment
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.cpu import huge_pages
 from vllm_nvfp4_moe.backends.cpu.forward import MANY, NUMBA, experts_forward, native, parsed
@@ -71,10 +72,10 @@ class CpuMethod(NvFp4MoEMethod):
     ) -> NvFp4MoEMethod | None:
         if envs.VLLM_BATCH_INVARIANT:
             return None  # a token's bits would depend on how many others there are
-        best = table.best_by_tokens(
-            f"{_PREFIX}{name}"
-            for name in (*(v.instructions.name for v in VARIANTS if lacking(v) is None), NUMBA)
-        )
+        dtype = layer.moe_config.in_dtype  # doctor measures with bfloat16
+        runs = [v for v in VARIANTS if dtype in v.takes and lacking(v) is None]
+        names = [v.instructions.name for v in runs if environment.cpp()]
+        best = table.best_by_tokens(f"{_PREFIX}{name}" for name in (*names, NUMBA))
         if cls.unsupported(layer) or not best:
             return None
         chosen = cls(context, layer, weight_only)

@@ -20,6 +20,7 @@ from quantize.experts.gates import Gate
 from quantize.native import jit
 from quantize.native.jit import KernelError
 from quantize.native.processor import AMX, AVX2, AVX512, AVX512_BF16, Instructions, flags
+from quantize.nvfp4.format import BLOCK
 
 FORMS = {
     "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
@@ -139,32 +140,47 @@ class Kernel:
                 dtype or shape.
         """
         (tokens, hidden), slots = x.shape, ids.shape[1]
-        inner, experts = 2 * w2.shape[2], len(w13)
+        inner, experts = 2 * w2.shape[2], len(w2)
+        rows = inner * (1 + gate.gated)
         plain = x if x.dtype == torch.bfloat16 else x.float()
         inputs = [t.contiguous() for t in (plain, ids.int(), weights.float())]
-        weight = [w13, w13_scale, w2, w2_scale, w13_global, w2_global]
-        optional = [expert_map, w13_bias, w2_bias]
-        scale, real = torch.float8_e4m3fn, torch.float32
-        dtypes = (*(torch.uint8, scale) * 2, real, real, torch.int32, real, real)
-        for tensor, dtype in zip((*weight, *optional), dtypes, strict=True):
-            if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous()):
-                raise ValueError(f"{tensor.dtype} {list(tensor.shape)} where {dtype} in C is taken")
-        if hidden != 2 * w13.shape[2] or len(w2) != experts or w2.shape[1] != hidden:
+        known = 0 if expert_map is None else len(expert_map)
+        code, scale, real = torch.uint8, torch.float8_e4m3fn, torch.float32
+        taken = (
+            (w13, code, (experts, rows, hidden // 2)),
+            (w13_scale, scale, (experts, rows, hidden // BLOCK)),
+            (w2, code, (experts, hidden, inner // 2)),
+            (w2_scale, scale, (experts, hidden, inner // BLOCK)),
+            (w13_global, real, (experts,)),
+            (w2_global, real, (experts,)),
+            (expert_map, torch.int32, (known,)),
+            (w13_bias, real, (experts, rows)),
+            (w2_bias, real, (experts, hidden)),
+        )
+        if hidden % BLOCK or inner % BLOCK:
+            raise ValueError(f"rows of {hidden} and {inner} columns are no whole number of blocks")
+        if len(ids) != tokens or weights.shape != ids.shape:
             raise ValueError(
-                f"activations {list(x.shape)} for weights {list(w13.shape)} and {list(w2.shape)}"
+                f"{tokens} tokens, ids {list(ids.shape)}, weights {list(weights.shape)}"
             )
+        for tensor, dtype, shape in taken:
+            if tensor is not None and not (
+                tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()
+            ):
+                raise ValueError(
+                    f"{tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} in C is taken"
+                )
         made = [self._room(tokens, hidden), self._room(ids.numel(), inner)]
         # vLLM loads under the model's dtype and device as defaults.
         output = torch.zeros(tokens, hidden, dtype=torch.float32, device="cpu")
         lengths = [experts, experts + 1, ids.numel()]
         counts = torch.empty(sum(lengths), dtype=torch.int64, device="cpu").split(lengths)
-        at = [None if t is None else t.data_ptr() for t in (*inputs, *weight, *optional)]
+        at = [None if t is None else t.data_ptr() for t in (*inputs, *(t for t, _, _ in taken))]
         x_at, ids_at, weights_at, *weight_at, map_at, b13, b2 = at
         work = Work(
-            tokens, slots, hidden, inner, experts, w13.shape[1] != inner,
-            plain.dtype == torch.float32, weight_on_input,
-            0 if expert_map is None else len(expert_map), x_at, ids_at, map_at, weights_at,
-            *weight_at, b13, b2, *(t.data_ptr() for t in (*made, output, *counts)),
+            tokens, slots, hidden, inner, experts, gate.gated, plain.dtype == torch.float32,
+            weight_on_input, known, x_at, ids_at, map_at, weights_at, *weight_at, b13, b2,
+            *(t.data_ptr() for t in (*made, output, *counts)),
             FORMS[gate.form], gate.alpha, gate.beta,
             math.inf if gate.limit is None else gate.limit,
         )  # fmt: skip
