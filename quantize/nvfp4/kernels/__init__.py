@@ -36,12 +36,15 @@ def _for_cpus() -> Kernel:
     from quantize.native.jit import KernelError
     from quantize.nvfp4.kernels import cpp_cpu
 
-    here = [each for each in cpp_cpu.INSTRUCTIONS if each.here]
-    if here and environment.cpp():
+    here = [each for each in cpp_cpu.INSTRUCTIONS if each.here] if environment.cpp() else []
+    problem = None
+    for instructions in here:
         try:
-            return cpp_cpu.CppKernel(here[0])
-        except KernelError as error:
-            logger.warning("numba quantizes, which is slower than C++ would be: %s", error)
+            return cpp_cpu.CppKernel(instructions)
+        except KernelError as error:  # an old compiler does not know the newest instructions
+            problem = error
+    if problem is not None:
+        logger.warning("numba quantizes, which is slower than C++ would be: %s", problem)
     from quantize.nvfp4.kernels.numba_cpu import NumbaKernel
 
     return NumbaKernel()
