@@ -79,6 +79,14 @@ class Watched:
         self._thread = threading.Thread(target=self._watch)
 
     def look(self, _: str = "") -> None:
+        # A file may go, and the next one come, during a walk, which then counts both. What really
+        # lies there at once is seen three times in a row.
+        sizes = [self._sizes() for _ in range(3)]
+        self.most = max(self.most, min(source + output for source, output in sizes))
+        self.source = max(self.source, min(source for source, _ in sizes))
+
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes of the source and of the output."""
         source = output = 0
         for folder, _, names in os.walk(self.folder):
             for name in names:
@@ -87,7 +95,7 @@ class Watched:
                         size = Path(folder, name).stat().st_size
                         source += size * ("/source" in folder)
                         output += size * ("/source" not in folder)
-        self.most, self.source = max(self.most, source + output), max(self.source, source)
+        return source, output
 
     def _watch(self) -> None:
         while not self._end.wait(0.001):
