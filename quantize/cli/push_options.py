@@ -65,10 +65,12 @@ def check_push(name: str | None, source: str, evaluation: Path | None, starts_an
 def reserve_for(name: str, checkpoint: Checkpoint, steps: Plan) -> None:
     """Make the repository, before hours of work; raises what ``push.reserve`` does."""
     from quantize.checkpoint.companions import companions
+    from quantize.checkpoint.hub import revision_of
     from quantize.push import reserve
     from quantize.run.finish import written_names
 
-    reserve(name, written_names(steps, companions(checkpoint.folder)), say)
+    base = (revision_of(checkpoint.folder) or "").rpartition("@")[0] or None
+    reserve(name, written_names(steps, companions(checkpoint.folder)), base, say)
 
 
 def push_finished(
