@@ -12,11 +12,14 @@ import typer
 from quantize.cli.before_it_starts import say
 from quantize.cli.errors import UsageError
 from quantize.cli.output import out
+from quantize.cli.signals import ending_at_once
 from quantize.errors import QuantizeError
 
 if TYPE_CHECKING:
     from quantize.checkpoint.reader import Checkpoint
     from quantize.run.plan import Plan
+
+_AGAIN = "the same command, without --overwrite and --resume, goes on with the upload"
 
 PushOption = Annotated[
     str | None,
@@ -103,12 +106,10 @@ def push_finished(
             "--push-to to upload it, or pass --overwrite to replace it"
         )
     try:
-        page = push(made, name, _read(evaluation, made.folder), say)
+        with ending_at_once(f"{target} is complete; {_AGAIN}"):
+            page = push(made, name, _read(evaluation, made.folder), say)
     except QuantizeError as error:
-        raise QuantizeError(
-            f"{target} is complete, but {error}; the same command, without --overwrite and "
-            "--resume, goes on with the upload"
-        ) from error
+        raise QuantizeError(f"{target} is complete, but {error}; {_AGAIN}") from error
     out.print(f"Uploaded: {page}", soft_wrap=True, highlight=False, markup=False)
     return True
 

@@ -1,9 +1,10 @@
 """Uploading the files of a finished checkpoint.
 
 They go in several commits. The report comes with the first: by it a repository is known as one of
-ours, whatever becomes of the upload. ``config.json`` and card come with the last: until then nothing
-takes the repository for a model, also where another version of the checkpoint is replaced. The hub
-keeps what it has, so the same again goes on: of a file that is there already nothing is sent.
+ours, whatever becomes of the upload. ``config.json`` and card come with the last: until then
+nothing takes the repository for a model, also where another version of the checkpoint is replaced.
+The hub keeps what it has, so the same again goes on: of a file that is there already nothing is
+sent.
 """
 
 from __future__ import annotations
