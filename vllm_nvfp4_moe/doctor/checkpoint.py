@@ -48,8 +48,8 @@ def shape_of(source: str) -> tuple[Shape, Gates]:
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise QuantizeError(f"{source}: its config.json cannot be read: {said}") from error
+        why = " ".join(str(error).split())
+        raise QuantizeError(f"{source}: its config.json cannot be read: {why}") from error
     where = f"{source}/config.json"
     contract = raw.get(KEY)
     config = language_config(raw)
