@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,7 @@ from vllm_nvfp4_moe.doctor.cases import (
     together,
 )
 from vllm_nvfp4_moe.doctor.checkpoint import shape_of
+from vllm_nvfp4_moe.doctor.layer import one_rank
 from vllm_nvfp4_moe.doctor.reference import Rounding, outputs
 from vllm_nvfp4_moe.doctor.routing import KINDS, correction_bias
 from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
@@ -150,6 +152,19 @@ def test_a_process_that_dies_is_told_of(how: str, words: str | None) -> None:
     assert problem is None if words is None else words in str(problem)
     if how == "raise":
         assert "RuntimeError: the device is gone" in str(problem)
+
+
+def _is_killed(_: Any) -> None:
+    with one_rank(CPU):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert "SIGKILL" in str(children.run(_is_killed, seconds=60).problem)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Checkpoints.
