@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from quantize.checkpoint.reader import Checkpoint
     from quantize.run.plan import Plan
 
-_AGAIN = "the same command, without --overwrite and --resume, goes on with the upload"
-
 PushOption = Annotated[
     str | None,
     typer.Option(
@@ -106,10 +104,13 @@ def push_finished(
             "--push-to to upload it, or pass --overwrite to replace it"
         )
     try:
-        with ending_at_once(f"{target} is complete; {_AGAIN}"):
+        with ending_at_once(f"{target} is complete; run the same command to go on with the upload"):
             page = push(made, name, _read(evaluation, made.folder), say)
     except QuantizeError as error:
-        raise QuantizeError(f"{target} is complete, but {error}; {_AGAIN}") from error
+        raise QuantizeError(
+            f"{target} is complete, but {error}; the same command, without --overwrite and "
+            "--resume, goes on with the upload"
+        ) from error
     out.print(f"Uploaded: {page}", soft_wrap=True, highlight=False, markup=False)
     return True
 

@@ -73,15 +73,11 @@ def doctor(
 
 def _check_writable(file: Path) -> None:
     """Raise UsageError if the result could not be written: that is known before the minutes."""
-    problem = ""
-    if file.is_dir():
-        problem = "is a folder"
-    elif not file.absolute().parent.is_dir():
-        problem = "there is no such folder"
-    elif not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        problem = "cannot be written"
-    if problem:
-        raise UsageError(f"--json {file}: {problem}; give a file that you can write to")
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"--json {file}: there is no such folder")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UsageError(f"--json {file}: cannot be written; give a file that you can write to")
 
 
 def _shape(checkpoint: str | None, tp: int | None) -> tuple[Any, list[str]]:
