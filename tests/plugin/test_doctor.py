@@ -208,7 +208,7 @@ def test_what_is_no_checkpoint_with_experts(tmp_path: Path) -> None:
 def test_where_the_result_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before the minutes; a link (such as /dev/stdout) stays one."""
     for wrong in (tmp_path, tmp_path / "none" / "result.json"):
-        with pytest.raises(UsageError, match="such folder|give a file"):
+        with pytest.raises(UsageError, match=r"such folder|give a file"):
             command._check_writable(wrong)
     file, link = tmp_path / "file", tmp_path / "link"
     link.symlink_to(file)
