@@ -154,16 +154,14 @@ def look_up(source: str, revision: str | None = None) -> Path | HubModel:
     Raises:
         QuantizeError: if it is neither, or the hub has no such model for this user.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = folder_of(source)
+    if folder is not None:
         if revision is not None:
             raise QuantizeError(
                 f"--revision {revision}: {source} is a folder here, and has none; leave it out, or "
                 "give a hub id"
             )
         return folder
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise QuantizeError(f"{source} is neither a folder nor a hub id such as org/name")
     with asking(source):
         try:
             return _listed(source, revision)
@@ -171,6 +169,20 @@ def look_up(source: str, revision: str | None = None) -> Path | HubModel:
             if (cached := _cached(source, revision)) is not None:
                 return cached
             raise
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder that ``source`` names; None if it is a hub id.
+
+    Raises:
+        QuantizeError: if it is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise QuantizeError(f"{source} is neither a folder nor a hub id such as org/name")
+    return None
 
 
 def resolve(source: str, revision: str | None = None) -> Path:

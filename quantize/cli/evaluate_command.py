@@ -23,6 +23,7 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import out, print_json, table
 from quantize.cli.progress import progress_bar
+from quantize.cli.signals import ending_at_once
 from quantize.cli.source_options import RevisionOption, revision_for
 
 if TYPE_CHECKING:
@@ -113,8 +114,9 @@ def evaluate(
         if device is not None:
             check_device(device)
         here = Path(target).expanduser()
-        second_folder = resolve(target)
-        first_folder = resolve(source, revision_for(source, second_folder, revision))
+        with ending_at_once():
+            second_folder = resolve(target)
+            first_folder = resolve(source, revision_for(source, second_folder, revision))
         with large_imports():
             from quantize.calibration.sources import check_there
             from quantize.checkpoint.reader import Checkpoint

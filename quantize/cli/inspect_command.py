@@ -24,6 +24,7 @@ from quantize.cli.options import (
     stated_gate,
 )
 from quantize.cli.output import out, plain, print_json, table
+from quantize.cli.signals import ending_at_once
 from quantize.cli.source_options import RevisionOption
 from quantize.run.options import Options
 
@@ -54,13 +55,16 @@ def inspect(
             kv_cache=kv_cache.value if kv_cache else None,
             trust_remote_code=trust_remote_code,
         )
-        found = look_up(source, revision)
+        with ending_at_once():
+            found = look_up(source, revision)
         with large_imports():
             from quantize import inspection
             from quantize.checkpoint.opened import opened
             from quantize.run.plan import plan
 
-        with opened(found, code=trust_remote_code) as checkpoint:
+        with ending_at_once():
+            there = opened(found, code=trust_remote_code)
+        with there as checkpoint:
             steps = plan(checkpoint, options)
             if as_json:
                 print_json(inspection.as_json(checkpoint, steps))

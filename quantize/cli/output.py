@@ -19,6 +19,7 @@ from rich.control import Control
 from rich.markup import escape
 from rich.table import Table
 
+from quantize.cli import signals
 from quantize.cli.log import Log
 
 
@@ -54,10 +55,11 @@ def speaking(
     log = Log(log_file, apart) if log_file is not None else None
     try:
         Said.log_file = log
+        signals.log = log.write if log is not None else None
         out.quiet = err.quiet = quiet
         yield
     finally:
-        Said.log_file = None
+        Said.log_file = signals.log = None
         out.quiet = err.quiet = False
         if log is not None:
             log.close()

@@ -12,6 +12,7 @@ import typer
 from quantize.cli.before_it_starts import say
 from quantize.cli.errors import UsageError
 from quantize.cli.output import out
+from quantize.cli.signals import ending_at_once
 from quantize.errors import QuantizeError
 
 if TYPE_CHECKING:
@@ -65,10 +66,12 @@ def check_push(name: str | None, source: str, evaluation: Path | None, starts_an
 def reserve_for(name: str, checkpoint: Checkpoint, steps: Plan) -> None:
     """Make the repository, before hours of work; raises what ``push.reserve`` does."""
     from quantize.checkpoint.companions import companions
+    from quantize.checkpoint.hub import revision_of
     from quantize.push import reserve
     from quantize.run.finish import written_names
 
-    reserve(name, written_names(steps, companions(checkpoint.folder)), say)
+    base = (revision_of(checkpoint.folder) or "").rpartition("@")[0] or None
+    reserve(name, written_names(steps, companions(checkpoint.folder)), base, say)
 
 
 def push_finished(
@@ -101,7 +104,8 @@ def push_finished(
             "--push-to to upload it, or pass --overwrite to replace it"
         )
     try:
-        page = push(made, name, _read(evaluation, made.folder), say)
+        with ending_at_once(f"{target} is complete; run the same command to go on with the upload"):
+            page = push(made, name, _read(evaluation, made.folder), say)
     except QuantizeError as error:
         raise QuantizeError(
             f"{target} is complete, but {error}; the same command, without --overwrite and "

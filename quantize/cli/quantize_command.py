@@ -57,6 +57,7 @@ from quantize.cli.push_options import (
     push_finished,
     reserve_for,
 )
+from quantize.cli.signals import ending_at_once
 from quantize.cli.source_options import RevisionOption, StreamOption, check_stream
 from quantize.cli.text_options import check_text_options, said
 from quantize.cli.when_done import say_done
@@ -297,7 +298,8 @@ def quantize(
         if goes_on and push_finished(push_to, target, command, evaluation):
             return
         check_target(target, overwrite, resume)
-        there = opened(look_up(source, revision), whole=True, stream=stream)
+        with ending_at_once():
+            there = opened(look_up(source, revision), whole=True, stream=stream)
         with connected(ray) if ray else nullcontext(), there as checkpoint:
             check_apart(checkpoint, target)
             steps = plan(checkpoint, replace(options, bits=None))
@@ -313,7 +315,9 @@ def quantize(
             if read:
                 steps.check_can_calibrate()
                 wanted = calibration_rows or (128 if text else 32), calibration_length
-                tokens = load_samples(read, checkpoint.folder, *wanted, trust_remote_code, say)
+                with ending_at_once():
+                    folder = checkpoint.folder
+                    tokens = load_samples(read, folder, *wanted, trust_remote_code, say)
                 rows, length = tokens.shape
                 calibration = Calibration(
                     ", ".join(read),
@@ -331,7 +335,8 @@ def quantize(
             if push_to and not dry_run:
                 reserve_for(push_to, checkpoint, steps)
             states = needs.states if needs else 0
-            fetch(checkpoint, steps, target, states, work_dir, overwrite, dry_run)
+            with ending_at_once():
+                fetch(checkpoint, steps, target, states, work_dir, overwrite, dry_run)
             with (
                 nullcontext(Bar(Shown(), "Quantizing"))
                 if dry_run

@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM, which schedulers and containers send: both end a command in the same way.
 
 While nothing is to be tidied up they end the process at once, without a traceback: as long as the
-command starts, and again once it is done. An exception would not do there: within an import, other
-code may turn it into an error of its own, or print it and go on.
+command starts, while it downloads, and again once it is done. An exception would not do there:
+within an import, other code may turn it into an error of its own, or print it and go on; and the
+hub's client would wait until all files that are on their way are here.
 """
 
 from __future__ import annotations
@@ -24,16 +25,23 @@ Handler = Callable[[int, Any], Any]
 _over = False
 """Whether a command has done its work."""
 
+log: Callable[[str], None] | None = None
+"""Is told, too, what is said then, if a command keeps a log."""
+
 
 def end_at_once() -> None:
     """From here on, both signals end the process with a line."""
-    _handle(_end)
+    _handle(_ending())
 
 
 @contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Within, both signals end the process with a line."""
-    before = _handle(_end)
+def ending_at_once(advice: str = "nothing was changed") -> Iterator[None]:
+    """Within, both signals end the process with a line.
+
+    Args:
+        advice: what to tell the user.
+    """
+    before = _handle(_ending(advice))
     try:
         yield
     finally:
@@ -52,10 +60,16 @@ def interrupting() -> Iterator[None]:
         _over = True
 
 
-def _end(number: int, _: object) -> None:
-    with suppress(OSError):
-        os.write(2, b"interrupted\n" if _over else b"interrupted: nothing was changed\n")
-    os._exit(INTERRUPTED)
+def _ending(advice: str = "nothing was changed") -> Handler:
+    def end(number: int, _: object) -> None:
+        line = "interrupted" if _over else f"interrupted: {advice}"
+        with suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+        if log is not None:
+            log(line)
+        os._exit(INTERRUPTED)
+
+    return end
 
 
 def _handle(handler: Handler) -> dict[signal.Signals, Any]:

@@ -21,6 +21,7 @@ from quantize.cli.options import (
 )
 from quantize.cli.output import complain, err, out, plain, print_json, table
 from quantize.cli.progress import progress_bar
+from quantize.cli.signals import ending_at_once
 from quantize.cli.source_options import RevisionOption, revision_for
 
 
@@ -51,7 +52,8 @@ def verify(
         stated = stated_gate(gate)
         folder = None
         if target is not None:
-            folder = resolve(source, revision_for(source, target, revision))
+            with ending_at_once():
+                folder = resolve(source, revision_for(source, target, revision))
         elif revision is not None:
             raise UsageError("--revision is SRC's, and only DST is given; leave it out")
         with large_imports():

@@ -1,8 +1,10 @@
 """Uploading the files of a finished checkpoint.
 
-They go in several commits, the weights first. ``config.json``, card and report come with the last:
-until then nothing takes the repository for a model. The hub keeps what it has, so the same again
-goes on: of a file that is there already nothing is sent.
+They go in several commits. The report comes with the first: by it a repository is known as one of
+ours, whatever becomes of the upload. ``config.json`` and card come with the last: until then
+nothing takes the repository for a model, also where another version of the checkpoint is replaced.
+The hub keeps what it has, so the same again goes on: of a file that is there already nothing is
+sent.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from rich.filesize import decimal
 
 from quantize.checkpoint.hub import CONFIG
 from quantize.checkpoint.hub_weights import is_passing
-from quantize.checkpoint.json_files import read_json
 from quantize.errors import QuantizeError
-from quantize.experts.gates import KEY
 from quantize.push.card import card
 from quantize.push.checkpoint import CARD, Finished, uploaded
 from quantize.push.report import published
+from quantize.report import RunReport, loads
+from quantize.run.report_files import REPORT_DATA
 from quantize.run.version import PACKAGE, package_version
 
 if TYPE_CHECKING:
@@ -39,11 +41,17 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.h5
 """Files that make up another model, if they are beside ours."""
 
 
-def reserve(name: str, written: Sequence[str], say: Say = lambda _: None) -> None:
+def reserve(
+    name: str, written: Sequence[str], base: str | None, say: Say = lambda _: None
+) -> RunReport | None:
     """Make the repository ``name`` on the hub, private, unless it is there; before hours of work.
 
     Args:
         written: relative paths of what the run will write.
+        base: the model on the hub, ``ORG/NAME``, that it is made of; None if not known.
+
+    Returns:
+        the report of the checkpoint that is there, or of as much of it as came; None if none is.
 
     Raises:
         QuantizeError: if this user may not, or another model is there.
@@ -56,7 +64,7 @@ def reserve(name: str, written: Sequence[str], say: Say = lambda _: None) -> Non
         api.create_repo(name, private=True, exist_ok=True)
         if new:
             say(f"{name} is new on the hub, and private: make it public on its page there")
-        _check_contents(api, name, uploaded(list(written)))
+        return _check_contents(api, name, uploaded(list(written)), base)
 
 
 def push(
@@ -76,31 +84,38 @@ def push(
     from huggingface_hub import HfApi
 
     text = card(made, name, evaluation)
-    reserve(name, made.report.files, say)
+    there = reserve(name, made.report.files, made.base[0] if made.base else None, say)
     api = HfApi()
     large = [file for file in made.files if file != CONFIG]
-    batches = list(_batches(made.folder, large))
-    every = [*batches, [CONFIG]]
+    every = [*_batches(made.folder, large), [CONFIG]]
+    other = there is not None and there.fingerprint != made.report.fingerprint
     for number, files in enumerate(every, 1):
         size = sum((made.folder / file).stat().st_size for file in files)
         say(f"uploading to {name}: part {number} of {len(every)}, {decimal(size)}")
         contents: dict[str, str | bytes] = {file: str(made.folder / file) for file in files}
+        if number == 1:
+            contents |= published(made)
         if files == [CONFIG]:
-            contents |= {CARD: text.encode()} | published(made)
+            contents |= {CARD: text.encode()}
         message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
         with _pushing(name):
-            _commit(api, name, contents, message)
+            gone = [CONFIG] if number == 1 and other and api.file_exists(name, CONFIG) else []
+            _commit(api, name, contents, gone, message)
     return f"{api.endpoint}/{name}"
 
 
-def _commit(api: HfApi, name: str, contents: Mapping[str, str | bytes], message: str) -> None:
-    """One commit of files, by their paths there: each a path here, or what it holds."""
-    from huggingface_hub import CommitOperationAdd
+def _commit(
+    api: HfApi, name: str, contents: Mapping[str, str | bytes], gone: Sequence[str], message: str
+) -> None:
+    """One commit of files, by their paths there: each a path here, or what it holds; and of those
+    that go."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     for attempt in range(_TRIES):
         try:
             files = [CommitOperationAdd(path, content) for path, content in contents.items()]
-            api.create_commit(name, files, commit_message=message)
+            removed = [CommitOperationDelete(path) for path in gone]
+            api.create_commit(name, [*files, *removed], commit_message=message)
             return
         except Exception as error:
             if attempt == _TRIES - 1 or not is_passing(error):
@@ -122,22 +137,33 @@ def _batches(folder: Path, files: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _check_contents(api: HfApi, name: str, ours: Sequence[str]) -> None:
-    """Raise QuantizeError if the repository holds another model."""
+def _check_contents(
+    api: HfApi, name: str, ours: Sequence[str], base: str | None
+) -> RunReport | None:
+    """The report of what the repository holds, None if there is none; raises QuantizeError if it
+    holds another model."""
     there = api.list_repo_files(name)
-    strange = [f for f in there if f not in ours and any(fnmatchcase(f, p) for p in _WEIGHTS)]
-    if strange:
+    weights = [f for f in there if any(fnmatchcase(f, p) for p in _WEIGHTS)]
+    if strange := [f for f in weights if f not in ours]:
         raise QuantizeError(
             f"{name} on the hub has weights that are not this checkpoint's ({strange[0]}), and an "
             "engine could load both; delete them there, or choose another name"
         )
-    if CONFIG in there:
-        config = read_json(Path(api.hf_hub_download(name, CONFIG)))
-        if KEY not in config:
+    if REPORT_DATA in there:
+        report = loads(Path(api.hf_hub_download(name, REPORT_DATA)).read_bytes())
+        made_of = (report.revision or "").rpartition("@")[0]
+        if base and made_of and base != made_of:
             raise QuantizeError(
-                f"{name} on the hub holds another model: its {CONFIG} is not one that nvfp4-moe "
-                "wrote; choose another name"
+                f"{name} on the hub holds another model, made of {made_of}; choose another name"
             )
+        return report
+    # Most models of one file call it alike.
+    if found := [f for f in there if f in (CONFIG, *weights)]:
+        raise QuantizeError(
+            f"{name} on the hub holds another model: beside its {found[0]} there is no "
+            f"{REPORT_DATA}; choose another name"
+        )
+    return None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 
+from quantize.cli.errors import UsageError
+from quantize.errors import QuantizeError
 from quantize.experts.gates import Gate
 from tests.conftest import ROOT
 from tests.gpu import reference as independent
 from tests.hardware_results import problems_of
-from vllm_nvfp4_moe.doctor import children
+from vllm_nvfp4_moe.doctor import children, command
 from vllm_nvfp4_moe.doctor.cases import (
     TOKENS,
     Case,
@@ -32,6 +35,7 @@ from vllm_nvfp4_moe.doctor.cases import (
     together,
 )
 from vllm_nvfp4_moe.doctor.checkpoint import shape_of
+from vllm_nvfp4_moe.doctor.layer import one_rank
 from vllm_nvfp4_moe.doctor.reference import Rounding, outputs
 from vllm_nvfp4_moe.doctor.routing import KINDS, correction_bias
 from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
@@ -150,6 +154,19 @@ def test_a_process_that_dies_is_told_of(how: str, words: str | None) -> None:
         assert "RuntimeError: the device is gone" in str(problem)
 
 
+def _is_killed(_: Any) -> None:
+    with one_rank(CPU):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert "SIGKILL" in str(children.run(_is_killed, seconds=60).problem)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Checkpoints.
 
 
@@ -172,6 +189,38 @@ def test_shape_of_a_checkpoint(trained: Path, quantized: dict[str, Path], tmp_pa
     # Without its weights: config alone.
     shutil.copy(trained / "config.json", tmp_path)
     assert shape_of(str(tmp_path))[0].gate == CLAMPED
+
+
+def test_what_is_no_checkpoint_with_experts(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match="neither a folder nor a hub id"):
+        shape_of("nowhere")  # and nobody asks the hub for it
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuantizeError, match="states no routed experts; leave") as told:
+        shape_of(str(tmp_path))
+    assert "--gate" not in str(told.value)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(QuantizeError, match="cannot be read") as told:
+        shape_of(str(tmp_path))
+    assert "\n" not in str(told.value)
+
+
+def test_where_the_result_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the minutes; a link (such as /dev/stdout) stays one."""
+    for wrong in (tmp_path, tmp_path / "none" / "result.json"):
+        with pytest.raises(UsageError, match=r"such folder|give a file"):
+            command._check_writable(wrong)
+    file, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(file)
+    found = {"verdict": {"right": True}}
+    monkeypatch.setattr(command, "_shape", lambda *_: (None, []))
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.run.run", lambda *_: dict(found))
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.saved.save", lambda _: [])
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.table.text", lambda _: "a table")
+    command.doctor(None, False, None, link)
+    assert link.is_symlink()
+    assert json.loads(file.read_text()) == {**found, "notes": []}
+    assert sorted(tmp_path.iterdir()) == [file, link]
 
 
 # The result.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,9 @@ def test_the_best_by_tokens() -> None:
     assert table.best_by_tokens(["a", "b", "c"]) == [(32, "a"), (math.inf, "b")]
     assert table.best_by_tokens(["a"]) == [(math.inf, "a")]
     assert table.best_by_tokens(["c"]) == []
+    # Where the time ran out, what was timed takes nothing that only the others were.
+    table = Table(DATE, {"a": {1: 2, 16: 3, 64: 4}, "b": {1: 1}})
+    assert table.best_by_tokens(["a", "b"]) == [(4, "b"), (math.inf, "a")]
 
 
 def test_a_table_comes_back_and_only_for_its_own(asked: None) -> None:
@@ -81,13 +85,18 @@ def test_a_table_comes_back_and_only_for_its_own(asked: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "{", "[]", '{"key": {}, "date": "", "ms": {}}', '{"ms": {"a": {"1": "x"}}}']
-)
+    "damage",
+    [
+        "", "{", "[]", '{"key": {}, "date": "", "ms": {}}', '{"ms": {"a": {"1": "x"}}}',
+        '{"key": KEY, "date": "", "ms": {"a": {"1": NaN}}}',
+        '{"key": KEY, "date": "", "ms": {"a": {"1": 0}}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_table_is_no_table(asked: None, damage: str) -> None:
     keep({"a": {1: 1.0}})
     file = measured.file_of(key())
     assert file is not None
-    file.write_text(damage)
+    file.write_text(damage.replace("KEY", json.dumps(key())))
     with pytest.raises(ValueError, match=str(file)):
         measured.load(key())
 
@@ -109,10 +118,19 @@ def test_what_doctor_keeps(asked: None) -> None:
         {"place": "whole", "variant": variant, "shape": shape, "kernels": kernels}
         for variant, kernels in (("weights only", alone), ("4-bit activations", other))
     ]
-    (note,) = save({"about": {"date": DATE}, "layers": layers})
+    (note,) = save({"about": {"date": DATE, "quick": False}, "layers": layers})
     assert note == "2 tables kept for NVFP4_MOE_SELECT=measured"
     assert measured.load(key(True)) == Table(DATE, {"a": {1: 1.0}})
     assert measured.load(key()) == Table(DATE, {"a": {1: 1.0}, "d": {1: 3.0}})
+    # --quick does not replace what took minutes; what did, replaces everything.
+    alone[0]["timed"][0]["ms"] = 2.0
+    other.pop()
+    notes = save({"about": {"date": DATE, "quick": True}, "layers": layers})
+    assert [note.partition(" ")[0] for note in notes] == ["1", "1"]
+    assert measured.load(key(True)) == Table(DATE, {"a": {1: 2.0}})
+    assert measured.load(key()) == Table(DATE, {"a": {1: 1.0}, "d": {1: 3.0}})
+    save({"about": {"date": DATE, "quick": False}, "layers": layers})
+    assert measured.load(key()) == Table(DATE, {"a": {1: 2.0}})
 
 
 # On a CPU, where kernels share their weights.

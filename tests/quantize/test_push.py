@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from quantize.push import upload
-from tests.hub_server import Hub, serving, use
+from tests.hub_server import Hub, Model, Stored, serving, use
 from tests.quantize.checkpoints import contents
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.user_files import tree
@@ -252,6 +252,61 @@ def test_what_is_not_pushed(hub: Hub, model: str, source: Path, tmp_path: Path) 
     assert NAME not in hub.models
     (out / "hf_quant_config.json").unlink()
     assert "hf_quant_config.json is missing" in refusal(*words, "--push-to", NAME)
+
+
+def test_weights_of_the_same_name_are_not_replaced(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """Without a config beside them, which says whose they are, they are somebody's."""
+    precious = {"model.safetensors": Stored(b"precious" * 1000), "README.md": Stored(b"by hand")}
+    hub.models["me/theirs"] = Model()
+    hub.models["me/theirs"].commit(precious)
+    words = ("quantize", source, tmp_path / "out", "--push-to", "me/theirs")
+    assert "holds another model" in refusal(*words)
+    assert not (tmp_path / "out").exists()
+    assert run(*words[:3]).exit_code == 0
+    assert "holds another model" in refusal(*words)
+    assert hub.models["me/theirs"].files == precious
+
+
+def test_another_model_of_ours_is_not_replaced(
+    hub: Hub, model: str, source: Path, tmp_path: Path
+) -> None:
+    words = ("quantize", "org/moe", tmp_path / "out", "--push-to", NAME)
+    assert run(*words).exit_code == 0
+    before = of_hub(hub)
+    hub.publish("org/another", source)
+    said = refusal("quantize", "org/another", tmp_path / "another", "--push-to", NAME)
+    assert "made of org/moe" in said
+    assert not (tmp_path / "another").exists()
+    assert of_hub(hub) == before
+
+
+def test_an_update_that_breaks_leaves_no_model(hub: Hub, model: str, tmp_path: Path) -> None:
+    """Its weights are then of two versions."""
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    assert run(*words).exit_code == 0
+    whole = of_hub(hub)
+    assert run(*words).exit_code == 0  # the same once more: it stays a model all the time
+    assert all("config.json" in files for files in list(hub.models[NAME].commits.values())[-3:])
+    parts = [0]
+
+    def before(request: str) -> None:
+        if request.startswith("POST") and "/commit/" in request:
+            parts[0] += 1
+            hub.fail_commits = 100 * (parts[0] > 1)
+
+    hub.before = before
+    other = (*words, "--scales", "max", "--overwrite")
+    assert "is complete, but" in refusal(*other)
+    there = of_hub(hub)
+    assert there != whole
+    assert "config.json" not in there
+    hub.before, hub.fail_commits = (lambda _: None), 0
+    result = run(*other[:-1])
+    assert result.exit_code == 0, result.output
+    here = contents(tmp_path / "out")
+    assert {
+        p: c for p, c in of_hub(hub).items() if p.endswith((".safetensors", "config.json"))
+    } == {p: c for p, c in here.items() if p.endswith((".safetensors", "config.json"))}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from quantize.cli import output, progress
 from quantize.errors import QuantizeError
+from tests.hub_server import environment, serving
 from tests.quantize.checkpoints import ONE_THREAD
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.test_evaluate_run import made, words  # noqa: F401  (a fixture)
@@ -362,6 +364,49 @@ def test_stopped_when_it_is_done(source: Path, tmp_path: Path) -> None:
     assert ended.stderr.splitlines()[-1] == "interrupted"
     assert "Traceback" not in ended.stderr
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "nth"), [(("inspect", "org/moe"), 1), (("quantize", "org/moe", "out"), 2)]
+)
+def test_stopped_while_the_hub_keeps_it_waiting(
+    words: tuple[str, ...],
+    nth: int,
+    source: Path,
+    tmp_path: Path,
+) -> None:
+    """A header, then a file of weights, that does not come: nobody waits for it."""
+    waiting, over = threading.Event(), threading.Event()
+    asked = []
+
+    def before(request: str) -> None:
+        if request.startswith("GET") and request.endswith(".safetensors"):
+            asked.append(request)
+            if len(asked) == nth:
+                waiting.set()
+                over.wait(60)
+
+    with serving() as hub:
+        hub.publish("org/moe", source)
+        hub.before = before
+        log = [] if words[0] == "inspect" else ["--log-file", "log"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "quantize", *words, *log],
+            cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            env=ONE_THREAD | environment(hub, tmp_path / "cache"),
+        )  # fmt: skip
+        try:
+            assert waiting.wait(60)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=5)
+        finally:
+            over.set()
+            process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted: nothing was changed"
+    assert not (tmp_path / "out").exists()
+    if log:
+        assert logged(tmp_path / "log")[-1] == said.splitlines()[-1]
 
 
 def test_what_ignores_ctrl_c_goes_on_doing_so() -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize.checkpoint.hub import folder_of
 from quantize.checkpoint.language import language_config
 from quantize.errors import QuantizeError
 from quantize.experts.gates import KEY, Gates, from_contract
@@ -43,15 +44,24 @@ def shape_of(source: str) -> tuple[Shape, Gates]:
     """
     from transformers import PreTrainedConfig
 
+    source = str(folder_of(source) or source)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        raise QuantizeError(f"{source}: its config.json cannot be read: {error}") from error
+        why = " ".join(str(error).split())
+        raise QuantizeError(f"{source}: its config.json cannot be read: {why}") from error
     where = f"{source}/config.json"
     contract = raw.get(KEY)
-    gates = identify(source) if contract is None else from_contract(contract, where)
-    gates = gates.concatenated()
     config = language_config(raw)
+    try:
+        gates = identify(source) if contract is None else from_contract(contract, where)
+    except QuantizeError as error:
+        if stated(config, "model.layers.0.mlp.experts").num_experts:
+            raise
+        raise QuantizeError(
+            f"{where}: it states no routed experts; leave the checkpoint out to try MiniMax-M3's"
+        ) from error
+    gates = gates.concatenated()
     # Sizes may differ from layer to layer, and the first ones may be dense.
     last = max(gates.of_class or [(number_of_layers(config) or 1) - 1])
     said = stated(config, f"model.layers.{last}.mlp.experts")

@@ -31,6 +31,8 @@ class How:
     have touched a GPU, forked ones cannot use it."""
 
     name = "fork"
+    folder: Path | None = None
+    """In such a process: for its files, which it does not remove if it is killed."""
 
 
 class Ended(NamedTuple):
@@ -104,6 +106,7 @@ def _work(work: Callable[..., None], args: tuple[Any, ...], found: Path, log: Pa
         for stream in (1, 2):
             os.dup2(words.fileno(), stream)
         faulthandler.enable(words)
+        How.folder = found.parent
 
         def emit(record: dict[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")

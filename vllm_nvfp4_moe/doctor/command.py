@@ -6,6 +6,7 @@ The entry point group ``nvfp4_moe.commands`` has it: ``quantize`` knows nothing 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +52,8 @@ def doctor(
         problem = versions.unsupported_version()
         if problem and not settings.any_vllm():
             raise QuantizeError(problem)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise UsageError(f"--json {json_file}: there is no such folder")
+        if json_file is not None:
+            _check_writable(json_file)
         settings.quiet()
         say("importing vLLM")
         with large_imports():
@@ -63,13 +64,20 @@ def doctor(
         shape, notes = _shape(checkpoint, tp)
         result = run(shape, tp, quick, say) | {"notes": notes}
         result["notes"] += save(result)
-        if json_file is not None:
-            new = json_file.with_name(f"{json_file.name}.new")
-            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            new.replace(json_file)
         print(text(result))
+        if json_file is not None:  # which may be a link, or no file, such as /dev/stdout
+            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if not result["verdict"]["right"]:
             raise typer.Exit(1)
+
+
+def _check_writable(file: Path) -> None:
+    """Raise UsageError if the result could not be written: that is known before the minutes."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"--json {file}: there is no such folder")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UsageError(f"--json {file}: cannot be written; give a file that you can write to")
 
 
 def _shape(checkpoint: str | None, tp: int | None) -> tuple[Any, list[str]]:

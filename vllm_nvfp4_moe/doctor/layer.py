@@ -12,6 +12,7 @@ import torch
 from quantize.experts.gates import Gates
 from quantize.layouts import LAYOUTS
 from vllm_nvfp4_moe import settings
+from vllm_nvfp4_moe.doctor import children
 from vllm_nvfp4_moe.doctor.inputs import Batch, Biases, Stored
 from vllm_nvfp4_moe.doctor.routing import correction_bias
 from vllm_nvfp4_moe.doctor.shape import Shape
@@ -120,7 +121,7 @@ def one_rank(device: torch.device) -> Iterator[None]:
     if torch.distributed.is_initialized():  # by others in this process, who also end it
         yield
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=children.How.folder) as folder:
         with set_current_vllm_config(VllmConfig()):
             backend = "nccl" if device.type == "cuda" else "gloo"
             init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, backend)

@@ -12,7 +12,7 @@ from vllm_nvfp4_moe.doctor.shape import restored
 
 def save(result: Mapping[str, Any]) -> list[str]:
     """Keep a table for each layer; what the user should know of that."""
-    saved = []
+    saved, longer = [], []
     for layer in result["layers"]:
         shape = restored(layer["shape"])
         ms = times_of(layer, result["layers"])
@@ -22,16 +22,32 @@ def save(result: Mapping[str, Any]) -> list[str]:
             str(shape.gate), shape.experts, shape.hidden, shape.intermediate, shape.top_k,
             shape.biased, layer["variant"] == VARIANTS[0],
         )  # fmt: skip
+        table = measured.Table(result["about"]["date"], ms)
         try:
-            file = measured.save(key, measured.Table(result["about"]["date"], ms))
+            if result["about"]["quick"] and _has_more(key, table):
+                longer.append(layer)
+                continue
+            file = measured.save(key, table)
         except OSError as error:
             return [f"the table of this machine cannot be kept: {error}"]
         if file is None:
             return [f"the table of this machine is not kept: say where by {settings.CACHE}"]
         saved.append(file)
-    if not saved:
-        return []
-    return [f"{len(saved)} tables kept for {settings.SELECT}={settings.MEASURED}"]
+    notes = []
+    if saved:
+        notes.append(f"{len(saved)} tables kept for {settings.SELECT}={settings.MEASURED}")
+    if longer:
+        notes.append(f"{len(longer)} tables of earlier results stay: they have more than --quick's")
+    return notes
+
+
+def _has_more(key: Mapping[str, Any], table: measured.Table) -> bool:
+    """Whether a table is kept that has more figures."""
+    try:
+        there = measured.load(key)
+    except ValueError:
+        return False
+    return there is not None and there.figures > table.figures
 
 
 def times_of(

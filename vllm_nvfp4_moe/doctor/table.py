@@ -143,10 +143,13 @@ def _notes(result: Mapping[str, Any]) -> str:
 def _verdict(verdict: Mapping[str, Any]) -> str:
     lines = [f"WARNING {line}" for line in verdict["warnings"]]
     lines += [f"WRONG {line}" for line in verdict["problems"]]
-    lines.append(
-        "VERDICT: what would be chosen here is right"
-        if verdict["right"]
-        else "VERDICT: what would be chosen here is wrong. Choose another by --moe-backend, and "
-        "please report this, with the file of --json"
-    )
+    if not verdict["right"]:
+        lines.append(
+            "VERDICT: what would be chosen here is wrong. Choose another by --moe-backend, and "
+            "please report this, with the file of --json"
+        )
+    elif verdict["warnings"]:  # such as that there was no time to try it
+        lines.append("VERDICT: of what would be chosen here nothing was found wrong; see above")
+    else:
+        lines.append("VERDICT: what would be chosen here is right")
     return "\n".join(lines)
