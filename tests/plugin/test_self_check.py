@@ -281,7 +281,7 @@ def test_few_values_are_no_evidence_for_another_gate(tokens: int, inner: int, la
         off = pre * (1 + torch.randn_like(pre) * 2**-9)
         for gate in gates if tokens > 1 else gates[:1]:
             check = self_check.SelfCheck()
-            if gate == M3 and self_check._error(output(M3, off), truth[M3]).token < 0.25:
+            if gate == M3 and self_check.error_of(output(M3, off), truth[M3]).token < 0.25:
                 check._judge(output(gate, off), given, layer, method, "")
             elif gate != M3:
                 with pytest.raises(RefusedError, match="It is nearer to what"):
