@@ -105,7 +105,8 @@ def _read_range(model: HubModel, name: str, begin: int, end: int) -> bytes:
     url = hf_hub_url(model.name, name, revision=model.commit)
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     found = b""
-    # What goes wrong within is tried again by read_range, and not by the client too.
+    # Broken connections are tried again by read_range alone; what a server answers with 429 or 5xx
+    # by the client first.
     with http_stream_backoff(
         "GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()
     ) as response:
