@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantize.calibration.samples import digest_of
 from quantize.checkpoint.reader import Checkpoint
@@ -92,6 +94,26 @@ def problems(good: Good, alone: bool = False) -> list[str]:
             return verify(None if alone else good.source, target, Gate("silu")).problems
     except QuantizeError as error:  # the command prints it and ends with 1, too
         return [str(error)]
+
+
+def with_tensors(
+    good: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]
+) -> Path:
+    """A copy of a checkpoint of one file in ``folder``, whose tensors ``change`` has changed."""
+    shutil.copytree(good, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def with_config(good: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The same with its config."""
+    shutil.copytree(good, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from quantize.calibration import bits as measuring
@@ -30,6 +29,7 @@ from quantize.run.options import Calibration, Options
 from quantize.run.plan import plan
 from quantize.verify import verify
 from tests.quantize import checkpoints, reference
+from tests.quantize.damages import with_config, with_tensors
 from tests.quantize.test_cli import refusal, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,14 +188,6 @@ def test_verify_finds_nothing(source: Path, layout: str, base: str | None, tmp_p
     assert problems(None, target) == []
 
 
-def damaged(target: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    shutil.copytree(target, folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("number", [1, 2])
 def test_verify_finds_damage(
@@ -217,9 +209,9 @@ def test_verify_finds_damage(
         del tensors[f"{module}.weight"], tensors[scale]
 
     for name, change in (("codes", flip), ("scale", double)):
-        found = problems(source, damaged(made[layout], tmp_path / name, change))
+        found = problems(source, with_tensors(made[layout], tmp_path / name, change))
         assert any(module in each and "is not what" in each for each in found), found
-    lost = damaged(made[layout], tmp_path / "lost", lose)
+    lost = with_tensors(made[layout], tmp_path / "lost", lose)
     for of in (source, None):
         assert any(EXPERTS[number] in each for each in problems(of, lost))
 
@@ -229,11 +221,7 @@ def test_verify_finds_another_config(
     source: Path, made: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
     def changed(name: str, change: Callable[[dict[str, Any]], None]) -> list[str]:
-        folder = Path(shutil.copytree(made[layout], tmp_path / name))
-        config = json.loads((folder / "config.json").read_text())
-        change(config)
-        (folder / "config.json").write_text(json.dumps(config))
-        return problems(source, folder)
+        return problems(source, with_config(made[layout], tmp_path / name, change))
 
     def swap(config: dict[str, Any]) -> None:
         quantization = config["quantization_config"]

@@ -14,6 +14,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.verify import verify
 from tests.quantize import checkpoints, reference
 from tests.quantize.checkpoints import convert
+from tests.quantize.damages import with_tensors
 from tests.quantize.test_cli import refusal, run
 from tests.trained import Sizes
 
@@ -132,14 +133,6 @@ DAMAGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor | None], str
 }
 
 
-def damaged(good: Path, target: Path, change: Callable[[Tensors], Any]) -> Path:
-    shutil.copytree(good, target)
-    tensors = load_file(good / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
-
-
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_verify_finds_damage_to_an_expert(
@@ -153,7 +146,7 @@ def test_verify_finds_damage_to_an_expert(
         if tensor is not None:
             tensors[name] = tensor
 
-    folder = damaged(good[layout], tmp_path / "damaged", apply)
+    folder = with_tensors(good[layout], tmp_path / "damaged", apply)
     result = run("verify", saved("qwen3_moe"), folder)
     assert result.exit_code == 1, result.output
     problems = [line for line in result.stderr.splitlines() if line.startswith("problem:")]
@@ -191,7 +184,7 @@ def test_verify_finds_damage_elsewhere(
     damage: str, saved: Folders, good: dict[str, Path], tmp_path: Path
 ) -> None:
     change, message = ELSEWHERE[damage]
-    folder = damaged(good["modelopt"], tmp_path / "damaged", change)
+    folder = with_tensors(good["modelopt"], tmp_path / "damaged", change)
     result = run("verify", saved("qwen3_moe"), folder)
     assert result.exit_code == 1, result.output
     assert message in result.stderr

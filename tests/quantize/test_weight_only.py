@@ -22,6 +22,7 @@ from quantize.report import loads
 from quantize.run.options import Options
 from quantize.verify import verify
 from tests.quantize import checkpoints
+from tests.quantize.damages import with_config, with_tensors
 from tests.quantize.test_bits import SIZES, chosen, tokens
 from tests.quantize.test_cli import refusal, run
 
@@ -125,17 +126,12 @@ def test_verify_finds_nothing(source: Path, made: dict[str, Path], layout: str) 
 def test_verify_finds_a_scale_too_many_or_too_few(
     source: Path, made: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
-    def changed(name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-        folder = Path(shutil.copytree(made[layout], tmp_path / name))
-        found = tensors(folder)
-        change(found)
-        save_file(found, folder / "model.safetensors", {"format": "pt"})
-        return folder
-
     more, less = (f"{prefix}.2.down_proj.{INPUT[layout]}" for prefix in (KEPT, OTHER))
     example = tensors(made[layout])[less]
-    added = changed("more", lambda found: found.update({more: example.clone()}))
-    taken = changed("less", lambda found: found.pop(less))
+    added = with_tensors(
+        made[layout], tmp_path / "more", lambda found: found.update({more: example.clone()})
+    )
+    taken = with_tensors(made[layout], tmp_path / "less", lambda found: found.pop(less))
     for of in (source, None):
         assert [each for each in problems(of, added) if more in each]
         assert [each for each in problems(of, taken) if less in each and "missing" in each]
@@ -146,11 +142,7 @@ def test_verify_finds_another_config(
     source: Path, made: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
     def changed(name: str, change: Callable[[dict[str, Any]], None]) -> list[str]:
-        folder = Path(shutil.copytree(made[layout], tmp_path / name))
-        config = json.loads((folder / "config.json").read_text())
-        change(config)
-        (folder / "config.json").write_text(json.dumps(config))
-        return problems(source, folder)
+        return problems(source, with_config(made[layout], tmp_path / name, change))
 
     def one_module(config: dict[str, Any]) -> None:
         if layout == "modelopt":
