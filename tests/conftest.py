@@ -1,8 +1,9 @@
 """Fixtures for all tests: a small trained model, in both of its layouts."""
 
 import functools
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return int(any(item.path.is_relative_to(place) for place in late))
 
     items.sort(key=order)
+
+
+# What vLLM and our plugin set for the processes that they begin, when they are first imported.
+FOR_WORKERS = {
+    "NVFP4_MOE_RUN",
+    "VLLM_DISABLE_SHARED_EXPERTS_STREAM",
+    "VLLM_SSM_CONV_STATE_LAYOUT",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+}
+
+
+@pytest.fixture(autouse=True)
+def same_settings() -> Iterator[None]:
+    """No test, and nothing that one calls, leaves settings of vLLM's or ours changed: what a later
+    test sees would depend on the order (a level of the log once hid eight warnings)."""
+    before = _settings()
+    yield
+    changed = dict(_settings().items() ^ before.items())
+    assert not changed
+
+
+def _settings() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("VLLM_", "NVFP4_MOE_")) and name not in FOR_WORKERS
+    }
 
 
 @pytest.fixture(scope="session")
