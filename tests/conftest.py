@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer.testing
+from typer.main import get_command
 
 from tests.hub_layout import publish
 from tests.trained import NANO, available, nano, own_model
@@ -16,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A shell that starts a runner in the background has it ignore Ctrl-C; processes that tests start
 # would inherit that, and some tests interrupt them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Typer's runner builds the command anew for every call, of which there are ten thousand.
+assert typer.testing._get_command is get_command
+typer.testing._get_command = functools.cache(get_command)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
