@@ -29,6 +29,7 @@ from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
+from quantize.native import environment
 from quantize.report import dumps, render
 from quantize.report.collect import collect
 from quantize.run import done
@@ -123,6 +124,7 @@ def execute(
             resumed.
     """
     started = time.perf_counter()
+    environment.cpp()  # refuses what it cannot mean
     if dry is None and not checkpoint.weights.here and not streamed(checkpoint):
         raise AssertionError(f"{checkpoint.folder}: its weights are still on the hub")
     check_apart(checkpoint, target)

@@ -3,10 +3,11 @@
 =====================  ============================================================================
 variable               meaning
 =====================  ============================================================================
-``NVFP4_MOE_CPP``      ``0`` has numba compile the kernels for CPUs, not the C++ compiler.
+``NVFP4_MOE_CPP``      ``0`` has numba compile the kernels for CPUs, not the C++ compiler; ``1``
+                       is the default.
 ``NVFP4_MOE_CACHE``    The folder of compiled kernels, by default ``nvfp4_moe`` in vLLM's cache
                        (``VLLM_CACHE_ROOT``).
-``CXX``                The C++ compiler.
+``CXX``                The C++ compiler, and words that come before its others.
 ``CUDA_HOME``          CUDA's folder; so is ``CUDA_PATH``.
 =====================  ============================================================================
 
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from quantize.errors import QuantizeError
 
 CPP = "NVFP4_MOE_CPP"
 CACHE = "NVFP4_MOE_CACHE"
@@ -33,8 +36,15 @@ def said(name: str) -> str | None:
 
 
 def cpp() -> bool:
-    """Whether kernels for CPUs may be compiled from C++ (``NVFP4_MOE_CPP``)."""
-    return said(CPP) != "0"
+    """Whether kernels for CPUs may be compiled from C++ (``NVFP4_MOE_CPP``).
+
+    Raises:
+        QuantizeError: if the variable is neither 0 nor 1.
+    """
+    asked = said(CPP) or "1"
+    if asked not in ("0", "1"):
+        raise QuantizeError(f"{CPP}={asked} in the environment: must be 0 or 1")
+    return asked == "1"
 
 
 def cache() -> Path | None:

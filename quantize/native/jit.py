@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -29,6 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from quantize.native import environment
 
@@ -54,7 +56,8 @@ class Language:
     Attributes:
         suffix: of its files.
         target: the processor.
-        compiler: finds the compiler, or raises KernelError.
+        compiler: finds the compiler, or raises KernelError: its path, and words that come before
+            all others.
         options: what the compiler is told.
         linked: what it is told when it links, if it is not to do that at once.
         libraries: a folder beside the compiler's, in which it may not look for libraries itself.
@@ -62,7 +65,7 @@ class Language:
 
     suffix: str
     target: str
-    compiler: Callable[[], Path]
+    compiler: Callable[[], tuple[str, ...]]
     options: tuple[str, ...]
     linked: tuple[str, ...] = ()
     libraries: str | None = None
@@ -73,7 +76,7 @@ def cuda(architecture: str) -> Language:
     return Language(
         ".cu",
         f"sm_{architecture}",
-        lambda: nvcc(),
+        lambda: (str(nvcc()),),
         (
             "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
             "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
@@ -105,15 +108,23 @@ def cpp(*options: str, openmp: bool = False) -> Language:
     )  # fmt: skip
 
 
-def cxx() -> Path:
-    """The path of the C++ compiler: ``$CXX``, or ``g++`` or ``c++`` on the path.
+def cxx() -> tuple[str, ...]:
+    """The path of the C++ compiler, ``$CXX``, or ``g++`` or ``c++`` on the path; and the words that
+    follow it in ``$CXX``, as in ``ccache g++``.
 
     Raises:
         KernelError: if there is none.
     """
-    for name in (environment.cxx(), "g++", "c++"):
-        if name and (found := shutil.which(name)):
-            return Path(found)
+    asked = environment.cxx() or ""
+    try:
+        words = shlex.split(asked)
+    except ValueError as error:
+        raise KernelError(f"CXX={asked}: {error}") from error
+    for name, *more in (words, ["g++"], ["c++"]) if words else (["g++"], ["c++"]):
+        if found := shutil.which(name):
+            if words and name != words[0]:
+                logger.warning("CXX=%s: there is no such program. %s compiles", asked, found)
+            return found, *more
     raise KernelError("no C++ compiler: neither $CXX, nor g++ or c++ on the path")
 
 
@@ -224,13 +235,15 @@ def build(source: str, language: Language, library: Path) -> None:
         OSError: if it cannot be written.
     """
     compiler = language.compiler()
-    logger.info("Compiling a kernel for %s with %s, once: %s", language.target, compiler, library)
+    with_ = shlex.join(compiler)
+    logger.info("Compiling a kernel for %s with %s, once: %s", language.target, with_, library)
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         file = Path(temporary, "kernel").with_suffix(language.suffix)
         made = file.with_suffix(".so")
         file.write_text(source)
         compiled = file.with_suffix(".o") if language.linked else made
-        more = [f"-L{compiler.parents[1] / language.libraries}"] if language.libraries else []
+        beside = Path(compiler[0]).parents[1]
+        more = [f"-L{beside / language.libraries}"] if language.libraries else []
         _run(compiler, "-o", compiled, file, *language.options, *more)
         if language.linked:
             _run(compiler, "-o", made, compiled, *language.linked)
@@ -238,12 +251,12 @@ def build(source: str, language: Language, library: Path) -> None:
         made.replace(library)
 
 
-def _run(compiler: Path, *arguments: str | Path) -> None:
-    done = subprocess.run([compiler, *arguments], capture_output=True, text=True)
+def _run(compiler: tuple[str, ...], *arguments: str | Path) -> None:
+    done = subprocess.run([*compiler, *arguments], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()[-2000:]
         said = said or f"it said nothing, and its exit status is {done.returncode}"
-        raise KernelError(f"{compiler.name} failed: {said}")
+        raise KernelError(f"{shlex.join([Path(compiler[0]).name, *compiler[1:]])} failed: {said}")
 
 
 def load(source: str, language: Language) -> ctypes.CDLL:
@@ -282,6 +295,28 @@ def load(source: str, language: Language) -> ctypes.CDLL:
     return found
 
 
+Kind = TypeVar("Kind")
+Made = TypeVar("Made")
+
+
+def first_made(kinds: Iterable[Kind], make: Callable[[Kind], Made]) -> Made | None:
+    """What ``make`` makes of the first of ``kinds`` that it can be made of: an old compiler does
+    not know the newest instructions. None if there are no kinds.
+
+    Raises:
+        KernelError: the last one's, if it can be made of none.
+    """
+    problem = None
+    for kind in kinds:
+        try:
+            return make(kind)
+        except KernelError as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return None
+
+
 def _loaded(name: str, places: Iterable[Path], problems: dict[str, None]) -> ctypes.CDLL | None:
     """The library from the first of the places that has one that loads; why others do not is noted
     in ``problems``."""
@@ -303,7 +338,8 @@ def _made(
     If it loads from none, it stays, beside a note that it does not: no later start compiles it
     again with the same compiler to learn the same.
     """
-    note, compiler = library.with_suffix(NOTE), str(language.compiler().resolve())
+    program, *words = language.compiler()
+    note, compiler = library.with_suffix(NOTE), shlex.join([str(Path(program).resolve()), *words])
     if library.exists() and note.exists() and note.read_text() == compiler:
         raise KernelError(
             f"it was compiled before, and does not load: {'; '.join(problems)}. Remove {note} to "

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,11 @@ AMX = Instructions("AMX", AVX512_BF16.flags | {"amx_tile", "amx_bf16"})
 
 @cache
 def flags() -> frozenset[str]:
-    """What this host's processor has, in Linux's names; empty if it is no x86."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return frozenset()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
+    """What this host's processor has, in Linux's names; empty if it is no x86, or nothing says so:
+    then numba compiles what C++ would."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        with suppress(OSError):
+            for line in CPUINFO.read_text().splitlines():
+                if line.startswith("flags"):
+                    return frozenset(line.partition(":")[2].split())
     return frozenset()

@@ -27,18 +27,41 @@ from tests.trained import NANO, OWN, Sizes, nano
 pytestmark = pytest.mark.engine
 
 
+EXACT: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+"""What is left of a difference is then not rounding. The server tests run the defaults."""
+INSIDE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The engine is in the process that asks it, and so is the worker of one rank: another process for
+each would import vLLM twice more, which takes longer than all else. The server tests have vLLM's
+own processes."""
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|0"}
+
+
 def run_engine(folder: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """``benchmarks.engine`` in a process of its own, in float32 and without compilation: what is
-    left of a difference is then not rounding. The server tests run the defaults."""
+    """``benchmarks.engine`` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.engine", str(folder), "--quantization", "nvfp4_moe",
-         *more],
+         "--engine", json.dumps(EXACT), *more],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | env,
+        env=os.environ | INSIDE | env,
     )  # fmt: skip
 
 
-EXACT: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+def scores(folder: Path, file: Path, **more: Any) -> torch.Tensor:
+    """What ``tests.engine.score`` says, in a process of its own: log-probabilities, flat.
+
+    Args:
+        file: for its result.
+        more: arguments of the engine.
+    """
+    ranks = TWO_RANKS if "tensor_parallel_size" in more else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.score", str(folder), str(file),
+         json.dumps(EXACT | more)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
+        env=os.environ | INSIDE | ranks,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.tensor(json.loads(file.read_text()))
 
 
 CASES = [(OWN, "modelopt"), (OWN, "compressed-tensors")]
@@ -55,10 +78,7 @@ def test_agrees_with_transformers_on_the_dequantized_weights(
 
     file, folder = tmp_path / "distributions.npy", quantized_of(each_trained)[layout]
     sizes = Sizes.of(each_trained)
-    done = run_engine(
-        folder, "--rows", "6", "--distributions", str(file),
-        "--engine", json.dumps(EXACT),
-    )  # fmt: skip
+    done = run_engine(folder, "--rows", "6", "--distributions", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
 
@@ -105,10 +125,8 @@ def evaluated(source: Path, target: Path, rows: list[list[int]]) -> Figures:
 
 def test_tensor_parallelism_that_would_give_garbage_is_refused(quantized: dict[str, Path]) -> None:
     """vLLM's Transformers backend adds MiniMax-M3's shared expert once per rank, silently."""
-    done = run_engine(
-        quantized["modelopt"], "--engine", json.dumps(EXACT | {"tensor_parallel_size": 2}),
-        VLLM_CPU_OMP_THREADS_BIND="0|0",
-    )  # fmt: skip
+    settings = json.dumps(EXACT | {"tensor_parallel_size": 2})
+    done = run_engine(quantized["modelopt"], "--engine", settings, **TWO_RANKS)
     assert done.returncode != 0
     assert "add this model's shared expert once per rank" in done.stdout + done.stderr
 
@@ -131,28 +149,20 @@ def test_experts_are_sharded(tmp_path: Path) -> None:
     with Checkpoint(tmp_path / "source") as source:
         execute(source, plan(source), tmp_path / "nvfp4")
 
-    scores = []
-    for more in (
-        {},
-        {"tensor_parallel_size": 2},
-        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-    ):
-        file = tmp_path / f"{len(scores)}.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"), str(file),
-             json.dumps(EXACT | more)],
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-            | ({"VLLM_CPU_OMP_THREADS_BIND": "0|0"} if more else {}),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        scores.append(torch.tensor(json.loads(file.read_text())))
-    for other in scores[1:]:
-        torch.testing.assert_close(other, scores[0], rtol=1e-4, atol=1e-4)
-    assert scores[0].std() > 0.5  # not a constant that any weights would give
-    found = evaluated(tmp_path / "source", tmp_path / "nvfp4", prompts())
-    assert abs(found.after / float((-scores[0].double().mean()).exp()) - 1) < 1e-4
-    assert abs(found.after / found.before - 1) > 1e-3  # and it is not the source's
+    found = [
+        scores(tmp_path / "nvfp4", tmp_path / "scores.json", **more)
+        for more in (
+            {},
+            {"tensor_parallel_size": 2},
+            {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        )
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+    assert found[0].std() > 0.5  # not a constant that any weights would give
+    figures = evaluated(tmp_path / "source", tmp_path / "nvfp4", prompts())
+    assert abs(figures.after / float((-found[0].double().mean()).exp()) - 1) < 1e-4
+    assert abs(figures.after / figures.before - 1) > 1e-3  # and it is not the source's
 
 
 def test_experts_without_a_gate(tmp_path: Path) -> None:
@@ -179,15 +189,7 @@ def test_experts_without_a_gate(tmp_path: Path) -> None:
             parameter.data.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "nvfp4")
-    file = tmp_path / "scores.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"), str(file),
-         json.dumps(EXACT | {"enable_prefix_caching": False})],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    scores = torch.tensor(json.loads(file.read_text()))
+    ours = scores(tmp_path / "nvfp4", tmp_path / "scores.json", enable_prefix_caching=False)
 
     def theirs() -> torch.Tensor:
         found = []
@@ -209,8 +211,8 @@ def test_experts_without_a_gate(tmp_path: Path) -> None:
                     tensors[stem], tensors[f"{stem}_scale"], tensors[f"{stem}_scale_2"]
                 )
                 getattr(experts, name).data[expert] = weight
-    torch.testing.assert_close(scores, theirs(), rtol=1e-4, atol=1e-4)
-    assert (scores - original).abs().max() > 0.05  # the experts matter
+    torch.testing.assert_close(ours, theirs(), rtol=1e-4, atol=1e-4)
+    assert (ours - original).abs().max() > 0.05  # the experts matter
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -227,15 +229,7 @@ def test_gpt_oss(tmp_path: Path, ranks: int) -> None:
     with Checkpoint(tmp_path / "bf16") as source:
         execute(source, plan(source), tmp_path / "nvfp4")
     more = {"tensor_parallel_size": 2} if ranks == 2 else {}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.score", str(tmp_path / "nvfp4"),
-         str(tmp_path / "out.json"), json.dumps(EXACT | more)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        | ({"VLLM_CPU_OMP_THREADS_BIND": "0|0"} if more else {}),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    ours = torch.tensor(json.loads((tmp_path / "out.json").read_text()))
+    ours = scores(tmp_path / "nvfp4", tmp_path / "scores.json", **more)
     theirs = biased.log_probabilities(tmp_path / "nvfp4", "modelopt", prompts()).flatten()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert theirs.std() > 0.5  # not a constant that any weights would give

@@ -26,6 +26,9 @@ from vllm_nvfp4_moe.kernels.hopper.source import ORDINARY, Form, inlined
 HEADER = Path(__file__).with_name("cuda_emulation.h")
 CPU = torch.device("cpu")
 
+_made: dict[tuple[str, ...], Path] = {}
+"""Libraries by what they come from. Several files run the same sources."""
+
 
 def body(kernel: HopperKernel, form: Form = ORDINARY) -> str:
     """The CUDA source of ``kernel``, without what only a GPU can do."""
@@ -34,7 +37,8 @@ def body(kernel: HopperKernel, form: Form = ORDINARY) -> str:
 
 
 def compiled(folder: Path, source: str, kernel: HopperKernel) -> ctypes.CDLL:
-    """``source``, as of :func:`body`, compiled for this host and loaded."""
+    """``source``, as of :func:`body`, compiled for this host and loaded. A library is a copy for
+    its caller alone: it has variables."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
@@ -42,13 +46,17 @@ def compiled(folder: Path, source: str, kernel: HopperKernel) -> ctypes.CDLL:
     file.write_text(source)
     (upper,) = set(re.findall(r"mov\.b64 desc, {%\d+, (\w+)}", kernel.source()))
     (columns,) = set(re.findall(r"wgmma.mma_async.sync.aligned.m64n\d+k(\d+)", kernel.source()))
-    subprocess.run(
-        [compiler, "-std=c++17", "-O2", "-ftree-vectorize", "-shared", "-fPIC",
-         "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
-         f"-DDESCRIPTOR={upper}", f"-DOPERAND={32 // int(columns)}", "-include", HEADER,
-         "-o", library, file],
-        check=True,
-    )  # fmt: skip
+    options = (f"-DDESCRIPTOR={upper}", f"-DOPERAND={32 // int(columns)}")
+    if made := _made.get((source, *options)):
+        shutil.copyfile(made, library)
+    else:
+        subprocess.run(
+            [compiler, "-std=c++17", "-O2", "-ftree-vectorize", "-shared", "-fPIC",
+             "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", *options, "-include", HEADER,
+             "-o", library, file],
+            check=True,
+        )  # fmt: skip
+        _made[source, *options] = library
     loaded = ctypes.CDLL(str(library))
     loaded.emulation_failure.restype = ctypes.c_char_p
     loaded.emulation_begin.argtypes = [ctypes.c_uint64]

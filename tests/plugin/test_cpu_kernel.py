@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from tests.conftest import ROOT
 from tests.plugin.reference import dequantize, m3_gate, relu2, routed
 from tests.plugin.test_layer import OTHER_GATES, relative, routing
 from vllm_nvfp4_moe import settings
-from vllm_nvfp4_moe.backends.cpu import forward, huge_pages
+from vllm_nvfp4_moe.backends.cpu import forward, huge_pages, kernels
+from vllm_nvfp4_moe.doctor import run as doctor
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
 from vllm_nvfp4_moe.kernels.cpu.kernel import ANY, FORMS, VARIANTS, Kernel, Variant
 
@@ -201,6 +203,39 @@ def test_the_same_bits_whatever_the_neighbours_and_threads(kernel: Kernel) -> No
             assert torch.equal(case.run(kernel, x, weights, ids, gate), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gate_that_the_loops_do_not_have(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library multiplies then, in an order of its own for each number of tokens; but not where
+    vLLM is to be invariant of the batch."""
+    assert "relu" not in FORMS
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    torch.manual_seed(7)
+    case, (weights, ids) = Case(272, 144, gated=False), routing(70, EXPERTS, TOP_K)
+    x = torch.randn(70, 272).to(dtype)
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        rows, factors, chosen = given
+        return forward.experts_forward(
+            rows, case.w13, case.s13, case.g13, case.w2, case.s2, case.g2, factors, chosen, None,
+            "relu", 1.0, 0.0, None, False,
+        )  # fmt: skip
+
+    whole = run(x, weights, ids)
+    truth = routed(x, case.plain, weights, ids, lambda up: up.clamp(min=0))
+    assert relative(whole, truth) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    alone = [run(*(each[i : i + 1] for each in (x, weights, ids))) for i in range(70)]
+    assert torch.equal(torch.cat(alone), whole)
+
+
+def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in (kernels, doctor):
+        monkeypatch.setattr(module, "Path", lambda _: tmp_path / "missing")
+    assert kernels._cores() == os.sched_getaffinity(0)
+    assert doctor._available() == 4 << 30
 
 
 def test_other_defaults_of_pytorch(kernel: Kernel) -> None:
@@ -450,7 +485,7 @@ extern "C" void product(const __m512i* from, float* to) {
     source = tmp_path / "tiles.cpp"
     source.write_text((Path(cpu.__file__).parent / "tiles.h").read_text() + code)
     options = [option for option in VARIANTS[0].language.options if option != "-c"]
-    command = [jit.cxx(), *options, "-S", "-o", "-", source]
+    command = [*jit.cxx(), *options, "-S", "-o", "-", source]
     done = subprocess.run(command, capture_output=True, text=True)
     if "unrecognized" in done.stderr:
         pytest.skip("an old compiler")

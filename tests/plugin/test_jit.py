@@ -134,6 +134,33 @@ def test_cpp(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
         jit.load(source, jit.cpp("-mavx"))
 
 
+def test_cxx_in_several_words(log: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """As ``ccache g++``; and a program that there is not."""
+    noted = tmp_path / "cxx.log"
+    program = tmp_path / "a cache"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {noted}\nexec "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{program}' g++ -DANSWER=42")
+    source = SOURCE.replace("return 42;", "return ANSWER;")
+    assert jit.load(source, jit.cpp()).answer() == 42
+    assert [line.split()[:2] for line in noted.read_text().splitlines()] == [
+        ["g++", "-DANSWER=42"]
+    ] * 2
+    monkeypatch.setenv("CXX", f"'{program}' g++ -DANSWER=no_such_name")
+    with pytest.raises(
+        jit.KernelError, match=r"(?s)'a cache' g\+\+ -DANSWER=\S+ failed: .*no_such_name"
+    ):
+        jit.load(source, jit.cpp("-mavx"))
+    monkeypatch.setenv("CXX", f"'{program} g++")
+    with pytest.raises(jit.KernelError, match=r"^CXX='.*: No closing quotation"):
+        jit.load(source, jit.cpp("-mavx"))
+    said: list[str] = []
+    monkeypatch.setattr(jit.logger, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setenv("CXX", "no-such-program g++")
+    assert jit.cxx() == (shutil.which("g++"),)
+    assert said == [f"CXX=no-such-program g++: there is no such program. {jit.cxx()[0]} compiles"]
+
+
 @pytest.mark.parametrize("what", ["source", "architecture", "options", "processor", "C library"])
 def test_what_the_library_depends_on(log: Path, monkeypatch: MonkeyPatch, what: str) -> None:
     jit.load(SOURCE, jit.cuda("90a"))

@@ -14,13 +14,14 @@ import torch
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import map_nvfp4_backend
 
 from quantize.experts.gates import Gate
+from quantize.native import jit
 from vllm_nvfp4_moe import backends, measured, settings
 from vllm_nvfp4_moe.backends import vllm_kernels
 from vllm_nvfp4_moe.backends.cpu import forward
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 from vllm_nvfp4_moe.backends.selection import Selection
 from vllm_nvfp4_moe.doctor.saved import save
-from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS, lacking
+from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS, kernel_named, lacking
 from vllm_nvfp4_moe.measured import Table
 
 LAYER = "model.layers.1.mlp.experts"
@@ -150,10 +151,8 @@ def test_the_cpu_takes_each_kernel_for_its_tokens(
     told = f"kernel the CPU kernel (numba up to 8 tokens, then {fastest})"
     assert f"; {told}; chosen by doctor's table of {DATE} (NVFP4_MOE_SELECT=measured); " in line
     named: list[str] = []
-    by_name = forward.kernel_named
-    monkeypatch.setattr(
-        forward, "kernel_named", lambda name: (named.append(name), by_name(name))[1]
-    )
+    by_name = forward.named
+    monkeypatch.setattr(forward, "named", lambda name: (named.append(name), by_name(name))[1])
     outs = []
     for tokens in (8, 9):
         x = torch.ones(tokens, 384).bfloat16()
@@ -174,6 +173,31 @@ def test_kernels_for_bfloat16_take_nothing_else(
     keep({f"cpu {name}": {1: 1.0 + place} for place, name in enumerate(names)})
     layer = load(shallow["modelopt"], dtype="float16")[LAYER].routed_experts
     assert layer.quant_method.by_tokens == f"inf={exact}"
+
+
+def test_what_was_compiled_is_gone_and_so_is_the_compiler(
+    load: Load, shallow: dict[str, Path], asked: None, monkeypatch: MonkeyPatch, tmp_path: Path
+) -> None:
+    """Since doctor measured. One line says so, however many layers there are."""
+    (fastest, *_) = [v.instructions.name for v in VARIANTS if lacking(v) is None]
+    keep({"cpu numba": {1: 1.0, 64: 9.0}, f"cpu {fastest}": {1: 2.0, 64: 1.0}})
+
+    def nobody() -> tuple[str, ...]:
+        raise jit.KernelError("no C++ compiler")
+
+    monkeypatch.setattr(jit, "cxx", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said: list[str] = []
+    monkeypatch.setattr(forward.logger, "warning", lambda text, *args: said.append(text % args))
+    for cached in (forward.named, kernel_named):
+        cached.cache_clear()
+    try:
+        for _ in range(2):
+            layer = load(shallow["modelopt"])[LAYER].routed_experts
+            assert layer.quant_method.by_tokens == "inf=numba"
+    finally:
+        forward.named.cache_clear()
+    assert said == [f"{fastest}, which doctor has measured, is not used: no C++ compiler"]
 
 
 @pytest.mark.usefixtures("numba")

@@ -4,6 +4,7 @@ The reference itself is judged in ``test_nvfp4.py``. On a machine with a GPU, it
 here too.
 """
 
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.native import environment, processor
+from quantize.native import environment, jit, processor
 from quantize.nvfp4 import kernels
 from quantize.nvfp4.format import NvFp4
 from quantize.nvfp4.kernels import cpp_cpu, for_device
@@ -21,6 +22,7 @@ from quantize.nvfp4.kernels.kernel import Kernel, NotFiniteError, Quantized, qua
 from quantize.nvfp4.kernels.numba_cpu import NumbaKernel
 from quantize.nvfp4.kernels.reference import ReferenceKernel
 from quantize.nvfp4.scales import RULES
+from tests.quantize.test_cli import refusal
 
 CPP = {each.name: each for each in cpp_cpu.INSTRUCTIONS if each.here}
 KERNELS = [*CPP, "numba", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -152,11 +154,12 @@ def test_what_is_not_finite_is_refused(
         quantize_weights([torch.ones_like(weight), weight], "max", kernel(name))
 
 
-@pytest.mark.parametrize("name", CPP)
+@pytest.mark.parametrize("name", [*CPP, "numba"])
 def test_small_float16_where_pytorch_flushes_denormals(name: str) -> None:
     """Such a number is none of float32's."""
     weight = (torch.randn(16, 64, generator=torch.Generator().manual_seed(4)) * 1e-5).half()
     want = judged([weight], "mse")
+    assert_same(quantize_weights([weight], "mse", kernel(name)), want)
     if not torch.set_flush_denormal(True):
         pytest.skip("the processor cannot")
     try:
@@ -217,6 +220,37 @@ def test_without_cpp_numba_does_the_work(
         assert "numba quantizes, which is slower than C++ would be: no C++ compiler" in line
     else:
         assert said == []
+
+
+def test_an_old_compiler_compiles_the_next_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = CPP.values()
+    made = cpp_cpu.CppKernel
+
+    def compiled(instructions: processor.Instructions) -> cpp_cpu.CppKernel:
+        if instructions is first or not others:
+            raise jit.KernelError("unrecognized option")
+        return made(instructions)
+
+    monkeypatch.setattr(cpp_cpu, "CppKernel", compiled)
+    assert isinstance(kernels._for_cpus.__wrapped__(), made if others else NumbaKernel)
+
+
+def test_a_processor_of_which_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where /proc is not mounted."""
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "missing")
+    monkeypatch.setattr(processor, "flags", processor.flags.__wrapped__)
+    assert isinstance(kernels._for_cpus.__wrapped__(), NumbaKernel)
+
+
+def test_a_variable_that_is_neither(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(environment.CPP, "no")
+    said = refusal("quantize", saved("qwen3_moe"), tmp_path / "out")
+    assert said == "error: NVFP4_MOE_CPP=no in the environment: must be 0 or 1"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_fastest_is_chosen() -> None:

@@ -32,19 +32,15 @@ def for_device(device: torch.device) -> Kernel:
 
 @cache
 def _for_cpus() -> Kernel:
-    from quantize.native import environment
-    from quantize.native.jit import KernelError
+    from quantize.native import environment, jit
     from quantize.nvfp4.kernels import cpp_cpu
 
     here = [each for each in cpp_cpu.INSTRUCTIONS if each.here] if environment.cpp() else []
-    problem = None
-    for instructions in here:
-        try:
-            return cpp_cpu.CppKernel(instructions)
-        except KernelError as error:  # an old compiler does not know the newest instructions
-            problem = error
-    if problem is not None:
-        logger.warning("numba quantizes, which is slower than C++ would be: %s", problem)
+    try:
+        if kernel := jit.first_made(here, cpp_cpu.CppKernel):
+            return kernel
+    except jit.KernelError as error:
+        logger.warning("numba quantizes, which is slower than C++ would be: %s", error)
     from quantize.nvfp4.kernels.numba_cpu import NumbaKernel
 
     return NumbaKernel()

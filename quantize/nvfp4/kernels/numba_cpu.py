@@ -72,8 +72,12 @@ def _widen(source, half, x):  # type: ignore[no-untyped-def]
     elif half:
         floats = x.view(np.float32)
         for i in range(source.shape[0]):
-            x[i] = _U(source[i] & np.uint16(0x7FFF)) << _U(13)
-            floats[i] *= _F(2.0**112)  # 112 is the difference of the exponents' biases
+            magnitude = _U(source[i] & np.uint16(0x7FFF))
+            # Its denormals are none of float32's, and no operand here is one: a process may have
+            # the processor take those for zero. 112 is the difference of the exponents' biases.
+            floats[i] = _F(_I(magnitude)) * _F(2.0**-24)
+            normal = (magnitude << _U(13)) + _U(112 << 23)
+            x[i] = normal if magnitude >= _U(0x400) else x[i]
             x[i] |= _U(source[i] & np.uint16(0x8000)) << _U(16)
     else:
         for i in range(source.shape[0]):

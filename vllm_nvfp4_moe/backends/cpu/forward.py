@@ -60,6 +60,17 @@ def native(dtype: torch.dtype) -> Kernel | None:
 
 
 @cache
+def named(name: str) -> Kernel | None:
+    """The kernel in C++ of that name; None if it cannot be had, which is said once. Doctor has
+    measured it here, but what it had compiled may be gone, and the compiler too."""
+    try:
+        return kernel_named(name)
+    except KernelError as error:
+        logger.warning("%s, which doctor has measured, is not used: %s", name, error)
+        return None
+
+
+@cache
 def parsed(by_tokens: str) -> tuple[tuple[float, str], ...]:
     """``16=AVX2;inf=numba``: AVX2 takes up to 16 tokens, numba more."""
     pairs = (part.split("=", 1) for part in by_tokens.split(";"))
@@ -71,7 +82,7 @@ def _kernel(by_tokens: str, tokens: int, dtype: torch.dtype) -> Kernel | None:
     if not by_tokens:
         return native(dtype)
     name = next(name for most, name in parsed(by_tokens) if tokens <= most)
-    return None if name == NUMBA else kernel_named(name)
+    return None if name == NUMBA else named(name)
 
 
 def _expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -80,6 +91,13 @@ def _expand(packed: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype)
     if dtype == torch.bfloat16:
         return kernels.expand(packed, block_scale)
     return expand(packed, block_scale, dtype)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T``. Where vLLM is to be invariant of the batch, row by row: the order of a
+    product's sums hangs on how many rows there are."""
+    rows = x.split(1) if envs.VLLM_BATCH_INVARIANT else (x,)
+    return torch.cat([row @ weight.T for row in rows])
 
 
 def experts_forward(
@@ -152,10 +170,10 @@ def experts_forward(
         inputs = x[tokens]
         if weight_on_input:
             inputs = inputs * factor.to(x.dtype)
-        hidden = inputs @ _expand(w13[expert], w13_scale[expert], inputs.dtype).T
+        hidden = _product(inputs, _expand(w13[expert], w13_scale[expert], inputs.dtype))
         pre = hidden.float() * w13_global[expert]
         middle = gate.apply_stacked(pre if w13_bias is None else pre + w13_bias[expert]).to(x.dtype)
-        result = (middle @ _expand(w2[expert], w2_scale[expert], x.dtype).T).float()
+        result = _product(middle, _expand(w2[expert], w2_scale[expert], x.dtype)).float()
         result *= w2_global[expert]
         if w2_bias is not None:
             result += w2_bias[expert]

@@ -164,10 +164,11 @@ class Team:
 
 def _cores() -> set[int]:
     """All cores that any thread of this process may use. vLLM pins each of its threads to one."""
-    cores: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # a thread that has just ended
-            cores |= os.sched_getaffinity(int(task.name))
+    cores = os.sched_getaffinity(0)
+    with suppress(FileNotFoundError):  # there may be no /proc
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(ProcessLookupError):  # a thread that has just ended
+                cores |= os.sched_getaffinity(int(task.name))
     return cores
 
 

@@ -15,7 +15,14 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from quantize.native import environment
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.cpu import huge_pages
-from vllm_nvfp4_moe.backends.cpu.forward import MANY, NUMBA, experts_forward, native, parsed
+from vllm_nvfp4_moe.backends.cpu.forward import (
+    MANY,
+    NUMBA,
+    experts_forward,
+    named,
+    native,
+    parsed,
+)
 from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, VARIANTS, lacking
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
@@ -74,13 +81,17 @@ class CpuMethod(NvFp4MoEMethod):
             return None  # a token's bits would depend on how many others there are
         dtype = layer.moe_config.in_dtype  # doctor measures with bfloat16
         runs = [v for v in VARIANTS if dtype in v.takes and lacking(v) is None]
-        names = [v.instructions.name for v in runs if environment.cpp()]
-        best = table.best_by_tokens(f"{_PREFIX}{name}" for name in (*names, NUMBA))
+        names = [*(v.instructions.name for v in runs if environment.cpp()), NUMBA]
+        while best := table.best_by_tokens(f"{_PREFIX}{name}" for name in names):
+            chosen = {name.removeprefix(_PREFIX) for _, name in best} - {NUMBA}
+            if not (lost := {name for name in chosen if named(name) is None}):
+                break
+            names = [name for name in names if name not in lost]
         if cls.unsupported(layer) or not best:
             return None
-        chosen = cls(context, layer, weight_only)
-        chosen.by_tokens = ";".join(f"{most}={name.removeprefix(_PREFIX)}" for most, name in best)
-        return chosen
+        method = cls(context, layer, weight_only)
+        method.by_tokens = ";".join(f"{most}={name.removeprefix(_PREFIX)}" for most, name in best)
+        return method
 
     @classmethod
     def unsupported(cls, layer: RoutedExperts) -> str | None:

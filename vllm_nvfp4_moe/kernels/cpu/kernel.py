@@ -228,13 +228,8 @@ def kernel_for(dtype: torch.dtype, invariant: bool = False) -> Kernel:
     Raises:
         KernelError: if there is none: the processor lacks AVX2, or there is no compiler.
     """
-    problem = None
-    for variant in VARIANTS:
-        if dtype in variant.takes and variant.instructions.here and variant.invariant >= invariant:
-            try:
-                return Kernel(variant)
-            except KernelError as error:
-                problem = error
-    if problem is None:
+    fit = (v for v in VARIANTS if dtype in v.takes and v.invariant >= invariant)
+    kernel = jit.first_made((v for v in fit if v.instructions.here), Kernel)
+    if kernel is None:
         raise KernelError("the processor has no AVX2")
-    raise problem
+    return kernel
