@@ -320,18 +320,31 @@ def resumed(*args: Any, **more: Any) -> list[float]:
     return done
 
 
+@pytest.fixture(scope="module")
+def few(rows: torch.Tensor) -> torch.Tensor:
+    """Less text, for what does not depend on it."""
+    return rows[:3]
+
+
+@pytest.fixture(scope="module")
+def with_few(trained: Path, few: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``whole``, with less text; treat as read-only."""
+    torch.set_num_threads(1)
+    return calibrated(trained, tmp_path_factory.mktemp("with_few") / "out", few)
+
+
 @pytest.mark.parametrize("moment", [1.0, 1.6, 3.9])
 def test_an_interrupted_run_goes_on(
-    trained: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, moment: float
+    trained: Path, with_few: Path, few: torch.Tensor, tmp_path: Path, moment: float
 ) -> None:
     target = tmp_path / "out"
 
-    interrupted(moment, trained, target, rows)
+    interrupted(moment, trained, target, few)
     assert not (target / "config.json").exists()
-    again = resumed(trained, target, rows)
+    again = resumed(trained, target, few)
     assert min(again) == int(moment)  # nothing is done twice but the layer that was being done
     for name in ("model.safetensors", "config.json"):
-        assert (target / name).read_bytes() == (whole / name).read_bytes()
+        assert (target / name).read_bytes() == (with_few / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -374,12 +387,12 @@ def test_what_is_needed_for_the_backward_pass_is_looked_at(
 
 @pytest.mark.parametrize("damage", ["states", "staged", "both staged", "findings", "half"])
 def test_what_an_interrupted_run_left_is_looked_at(
-    trained: Path, whole: Path, rows: torch.Tensor, tmp_path: Path, damage: str
+    trained: Path, with_few: Path, few: torch.Tensor, tmp_path: Path, damage: str
 ) -> None:
     """States that are missing would be zeros, and experts calibrated for them."""
     target = tmp_path / "out"
 
-    interrupted(3, trained, target, rows)
+    interrupted(3, trained, target, few)
     folder = target / ".nvfp4_moe" / "calibration"
     (staged,) = folder.parent.glob("*.rounded")
     (findings,) = [file for file in folder.glob("*.json") if file.name != "next.json"]
@@ -393,8 +406,9 @@ def test_what_an_interrupted_run_left_is_looked_at(
         staged.unlink()
         if damage == "both staged":
             findings.unlink()
-    calibrated(trained, target, rows, resume=True)
-    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    calibrated(trained, target, few, resume=True)
+    name = "model.safetensors"
+    assert (target / name).read_bytes() == (with_few / name).read_bytes()
 
 
 def test_a_full_disk_is_an_error_not_a_signal(tmp_path: Path, monkeypatch: Any) -> None:
@@ -407,10 +421,10 @@ def test_a_full_disk_is_an_error_not_a_signal(tmp_path: Path, monkeypatch: Any) 
     assert [file.name for file in tmp_path.iterdir()] in ([], ["index.json"])
 
 
-def test_other_text_is_another_run(trained: Path, rows: torch.Tensor, tmp_path: Path) -> None:
-    interrupted(1, trained, tmp_path / "out", rows)
+def test_other_text_is_another_run(trained: Path, few: torch.Tensor, tmp_path: Path) -> None:
+    interrupted(1, trained, tmp_path / "out", few)
     with pytest.raises(QuantizeError, match="another source, options or version"):
-        calibrated(trained, tmp_path / "out", rows[1:], resume=True)
+        calibrated(trained, tmp_path / "out", few[1:], resume=True)
 
 
 def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
@@ -436,19 +450,23 @@ def test_a_428_b_model_fits_24_gb(tmp_path: Path) -> None:
 
 
 def test_a_source_that_changed_is_calibrated_again(
-    trained: Path, rows: torch.Tensor, tmp_path: Path
+    trained: Path, few: torch.Tensor, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(trained, source)
 
-    interrupted(2, source, tmp_path / "out", rows)
+    interrupted(2, source, tmp_path / "out", few)
     os.utime(source / "model.safetensors", (1, 1))
-    again = resumed(source, tmp_path / "out", rows)
+    again = resumed(source, tmp_path / "out", few)
     assert min(again) == 0
 
 
 def test_experts_rounded_together_are_those_rounded_one_by_one(
-    trained: Path, rows: torch.Tensor, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    few: torch.Tensor,
+    with_few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Seven at once, which is no divisor of how many there are."""
     counts = []
@@ -462,9 +480,9 @@ def test_experts_rounded_together_are_those_rounded_one_by_one(
     gptq = replace(METHODS["gptq"], together=together)
     monkeypatch.setattr("quantize.calibration.quantizer.METHODS", {"gptq": gptq})
     monkeypatch.setattr("quantize.calibration.quantizer.side_by_side", lambda *_: 7)
-    target = calibrated(trained, tmp_path / "out", rows)
+    target = calibrated(trained, tmp_path / "out", few)
     assert 7 in counts
-    got, want = (load_file(folder / "model.safetensors") for folder in (target, whole))
+    got, want = (load_file(folder / "model.safetensors") for folder in (target, with_few))
     assert got.keys() == want.keys()
     for name, tensor in got.items():
         assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, want[name]))), name
