@@ -1,7 +1,7 @@
-"""``python -m tests``: all tests, in two processes side by side.
+"""``python -m tests``: all tests, in groups, two of them at a time.
 
-Engines and vLLM's loaders are in one of them, and wait more than they compute. The other's output
-comes at once, theirs when it has ended.
+Each group is a process of pytest. The long ones come first, so that the short ones fill what is
+left of the time. Tests that load vLLM into their process are apart from those of ``quantize``.
 """
 
 from __future__ import annotations
@@ -11,41 +11,54 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WITH_VLLM = ("tests/engine", "tests/plugin")
+LONG = ("tests/quantize", "tests/plugin", "tests/engine")
 
 
-def side_by_side(shown: Sequence[str], behind: Sequence[str], **environment: str) -> int:
-    """Run pytest twice at once, with these arguments; the result is 0 if all have passed.
+def side_by_side(*groups: Sequence[str], **environment: str) -> int:
+    """Run pytest for each group of arguments that has any, two at a time; 0 if all have passed.
+
+    The first's output comes at once, and that of others when they and the first have ended.
 
     Args:
-        shown: arguments of the one whose output comes at once.
-        behind: arguments of the other, whose output comes when both have ended; none: not run.
-        environment: what is set for both.
+        environment: what is set for all.
     """
+    shown, *others = filter(None, groups)
     env = {**os.environ, **environment}
-    if behind:
+    if others:
         # Threads of both on the same cores would wait for each other in time slices: a sum that
         # takes microseconds took 17 ms. Tests of threads ask for as many as they need.
         share = max(1, len(os.sched_getaffinity(0)) // 2)
         env = {"OMP_NUM_THREADS": str(share), **env}
-    pytest = [sys.executable, "-m", "pytest"]
-    if not behind:
-        return subprocess.run([*pytest, *shown], cwd=ROOT, env=env, check=False).returncode
-    with tempfile.TemporaryFile() as output:
-        with subprocess.Popen(
-            [*pytest, *behind], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=env
-        ) as other:
-            first = subprocess.run([*pytest, *shown], cwd=ROOT, env=env, check=False).returncode
-            second = other.wait()
-        output.seek(0)
-        sys.stdout.flush()
-        sys.stdout.buffer.write(output.read())
-        sys.stdout.flush()
-    return first or second
+
+    def run(arguments: Sequence[str], output: int | None = None) -> int:
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", *arguments], stdout=output,
+            stderr=subprocess.STDOUT if output else None, cwd=ROOT, env=env, check=False,
+        ).returncode  # fmt: skip
+
+    def run_behind(arguments: Sequence[str]) -> tuple[int, bytes]:
+        with tempfile.TemporaryFile() as output:
+            code = run(arguments, output.fileno())
+            output.seek(0)
+            return code, output.read()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, shown)
+        behind = [pool.submit(run_behind, arguments) for arguments in others]
+        codes = [first.result()]
+        for other in behind:
+            code, text = other.result()
+            sys.stdout.flush()
+            sys.stdout.buffer.write(text)
+            sys.stdout.flush()
+            codes.append(code)
+    return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":
-    sys.exit(side_by_side([f"--ignore={folder}" for folder in WITH_VLLM], WITH_VLLM))
+    rest = [f"--ignore={folder}" for folder in LONG]
+    sys.exit(side_by_side(*([folder] for folder in LONG), rest))

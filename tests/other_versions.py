@@ -204,7 +204,7 @@ def main() -> int:
             print(f"vLLM {asked.vllm} asks for {requirement}; {there} is installed", flush=True)
 
     if asked.tests:
-        return side_by_side(asked.tests, [], **environment)
+        return side_by_side(asked.tests, **environment)
     named = {"vllm": asked.vllm, "transformers": asked.transformers}
     needed = {package for package, wanted in named.items() if wanted}
     chosen = QUICK if asked.quick else tests_that_need(needed)

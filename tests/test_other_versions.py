@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import other_versions
+from tests.__main__ import side_by_side
 from tests.conftest import ROOT
 
 METADATA = """Metadata-Version: 2.1
@@ -111,3 +112,21 @@ def test_which_tests_depend_on_what() -> None:
     for name in other_versions.QUICK:
         file, _, test = name.partition("::")
         assert f"def {test.partition('[')[0]}" in (ROOT / file).read_text()
+
+
+def test_groups_of_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two at a time, each with its share of the cores; one that fails is not lost among others."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
+    for name in ("first", "second", "third"):
+        said = f"import os\ndef test(): assert os.environ['OMP_NUM_THREADS'] == '3', '{name}'\n"
+        wrong = said.replace("'3'", "'4'") if name == "second" else said
+        (tmp_path / f"test_{name}.py").write_text(wrong)
+    groups = [[str(tmp_path / f"test_{name}.py")] for name in ("first", "second", "third")]
+    assert side_by_side(groups[0], [], groups[2]) == 0
+    assert side_by_side(*groups) == 1
+    output = capfd.readouterr().out
+    assert output.count("1 passed") == 4
+    assert "AssertionError: second" in output
