@@ -129,13 +129,15 @@ class Bench:
         return took, sum(alone)
 
     def modelopt(self, source: Path, recipe: str) -> float:
-        """Seconds of one of ModelOpt's recipes, without loading the model."""
-        from transformers import AutoModelForCausalLM
+        """Seconds of one of ModelOpt's recipes, without loading the model: Transformers' class with
+        weights of its own, since it does not read the names that the hub has."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(source).get_text_config()
 
         def model() -> Any:
-            return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(
-                self.device
-            )
+            with self.device:
+                return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
         peers.modelopt(model(), recipe, self.tokens[:2, :64].tolist())
         loaded = model()
@@ -255,11 +257,21 @@ LOOPS: dict[str, Callable[..., Rounded]] = {
 """Each method without its kernels."""
 
 
-def table(heads: list[str], rows: list[list[str]]) -> None:
-    """Print Markdown."""
-    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+def heads(names: list[str]) -> None:
+    """Print how a table in Markdown begins."""
+    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names), flush=True)
+
+
+def row(cells: list[str]) -> None:
+    """Print one of its rows, as soon as it is known."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def table(names: list[str], rows: list[list[str]]) -> None:
+    """Print a whole one."""
+    heads(names)
+    for cells in rows:
+        row(cells)
     print()
 
 
@@ -312,24 +324,20 @@ def main() -> None:
         if {"layer", "modelopt"} <= set(args.skip):
             return
         bench.write(source)
-        rows_ = []
+        heads(["a layer", "seconds", "an expert"])
         for name in args.methods if "layer" not in args.skip else ():
             for gpus in args.gpus:
                 bench.layer(source, target, name, bench.tokens[:1], gpus)  # kernels are compiled
                 took, alone = bench.layer(source, target, name, bench.tokens, gpus)
                 label = f"ours, {name}" + f", {gpus} GPUs" * (gpus > 1)
-                rows_.append([label, f"{took:.1f}", f"{alone / args.experts:.3f}"])
-        if "modelopt" not in args.skip:
+                row([label, f"{took:.1f}", f"{alone / args.experts:.3f}"])
+        for recipe in peers.RECIPES if "modelopt" not in args.skip else ():
             try:
-                label = f"ModelOpt {peers.modelopt_version(bench.device)}"
-                for recipe in peers.RECIPES:
-                    took = bench.modelopt(source, recipe)
-                    rows_.append(
-                        [f"{label}, {recipe}", f"{took:.1f}", f"{took / args.experts:.3f}"]
-                    )
-            except peers.PeerError as error:
-                rows_.append([str(error), "-", "-"])
-        table(["a layer", "seconds", "an expert"], rows_)
+                took = bench.modelopt(source, recipe)
+                label = f"ModelOpt {peers.modelopt_version(bench.device)}, {recipe}"
+                row([label, f"{took:.1f}", f"{took / args.experts:.3f}"])
+            except (peers.PeerError, ImportError) as error:
+                row([f"ModelOpt, {recipe}: {error}", "-", "-"])
 
 
 if __name__ == "__main__":

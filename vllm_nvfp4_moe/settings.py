@@ -179,12 +179,6 @@ def measured() -> bool:
     return bool(asked)
 
 
-def quiet() -> None:
-    """Have vLLM say nothing below errors, unless the user has asked for more; before it is
-    imported."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
 @contextmanager
 def set_to(variables: Mapping[str, str]) -> Iterator[None]:
     """Within, the environment has these variables; for what builds layers of several kinds in one
@@ -199,6 +193,16 @@ def set_to(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, vLLM that is imported, here or in processes begun, says nothing below errors, unless
+    the user has asked for more. Only within: who calls a command from a program of his own keeps
+    his log."""
+    name = "VLLM_LOGGING_LEVEL"
+    with set_to({name: os.environ.get(name, "ERROR")}):
+        yield
 
 
 def any_vllm() -> bool:

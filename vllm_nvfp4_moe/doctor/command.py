@@ -18,6 +18,8 @@ from quantize.cli.output import err, plain
 from quantize.errors import QuantizeError
 from vllm_nvfp4_moe import settings, versions
 
+_BUSY = 0.25
+"""Of the cores: a load from which on times are not to be trusted."""
 _READING = 300.0
 """Seconds that a checkpoint's headers may take, which come from the hub if it is a hub id."""
 
@@ -48,13 +50,13 @@ def doctor(
 ) -> None:
     """Run each kernel for NVFP4 experts that this machine has beside plain arithmetic, and time it;
     exit 1 if one that would be chosen is wrong."""
-    with reporting_errors():
+    with reporting_errors(), settings.quiet():
         problem = versions.unsupported_version()
         if problem and not settings.any_vllm():
             raise QuantizeError(problem)
         if json_file is not None:
             _check_writable(json_file)
-        settings.quiet()
+        busy = _busy()
         say("importing vLLM")
         with large_imports():
             from vllm_nvfp4_moe.doctor.run import run
@@ -62,6 +64,7 @@ def doctor(
             from vllm_nvfp4_moe.doctor.table import text
 
         shape, notes = _shape(checkpoint, tp)
+        notes += busy
         result = run(shape, tp, quick, say) | {"notes": notes}
         result["notes"] += save(result)
         print(text(result))
@@ -69,6 +72,18 @@ def doctor(
             json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if not result["verdict"]["right"]:
             raise typer.Exit(1)
+
+
+def _busy() -> list[str]:
+    """What to know if other programs run here: kernels would be timed, and then chosen by
+    ``NVFP4_MOE_SELECT=measured``, by what those leave. Asked before this one has begun to work."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load < _BUSY * cores:
+        return []
+    return [
+        f"other programs ran here (a load of {load:.1f} in the minute before, on {cores} cores): "
+        "times are not to be trusted; run doctor again when they have ended"
+    ]
 
 
 def _check_writable(file: Path) -> None:
