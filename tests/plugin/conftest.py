@@ -26,7 +26,7 @@ Loader = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
     """``load(folder, **engine_args)``: the model's MoE runners by layer name, as vLLM built them,
     and its draft model's, if ``engine_args`` ask for one.
 
@@ -65,7 +65,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
         runners["model"] = model  # keeps it alive
         return runners
 
-    return load
+    yield load
+    gc.unfreeze()  # some libraries complain of what is left when the interpreter goes
 
 
 @pytest.fixture
