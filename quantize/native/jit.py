@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -123,9 +124,15 @@ def cxx() -> tuple[str, ...]:
     for name, *more in (words, ["g++"], ["c++"]) if words else (["g++"], ["c++"]):
         if found := shutil.which(name):
             if words and name != words[0]:
-                logger.warning("CXX=%s: there is no such program. %s compiles", asked, found)
+                _say_what_compiles(asked, found)
             return found, *more
     raise KernelError("no C++ compiler: neither $CXX, nor g++ or c++ on the path")
+
+
+@cache
+def _say_what_compiles(asked: str, found: str) -> None:
+    """Once, though the compiler is looked for by each kernel."""
+    logger.warning("CXX=%s: there is no such program. %s compiles", asked, found)
 
 
 def nvcc() -> Path:

@@ -157,8 +157,10 @@ def test_cxx_in_several_words(log: Path, tmp_path: Path, monkeypatch: MonkeyPatc
     said: list[str] = []
     monkeypatch.setattr(jit.logger, "warning", lambda text, *args: said.append(text % args))
     monkeypatch.setenv("CXX", "no-such-program g++")
-    assert jit.cxx() == (shutil.which("g++"),)
-    assert said == [f"CXX=no-such-program g++: there is no such program. {jit.cxx()[0]} compiles"]
+    for _ in range(2):  # as of two kernels
+        (found,) = jit.cxx()
+    assert found == shutil.which("g++")
+    assert said == [f"CXX=no-such-program g++: there is no such program. {found} compiles"]
 
 
 @pytest.mark.parametrize("what", ["source", "architecture", "options", "processor", "C library"])
