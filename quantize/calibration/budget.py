@@ -65,6 +65,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     wide = state_size(checkpoint, hidden)
     # One expert: its weights, in float32 and quantized too; and what rounding gate and up takes.
     expert = hidden * inner * 3 * width
+    expert *= 2 if device.type == "cuda" else 1  # the next one's weights, too (`read_ahead`)
     if method is not None:
         expert += hidden * inner * (3 * 12 + 2 * method.weight_bytes)
         expert += max(hidden, inner) ** 2 * method.hessian_bytes

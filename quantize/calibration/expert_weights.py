@@ -52,6 +52,11 @@ class ExpertWeights:
             norm,
         )
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Say that ``stream`` uses weights that another has copied (``Tensor.record_stream``)."""
+        for weight in (*self.gate_up, self.down, *self._biases):
+            weight.record_stream(stream)
+
     def replaced(self, gate_up: tuple[torch.Tensor, ...], down: torch.Tensor) -> ExpertWeights:
         """The same expert with other weights."""
         return ExpertWeights(gate_up, down, self._biases, self._gate, self.post_norm)

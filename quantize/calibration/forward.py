@@ -9,12 +9,14 @@ whatever the size of the model, and every tensor of the checkpoint is read once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from quantize.calibration.chain import check_chain
 from quantize.calibration.expert_weights import ExpertWeights, read_expert
 from quantize.calibration.layerwise import LayerwiseModel
+from quantize.calibration.read_ahead import experts_in_order
 from quantize.calibration.room import sums_for
 from quantize.calibration.routing import Routing
 from quantize.calibration.stand_ins import ReplayExperts
@@ -169,8 +171,11 @@ class LayerwiseForward:
         output = self._store.new(experts_output_name(layer, group), shape, torch.float32)
         sums = sums_for(output, self._model.device)
         visitor.begin(layer, group, routing)
-        for expert in range(group.num_experts):
-            weights = visitor.expert(expert, self._expert_weights(stand_in, expert), routing)
+        read = experts_in_order(
+            partial(self._expert_weights, stand_in), group.num_experts, self._model.device
+        )
+        for expert, original in enumerate(read):
+            weights = visitor.expert(expert, original, routing)
             for chunk in routing.of(expert):
                 own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
                 sums.index_add_(0, chunk.tokens.to(sums.device), own.float().to(sums.device))
