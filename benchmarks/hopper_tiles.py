@@ -207,7 +207,8 @@ class Bench:
             f"{shape}{mark}": partial(self.call, kernel, shape)
             for mark, kernel in self.variants.items()
             for shape in kernel.tile_shapes
-            if sensible(shape, self.layer, tokens)
+            # `BY_COUNTER` in gemm.cuh: the others' code is the same.
+            if sensible(shape, self.layer, tokens) and (mark == DEALT or shape.max_tokens == 64)
         }
 
     def problems(self, outs: Mapping[str, torch.Tensor]) -> list[str]:
