@@ -19,8 +19,9 @@ from tests.plugin.mutants import OUTSIDE, Mutant, with_switches
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 SEEDS = range(1, 10)
-# Both products have stages enough for a counter (MIN_STEPS_BY_COUNTER), the second just so. In 64x256
-# tiles begin with the same stages of the ring, in bf16 the first product's, in FP8 the second's.
+# Both products have stages enough for a counter (MIN_STEPS_BY_COUNTER), the second just so. In
+# 64x256 tiles begin with the same stages of the ring, in bf16 the first product's, in FP8 the
+# second's.
 DEEP = Shape("deep", 4, 768, 512, 2)
 
 FREE = "barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);"
@@ -70,7 +71,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Bench(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize(("tokens", "routing"), [(1, "uniform"), (9, "skewed"), (90, "uniform")])
+@pytest.mark.parametrize(("tokens", "routing"), [(9, "skewed"), (90, "uniform")])
 def test_whoever_takes_which(
     bench: Bench, tokens: int, routing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +82,7 @@ def test_whoever_takes_which(
     for shape in bench.shapes:
         one = emulated.run(x, *rest, tile_shape=shape, processors=1)
         assert error(one, packed.truth(x, ids, weights)).whole < bench.bound
-        for processors in (2, 5, 40):
+        for processors in (2, 40):
             assert torch.equal(
                 emulated.twice(x, *rest, tile_shape=shape, processors=processors), one
             )
