@@ -297,10 +297,10 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
     extern __shared__ uint8_t memory[];
     uint8_t* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
     float* const partial = reinterpret_cast<float*>(stages + Shape::STAGES * Shape::STAGE_BYTES);
-    uint8_t* const behind = stages + Shape::STAGES * Shape::STAGE_BYTES + Shape::PARTIAL_BYTES;
-    Announced* const announced = reinterpret_cast<Announced*>(behind);
-    const uint32_t full =
-        shared_address(behind) + (Shape::BY_COUNTER ? Shape::STAGES * sizeof(Announced) : 0);
+    constexpr int BEHIND = Shape::STAGES * Shape::STAGE_BYTES + Shape::PARTIAL_BYTES;
+    Announced* const announced = reinterpret_cast<Announced*>(stages + BEHIND);
+    const uint32_t full = shared_address(stages) + BEHIND +
+                          (Shape::BY_COUNTER ? Shape::STAGES * sizeof(Announced) : 0);
     const uint32_t empty = full + 8 * Shape::STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; ++i) {
