@@ -7,6 +7,7 @@ activations are rounded to E4M3, with a scale for each token, and weights are ro
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,13 +15,20 @@ import torch
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights, fp8_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
-from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
+from vllm_nvfp4_moe.kernels.hopper.launch import Table, TileShape, first_of
 
+TOKENS_64_NARROW = TileShape(64, row_groups=2, k_groups=1, token_step=8)
+"""For decoding with slices and small experts: it has twice as many tiles as the next."""
 TOKENS_64 = TileShape(64, row_groups=4, k_groups=1, token_step=8)
 """For decoding."""
-TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=16)
+TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=8)
 TOKENS_192 = TileShape(192, row_groups=3, k_groups=1, token_step=16)
 TOKENS_256 = TileShape(256, row_groups=2, k_groups=1, token_step=16)
+
+BY_ROWS: Table = ((math.inf, TOKENS_64),)
+"""Decoding: up to how many tiles of 64 rows a multiprocessor has of the first product."""
+BY_TOKENS: Table = ((112, TOKENS_128), (160, TOKENS_192), (384, TOKENS_256), (math.inf, TOKENS_192))
+"""Prefill: up to how many tokens an expert has."""
 
 
 class Fp8Kernel(HopperKernel):
@@ -29,7 +37,7 @@ class Fp8Kernel(HopperKernel):
     name = "HOPPER FP8 (vllm_nvfp4_moe)"
     activation_bits = 8
     file = Path(__file__).with_suffix(".cu")
-    tile_shapes = (TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256)
+    tile_shapes = (TOKENS_64_NARROW, TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256)
     packed_columns = bf16_weights.STAGE
     mma_element = "e4m3"
     mma_columns = 32
@@ -45,10 +53,8 @@ class Fp8Kernel(HopperKernel):
     ) -> TileShape:
         tokens = pairs / experts  # of an expert
         if tokens <= 48:
-            return TOKENS_64
-        if tokens <= 112:
-            return TOKENS_128
-        return TOKENS_256 if 160 < tokens <= 384 else TOKENS_192
+            return first_of(BY_ROWS, pairs * row_tiles / processors)
+        return first_of(BY_TOKENS, tokens)
 
     def workspace(
         self, rows: int, hidden: int, intermediate: int, device: torch.device

@@ -223,7 +223,7 @@ class HopperKernel(ABC):
         integers = {
             # Each CTA also reads the tile after its last.
             "tiles": (tiles + processors) * TILE_BYTES // 4,
-            "size_ends": len(tile_shape.tile_sizes),
+            "size_ends": len(tile_shape.tile_sizes) + 2,  # and each GEMM's counter
             "places": pairs * PLACE_BYTES // 4,
         }
         tensors = {
