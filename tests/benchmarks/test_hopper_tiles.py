@@ -1,66 +1,71 @@
-"""Which tables ``benchmarks.hopper_tiles`` makes of times."""
+"""What the Hopper kernels choose, beside the times that all tile shapes took on an H200."""
 
 from __future__ import annotations
 
-import math
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from benchmarks.hopper_tiles import LAYERS, Layer, sensible, variant
-from benchmarks.hopper_tiles_table import Point, fitted, report, taken
+from benchmarks import hopper_tiles
+from benchmarks.hopper_tiles import LAYERS, Layer, Point, sensible
+from vllm_nvfp4_moe.kernels.hopper.choice import MOST_TOKENS
+from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
-
-def point(each: float, **ms: float) -> Point:
-    times = {name.removeprefix("t").replace("_", "+"): value for name, value in ms.items()}
-    return Point("layer", "bf16", int(8 * each), 1.0, each, each, "128x256", times)
+RESULTS = Path(hopper_tiles.__file__).parent / "results/hopper_tiles-h200-2026-11-30.json"
+MEASURED = json.loads(RESULTS.read_text())
 
 
-# Up to 90 tokens an expert one is the faster, then the other; a last one never is.
-MEASURED = [
-    point(each, t128x256=2 + each, t192x192=47 + each / 2, t256x128=200 + each)
-    for each in (8, 16, 32, 64, 128, 256)
-]
-NAMES = ["128x256", "192x192", "256x128"]
+def chosen(kernel: HopperKernel, layer: Layer, tokens: int) -> str:
+    hidden, intermediate = layer.shape.hidden, layer.shape.intermediate
+    assert hidden % 128 == intermediate % 128 == 0, "no padding"
+    products = [(2 * intermediate // 64, hidden), (hidden // 64, intermediate)]
+    pairs = tokens * layer.shape.top_k / layer.ranks
+    return str(kernel.choose_tile_shape(pairs, layer.experts, products, 132))
 
 
-def test_a_table_parts_where_times_cross() -> None:
-    (most, first), last = fitted(MEASURED, lambda p: p.each, NAMES)
-    assert 64 < most < 128
-    assert (first, last) == ("128x256", (math.inf, "192x192"))
-    assert all(taken([(most, first), last], p.each) == p.best for p in MEASURED)
+def points(name: str, of: Callable[[float], bool]) -> list[Point]:
+    """Those of batches with such a number of tokens an expert, and of the tile shapes there are."""
+    kernel, found = KERNELS[name], []
+    shapes = {str(shape) for shape in kernel.tile_shapes}
+    layers = {str(layer): layer for layer in LAYERS}
+    for one in MEASURED:
+        layer, tokens = layers[one["layer"]], one["tokens"]
+        if one["kernel"] == name and of(tokens * layer.shape.top_k / layer.shape.experts):
+            ms = {shape: ms for shape, ms in one["ms"].items() if shape in shapes}
+            choice = chosen(kernel, layer, tokens)
+            found.append(Point(str(layer), name, tokens, 1.0, choice, ms))
+    return found
 
 
-def test_a_line_that_saves_next_to_nothing_is_left_out() -> None:
-    even = [point(each, t128x256=1.0, t192x192=1.0005 - each / 1e6) for each in (8, 64, 900)]
-    assert len(fitted(even, lambda p: p.each, NAMES)) == 1
-
-
-def test_points_that_no_line_can_part_share_one() -> None:
-    same = [point(64, t128x256=1, t192x192=3), point(64, t128x256=2, t192x192=1)]
-    assert fitted(same, lambda p: p.each, NAMES) == [(math.inf, "128x256")]
-
-
-def test_what_the_counter_costs_is_said() -> None:
-    text = report([point(64, t128x256=1, t128x256_=1.1)])
-    assert "128x256 by a counter: +10.00 % in the mean" in text
-    assert "the present choice loses 0.00 %" in text
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_both_variants_are_made_of_the_one_source(name: str) -> None:
-    dealt, counted = (variant(name, on).source() for on in (False, True))
-    assert dealt == counted.replace("TILES_BY_COUNTER = true", "TILES_BY_COUNTER = false")
-    assert dealt != counted
+@pytest.mark.parametrize(
+    ("name", "of", "count", "mean", "worst"),
+    [
+        ("bf16", lambda each: each <= MOST_TOKENS, 78, 0.003, 0.1),
+        ("fp8", lambda each: each <= MOST_TOKENS, 78, 0.001, 0.03),
+        ("bf16", lambda each: each > MOST_TOKENS, 34, 0.005, 0.06),
+        ("fp8", lambda each: each > MOST_TOKENS, 34, 0.006, 0.08),
+    ],
+    ids=["bf16 decoding", "fp8 decoding", "bf16 prefill", "fp8 prefill"],
+)
+def test_the_choice_is_nearly_the_fastest(
+    name: str, of: Callable[[float], bool], count: int, mean: float, worst: float
+) -> None:
+    found = points(name, of)
+    lost = {f"{point.layer}, {point.tokens} tokens": 1 + point.lost for point in found}
+    assert len(found) == count
+    assert statistics.geometric_mean(lost.values()) < 1 + mean
+    assert max(lost.values()) < 1 + worst, max(lost, key=lost.__getitem__)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_what_is_chosen_is_timed(layer: Layer) -> None:
     """At every count of tokens: else nothing could be said of the choice."""
-    shape = layer.shape
     for kernel in KERNELS.values():
-        for tokens in (2**n for n in range(14)):
-            pairs = tokens * shape.top_k / layer.ranks
-            row_tiles = 2 * -(-shape.intermediate // 128) * 128 // 64
-            chosen = kernel.choose_tile_shape(pairs, layer.experts, row_tiles, 132)
-            assert sensible(chosen, layer, tokens), (tokens, chosen)
+        for tokens in hopper_tiles.TOKENS:
+            choice = chosen(kernel, layer, tokens)
+            shape = next(shape for shape in kernel.tile_shapes if str(shape) == choice)
+            assert sensible(shape, layer, tokens), (tokens, choice)

@@ -781,7 +781,6 @@ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 
 uint32_t pack_e4m3x2(float low, float high) { return emulated_to_e4m3(low) | emulated_to_e4m3(high) << 8; }
 
-int same_in_warp(int number) { return number; }
 int warpgroup() { return int(threadIdx.x / 128); }
 
 template <int N>

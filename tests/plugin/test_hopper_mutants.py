@@ -44,8 +44,7 @@ BOTH = {
         "(index + gridDim.x) / row_blocks", "1 << 10", said=f"wrong output|{OUTSIDE}"
     ),
     "tiles-written": Mutant("tiles[first + i]", "tiles[first + i + 8]", said=OUTSIDE),
-    # Behind them are two counters.
-    "sizes": Mutant("size_ends[thread] = end;", "size_ends[thread + 3] = end;", said=OUTSIDE),
+    "sizes": Mutant("size_ends[thread] = end;", "size_ends[thread + 1] = end;", said=OUTSIDE),
     "places": Mutant("places[pair] = place;", "places[pair + 1] = place;", said=OUTSIDE),
     "ids": Mutant("ids[pair] >= 0", "ids[pair + 1] >= 0", map=True, said=OUTSIDE),
     "local": Mutant("local[ids[pair]]", "local[ids[pair] + 1]", map=True, said=OUTSIDE),

@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
     if (threadIdx.x == 0) scales[at] = scale;
 }
 
-DEFINE_GEMMS(64, 128, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // decoding, of slices and small experts
+DEFINE_GEMMS(64, 128, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // where there are few tiles
 DEFINE_GEMMS(64, 256, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // decoding
 DEFINE_GEMMS(128, 256, 1, 128, 120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8)
 // The more tokens for each weight that a warpgroup makes, the less of the GPU's power goes into

@@ -14,21 +14,27 @@ import torch
 
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights, fp8_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
+from vllm_nvfp4_moe.kernels.hopper.choice import (
+    MOST_TOKENS,
+    Costs,
+    Products,
+    Table,
+    by_tokens,
+    quickest,
+)
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
-from vllm_nvfp4_moe.kernels.hopper.launch import Table, TileShape, first_of
+from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
 TOKENS_64_NARROW = TileShape(64, row_groups=2, k_groups=1, token_step=8)
-"""For decoding with slices and small experts: it has twice as many tiles as the next."""
+"""For one request: it has twice as many tiles as the next, so that more of the GPU works."""
 TOKENS_64 = TileShape(64, row_groups=4, k_groups=1, token_step=8)
 """For decoding."""
 TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=8)
 TOKENS_192 = TileShape(192, row_groups=3, k_groups=1, token_step=16)
 TOKENS_256 = TileShape(256, row_groups=2, k_groups=1, token_step=16)
 
-BY_ROWS: Table = ((math.inf, TOKENS_64),)
-"""Decoding: up to how many tiles of 64 rows a multiprocessor has of the first product."""
-BY_TOKENS: Table = ((112, TOKENS_128), (160, TOKENS_192), (384, TOKENS_256), (math.inf, TOKENS_192))
-"""Prefill: up to how many tokens an expert has."""
+DECODING: Costs = ((TOKENS_64, 1.0), (TOKENS_64_NARROW, 1.2))
+PREFILL: Table = ((112, TOKENS_128), (160, TOKENS_192), (384, TOKENS_256), (math.inf, TOKENS_192))
 
 
 class Fp8Kernel(HopperKernel):
@@ -49,12 +55,11 @@ class Fp8Kernel(HopperKernel):
         return packed, global_scales.float() * factors
 
     def choose_tile_shape(
-        self, pairs: float, experts: int, row_tiles: int, processors: int
+        self, pairs: float, experts: int, products: Products, processors: int
     ) -> TileShape:
-        tokens = pairs / experts  # of an expert
-        if tokens <= 48:
-            return first_of(BY_ROWS, pairs * row_tiles / processors)
-        return first_of(BY_TOKENS, tokens)
+        if pairs > MOST_TOKENS * experts:
+            return by_tokens(PREFILL, pairs / experts)
+        return quickest(DECODING, pairs, products, processors)
 
     def workspace(
         self, rows: int, hidden: int, intermediate: int, device: torch.device

@@ -16,25 +16,11 @@ constexpr int CODE_BYTES = GROUP_ROWS * CHUNK / 2;                 // of a chunk
 constexpr int CHUNK_BYTES = CODE_BYTES + GROUP_ROWS * CHUNK / 16;  // and with its block scales
 constexpr int WEIGHT_BYTES = CHUNK_BYTES * STAGE / CHUNK;  // of a warpgroup's weights in a stage
 
-// How CTAs share a GEMM's tiles. Either each takes every n-th, n being their number. Or, after its
-// first, each takes the next that nobody has, so that one that starts late, since something else runs
-// on its multiprocessor, does less. Outputs are the same.
-constexpr bool TILES_BY_COUNTER = false;
-// Tiles of fewer stages are dealt out all the same: to ask for the next may take longer than a tile.
-constexpr int MIN_STEPS_BY_COUNTER = 4;
-
 // ------------------------------------------------------------------------------------- the tiles
 
 // `tokens` tokens of one expert. They lie in `size` rows of X, a size that an MMA has, from `row` on.
 struct Tile {
     int expert, size, tokens, row;
-};
-
-// What comes with the first stage of a tile that was taken by a counter: the tile of tokens, and the
-// number of the pair of it and a block of rows.
-struct Announced {
-    Tile tile;
-    int index, unused[3];
 };
 
 // Where a pair of a token and one of its experts lies: row `index` of the tile of `size` rows that
@@ -91,10 +77,8 @@ struct GemmArguments : Bias<BIASED> {
     const float* global_scales;  // [experts]
     const uint8_t* x;            // tiles of [128 bytes' columns][size][128 bytes], swizzled
     const Tile* tiles;
-    // For each size, the largest first: the number of tiles that are as large. Then, if tiles are
-    // taken BY_COUNTER, each GEMM's counter.
-    int* size_ends;
-    uint8_t* out;  // the next GEMM's input, or of the second GEMM bf16 [rows of X][hidden]
+    const int* size_ends;  // for each size, the largest first: the number of tiles that are as large
+    uint8_t* out;          // the next GEMM's input, or of the second GEMM bf16 [rows of X][hidden]
     int row_tiles, chunks, out_columns;
     Gate gate;
     Multipliers multipliers;
@@ -169,19 +153,13 @@ struct TileShape {
     static constexpr int BUDGET = 227 * 1024 - 1024 - 1024 - PARTIAL_BYTES;
     static constexpr int STAGES = BUDGET / STAGE_BYTES < 24 ? BUDGET / STAGE_BYTES : 24;
     static constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS, THREADS = (CONSUMERS + 1) * 128;
-    // Whether tiles are taken by a counter. Not if warpgroups share a tile's stages: which tile it is
-    // comes with the first, which all of them would then have to give back. Not if tiles are large:
-    // consumers have no register to spare for a producer that does more, and CTAs many tiles each.
-    static constexpr bool BY_COUNTER = TILES_BY_COUNTER && K_GROUPS == 1 && MAX_TOKENS <= 64;
     // The register file has 64 K, given to all threads alike at the start. The producer needs few,
     // and consumers get the rest.
-    static constexpr int ENTRY_REGISTERS = 65536 / THREADS / 8 * 8;
-    static constexpr int PRODUCER_REGISTERS = BY_COUNTER ? 40 : 24;
+    static constexpr int ENTRY_REGISTERS = 65536 / THREADS / 8 * 8, PRODUCER_REGISTERS = 24;
     static constexpr int CONSUMER_REGISTERS =
         ((CONSUMERS + 1) * ENTRY_REGISTERS - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
     static constexpr int SHARED_BYTES = 1024 + 1024 + PARTIAL_BYTES + STAGES * STAGE_BYTES;
     static_assert(STAGES >= 2, "no room for two stages");
-    static_assert(STAGES * (16 + (BY_COUNTER ? sizeof(Announced) : 0)) <= 1024, "no room for barriers");
 };
 
 // ---------------------------------------------------------------------------------- the pipeline
@@ -209,61 +187,19 @@ __device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args,
     }
 }
 
-// Waits for what the producer says of the tile whose first stage is the ring's next.
-__device__ __forceinline__ int wait_for_index(const Announced* announced, const Ring& ring,
-                                              uint32_t full) {
-    barrier_wait(full + 8 * ring.stage, ring.phase);
-    return same_in_warp(announced[ring.stage].index);
-}
-
-// The same of tiles that are taken by a counter.
-template <int N, typename Shape, bool FIRST>
-__device__ __forceinline__ void consume_announced_of_size(const GemmArguments& args, int& index,
-                                                          int end, int row_blocks, Ring& ring,
-                                                          uint8_t* stages, float* partial,
-                                                          uint32_t full, uint32_t empty,
-                                                          const Announced* announced) {
-    const int steps = args.chunks / 2;
-    while (index < end) {
-        const Tile tile = announced[ring.stage].tile;
-        const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
-        consume<N, Shape, FIRST>(args, tile, row_tile, ring, stages, partial, full, empty);
-        ring.skip<Shape::STAGES>(steps);
-        index = wait_for_index(announced, ring, full);
-    }
-}
-
-// Copies what the CTA's tiles need into the stages. One thread does all of it. If tiles are taken by
-// `counter`, it takes them, and announces each with its first stage.
+// Copies what the CTA's tiles need into the stages. One thread does all of it.
 template <typename Shape>
 __device__ __forceinline__ void produce(const GemmArguments& args, int row_blocks, int total,
-                                        uint32_t stages, uint32_t full, uint32_t empty, int* counter,
-                                        Announced* announced) {
+                                        uint32_t stages, uint32_t full, uint32_t empty) {
     // With larger tiles an expert has several, which read its weights again.
     const uint64_t weights_policy = Shape::MAX_TOKENS > 64 ? evict_normal_policy()
                                                            : evict_first_policy();
     const uint64_t x_policy = evict_last_policy();
     const int64_t chunks = args.chunks;
     const int steps = args.chunks / 2;
-    // Pairs before this are dealt out: as many as all stages hold. To take those by the counter, which
-    // would be at once, would leave none to a CTA that starts a moment later.
-    const int dealt = steps < MIN_STEPS_BY_COUNTER
-                          ? total
-                          : (Shape::STAGES + steps - 1) / steps * gridDim.x;
     Ring ring;
-    int after = 0;
-    for (int index = blockIdx.x; index < total;
-         index = Shape::BY_COUNTER ? after : index + gridDim.x) {
-        if constexpr (Shape::BY_COUNTER) {
-            after = index + gridDim.x;
-            // Asked for now, needed after the last stage.
-            if (after >= dealt) after = dealt + atomicAdd(counter, 1);
-        }
+    for (int index = blockIdx.x; index < total; index += gridDim.x) {
         const Tile tile = args.tiles[index / row_blocks];
-        if constexpr (Shape::BY_COUNTER) {
-            barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            announced[ring.stage] = Announced{tile, index, {}};
-        }
         const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
         const int groups = min(Shape::ROW_GROUPS, args.row_tiles - row_tile);
         const uint8_t* const weights =
@@ -282,11 +218,6 @@ __device__ __forceinline__ void produce(const GemmArguments& args, int row_block
             bulk_copy(to, x + int64_t(step) * x_bytes, x_bytes, barrier, x_policy);
         }
     }
-    if constexpr (Shape::BY_COUNTER) {
-        barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-        announced[ring.stage].index = total;  // there is no more
-        barrier_arrive(full + 8 * ring.stage);
-    }
 }
 
 // A CTA of a GEMM: of the FIRST, whose sums are activated, or of the second. SIZES are those that tiles
@@ -297,10 +228,8 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
     extern __shared__ uint8_t memory[];
     uint8_t* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
     float* const partial = reinterpret_cast<float*>(stages + Shape::STAGES * Shape::STAGE_BYTES);
-    constexpr int BEHIND = Shape::STAGES * Shape::STAGE_BYTES + Shape::PARTIAL_BYTES;
-    Announced* const announced = reinterpret_cast<Announced*>(stages + BEHIND);
-    const uint32_t full = shared_address(stages) + BEHIND +
-                          (Shape::BY_COUNTER ? Shape::STAGES * sizeof(Announced) : 0);
+    const uint32_t full =
+        shared_address(stages) + Shape::STAGES * Shape::STAGE_BYTES + Shape::PARTIAL_BYTES;
     const uint32_t empty = full + 8 * Shape::STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; ++i) {
@@ -321,27 +250,16 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         // Only X is from the kernel before; `tiles` and `size_ends` are older (see `run`). What that
         // kernel read may be overwritten by consumers, since they wait for X.
         wait_for_previous_kernel();
-        int* const counter = args.size_ends + sizeof...(SIZES) + (FIRST ? 0 : 1);
-        produce<Shape>(args, row_blocks, total, shared_address(stages), full, empty, counter,
-                       announced);
+        produce<Shape>(args, row_blocks, total, shared_address(stages), full, empty);
     } else {
         set_max_registers<Shape::CONSUMER_REGISTERS, true>();
         int index = blockIdx.x, size = 0;
         Ring ring;
-        if constexpr (Shape::BY_COUNTER) {
-            index = wait_for_index(announced, ring, full);
-            (consume_announced_of_size<SIZES, Shape, FIRST>(args, index,
-                                                            args.size_ends[size++] * row_blocks,
-                                                            row_blocks, ring, stages, partial, full,
-                                                            empty, announced),
-             ...);
-        } else {
-            Tile next = args.tiles[index / row_blocks];
-            (consume_tiles_of_size<SIZES, Shape, FIRST>(args, index,
-                                                        args.size_ends[size++] * row_blocks, row_blocks,
-                                                        next, ring, stages, partial, full, empty),
-             ...);
-        }
+        Tile next = args.tiles[index / row_blocks];
+        (consume_tiles_of_size<SIZES, Shape, FIRST>(args, index, args.size_ends[size++] * row_blocks,
+                                                    row_blocks, next, ring, stages, partial, full,
+                                                    empty),
+         ...);
     }
 }
 

@@ -48,16 +48,6 @@ class TileShape:
         return min(pairs, experts) + pairs // self.max_tokens
 
 
-Table = tuple[tuple[float, TileShape], ...]
-"""Tile shapes, each with the largest number for which it is taken, the least first; the last number
-is infinite. ``python -m benchmarks.hopper_tiles`` measures what to write."""
-
-
-def first_of(table: Table, number: float) -> TileShape:
-    """The tile shape for ``number``."""
-    return next(shape for most, shape in table if number <= most)
-
-
 class CTileShape(ctypes.Structure):
     """Mirrors ``TileShapeNumbers`` in launch.cuh."""
 

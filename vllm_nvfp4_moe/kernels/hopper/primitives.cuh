@@ -116,11 +116,9 @@ __device__ __forceinline__ uint32_t transpose(uint32_t matrix) {
     return result;
 }
 
-// A number that is the same in the whole warp. From a shuffle ptxas sees that it is, and keeps what
-// follows from it, descriptors above all, in uniform registers.
-__device__ __forceinline__ int same_in_warp(int number) { return __shfl_sync(~0u, number, 0); }
-// The warpgroup's number.
-__device__ __forceinline__ int warpgroup() { return same_in_warp(threadIdx.x / 128); }
+// The warpgroup's number. From a shuffle ptxas sees that it is the same in the whole warp, and keeps
+// what follows from it, descriptors above all, in uniform registers.
+__device__ __forceinline__ int warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
 // These two keep the code for different MMA sizes apart. ptxas would merge what it has in common,
 // and then run the MMAs one by one.

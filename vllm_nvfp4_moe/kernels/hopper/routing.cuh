@@ -24,9 +24,6 @@ extern "C" __global__ void __launch_bounds__(MAX_EXPERTS)
     counts[thread] = 0;
     if (thread < MAX_TILE_SIZES) used[thread] = 0;
     if (thread == 0) row_count = 0;
-    // The GEMMs' counters, one each, are behind the sizes' ends.
-    if constexpr (TILES_BY_COUNTER)
-        if (thread < 2) size_ends[max_tokens / token_step + thread] = 0;
     __syncthreads();
     trigger_next_kernel();
 #pragma unroll 4
