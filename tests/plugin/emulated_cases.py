@@ -26,7 +26,7 @@ SHAPES = [
 COUNTS = {
     8: (8, 5, 1, 9, 0, 16, 3),
     64: (64, 56, 41, 33, 32, 24, 9, 1, 65, 130, 0, 17),
-    128: (128, 97, 96, 80, 64, 48, 33, 16, 129, 1, 0, 257, 112),
+    128: (128, 97, 96, 80, 64, 48, 33, 16, 129, 1, 0, 257, 112, 120, 56, 30, 20),
     192: (192, 161, 176, 160, 130, 128, 112, 96, 193, 70, 64, 48, 17, 0, 1, 385),
     256: (256, 225, 224, 208, 192, 165, 160, 144, 257, 113, 90, 70, 64, 48, 17, 1, 0, 112),
 }
@@ -142,7 +142,7 @@ class Cases:
         self, emulated: Emulated, small: Packed, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of a rank that has half of the experts, half of the pairs; it starts with those, and the
-        experts' number."""
+        experts' number. Sizes are those of what is packed."""
         told = []
         choose = small.kernel.choose_tile_shape
         monkeypatch.setattr(
@@ -153,8 +153,9 @@ class Cases:
         emulated.run(x, small.experts, *rest, processors=5)
         local = torch.arange(16, dtype=torch.int32).where(torch.arange(16) < 8, -1)
         emulated.run(x, small.experts, *rest, local=local, processors=5)
-        row_tiles = small.experts.w13.shape[1]
-        assert told == [(40, 8, row_tiles, 5), (20, 8, row_tiles, 5)]
+        # 400 x 48: columns are padded to 128, rows of w2 to 64.
+        products = [(2 * 128 // 64, 512), (448 // 64, 128)]
+        assert told == [(40, 8, products, 5), (20, 8, products, 5)]
 
     def test_nan_comes_out(
         self, emulated: Emulated, small: Packed, tile_shape: TileShape, bad: float = torch.nan

@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int ELEMENT_BYTES = 2;     // of an activation
-constexpr int MAX_TILE_SIZES = 8;    // of one tile shape
+constexpr int MAX_TILE_SIZES = 16;   // of one tile shape
 constexpr int WARP_MMA_TOKENS = 16;  // up to which each warp's own MMAs are used
 
 }  // namespace
@@ -311,11 +311,14 @@ extern "C" __global__ void __launch_bounds__(128) gather(const uint4* x, int64_t
     }
 }
 
-DEFINE_GEMMS(8, 1, 4, 8)                                    // where there are few tiles
-DEFINE_GEMMS(64, 4, 1, 64, 56, 48, 40, 32, 24, 16, 8)       // decoding
-DEFINE_GEMMS(128, 4, 1, 128, 112, 96, 80, 64, 48, 32, 16)  // prefill
+DEFINE_GEMMS(8, 64, 4, 8)                                // where there are few tiles
+DEFINE_GEMMS(64, 256, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // decoding
+// Prefill. Steps of 8 make fewer rows that hold no token; larger tiles make weights less often.
+DEFINE_GEMMS(128, 256, 1, 128, 120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8)
+DEFINE_GEMMS(192, 192, 1, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
 
-constexpr Gemms GEMMS[] = {GEMMS_8, GEMMS_64, GEMMS_128};  // as `tile_shapes` in bf16.py
+// As `tile_shapes` in bf16.py.
+constexpr Gemms GEMMS[] = {GEMMS_8x64, GEMMS_64x256, GEMMS_128x256, GEMMS_192x192};
 
 // Runs the layer. Returns a cudaError_t.
 //

@@ -9,6 +9,14 @@ import torch
 
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
+from vllm_nvfp4_moe.kernels.hopper.choice import (
+    MOST_TOKENS,
+    Costs,
+    Products,
+    Table,
+    by_tokens,
+    quickest,
+)
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
@@ -16,8 +24,14 @@ TOKENS_8 = TileShape(8, row_groups=1, k_groups=4, token_step=8)
 """For one request: it has four times as many tiles as the next, so that more of the GPU works."""
 TOKENS_64 = TileShape(64, row_groups=4, k_groups=1, token_step=8)
 """For decoding."""
-TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=16)
-"""For prefill."""
+TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=8)
+TOKENS_192 = TileShape(192, row_groups=3, k_groups=1, token_step=16)
+
+MOST_PAIRS = 64
+"""For ``TOKENS_8``: with more it was not measured. Experts that several tokens chose would be read
+again for every eight."""
+DECODING: Costs = ((TOKENS_64, 1.0), (TOKENS_8, 1.2))
+PREFILL: Table = ((96, TOKENS_128), (768, TOKENS_192), (math.inf, TOKENS_128))
 
 
 class Bf16Kernel(HopperKernel):
@@ -26,7 +40,7 @@ class Bf16Kernel(HopperKernel):
     name = "HOPPER (vllm_nvfp4_moe)"
     activation_bits = 16
     file = Path(__file__).with_suffix(".cu")
-    tile_shapes = (TOKENS_8, TOKENS_64, TOKENS_128)
+    tile_shapes = (TOKENS_8, TOKENS_64, TOKENS_128, TOKENS_192)
     packed_columns = bf16_weights.CHUNK
     mma_element = "bf16"
     mma_columns = 16
@@ -38,18 +52,13 @@ class Bf16Kernel(HopperKernel):
         return packed, global_scales.float().contiguous()
 
     def choose_tile_shape(
-        self, pairs: float, experts: int, row_tiles: int, processors: int
+        self, pairs: float, experts: int, products: Products, processors: int
     ) -> TileShape:
-        if pairs > 48 * experts:
-            return TOKENS_128
-        # TOKENS_8 divides the work into four times as many tiles, and takes a fifth longer for as
-        # much. It is the faster where that fills the GPU better, or saves a last wave that is
-        # nearly empty.
-        tiles = pairs * row_tiles
-        waves = math.ceil(pairs * math.ceil(row_tiles / 4) / processors)
-        if tiles <= 2 * processors or (pairs <= 8 and 1.2 * tiles < 4 * waves * processors):
-            return TOKENS_8
-        return TOKENS_64
+        if pairs > MOST_TOKENS * experts:
+            return by_tokens(PREFILL, pairs / experts)
+        if pairs > MOST_PAIRS:
+            return TOKENS_64
+        return quickest(DECODING, pairs, products, processors)
 
     def workspace(
         self, rows: int, hidden: int, intermediate: int, device: torch.device

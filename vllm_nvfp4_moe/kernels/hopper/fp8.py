@@ -7,20 +7,34 @@ activations are rounded to E4M3, with a scale for each token, and weights are ro
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights, fp8_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
+from vllm_nvfp4_moe.kernels.hopper.choice import (
+    MOST_TOKENS,
+    Costs,
+    Products,
+    Table,
+    by_tokens,
+    quickest,
+)
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
+TOKENS_64_NARROW = TileShape(64, row_groups=2, k_groups=1, token_step=8)
+"""For one request: it has twice as many tiles as the next, so that more of the GPU works."""
 TOKENS_64 = TileShape(64, row_groups=4, k_groups=1, token_step=8)
 """For decoding."""
-TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=16)
+TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=8)
 TOKENS_192 = TileShape(192, row_groups=3, k_groups=1, token_step=16)
 TOKENS_256 = TileShape(256, row_groups=2, k_groups=1, token_step=16)
+
+DECODING: Costs = ((TOKENS_64, 1.0), (TOKENS_64_NARROW, 1.2))
+PREFILL: Table = ((112, TOKENS_128), (160, TOKENS_192), (384, TOKENS_256), (math.inf, TOKENS_192))
 
 
 class Fp8Kernel(HopperKernel):
@@ -29,7 +43,7 @@ class Fp8Kernel(HopperKernel):
     name = "HOPPER FP8 (vllm_nvfp4_moe)"
     activation_bits = 8
     file = Path(__file__).with_suffix(".cu")
-    tile_shapes = (TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256)
+    tile_shapes = (TOKENS_64_NARROW, TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256)
     packed_columns = bf16_weights.STAGE
     mma_element = "e4m3"
     mma_columns = 32
@@ -41,14 +55,11 @@ class Fp8Kernel(HopperKernel):
         return packed, global_scales.float() * factors
 
     def choose_tile_shape(
-        self, pairs: float, experts: int, row_tiles: int, processors: int
+        self, pairs: float, experts: int, products: Products, processors: int
     ) -> TileShape:
-        tokens = pairs / experts  # of an expert
-        if tokens <= 48:
-            return TOKENS_64
-        if tokens <= 112:
-            return TOKENS_128
-        return TOKENS_256 if 160 < tokens <= 384 else TOKENS_192
+        if pairs > MOST_TOKENS * experts:
+            return by_tokens(PREFILL, pairs / experts)
+        return quickest(DECODING, pairs, products, processors)
 
     def workspace(
         self, rows: int, hidden: int, intermediate: int, device: torch.device

@@ -14,6 +14,7 @@ from quantize.native import jit
 from quantize.native.jit import KernelError
 from vllm_nvfp4_moe.kernels.hopper import source
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import GROUP_ROWS, Rows, packed_biases
+from vllm_nvfp4_moe.kernels.hopper.choice import Products
 from vllm_nvfp4_moe.kernels.hopper.launch import (
     PLACE_BYTES,
     TILE_BYTES,
@@ -97,15 +98,13 @@ class HopperKernel(ABC):
 
     @abstractmethod
     def choose_tile_shape(
-        self, pairs: float, experts: int, row_tiles: int, processors: int
+        self, pairs: float, experts: int, products: Products, processors: int
     ) -> TileShape:
-        """The tile shape that was measured to be the fastest for a batch.
-
-        The measurements are in docs/evidence/hopper-kernel-lab-book.md.
+        """The tile shape that should be the fastest for a batch (``choice.py``).
 
         Args:
             pairs: how many pairs of a token and an expert this rank will have.
-            row_tiles: of 64 rows of ``w13``.
+            products: of :meth:`products`.
             processors: the GPU's multiprocessors.
         """
 
@@ -121,6 +120,13 @@ class HopperKernel(ABC):
         """
 
     # What they share.
+
+    def products(self, experts: Experts) -> Products:
+        """The sizes of an expert's two matrices."""
+        return [
+            (matrix.shape[1], matrix.shape[2] * self.packed_columns)
+            for matrix in (experts.w13, experts.w2)
+        ]
 
     def pack(
         self,
@@ -205,19 +211,18 @@ class HopperKernel(ABC):
         form = Form(gate.gated, experts.bias13 is not None or experts.bias2 is not None)
         tokens, hidden = x.shape
         count, top_k = experts.w13.shape[0], ids.shape[1]
+        products = self.products(experts)
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         if tile_shape is None:
             pairs_here = expected_pairs(ids, count, local)
-            row_tiles = experts.w13.shape[1]
-            tile_shape = self.choose_tile_shape(pairs_here, count, row_tiles, processors)
+            tile_shape = self.choose_tile_shape(pairs_here, count, products, processors)
         if out is None:
             out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
         if tokens == 0:
             return out
         pairs = tokens * top_k
         tiles = tile_shape.most_tiles(pairs, count)
-        hidden_padded = experts.w13.shape[2] * self.packed_columns
-        intermediate_padded = experts.w2.shape[2] * self.packed_columns
+        (_, hidden_padded), (_, intermediate_padded) = products
         _check_matrices(experts, intermediate_padded, gate)
         rows = pairs + tiles * tile_shape.token_step
         integers = {

@@ -95,28 +95,29 @@ int launch_combine(const LaunchSpec& spec, cudaStream_t stream) {
 
 }  // namespace
 
-// Defines the two kernels of a tile shape, and GEMMS_<MAX_TOKENS> for the table. After the shape's
-// numbers come the sizes that its tiles may have, the largest first.
-#define DEFINE_GEMMS(MAX_TOKENS, ROW_GROUPS, K_GROUPS, ...)                                          \
-    using Shape##MAX_TOKENS = TileShape<MAX_TOKENS, ROW_GROUPS, K_GROUPS>;                           \
-    extern "C" __global__ void __launch_bounds__(Shape##MAX_TOKENS::THREADS, 1)                      \
-        gemm##MAX_TOKENS##_first(const __grid_constant__ GemmArguments args) {                       \
-        gemm<Shape##MAX_TOKENS, true, __VA_ARGS__>(args);                                            \
+// Defines the two kernels of a tile shape, and GEMMS_<MAX_TOKENS>x<ROWS> for the table. After the
+// shape's numbers come the sizes that its tiles may have, the largest first.
+#define DEFINE_GEMMS(MAX_TOKENS, ROWS, K_GROUPS, ...)                                                \
+    DEFINE_NAMED_GEMMS(MAX_TOKENS##x##ROWS, MAX_TOKENS, ROWS / GROUP_ROWS, K_GROUPS, __VA_ARGS__)
+#define DEFINE_NAMED_GEMMS(NAME, MAX_TOKENS, ROW_GROUPS, K_GROUPS, ...)                              \
+    using Shape##NAME = TileShape<MAX_TOKENS, ROW_GROUPS, K_GROUPS>;                                 \
+    extern "C" __global__ void __launch_bounds__(Shape##NAME::THREADS, 1)                            \
+        gemm##NAME##_first(const __grid_constant__ GemmArguments args) {                             \
+        gemm<Shape##NAME, true, __VA_ARGS__>(args);                                                  \
     }                                                                                                \
-    extern "C" __global__ void __launch_bounds__(Shape##MAX_TOKENS::THREADS, 1)                      \
-        gemm##MAX_TOKENS##_second(const __grid_constant__ GemmArguments args) {                      \
-        gemm<Shape##MAX_TOKENS, false, __VA_ARGS__>(args);                                           \
+    extern "C" __global__ void __launch_bounds__(Shape##NAME::THREADS, 1)                            \
+        gemm##NAME##_second(const __grid_constant__ GemmArguments args) {                            \
+        gemm<Shape##NAME, false, __VA_ARGS__>(args);                                                 \
     }                                                                                                \
-    constexpr int SIZES_##MAX_TOKENS[] = {__VA_ARGS__};                                              \
-    constexpr Gemms GEMMS_##MAX_TOKENS{                                                              \
-        {MAX_TOKENS, ROW_GROUPS, K_GROUPS, smallest(SIZES_##MAX_TOKENS)},                            \
+    constexpr int SIZES_##NAME[] = {__VA_ARGS__};                                                    \
+    constexpr Gemms GEMMS_##NAME{                                                                    \
+        {MAX_TOKENS, ROW_GROUPS, K_GROUPS, smallest(SIZES_##NAME)},                                  \
         [](bool first, const GemmArguments& args, int processors, cudaStream_t stream) {             \
-            return launch_gemm<Shape##MAX_TOKENS>(                                                   \
-                first ? gemm##MAX_TOKENS##_first : gemm##MAX_TOKENS##_second, args, processors,      \
-                stream);                                                                             \
+            return launch_gemm<Shape##NAME>(first ? gemm##NAME##_first : gemm##NAME##_second, args,  \
+                                            processors, stream);                                     \
         },                                                                                           \
         [] {                                                                                         \
-            if (const int error = allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_first))  \
+            if (const int error = allow_shared_memory<Shape##NAME>(gemm##NAME##_first))              \
                 return error;                                                                        \
-            return allow_shared_memory<Shape##MAX_TOKENS>(gemm##MAX_TOKENS##_second);                \
+            return allow_shared_memory<Shape##NAME>(gemm##NAME##_second);                            \
         }};
