@@ -27,6 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.drafts import is_draft, is_one_of, name_in_files
 from vllm_nvfp4_moe.errors import RefusedError
+from vllm_nvfp4_moe.loading import names, unloaded
 from vllm_nvfp4_moe.loading.format import Format
 from vllm_nvfp4_moe.loading.stored import Stored
 
@@ -165,22 +166,11 @@ class ExpertsConfig(Format, QuantizationConfig):
             head = isinstance(layer, ParallelLMHead)
             return UnquantizedEmbeddingMethod() if head else UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
+            self._refuse_biases_left_out(layer, prefix)
             weight_only = self.weight_only(layer, prefix)
             if weight_only is not None:
                 from vllm_nvfp4_moe.backends import choose
 
-                if not layer.moe_config.has_bias and (bias := self.stored.bias(prefix)):
-                    raise RefusedError(
-                        f"{prefix}: the checkpoint has {bias}, and vLLM's class for the model "
-                        "would leave its experts' biases out. Try another --model-impl"
-                    )
-                routed = (layer.e_score_correction_bias, layer.custom_routing_function)
-                if routed == (None, None) and (bias := self.stored.router_bias(prefix)):
-                    raise RefusedError(
-                        f"{prefix}: the checkpoint has {bias}, with which its router chooses "
-                        "experts, and vLLM's class for the model would leave it out (in bf16 too). "
-                        "Try another --model-impl"
-                    )
                 online = self.online_quantization_config
                 if online is not None and online.resolve_quant_method_cls(type(layer), prefix):
                     raise RefusedError(
@@ -195,6 +185,7 @@ class ExpertsConfig(Format, QuantizationConfig):
                     "quantization_config, or quantize the model again"
                 )
             self._set_gate(layer)
+            names.heed(layer)
             self.context.summary.left(prefix)
         method = self.method_of_layout(layer, prefix)
         plain = method is None or isinstance(method, UnquantizedFusedMoEMethod)
@@ -208,10 +199,31 @@ class ExpertsConfig(Format, QuantizationConfig):
                 f"but it has {scale}: vLLM would take rounded codes for weights. Correct the "
                 "quantization_config, or quantize the model again"
             )
+        if isinstance(layer, RoutedExperts) and method is not None and not plain:
+            unloaded.guard(method, prefix, self.stored)
         if method is not None and not self._watched:
             self._watched = True
             self._watch(method)
         return method
+
+    def _refuse_biases_left_out(self, layer: RoutedExperts, prefix: str) -> None:
+        """Refuse experts whose biases, or whose router's, vLLM's class for the model drops.
+
+        Raises:
+            RefusedError: if there are any.
+        """
+        if not layer.moe_config.has_bias and (bias := self.stored.bias(prefix)):
+            raise RefusedError(
+                f"{prefix}: the checkpoint has {bias}, and vLLM's class for the model "
+                "would leave its experts' biases out. Try another --model-impl"
+            )
+        routed = (layer.e_score_correction_bias, layer.custom_routing_function)
+        if routed == (None, None) and (bias := self.stored.router_bias(prefix)):
+            raise RefusedError(
+                f"{prefix}: the checkpoint has {bias}, with which its router chooses "
+                "experts, and vLLM's class for the model would leave it out (in bf16 too). "
+                "Try another --model-impl"
+            )
 
     def _set_gate(self, layer: RoutedExperts) -> None:
         """Set experts that a method of vLLM's will run to the checkpoint's gate, if vLLM's class

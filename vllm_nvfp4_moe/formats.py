@@ -28,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
+from quantize.experts.names import PROJECTIONS, is_expert
 from quantize.layouts import LAYOUTS, detect
 from quantize.layouts.modelopt import MIXED, WEIGHT_ONLY, algorithm
 from quantize.layouts.modelopt import settings as fields_of
@@ -111,7 +112,16 @@ class CompressedTensors(ExpertsConfig, CompressedTensorsConfig):
                 "and no config_groups: it does not say which modules are quantized, and how. "
                 "Complete it, or quantize again with: nvfp4-moe quantize SOURCE TARGET"
             )
-        return super().from_config(config)
+        made = super().from_config(config)
+        # Checkpoints of before name experts as their files do, and vLLM's class for MiniMax-M3
+        # asks for others (``quantize.layouts.targets``): as if the config had named both.
+        for target, scheme in list(made.target_scheme_map.items()):
+            experts, _, name = target.rpartition(".0.")
+            if is_expert(target) and experts.endswith("experts"):
+                (place,) = {names.index(name) for names in PROJECTIONS if name in names}
+                for names in PROJECTIONS:
+                    made.target_scheme_map.setdefault(f"{experts}.0.{names[place]}", scheme)
+        return made
 
     def weight_only(self, layer: torch.nn.Module, prefix: str) -> bool | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts

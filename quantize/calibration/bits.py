@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
@@ -50,6 +50,7 @@ from quantize.run.made import made
 from quantize.run.options import Options
 from quantize.run.plan import Plan
 from quantize.run.plan import plan as plan_of
+from quantize.run.readers import unreadable
 from quantize.run.space import free
 from quantize.run.target import CONFIG, FOLDER
 from quantize.run.work_dir import WorkDir
@@ -94,7 +95,7 @@ def within_bits(
         counting, devices: of the calibration, see ``quantize.calibration.estimate.estimate``.
         dry: measure nothing, and write nothing: without losses that are measured already, the plan
             is the given one.
-        say: is told what it will take, and what was chosen.
+        say: is told what it will take, what was chosen, and what could not be.
 
     Raises:
         TooMuchError: if it takes too much (``limited``).
@@ -111,10 +112,14 @@ def within_bits(
     layers = by_layer(plan.groups)
     if weight_only is not None:
         check_count(weight_only, len(layers))
-    if resume and (finished := _finished(target, options, weight_only)) is not None:
+    left_out = unreadable(checkpoint.config, options.layout) if options.bits is not None else {}
+    finished = _finished(target, options, weight_only) if resume else None
+    if finished is not None and left_out.keys().isdisjoint(finished[0].values()):
         return _planned(checkpoint, plan, options, *finished)
+    for name, why in left_out.items():
+        say(f"--bits: no experts in {name}: vLLM's class for the model {why}")
     kept = StoredLosses(target / FOLDER / MEASURED)
-    names = _names(layers, options.bits, weight_only)
+    names = _names(layers, options.bits, weight_only, left_out)
     option = "--bits" if options.bits is not None else "--weight-only"
     key = {"of": plan.fingerprint(checkpoint), "formats": names}
     begun = (kept.folder / _KEY).exists() and read_json(kept.folder / _KEY) == key
@@ -163,12 +168,15 @@ def within_bits(
 
 
 def _names(
-    layers: Mapping[str, list[ExpertGroup]], bits: float | None, weight_only: int | None
+    layers: Mapping[str, list[ExpertGroup]],
+    bits: float | None,
+    weight_only: int | None,
+    left_out: Container[str],
 ) -> dict[str, list[str]]:
     """The formats that each layer's losses are measured in."""
     inputs = [WEIGHTS] if weight_only is not None else []
     return {
-        prefix: (formats_of(groups) if bits is not None else [NVFP4]) + inputs
+        prefix: (formats_of(groups, left_out) if bits is not None else [NVFP4]) + inputs
         for prefix, groups in layers.items()
     }
 

@@ -16,6 +16,8 @@ class Beside:
             experts.
         nvfp4: module paths of those in NVFP4: a config for several formats names each.
         weight_only: those of them whose activations stay floats, though the others' do not.
+        experts_by_name: a config that names experts names each one, as earlier versions of this
+            package wrote it, and has no patterns for them.
         kv_cache: how engines are to keep keys and values, one of the layout's ``kv_caches``; None:
             as they like.
     """
@@ -24,6 +26,7 @@ class Beside:
     nvfp4: tuple[str, ...] = ()
     kv_cache: str | None = None
     weight_only: tuple[str, ...] = ()
+    experts_by_name: bool = False
 
     @property
     def several(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from quantize.checkpoint.kv_cache import FP8, FP8_HEAD
 from quantize.layouts.beside import NOTHING, Beside
+from quantize.layouts.targets import named, targets
 from quantize.nvfp4.format import NvFp4
 
 _FORMAT, _MIXED = "nvfp4-pack-quantized", "mixed-precision"
@@ -74,14 +75,15 @@ class CompressedTensors:
         scheme = preset_name_to_scheme(preset, ["Linear"])
         scheme.format = _FORMAT
         groups = {"group_0": scheme}
-        for number, (base, modules) in enumerate(beside.eight_bit, 1):
-            # Readers look for a module's name before its class, so these are not the first group's.
-            groups[f"group_{number}"] = preset_name_to_scheme(base.preset, sorted(modules))
-            groups[f"group_{number}"].format = base.format
+        # Readers look for a module's name before its class, so these are not the first group's.
+        others = [(base.preset, base.format, modules) for base, modules in beside.eight_bit]
         if beside.weight_only:
-            weights = preset_name_to_scheme("NVFP4A16", sorted(beside.weight_only))
-            weights.format = _FORMAT
-            groups[f"group_{len(groups)}"] = weights
+            others.append(("NVFP4A16", _FORMAT, beside.weight_only))
+        everything = {*beside.nvfp4, *(name for *_, modules in others for name in modules)}
+        for number, (preset, stored, modules) in enumerate(others, 1):
+            names = targets(modules, everything.difference(modules), beside.experts_by_name)
+            groups[f"group_{number}"] = preset_name_to_scheme(preset, names)
+            groups[f"group_{number}"].format = stored
         cache = self.kv_caches[beside.kv_cache] if beside.kv_cache else None
         config = QuantizationConfig(
             config_groups=groups,
@@ -95,9 +97,9 @@ class CompressedTensors:
     def stays_float(self, quantization_config: dict[str, Any], module: str) -> bool:
         groups = quantization_config.get("config_groups")
         found = list(groups.values()) if isinstance(groups, dict) else []
-        named = [g for g in found if isinstance(g, dict) and module in (g.get("targets") or ())]
-        return any(g.get("input_activations") is None for g in named) or (
-            not named and not self._activations
+        groups_of_it = [group for group in found if named(group, module)]
+        return any(group.get("input_activations") is None for group in groups_of_it) or (
+            not groups_of_it and not self._activations
         )
 
     def extra_files(self, ignore: list[str], beside: Beside = NOTHING) -> dict[str, dict[str, Any]]:

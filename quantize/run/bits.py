@@ -6,7 +6,7 @@ that fits. One layer has one format, because engines fuse its experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,15 +74,20 @@ def check_bits(bits: float) -> None:
         )
 
 
-def formats_of(groups: Sequence[ExpertGroup]) -> list[str]:
+def formats_of(groups: Sequence[ExpertGroup], unreadable: Container[str] = ()) -> list[str]:
     """The formats that all experts of a layer may have, in which engines read them.
 
     vLLM's methods for FP8 and MXFP8 leave biases out.
+
+    Args:
+        unreadable: those that vLLM's class for the model does not load
+            (``quantize.run.readers.unreadable``).
     """
     fitting = [
         name
         for name, base in BASES.items()
-        if all(base.fits(*shape) and not g.bias_names for g in groups for shape in g.shapes)
+        if name not in unreadable
+        and all(base.fits(*shape) and not g.bias_names for g in groups for shape in g.shapes)
     ]
     return [NVFP4, *fitting, BF16]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -132,9 +133,13 @@ def quantization_problems(
             f"{' for weights only' if layout is layout.weights_only else ''}, but {KEY}.made says "
             f"{claims.made.layout!r} with activations {claims.made.activations}; quantize again"
         )
-    for path, ours, theirs in _differences(
-        config, layout.quantization_config(lists["ignore"], beside), "quantization_config."
-    ):
+    wanted, by_name = (
+        layout.quantization_config(lists["ignore"], replace(beside, experts_by_name=old))
+        for old in (False, True)
+    )
+    if not any(_differences(config, by_name, "")):
+        return
+    for path, ours, theirs in _differences(config, wanted, "quantization_config."):
         yield f"{where}: {path} is {ours}, expected {theirs}; quantize again"
 
 

@@ -7,8 +7,10 @@ before kernels change it.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +155,46 @@ def test_vllm_loads_the_weights(
 def test_layers_that_stay(load: Load, made: Callable, source: Path, layout: str) -> None:
     layer = load(made(layout, "bf16"))[LAYERS[1]].routed_experts
     assert type(layer.quant_method).__name__ == "UnquantizedFusedMoEMethod"
+
+
+def save_mixtral(folder: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    model = checkpoints.build("mixtral", vocab_size=256, num_experts_per_tok=2, **sizes)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral") / "source"
+    # In another process: where vLLM has loaded a model, Transformers' classes cannot be built.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(save_mixtral, folder).result()
+    return folder
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@each
+@pytest.mark.usefixtures("as_loaded")
+def test_a_class_with_other_names(
+    load: Load, mixtral: Path, layout: str, ours: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """vLLM's for Mixtral says to its layers that files have ``w1``."""
+    prefix = "model.layers.1.block_sparse_moe.experts"
+    formats = ((prefix, "fp8"),)
+    checkpoints.convert(mixtral, tmp_path / "out", layout=layout, bits=9.0, formats=formats)
+    if not ours:
+        without_nvfp4_kernels(monkeypatch)
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        del config["nvfp4_moe"]
+        (tmp_path / "out/config.json").write_text(json.dumps(config))
+    runners = load(tmp_path / "out", "nvfp4_moe" if ours else None, skip_tokenizer_init=True)
+    layer = runners[prefix].routed_experts
+    assert layer.ckpt_gate_proj_name == "w1"
+    original = load_file(mixtral / "model.safetensors")
+    names = [[f"{prefix}.{e}.{n}.weight" for e in range(4)] for n in ("w1", "w3", "w2")]
+    w1, w3, w2 = (torch.stack([original[n].double() for n in each]) for each in names)
+    for weight, wanted in zip(loaded(layer), (torch.cat([w1, w3], 1), w2), strict=True):
+        assert 0.02 < (weight - wanted).norm() / wanted.norm() < 0.03
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "bf16"])

@@ -36,6 +36,8 @@ EXPERTS = 4
 def write(family: str, folder: Path) -> None:
     """A tiny model as Transformers saves it, and quantized in each layout."""
     sizes = families.SMALL | {"hidden_size": 64, "d_model": 64, "head_dim": 32}
+    if family == "laguna":
+        sizes["num_hidden_layers"] = 3  # two with experts
     config = families.sized(family, sizes, families.SPECIAL.get(family, {}), {"head_dim": 32})
     torch.manual_seed(0)
     model: Any = families.of_config(config)
@@ -44,6 +46,8 @@ def write(family: str, folder: Path) -> None:
     model.bfloat16().save_pretrained(folder / "bf16")
     for layout in LAYOUTS:
         others.quantized(folder / "bf16", folder / layout, layout=layout)
+    if family == "laguna":
+        others.quantized(folder / "bf16", folder / "left", exclude=("*.layers.1.*",))
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +85,12 @@ def test_experts_match_the_reference(
         assert relative(out, wanted) < 1e-5, tokens
 
 
-def test_lagunas_bias(load: Callable[..., dict[str, Any]], folders: dict[str, Path]) -> None:
-    """The router's, which the checkpoint has among the experts."""
-    folder = folders["laguna"] / "modelopt"
+@pytest.mark.parametrize("stored", ["modelopt", "left"])
+def test_lagunas_bias(
+    load: Callable[..., dict[str, Any]], folders: dict[str, Path], stored: str
+) -> None:
+    """The router's, which the checkpoint has among the experts, also of a layer that is left."""
+    folder = folders["laguna"] / stored
     runner = load(folder, skip_tokenizer_init=True)[LAYERS["laguna"]]
     with safe_open(folder / "model.safetensors", "pt") as file:
         bias = file.get_tensor(f"{LAYERS['laguna']}.e_score_correction_bias")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.evaluate.activations import Nvfp4Inputs
 from quantize.execute import execute
-from quantize.layouts import LAYOUTS
+from quantize.layouts import LAYOUTS, compressed_tensors
 from quantize.report import loads
 from quantize.run.bits import Choice, bits_of, choose, formats_of
 from quantize.run.options import Calibration, Options
@@ -231,7 +233,7 @@ def test_verify_finds_another_config(
             layers[key] = layers[f"{EXPERTS[2]}.0.up_proj"]
         else:
             groups = quantization["config_groups"]
-            groups["group_1"]["targets"].remove(f"{EXPERTS[1]}.0.up_proj")
+            groups["group_1"]["targets"][0] = f"{EXPERTS[1]}.0.up_proj"
 
     found = changed("swapped", swap)
     assert any("quantization_config" in each and "expected" in each for each in found), found
@@ -239,6 +241,53 @@ def test_verify_finds_another_config(
     assert any("made.formats" in each for each in found), found
     found = changed("bits", lambda c: c["nvfp4_moe"]["made"].update(bits=5.0))
     assert any("made.bits" in each for each in found), found
+
+
+@contextmanager
+def experts_by_name() -> Iterator[None]:
+    """Configs name each expert, as this package wrote them before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressed_tensors, "targets", lambda modules, *_: sorted(modules))
+        yield
+
+
+def named_by(folder: Path) -> list[str]:
+    """The targets of all groups but the first."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    _, *groups = config["config_groups"].values()
+    return [target for group in groups for target in group["targets"]]
+
+
+def test_a_config_that_names_each_expert(source: Path, tmp_path: Path) -> None:
+    with experts_by_name():
+        folder = mixed(source, tmp_path / "old", layout="compressed-tensors")
+    assert len(named_by(folder)) == 24 and f"{EXPERTS[1]}.3.up_proj" in named_by(folder)
+    assert problems(source, folder) == problems(None, folder) == []
+    checkpoints.convert(folder, tmp_path / "there", "modelopt", scales="mse")
+    assert problems(folder, tmp_path / "there") == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_formats_that_vllms_class_cannot_read(
+    source: Path, made: dict[str, Path], layout: str, tmp_path: Path
+) -> None:
+    """A model that is served by MiniMax-M3's class. In the other layout it reads FP8."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["architectures"] = ["MiniMaxM3SparseForCausalLM"]
+
+    other = with_config(source, tmp_path / "source", change)
+    target = with_config(made[layout], tmp_path / "out", change)  # with FP8, and complete
+    said: list[str] = []
+    options = Options(bits=9.5, layout=layout)
+    steps = chosen(other, target, options, tokens(), resume=True, say=said.append)
+    lines = [line for line in said if line.startswith("--bits: no experts in fp8: vLLM's class ")]
+    if layout == "modelopt":
+        assert len(lines) == 1 and "models/minimax_m3/nvidia/model.py" in lines[0]
+        formats = {name for losses in steps.choice.losses.values() for name in losses}
+        assert formats == {"nvfp4", "mxfp8", "bf16"}
+    else:
+        assert lines == [] and "fp8" in dict(steps.options.formats).values()
 
 
 def calibration(tokens: torch.Tensor) -> Calibration:

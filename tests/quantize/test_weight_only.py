@@ -23,7 +23,7 @@ from quantize.run.options import Options
 from quantize.verify import verify
 from tests.quantize import checkpoints
 from tests.quantize.damages import with_config, with_tensors
-from tests.quantize.test_bits import SIZES, chosen, tokens
+from tests.quantize.test_bits import SIZES, chosen, experts_by_name, named_by, tokens
 from tests.quantize.test_cli import refusal, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +100,7 @@ def test_modelopt_says_it_module_by_module(made: dict[str, Path]) -> None:
 
 def test_compressed_tensors_own_reader(made: dict[str, Path]) -> None:
     from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
 
     config = json.loads((made["compressed-tensors"] / "config.json").read_text())
     value = config["quantization_config"]
@@ -109,7 +110,9 @@ def test_compressed_tensors_own_reader(made: dict[str, Path]) -> None:
     assert found.format == one.format == other.format == "nvfp4-pack-quantized"
     assert one.input_activations is not None and one.targets == ["Linear"]
     assert other.input_activations is None
-    assert len(other.targets) == 12 and all(name.startswith(KEPT) for name in other.targets)
+    modules = [f"{prefix}.{e}.up_proj" for prefix in (KEPT, OTHER) for e in range(4)]
+    (target,) = other.targets
+    assert [match_name(name, target) for name in modules] == [True] * 4 + [False] * 4
     assert one.weights == other.weights
 
 
@@ -150,7 +153,7 @@ def test_verify_finds_another_config(
             layers[f"{KEPT}.0.up_proj"]["quant_algo"] = "NVFP4"
         else:
             groups = config["quantization_config"]["config_groups"]
-            groups["group_1"]["targets"].remove(f"{KEPT}.0.up_proj")
+            groups["group_1"]["targets"][0] = f"{KEPT}.0.up_proj"
 
     found = changed("config", one_module)
     assert [each for each in found if "quantization_config" in each and "expected" in each], found
@@ -193,6 +196,22 @@ def test_it_is_carried_over(made: dict[str, Path], layout: str, tmp_path: Path) 
         assert torch.allclose(first[name].double(), value.double(), rtol=1e-6, atol=0), name
     checkpoints.convert(made[layout], tmp_path / "none", layout, activations=False)
     assert not [name for name in tensors(tmp_path / "none") if name.endswith(INPUT[layout])]
+
+
+def test_a_config_that_names_each_expert(
+    source: Path, made: dict[str, Path], tmp_path: Path
+) -> None:
+    """As this package wrote them before; it is verified and converted like one of today's."""
+    folder, there = tmp_path / "old", tmp_path / "there"
+    with experts_by_name():
+        checkpoints.convert(
+            source, folder, "compressed-tensors", activations=True, weight_only=(PATTERN,)
+        )
+    assert len(named_by(folder)) == 12 and f"{KEPT}.3.up_proj" in named_by(folder)
+    assert problems(source, folder) == problems(None, folder) == []
+    checkpoints.convert(folder, there, "modelopt")
+    assert problems(folder, there) == []
+    assert tensors(there).keys() == tensors(made["modelopt"]).keys()
 
 
 @each

@@ -17,6 +17,8 @@ _BIAS = re.compile(
 """Biases of experts, behind their module path: one expert's, or all of them."""
 _SCALES = ("weight_scale", "weight_scale_inv")
 """Endings of scales of weights, in 8 bits too."""
+_INPUTS = ("input_scale", "input_global_scale")
+"""Endings of scales of activations."""
 _ROUTER = re.compile(r".*\.(?:e_score_correction_bias|expert_bias)")
 """Biases by which routers choose experts."""
 _LAYER = re.compile(r".*\.\d+\.")
@@ -37,10 +39,12 @@ class Stored:
     def __init__(self, model: str | None, revision: str | None = None, suffix: str = "") -> None:
         self._model, self._revision, self._suffix = model, revision, f".{suffix}"
         self._mapper: WeightsMapper | None = None
+        self._by_ending: dict[str, list[str]] = {}
 
     def rename(self, mapper: WeightsMapper) -> None:
         """Take ``mapper`` for the checkpoint's names from now on: it gives vLLM's."""
         self._mapper = mapper
+        self._by_ending.clear()
         for known in ("modules", "_biases", "beside_experts"):
             self.__dict__.pop(known, None)
 
@@ -56,13 +60,17 @@ class Stored:
     @cached_property
     def _stored(self) -> list[str] | None:
         """Names in the headers of what is asked about here; None if they cannot be read."""
-        asked = (self._suffix, "bias", *_SCALES)
+        asked = (self._suffix, "bias", *_SCALES, *_INPUTS)
         return self.names and [name for name in self.names if name.endswith(asked)]
 
     def _named(self, ending: str) -> list[str]:
         """Names with this ending, as vLLM has them."""
-        names = [name for name in self._stored or () if name.endswith(ending)]
-        return names if self._mapper is None else self._mapper.apply_list(names)
+        if ending not in self._by_ending:
+            names = [name for name in self._stored or () if name.endswith(ending)]
+            self._by_ending[ending] = (
+                names if self._mapper is None else self._mapper.apply_list(names)
+            )
+        return self._by_ending[ending]
 
     @cached_property
     def modules(self) -> frozenset[str] | None:
@@ -98,6 +106,12 @@ class Stored:
         nobody knows."""
         names = (name for ending in _SCALES for name in self._named(ending))
         return next((name for name in sorted(names) if name.startswith(f"{prefix}.")), None)
+
+    def has(self, prefix: str, ending: str) -> bool:
+        """Whether the checkpoint has a scale with this name somewhere below ``prefix``; no, if
+        nobody knows."""
+        start = f"{prefix}."
+        return any(name.startswith(start) for name in self._named(f".{ending}"))
 
     def bias(self, experts: str) -> str | None:
         """The name of a bias of the experts at the module path ``experts``; None if there is none,
