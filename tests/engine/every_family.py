@@ -103,6 +103,8 @@ def make_all(calls: dict[str, Any], folder: Path, workers: int) -> dict[str, Out
     """
 
     def call() -> dict[str, Any]:
+        # A GPU that this process has looked at cannot be used by its forks.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from tests.quantize import warm  # noqa: F401
 
         return {k: asdict(out) for k, out in run_all(calls, folder, LIMIT, workers).items()}
