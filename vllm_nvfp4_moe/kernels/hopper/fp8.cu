@@ -300,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
 
 DEFINE_GEMMS(64, 128, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // where there are few tiles
 DEFINE_GEMMS(64, 256, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // decoding
-DEFINE_GEMMS(128, 256, 1, 128, 120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8)
+DEFINE_GEMMS(128, 256, 1, 128, 112, 96, 80, 64, 48, 32, 16)
 // The more tokens for each weight that a warpgroup makes, the less of the GPU's power goes into
 // making it; but tiles of up to 128 tokens hide it better behind copies where experts have few.
 DEFINE_GEMMS(192, 192, 1, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)

@@ -29,7 +29,7 @@ TOKENS_64_NARROW = TileShape(64, row_groups=2, k_groups=1, token_step=8)
 """For one request: it has twice as many tiles as the next, so that more of the GPU works."""
 TOKENS_64 = TileShape(64, row_groups=4, k_groups=1, token_step=8)
 """For decoding."""
-TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=8)
+TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=16)
 TOKENS_192 = TileShape(192, row_groups=3, k_groups=1, token_step=16)
 TOKENS_256 = TileShape(256, row_groups=2, k_groups=1, token_step=16)
 
