@@ -42,6 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # What vLLM and our plugin set for the processes that they begin, when they are first imported.
 FOR_WORKERS = {
     "NVFP4_MOE_RUN",
+    "VLLM_MLA_DISABLE",
+    "VLLM_USE_BREAKABLE_CUDAGRAPH",
+    "VLLM_USE_DEEP_GEMM_E8M0",
     "VLLM_DISABLE_SHARED_EXPERTS_STREAM",
     "VLLM_SSM_CONV_STATE_LAYOUT",
     "VLLM_WORKER_MULTIPROC_METHOD",

@@ -13,6 +13,7 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.filesize import decimal
@@ -114,7 +115,12 @@ def within_bits(
         check_count(weight_only, len(layers))
     left_out = unreadable(checkpoint.config, options.layout) if options.bits is not None else {}
     finished = _finished(target, options, weight_only) if resume else None
-    if finished is not None and left_out.keys().isdisjoint(finished[0].values()):
+    if finished is not None:
+        for name in sorted(left_out.keys() & set(finished[0].values())):
+            say(
+                f"--bits: there are experts in {name} already, and vLLM's class for the model "
+                f"{left_out[name]}. vLLM with this package serves them; without, quantize again"
+            )
         return _planned(checkpoint, plan, options, *finished)
     for name, why in left_out.items():
         say(f"--bits: no experts in {name}: vLLM's class for the model {why}")
@@ -122,7 +128,7 @@ def within_bits(
     names = _names(layers, options.bits, weight_only, left_out)
     option = "--bits" if options.bits is not None else "--weight-only"
     key = {"of": plan.fingerprint(checkpoint), "formats": names}
-    begun = (kept.folder / _KEY).exists() and read_json(kept.folder / _KEY) == key
+    begun = _has_all(kept.folder / _KEY, key)
     undone = [group for group in plan.groups if not (begun and kept.is_done(group))]
     if undone and not checkpoint.weights.here:  # a dry run of a model on the hub
         say(_not_known(plan, options.bits))
@@ -150,7 +156,8 @@ def within_bits(
     losses: dict[str, dict[str, float]] = {prefix: defaultdict(float) for prefix in layers}
     for group in plan.groups:
         for name, loss in kept.of(group).items():
-            losses[group.prefix][name] += loss
+            if name in names[group.prefix]:
+                losses[group.prefix][name] += loss
     weights = {prefix: sum(g.parameters for g in groups) for prefix, groups in layers.items()}
     choice, others = None, {}
     if options.bits is not None:
@@ -165,6 +172,18 @@ def within_bits(
         say(_of_inputs(losses, nvfp4, most))
         floats = list(map(escape, most))
     return replace(_planned(checkpoint, plan, options, others, floats), choice=choice)
+
+
+def _has_all(file: Path, key: Mapping[str, Any]) -> bool:
+    """Whether what was measured, by its key in ``file``, is of the same, in these formats at least:
+    an earlier version may have measured one that is left out now."""
+    if not file.exists():
+        return False
+    there = read_json(file)
+    formats = there.get("formats") or {}
+    return there.get("of") == key["of"] and all(
+        set(names) <= set(formats.get(prefix, ())) for prefix, names in key["formats"].items()
+    )
 
 
 def _names(

@@ -9,6 +9,7 @@ whatever the size of the model, and every tensor of the checkpoint is read once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -174,13 +175,14 @@ class LayerwiseForward:
         read = experts_in_order(
             partial(self._expert_weights, stand_in), group.num_experts, self._model.device
         )
-        for expert, original in enumerate(read):
-            weights = visitor.expert(expert, original, routing)
-            for chunk in routing.of(expert):
-                own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
-                sums.index_add_(0, chunk.tokens.to(sums.device), own.float().to(sums.device))
-            done = expert + 1 - visitor.behind
-            progress(done / group.num_experts, f"expert {done} of {group.num_experts}")
+        with closing(read):  # also if something fails: no thread reads on
+            for expert, original in enumerate(read):
+                weights = visitor.expert(expert, original, routing)
+                for chunk in routing.of(expert):
+                    own = weights.output(weights.intermediate(chunk.x)) * chunk.weights.unsqueeze(1)
+                    sums.index_add_(0, chunk.tokens.to(sums.device), own.float().to(sums.device))
+                done = expert + 1 - visitor.behind
+                progress(done / group.num_experts, f"expert {done} of {group.num_experts}")
         visitor.end()
         if sums is not output:
             output.copy_(sums)

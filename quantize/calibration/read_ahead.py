@@ -6,8 +6,9 @@ H200 with ``gptq``, 0.14 were the GPU's own work. On a CPU all cores are at work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 def experts_in_order(
     read: Callable[[int], ExpertWeights], count: int, device: torch.device
-) -> Iterator[ExpertWeights]:
+) -> Generator[ExpertWeights, None, None]:
     """Yield ``read(0)``, ``read(1)`` and so on, whose weights are on ``device``.
 
     On a GPU, one more expert's weights are there while one is used.
@@ -30,8 +31,7 @@ def experts_in_order(
     if device.type != "cuda":
         yield from map(read, range(count))
         return
-    # A copy on the stream of the work would wait for the work.
-    copies = torch.cuda.Stream(device)
+    copies = _copies(device)
 
     def copied(number: int) -> ExpertWeights:
         with torch.cuda.stream(copies):
@@ -45,7 +45,14 @@ def experts_in_order(
         yield weights
 
 
-def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """A stream beside that of the work, for which a copy there would wait. One for all layers:
+    memory that a stream has freed is there for that stream alone."""
+    return torch.cuda.Stream(device)
+
+
+def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
     """Yield ``read(0)`` to ``read(count - 1)``, read in that order by one thread, one ahead."""
     with ThreadPoolExecutor(1, "read-ahead") as reader:
         following = reader.submit(read, 0) if count else None

@@ -79,7 +79,9 @@ class CompressedTensors:
         others = [(base.preset, base.format, modules) for base, modules in beside.eight_bit]
         if beside.weight_only:
             others.append(("NVFP4A16", _FORMAT, beside.weight_only))
-        everything = {*beside.nvfp4, *(name for *_, modules in others for name in modules)}
+        # What is ignored, too: layers that draft may be looked for here without that list.
+        apart = (name for *_, modules in others for name in modules)
+        everything = {*ignore, *beside.nvfp4, *apart}
         for number, (preset, stored, modules) in enumerate(others, 1):
             names = targets(modules, everything.difference(modules), beside.experts_by_name)
             groups[f"group_{number}"] = preset_name_to_scheme(preset, names)

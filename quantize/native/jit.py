@@ -118,7 +118,8 @@ def cxx() -> tuple[str, ...]:
     """
     asked = environment.cxx() or ""
     try:
-        words = shlex.split(asked)
+        # A path may have spaces, too.
+        words = [asked] if shutil.which(asked) else shlex.split(asked)
     except ValueError as error:
         raise KernelError(f"CXX={asked}: {error}") from error
     for name, *more in (words, ["g++"], ["c++"]) if words else (["g++"], ["c++"]):
@@ -249,8 +250,9 @@ def build(source: str, language: Language, library: Path) -> None:
         made = file.with_suffix(".so")
         file.write_text(source)
         compiled = file.with_suffix(".o") if language.linked else made
-        beside = Path(compiler[0]).parents[1]
-        more = [f"-L{beside / language.libraries}"] if language.libraries else []
+        more = []
+        if language.libraries:
+            more = [f"-L{Path(compiler[0]).parents[1] / language.libraries}"]
         _run(compiler, "-o", compiled, file, *language.options, *more)
         if language.linked:
             _run(compiler, "-o", made, compiled, *language.linked)

@@ -163,6 +163,18 @@ def test_cxx_in_several_words(log: Path, tmp_path: Path, monkeypatch: MonkeyPatc
     assert said == [f"CXX=no-such-program g++: there is no such program. {found} compiles"]
 
 
+@pytest.mark.parametrize("asked", ["{folder}/my tools/compiler", "./compiler"])
+def test_cxx_is_a_path(log: Path, tmp_path: Path, monkeypatch: MonkeyPatch, asked: str) -> None:
+    """One with a space in it, and one without a folder above it."""
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    (folder / "compiler").symlink_to(str(shutil.which("g++")))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CXX", asked.format(folder=tmp_path))
+    assert jit.cxx() == (asked.format(folder=tmp_path),)
+    assert jit.load(SOURCE, jit.cpp()).answer() == 42
+
+
 @pytest.mark.parametrize("what", ["source", "architecture", "options", "processor", "C library"])
 def test_what_the_library_depends_on(log: Path, monkeypatch: MonkeyPatch, what: str) -> None:
     jit.load(SOURCE, jit.cuda("90a"))

@@ -280,7 +280,12 @@ def test_formats_that_vllms_class_cannot_read(
     target = with_config(made[layout], tmp_path / "out", change)  # with FP8, and complete
     said: list[str] = []
     options = Options(bits=9.5, layout=layout)
-    steps = chosen(other, target, options, tokens(), resume=True, say=said.append)
+    there = chosen(other, target, options, tokens(), resume=True, say=said.append)
+    assert "fp8" in dict(there.options.formats).values(), "what is complete stays so"
+    told = [line for line in said if line.startswith("--bits: there are experts in fp8 already")]
+    assert len(told) == (layout == "modelopt")
+    said.clear()
+    steps = chosen(other, tmp_path / "new", options, tokens(), say=said.append)
     lines = [line for line in said if line.startswith("--bits: no experts in fp8: vLLM's class ")]
     if layout == "modelopt":
         assert len(lines) == 1 and "models/minimax_m3/nvidia/model.py" in lines[0]

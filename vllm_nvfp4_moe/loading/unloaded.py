@@ -31,14 +31,16 @@ _LOADED = (
 )  # fmt: skip
 """What checkpoints have of every quantized expert, by the ends of vLLM's names of parameters."""
 _INPUTS = ("input_scale", "input_global_scale")
-"""What those have whose headers say so. In others, vLLM's ones are what is meant."""
-_OTHERWISE = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
-"""Values of ``--load-format`` with which nothing of the checkpoint's own tensors is loaded before
-weights are processed."""
-_MARK = bytes((255, 0, 165, 90) * 16)
+"""What those have whose headers say so, though experts that calibration did not see may lack it;
+vLLM's ones are then what is meant."""
+_FROM_FILES = (
+    "auto", "hf", "safetensors", "pt", "npcache", "mistral", "fastsafetensors", "instanttensor",
+    "runai_streamer",
+)  # fmt: skip
+"""Values of ``--load-format`` with which the checkpoint's own tensors are loaded before weights are
+processed. With others nothing is known: ``dummy``, ``sharded_state`` and what others register."""
+_MARK = bytes((255, 0, 165, 90) * 4)
 """For integers. As E8M0, the exponents of MXFP8 and MXFP4, the first byte is NaN."""
-_LONG = 16
-"""Elements that are marked, or all of a row if there are less."""
 
 
 def guard(method: Any, prefix: str, stored: Stored) -> None:
@@ -49,7 +51,7 @@ def guard(method: Any, prefix: str, stored: Stored) -> None:
         prefix: the layer's module path, as ``stored`` has it.
         stored: the checkpoint's headers.
     """
-    if get_current_vllm_config().load_config.load_format in _OTHERWISE:
+    if get_current_vllm_config().load_config.load_format not in _FROM_FILES:
         return
     create, process = method.create_weights, method.process_weights_after_loading
     marked: set[str] = set()
@@ -83,6 +85,9 @@ def _check(layer: RoutedExperts, prefix: str, stored: Stored, marked: set[str]) 
         if name not in marked:
             continue
         left = (_bytes(head) == _bytes(_mark(head))).all(-1)
+        if name.endswith(_INPUTS) and not left.all():
+            head[left] = 1.0  # as vLLM has made it
+            continue
         if not left.any():
             continue
         lacking = left.nonzero().flatten().tolist()
@@ -101,7 +106,8 @@ def _heads(
     """The first elements of each expert's part of each parameter that must be loaded: its name, the
     matrix, how many experts it has, and a view ``[experts, elements]``.
 
-    What pads a part comes behind them.
+    What pads a part comes behind them, and a mark must not stay there: of floats and exponents,
+    where it is NaN, the first alone is marked; of other integers as many as :data:`_MARK` has.
     """
     parameters = dict(layer.named_parameters(recurse=False))
     for prefix_, shards in (("w13", ("w1", "w3")), ("w2", ("w2",))):
@@ -110,17 +116,20 @@ def _heads(
             parameter = parameters.get(name := f"{prefix_}_{suffix}")
             if parameter is None or parameter.is_meta:
                 continue
-            for shard, head in zip(shards, _parts(parameter, count), strict=False):
-                yield name, shard, len(parameter), head
+            alone = parameter.is_floating_point() or "scale" in suffix
+            long = 1 if alone else len(_MARK)
+            for shard, row in zip(shards, _parts(parameter, count), strict=False):
+                yield name, shard, len(parameter), row[:, :long]
 
 
 def _parts(parameter: torch.nn.Parameter, count: int) -> list[torch.Tensor]:
-    """Of each of ``count`` matrices that lie one after another, the first elements of its first
-    row, ``[experts, elements]``; of one number for a matrix that number.
+    """Of each of ``count`` matrices that lie one after another, its first row, ``[experts,
+    elements]``; of one number for a matrix that number.
 
     Args:
         parameter: ``[experts]``, ``[experts, matrices]``, ``[experts, rows]`` or ``[experts, rows,
-            columns]``; with the last two exchanged if vLLM has marked it as transposed.
+            columns]``; with the last two exchanged if vLLM has marked it as transposed. A row may
+            have more dimensions, as blocks of GGML's formats have.
     """
     data = parameter.data
     if data.ndim == 1:
@@ -130,8 +139,7 @@ def _parts(parameter: torch.nn.Parameter, count: int) -> list[torch.Tensor]:
         count = 1
     found = []
     for part in data.chunk(count, along):
-        row = part[:, 0] if part.ndim == 3 else part
-        found.append(row[:, :_LONG])
+        found.append(part[:, 0].flatten(1) if part.ndim >= 3 else part)
     return found
 
 

@@ -44,8 +44,8 @@ def quickest(costs: Costs, pairs: float, products: Products, processors: int) ->
 
     with a tile for each pair, as with few tokens nearly all are. Small tiles make waves that are
     fuller, and cost more. The costs (one for each type, 1 for the large tile) and the 0.9 were
-    fitted to an H200's times of eight layers on 2026-11-30: of all choices up to ``MOST_TOKENS``
-    they lose 0.4 % in the mean in bf16 and 0.03 % in FP8, at worst 9 %.
+    fitted to an H200's times of eight layers on 2026-11-30: of all choices where both
+    were timed they lose 0.4 % in the mean in bf16 and 0.03 % in FP8, at worst 9 %.
 
     Args:
         pairs: how many pairs of a token and an expert this rank will have.
