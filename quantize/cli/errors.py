@@ -1,7 +1,7 @@
 """What a user sees when something goes wrong: one line, and an exit code.
 
 Exit codes: 0 for success, 1 for an error (or problems that ``verify`` found), 2 for wrong usage
-or what would take too much, 130 when interrupted.
+or what would take too much, 130 when interrupted. A command whose 1 is a verdict has 2 for errors.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def reporting_errors(
     quiet: bool = False,
     log_file: Path | None = None,
     apart: Iterable[Path] = (),
+    failed: int = 1,
 ) -> Iterator[None]:
     """Within, an exception becomes a line on standard error and an exit code, and so do Ctrl-C and
     SIGTERM.
@@ -39,26 +40,27 @@ def reporting_errors(
     Args:
         advice: what to tell a user who interrupts the command.
         quiet, log_file, apart: see ``quantize.cli.output.speaking``.
+        failed: the exit code of an error, for a command whose 1 says something else.
     """
-    with ExitStack() as stack, _reporting(advice), interrupting():
+    with ExitStack() as stack, _reporting(advice, failed), interrupting():
         stack.enter_context(speaking(quiet, log_file, apart))
         yield
 
 
 @contextmanager
-def _reporting(advice: str) -> Iterator[None]:
+def _reporting(advice: str, failed: int) -> Iterator[None]:
     try:
         yield
     except QuantizeError as error:
         complain("error", str(error))
-        sys.exit(2 if isinstance(error, UsageError | TooMuchError) else 1)
+        sys.exit(2 if isinstance(error, UsageError | TooMuchError) else failed)
     except KeyboardInterrupt:
         complain("interrupted", advice)
         sys.exit(INTERRUPTED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         complain("error", f"{where}{error.strerror or error}")
-        sys.exit(1)
+        sys.exit(failed)
     except typer.Exit:
         raise
     except Exception as error:
@@ -68,7 +70,7 @@ def _reporting(advice: str) -> Iterator[None]:
                 f"not enough memory ({first_line(error)}); choose another GPU with --device, or "
                 "--device cpu, or fewer --threads",
             )
-            sys.exit(1)
+            sys.exit(failed)
         if os.environ.get(TRACEBACK):
             raise
         # PyTorch and other libraries raise it for all that goes wrong, but Python for its own.
@@ -79,13 +81,13 @@ def _reporting(advice: str) -> Iterator[None]:
                 f"a library failed ({type(error).__name__}: {first_line(error)}); "
                 f"{TRACEBACK}=1 shows where",
             )
-            sys.exit(1)
+            sys.exit(failed)
         complain(
             "error",
             f"unexpected {type(error).__name__}: {first_line(error)}. This is a bug of nvfp4-moe; "
             f"please report it, with what {TRACEBACK}=1 shows",
         )
-        sys.exit(1)
+        sys.exit(failed)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from quantize.cli.errors import UsageError
 from quantize.errors import QuantizeError
@@ -229,6 +230,33 @@ def test_where_the_result_goes(
     assert ["times are not to be trusted" in note for note in written.pop("notes")] == [True] * told
     assert written == found
     assert sorted(tmp_path.iterdir()) == [file, link]
+
+
+def test_what_cannot_be_found_out_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 says that a kernel is wrong, and nothing else does."""
+
+    def ended() -> int:
+        with pytest.raises((SystemExit, typer.Exit)) as code:
+            command.doctor(str(tmp_path), False, None, None)
+        found = code.value
+        return int(found.code if isinstance(found, SystemExit) else found.exit_code)
+
+    assert ended() == 2  # there is no checkpoint
+    assert "error:" in capsys.readouterr().err
+    monkeypatch.setattr(command, "_shape", lambda *_: (None, []))
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.saved.save", lambda _: [])
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.table.text", lambda _: "a table")
+    verdict = {"verdict": {"right": False}}
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.run.run", lambda *_: dict(verdict))
+    assert ended() == 1
+
+    def breaks(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.run.run", breaks)
+    assert ended() == 2
 
 
 # The result.

@@ -49,8 +49,8 @@ def doctor(
     ] = None,
 ) -> None:
     """Run each kernel for NVFP4 experts that this machine has beside plain arithmetic, and time it;
-    exit 1 if one that would be chosen is wrong."""
-    with reporting_errors(), settings.quiet():
+    exit 1 if one that would be chosen is wrong, 2 if that could not be found out."""
+    with reporting_errors(failed=2), settings.quiet():
         problem = versions.unsupported_version()
         if problem and not settings.any_vllm():
             raise QuantizeError(problem)
