@@ -8,6 +8,8 @@ by name: JSON, figures.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -57,7 +59,8 @@ def speaking(
         Said.log_file = log
         signals.log = log.write if log is not None else None
         out.quiet = err.quiet = quiet
-        yield
+        with _hubs_client(quiet):
+            yield
     finally:
         Said.log_file = signals.log = None
         out.quiet = err.quiet = False
@@ -65,6 +68,26 @@ def speaking(
             log.close()
             if log.failed:
                 complain("warning", f"--log-file {log_file}: {log.failed}; it lacks some lines")
+
+
+@contextmanager
+def _hubs_client(quiet: bool) -> Iterator[None]:
+    """Within, if ``quiet``, huggingface_hub does not tell of each time that it tries again. Its log
+    has a level from when it is imported, which may be before or within."""
+    name, logger = "HF_HUB_VERBOSITY", logging.getLogger("huggingface_hub")
+    asked, level = os.environ.get(name), logger.level
+    if not quiet or asked is not None:
+        yield
+        return
+    os.environ[name] = "error"
+    if level:  # imported already
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if logger.level:
+            logger.setLevel(level or logging.WARNING)
 
 
 def plain(text: object) -> str:

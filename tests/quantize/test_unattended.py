@@ -152,6 +152,25 @@ def test_a_log_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
 # -- --quiet ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("imported", ["before", "within"])
+def test_quiet_hub(imported: str) -> None:
+    """The hub's client tells of each time that it tries again, as when it is asked too often."""
+    code = f"""
+from quantize.cli.output import speaking
+def retry():
+    from huggingface_hub.utils import logging
+    logging.get_logger("huggingface_hub.utils._http").warning("HTTP Error 429 thrown. Retrying")
+if {imported == "before"}:
+    retry()
+with speaking(quiet=True):
+    retry()
+with speaking():
+    retry()
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stderr.count("Retrying") == (2 if imported == "before" else 1)
+
+
 def test_quiet(source: Path, made: Path, tmp_path: Path) -> None:  # noqa: F811
     """Nothing but errors and what was asked for; all of it is in the log."""
     out, log = tmp_path / "out", tmp_path / "run.log"
