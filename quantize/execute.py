@@ -181,6 +181,11 @@ def execute(
         dry(run, None if finished else run.check())
         return summary([])
     with locked(record.folder):
+        # A run that was at work until now may have made it.
+        if resume and not record.lasts and is_finished(record, plan, others):
+            record.end()
+            progress(_source_bytes(plan, range(len(plan.shards))))
+            return summary([])
         return summary(run.go(overwrite, resume, progress, calibrating))
 
 

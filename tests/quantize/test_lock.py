@@ -50,6 +50,29 @@ def test_a_second_run_in_a_target(flags: list[str], source: Path, tmp_path: Path
     assert not (out / FOLDER).exists()
 
 
+def test_a_run_that_ends_before_the_lock(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more moment of the next test's, which meets it now and then: the other ends after it was
+    seen that nothing is complete, and before this one has the lock."""
+    out, kept = tmp_path / "out", lock.locked
+    before = {}
+
+    def locked(folder: Path) -> Any:
+        if not before:
+            before["none"] = {}
+            with Checkpoint(source) as other:
+                execute(other, plan(other), out)
+            before["made"] = tree(out)
+        return kept(folder)
+
+    monkeypatch.setattr(pipeline, "locked", locked)
+    with Checkpoint(source) as checkpoint:
+        summary = execute(checkpoint, plan(checkpoint), out, resume=True)
+    assert summary.bytes_read == 0 and tree(out) == before["made"]
+    assert not (out / FOLDER).exists()
+
+
 def test_two_runs_started_at_once(source: Path, tmp_path: Path) -> None:
     """As a scheduler may: one is done, or the second finds it complete; never two at work."""
     words = [str(Path(sys.executable).with_name("nvfp4-moe")), "quantize", source, "out", *SIZE]
@@ -63,7 +86,7 @@ def test_two_runs_started_at_once(source: Path, tmp_path: Path) -> None:
     codes = sorted(process.returncode for process in both)
     assert codes in ([0, 0], [0, 1]), errors
     if codes == [0, 1]:
-        assert sum("another run is at work" in error for error in errors) == 1
+        assert sum("another run is at work" in error for error in errors) == 1, errors
     assert run("verify", source, tmp_path / "out").exit_code == 0
 
 
