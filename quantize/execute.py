@@ -153,14 +153,17 @@ def execute(
             len(plan.shards),
         )
 
+    def nothing_to_do() -> Summary:
+        progress(_source_bytes(plan, range(len(plan.shards))))
+        return summary([])
+
     check_folder(target)
     finished = resume and is_finished(record, plan, others)
     if finished and dry is None:
         if record.folder.exists():  # a kill in the last moments may have left it
             with locked(record.folder):
                 record.end()
-        progress(_source_bytes(plan, range(len(plan.shards))))
-        return summary([])
+        return nothing_to_do()
     run = Run(
         checkpoint,
         plan,
@@ -184,8 +187,7 @@ def execute(
         # A run that was at work until now may have made it.
         if resume and not record.lasts and is_finished(record, plan, others):
             record.end()
-            progress(_source_bytes(plan, range(len(plan.shards))))
-            return summary([])
+            return nothing_to_do()
         return summary(run.go(overwrite, resume, progress, calibrating))
 
 

@@ -133,13 +133,13 @@ def quantization_problems(
             f"{' for weights only' if layout is layout.weights_only else ''}, but {KEY}.made says "
             f"{claims.made.layout!r} with activations {claims.made.activations}; quantize again"
         )
-    wanted, by_name = (
-        layout.quantization_config(lists["ignore"], replace(beside, experts_by_name=old))
-        for old in (False, True)
-    )
+    wanted = layout.quantization_config(lists["ignore"], beside)
+    if not (differences := list(_differences(config, wanted, "quantization_config."))):
+        return
+    by_name = layout.quantization_config(lists["ignore"], replace(beside, experts_by_name=True))
     if not any(_differences(config, by_name, "")):
         return
-    for path, ours, theirs in _differences(config, wanted, "quantization_config."):
+    for path, ours, theirs in differences:
         yield f"{where}: {path} is {ours}, expected {theirs}; quantize again"
 
 

@@ -9,14 +9,7 @@ import torch
 
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
-from vllm_nvfp4_moe.kernels.hopper.choice import (
-    MOST_TOKENS,
-    Costs,
-    Products,
-    Table,
-    by_tokens,
-    quickest,
-)
+from vllm_nvfp4_moe.kernels.hopper.choice import Costs, Products, Table, choose
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
@@ -54,11 +47,8 @@ class Bf16Kernel(HopperKernel):
     def choose_tile_shape(
         self, pairs: float, experts: int, products: Products, processors: int
     ) -> TileShape:
-        if pairs > MOST_TOKENS * experts:
-            return by_tokens(PREFILL, pairs / experts)
-        if pairs > MOST_PAIRS:
-            return TOKENS_64
-        return quickest(DECODING, pairs, products, processors)
+        decoding = DECODING if pairs <= MOST_PAIRS else DECODING[:1]
+        return choose(decoding, PREFILL, pairs, experts, products, processors)
 
     def workspace(
         self, rows: int, hidden: int, intermediate: int, device: torch.device

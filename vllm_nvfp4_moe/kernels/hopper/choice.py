@@ -28,9 +28,18 @@ WAVE = 0.9
 """The time of a wave beside that of its tiles' share of a memory that all multiprocessors use."""
 
 
-def by_tokens(table: Table, tokens: float) -> TileShape:
-    """The tile shape for so many tokens an expert."""
-    return next(shape for most, shape in table if tokens <= most)
+def choose(
+    decoding: Costs,
+    prefill: Table,
+    pairs: float,
+    experts: int,
+    products: Products,
+    processors: int,
+) -> TileShape:
+    """The tile shape for a batch; arguments as of ``HopperKernel.choose_tile_shape``."""
+    if pairs > MOST_TOKENS * experts:
+        return next(shape for most, shape in prefill if pairs / experts <= most)
+    return quickest(decoding, pairs, products, processors)
 
 
 def quickest(costs: Costs, pairs: float, products: Products, processors: int) -> TileShape:
