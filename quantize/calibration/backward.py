@@ -167,13 +167,13 @@ class LayerwiseBackward(LayerwiseForward):
             )
         sums = None if found.x is None else sums_for(found.x, self._model.device)
         visitor.begin(layer, group, routing)
-        for expert in range(group.num_experts):
-            weights = self._expert_weights(stand_in, expert)
-            visitor.expert(expert, weights, routing)
-            if sums is not None:
-                _add_input_gradients(weights, routing, expert, found, sums)
-            done, experts = expert + 1 - visitor.behind, group.num_experts
-            progress((1 + 2 * done / experts) / 3, f"expert {done} of {experts}")
+        with self._experts_in_order(stand_in) as read:
+            for expert, weights in enumerate(read):
+                visitor.expert(expert, weights, routing)
+                if sums is not None:
+                    _add_input_gradients(weights, routing, expert, found, sums)
+                done, experts = expert + 1 - visitor.behind, group.num_experts
+                progress((1 + 2 * done / experts) / 3, f"expert {done} of {experts}")
         visitor.end()
         if found.x is not None and sums is not None and sums is not found.x:
             found.x.copy_(sums)

@@ -8,7 +8,7 @@ whatever the size of the model, and every tensor of the checkpoint is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
 
@@ -172,10 +172,7 @@ class LayerwiseForward:
         output = self._store.new(experts_output_name(layer, group), shape, torch.float32)
         sums = sums_for(output, self._model.device)
         visitor.begin(layer, group, routing)
-        read = experts_in_order(
-            partial(self._expert_weights, stand_in), group.num_experts, self._model.device
-        )
-        with closing(read):  # also if something fails: no thread reads on
+        with self._experts_in_order(stand_in) as read:
             for expert, original in enumerate(read):
                 weights = visitor.expert(expert, original, routing)
                 for chunk in routing.of(expert):
@@ -199,6 +196,14 @@ class LayerwiseForward:
                 f"are {group.num_experts}; calibration does not know such experts"
             )
         return Routing(x, ids, router, group.num_experts, self._model.device, gradient=gradient)
+
+    def _experts_in_order(
+        self, stand_in: ReplayExperts
+    ) -> closing[Generator[ExpertWeights, None, None]]:
+        """A context with each expert's weights in turn; also if something fails, no thread reads
+        on behind it."""
+        read = partial(self._expert_weights, stand_in)
+        return closing(experts_in_order(read, stand_in.group.num_experts, self._model.device))
 
     def _expert_weights(self, stand_in: ReplayExperts, expert: int) -> ExpertWeights:
         group = stand_in.group
