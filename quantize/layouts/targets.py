@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from quantize.experts.names import is_expert
+from quantize.layouts.siblings import absent_siblings
 
 PATTERN = "re:"
 """What a target begins with that is a regular expression."""
@@ -37,6 +38,8 @@ def targets(modules: Iterable[str], others: Iterable[str], by_name: bool = False
     names = set(modules)
     if by_name:
         return sorted(names)
+    others = set(others)
+    names |= absent_siblings(names, others)
     experts = {_experts(name): name for name in sorted(names) if is_expert(name)}
     found = {name for name in names if not is_expert(name)}
     rest = {_experts(name) or name: name for name in {*others, *found}}

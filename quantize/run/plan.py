@@ -34,6 +34,7 @@ from quantize.layouts.base import BASES
 from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
+from quantize.layouts.siblings import absent_siblings
 from quantize.run.bits import Choice
 from quantize.run.convert import (
     Converts,
@@ -313,6 +314,7 @@ def plan(
         if not any(name.startswith(f"{prefix}.") for name in converted):
             left |= ignored_modules(prefix)
     prefixes = [group.prefix for group in groups]
+    left |= absent_siblings(left, (name.removesuffix(".weight") for name in changed))
     left |= heads(checkpoint.tensors, (*prefixes, *(n for names in dense for n in names)))
     said, of_cache = with_kv_cache(checkpoint, options)
     decided, of_scales = with_activations(checkpoint, said, groups, dense)

@@ -23,6 +23,7 @@ from quantize.layouts.base.base_format import BaseFormat
 from quantize.layouts.beside import Beside
 from quantize.layouts.heads import heads
 from quantize.layouts.layout import Layout
+from quantize.layouts.siblings import absent_siblings
 from quantize.run.made import FIELD
 from quantize.verify.claims import CONFIG, Claims
 
@@ -174,16 +175,16 @@ def _ignore_problems(
         if name.endswith(".weight") and len(info.shape) >= 2
     } - quantized
     needed = stays.union(*map(ignored_modules, modules.experts_left))
-    outputs = heads(target.tensors, modules.quantized)
+    nowhere = heads(target.tensors, modules.quantized) | absent_siblings(stays, quantized)
     if ours:
-        needed |= outputs
+        needed |= nowhere
     for module in sorted(needed):
         if module not in names and (ours or covering(module) is None):
             yield f"the ignore list lacks {module}, which is not quantized"
             return
     if len(ignore) != len(names):
         yield "the ignore list names a module twice"
-    known = {part for name in needed | outputs | modules.known for part in _paths(name)}
+    known = {part for name in needed | nowhere | modules.known for part in _paths(name)}
     experts = tuple(f"{path}." for path in known if path.endswith("experts"))
     for entry in sorted(parents - known):
         if not entry.startswith(experts):

@@ -35,7 +35,7 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models and logs go, and stay")
     parser.add_argument("--wrong-gate", action="store_true", help="to see that this is found")
     args = parser.parse_args()
+    if not entry_points(group="vllm.general_plugins", name="nvfp4_moe"):
+        # Its quantization would be known, since this imports it; what it does to vLLM would not.
+        parser.error("vLLM does not see this package; pip install --no-deps --editable .")
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     names = args.families or (left_to_run(args.out, args.device) if args.left else all_families())
     share, shares = map(int, args.share.split("/"))

@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers.models.auto import modeling_auto
 
 from quantize.checkpoint.reader import Checkpoint
@@ -93,6 +95,9 @@ SPECIAL: dict[str, dict[str, Any]] = WITHOUT_LINEAR | {
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [4, 4, 8]}}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
+    # Keys are values in full attention, as published; then there is no v_proj.
+    "gemma4": {"text_config": {"attention_k_eq_v": True}},
+    "llama4": {"text_config": {"num_experts_per_tok": 1}},  # vLLM weighs inputs, for one alone
     "mistral4": {"head_dim": 192},
     # Transformers' Mamba in PyTorch clamps time steps at it. Neither its kernels do nor vLLM's.
     "nemotron_h": {"time_step_min": 1e-9},
@@ -137,6 +142,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
 published configs lack it, and vLLM's does not take it."""
+
+RENAMED = dict.fromkeys(
+    ("hy_v4", "hy_v4_vl"), (r"\.(mlp|shared_experts)\.linear_gate\.", r".\1.gate_proj.")
+)
+"""Names of tensors that Transformers' saving changes from those that are published, and back.
+HYV4's attention has a ``linear_gate``, for which it takes the MLPs' gates as well."""
 
 ROWS, TOKENS = 3, 48
 
@@ -292,6 +303,10 @@ def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None
     for name in (name for name, value in fields.items() if value is None):
         del config[name]
     (source / "config.json").write_text(json.dumps(config))
+    if family in RENAMED:
+        tensors = load_file(source / "model.safetensors")
+        pattern, name = RENAMED[family]
+        checkpoints.save(source, {re.sub(pattern, name, n): t for n, t in tensors.items()}, config)
     checkpoints.convert(source, target, overwrite=True)
     found = {"source": log_probabilities(model)}
     restore(model, source, target)

@@ -176,6 +176,37 @@ def test_vllm_resolves_each_module_of_modelopts(base: str, file: str, made: Made
     assert config.is_layer_excluded("model.layers.0.mlp.gate")
 
 
+@each
+def test_vllm_where_keys_are_the_values(
+    layout: str, base: str, source: Path, tmp_path: Path
+) -> None:
+    """No v_proj, as in Gemma 4's full attention; vLLM fuses one with query and key all the same."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig
+
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    config = json.loads((source / "config.json").read_text())
+    checkpoints.save(tmp_path / "source", tensors, config)
+    checkpoints.convert(tmp_path / "source", tmp_path / "out", layout, base=base)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    attention = [f"model.layers.{i}.self_attn.qkv_proj" for i in range(2)]
+    stock: Any = (
+        ModelOptMixedPrecisionConfig if layout == "modelopt" else CompressedTensorsConfig
+    ).from_config(stored)
+    stock.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    for module in attention:
+        if layout == "modelopt":
+            assert stock._resolve_quant_algo(module) == {"fp8": "FP8_PB_WO", "mxfp8": "MXFP8"}[base]
+            assert not stock.is_layer_excluded(module)
+        else:
+            scheme = stock.get_scheme_dict(torch.nn.Linear(1, 1), module)
+            assert scheme is not None and scheme["weights"].num_bits == 8
+    assert run("verify", tmp_path / "source", tmp_path / "out").exit_code == 0
+
+
 @pytest.mark.parametrize(("flag", "algorithm"), [((), None), (("--kv-cache", "fp8"), "FP8")])
 def test_the_cache_that_vllm_is_asked_for(
     flag: tuple[str, ...], algorithm: str | None, source: Path, tmp_path: Path

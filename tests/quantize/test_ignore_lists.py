@@ -143,6 +143,25 @@ def test_vllm_on_a_model_with_a_vision_tower(
     assert taken == {f"{at}.1.mlp.experts"} | (attention if all_linears else set())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("all_linears", [False, True])
+def test_vllm_where_keys_are_the_values(
+    all_linears: bool, layout: str, saved: Folders, tmp_path: Path
+) -> None:
+    """Gemma 4's full attention has no v_proj. vLLM fuses one with query and key all the same."""
+    tensors = load_file(saved("qwen3_moe") / "model.safetensors")
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    config = json.loads((saved("qwen3_moe") / "config.json").read_text())
+    source = checkpoints.save(tmp_path / "source", tensors, config)
+    convert(source, tmp_path / "out", layout, linears=all_linears)
+    attention = {module for module in QWEN if "self_attn" in module}
+    experts = {module for module in QWEN if module.endswith("experts")}
+    # Its class gives vLLM's config no other names than those of the checkpoint.
+    taken = taken_by_vllm(tmp_path / "out", QWEN, "Gemma4ForCausalLM")
+    assert taken == (experts | attention if all_linears else experts)
+    assert run("verify", source, tmp_path / "out").exit_code == 0
+
+
 # -- heads -----------------------------------------------------------------------------------------
 
 
