@@ -75,6 +75,7 @@ class HubModel:
         Returns:
             the folder of this commit.
         """
+        self._check_config()
         names = [n for n in (CONFIG, INDEX) if n in self.files]
         names += [n for n in self._top if code and fnmatchcase(n, MODULES)]
         with _without_bars():
@@ -90,6 +91,7 @@ class HubModel:
         Returns:
             the folder of this commit.
         """
+        self._check_config()
         names = {CONFIG, INDEX} & self.files.keys()
         names |= {n for n in self._top if belongs(n) or fnmatchcase(n, MODULES)}
         with _without_bars():
@@ -97,6 +99,13 @@ class HubModel:
             named = folders_named(configs(folder))
             inside = [n for n in self.files if "/" in n and n.partition("/")[0] in named]
             return self._bring(sorted(filter(belongs_by_config, inside))) if inside else folder
+
+    def _check_config(self) -> None:
+        if CONFIG not in self.files:
+            raise QuantizeError(
+                f"{self.name} on the hub has no {CONFIG} at {self.revision}, so it is no "
+                "checkpoint in Transformers' format; check the name, or pass another --revision"
+            )
 
     @property
     def candidates(self) -> list[str]:
@@ -220,8 +229,17 @@ def asking(name: str) -> Iterator[None]:
     except Exception as error:  # the hub's errors, OSError, and those of the HTTP library
         raise QuantizeError(
             f"{name} is not a folder here, and reading it from the hub failed: "
-            f"{' '.join(str(error).split())}{_advice(error)}"
+            f"{' '.join(str(behind(error)).split())}{_advice(error)}"
         ) from error
+
+
+def behind(error: BaseException) -> BaseException:
+    """What went wrong, where the client says only that it has no such file in its cache either."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager

@@ -241,6 +241,24 @@ def test_connections_that_break(hub: Hub, source: Path) -> None:
     assert "reading it from the hub failed" in refusal("inspect", "org/moe")
 
 
+def test_a_server_that_always_says_later(hub: Hub, source: Path) -> None:
+    """The client asks six times, half a minute; that is not multiplied by our own tries."""
+    hub.publish("org/moe", source)
+    hub.refused["model.safetensors"] = 429, ""
+    assert "429" in refusal("inspect", "org/moe")
+    assert 1 < len([r for r in hub.requests if "model.safetensors" in r and "GET" in r]) <= 6
+
+
+def test_a_model_without_a_config(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """As those in GGUF are: it is no file of the cache's that is missing."""
+    (source / "config.json").unlink()
+    hub.publish("org/moe", source)
+    for words in (("inspect", "org/moe"), ("quantize", "org/moe", tmp_path / "out", "--stream")):
+        said = refusal(*words)
+        assert "org/moe on the hub has no config.json at main" in said and "cache" not in said
+    assert not hub.sent
+
+
 def test_a_size_that_is_not_the_listed_one(hub: Hub, source: Path) -> None:
     hub.publish("org/moe", source)
     size = (source / "model.safetensors").stat().st_size
