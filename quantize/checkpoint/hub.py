@@ -7,6 +7,7 @@ published meanwhile.
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
 import shutil
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from rich.filesize import decimal
 
 from quantize.checkpoint.companions import (
     MODULES,
@@ -27,6 +30,7 @@ from quantize.checkpoint.json_files import INDEX
 from quantize.errors import QuantizeError
 
 CONFIG = "config.json"
+_NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_THE_MODEL = ("consolidated*", "adapter_*")
 """Weights in Mistral's own format beside the same in the hub's, and adapters."""
 
@@ -269,8 +273,9 @@ def _check_room(name: str, nbytes: int) -> None:
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if nbytes > (free := shutil.disk_usage(place).free):
         raise QuantizeError(
-            f"{name}: {nbytes / 1e9:.1f} GB are still to be downloaded, but the disk of {cache} "
-            f"has {free / 1e9:.1f} GB free; free some space, or set HF_HUB_CACHE to another folder"
+            f"{name}: {decimal(nbytes)} are still to be downloaded, but the disk of {cache} has "
+            f"{decimal(free)} free, {decimal(nbytes - free)} too little; free some space, or set "
+            "HF_HUB_CACHE to another folder"
         )
 
 
@@ -287,6 +292,8 @@ def _advice(error: Exception) -> str:
         return "; check the name, and if it is private log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return "; pass one that it has with --revision"
+    if isinstance(error, OSError) and error.errno in _NO_WRITING:
+        return "; set HF_HUB_CACHE to a folder that you can write to"
     return ""
 
 
