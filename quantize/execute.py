@@ -337,7 +337,7 @@ class Run:
         assert record.identity is not None
         with self.sessions.phase("shards"):
             if streamed(checkpoint):
-                with Stream(checkpoint, plan, record, missing) as stream:
+                with Stream(checkpoint, plan, record, missing, self.say) as stream:
                     self._make_shards(missing, progress, stream)
                     record.identity = stream.identify(record.identity)
             else:

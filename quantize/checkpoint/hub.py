@@ -7,6 +7,7 @@ published meanwhile.
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
 import shutil
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from rich.filesize import decimal
 
 from quantize.checkpoint.companions import (
     MODULES,
@@ -27,6 +30,7 @@ from quantize.checkpoint.json_files import INDEX
 from quantize.errors import QuantizeError
 
 CONFIG = "config.json"
+_NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_THE_MODEL = ("consolidated*", "adapter_*")
 """Weights in Mistral's own format beside the same in the hub's, and adapters."""
 
@@ -75,6 +79,7 @@ class HubModel:
         Returns:
             the folder of this commit.
         """
+        self._check_config()
         names = [n for n in (CONFIG, INDEX) if n in self.files]
         names += [n for n in self._top if code and fnmatchcase(n, MODULES)]
         with _without_bars():
@@ -90,6 +95,7 @@ class HubModel:
         Returns:
             the folder of this commit.
         """
+        self._check_config()
         names = {CONFIG, INDEX} & self.files.keys()
         names |= {n for n in self._top if belongs(n) or fnmatchcase(n, MODULES)}
         with _without_bars():
@@ -97,6 +103,13 @@ class HubModel:
             named = folders_named(configs(folder))
             inside = [n for n in self.files if "/" in n and n.partition("/")[0] in named]
             return self._bring(sorted(filter(belongs_by_config, inside))) if inside else folder
+
+    def _check_config(self) -> None:
+        if CONFIG not in self.files:
+            raise QuantizeError(
+                f"{self.name} on the hub has no {CONFIG} at {self.revision}, so it is no "
+                "checkpoint in Transformers' format; check the name, or pass another --revision"
+            )
 
     @property
     def candidates(self) -> list[str]:
@@ -220,8 +233,17 @@ def asking(name: str) -> Iterator[None]:
     except Exception as error:  # the hub's errors, OSError, and those of the HTTP library
         raise QuantizeError(
             f"{name} is not a folder here, and reading it from the hub failed: "
-            f"{' '.join(str(error).split())}{_advice(error)}"
+            f"{' '.join(str(behind(error)).split())}{_advice(error)}"
         ) from error
+
+
+def behind(error: BaseException) -> BaseException:
+    """What went wrong, where the client says only that it has no such file in its cache either."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager
@@ -251,8 +273,9 @@ def _check_room(name: str, nbytes: int) -> None:
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if nbytes > (free := shutil.disk_usage(place).free):
         raise QuantizeError(
-            f"{name}: {nbytes / 1e9:.1f} GB are still to be downloaded, but the disk of {cache} "
-            f"has {free / 1e9:.1f} GB free; free some space, or set HF_HUB_CACHE to another folder"
+            f"{name}: {decimal(nbytes)} are still to be downloaded, but the disk of {cache} has "
+            f"{decimal(free)} free, {decimal(nbytes - free)} too little; free some space, or set "
+            "HF_HUB_CACHE to another folder"
         )
 
 
@@ -269,6 +292,8 @@ def _advice(error: Exception) -> str:
         return "; check the name, and if it is private log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return "; pass one that it has with --revision"
+    if isinstance(error, OSError) and error.errno in _NO_WRITING:
+        return "; set HF_HUB_CACHE to a folder that you can write to"
     return ""
 
 

@@ -22,7 +22,8 @@ _FIRST = 16 * 2**10
 
 _THREADS = 8
 _TRIES = 5
-"""How often a range is asked for, if the connection breaks."""
+"""How often a range is asked for, if the connection breaks. Where a server answers that it cannot
+now, the client has asked again by itself, for half a minute or as long as the server says."""
 
 
 class HubWeights(Weights):
@@ -80,11 +81,14 @@ def read_range(model: HubModel, name: str, begin: int, end: int) -> bytes:
         QuantizeError: if the file has another size than the hub's list says.
         Exception: as the hub's client raises them, if it cannot be read.
     """
+    from huggingface_hub.errors import HfHubHTTPError
+
     for attempt in range(_TRIES):
         try:
             return _read_range(model, name, begin, end)
         except Exception as error:
-            if attempt == _TRIES - 1 or not is_passing(error):
+            answered = isinstance(error, HfHubHTTPError)
+            if attempt == _TRIES - 1 or answered or not is_passing(error):
                 raise
             time.sleep(0.5 * 2**attempt)
     raise AssertionError("not reached")

@@ -22,10 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Condition, Thread
 
-from quantize.checkpoint.hub import HubModel, asking
+from quantize.checkpoint.hub import HubModel, asking, behind
 from quantize.checkpoint.hub_weights import HubWeights, is_passing, read_range
 from quantize.checkpoint.json_files import read_json
-from quantize.errors import QuantizeError
+from quantize.duration import duration
+from quantize.errors import QuantizeError, first_line
 
 AHEAD = 4
 """Files that may be on the disk, or on their way, before a step needs them."""
@@ -35,7 +36,10 @@ _AT_ONCE = 2
 
 _TRIES = 12
 _LONGEST_WAIT = 60
-"""Seconds between two tries, at most; so a hub that is away for some minutes ends no run."""
+"""Seconds between two tries, at most."""
+_PATIENCE = 300.0
+"""Seconds in which nothing comes of a file, after which the run ends: a hub that is away for a few
+minutes ends none."""
 
 Steps = Sequence[Collection[str]]
 """For each step, the names of the files that it reads."""
@@ -85,12 +89,16 @@ class Streamed(HubWeights):
         super().__init__(model, names)
         self._changed = Condition()
         self._folder: Path | None = None
-        self._set((), lambda _: {}, lambda _: None)
+        self._set((), lambda _: {}, lambda _: None, lambda _: None)
 
     def _set(
-        self, steps: Steps, note: Callable[[Path], Noted], close: Callable[[str], None]
+        self,
+        steps: Steps,
+        note: Callable[[Path], Noted],
+        close: Callable[[str], None],
+        say: Callable[[str], None],
     ) -> None:
-        self._steps, self._note, self._close = steps, note, close
+        self._steps, self._note, self._close, self._say = steps, note, close, say
         self._first, _ = uses(steps)
         self._queue = in_order(steps)
         self._here: set[str] = set()
@@ -107,6 +115,7 @@ class Streamed(HubWeights):
         steps: Steps,
         note: Callable[[Path], Noted],
         close: Callable[[str], None],
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Start downloading.
 
@@ -114,12 +123,13 @@ class Streamed(HubWeights):
             folder: where to. What an earlier run has left there is gone on with.
             note: what is to be remembered of a whole file, see :attr:`noted`.
             close: called with a file's name before it is removed.
+            say: is told, in any thread, what a download waits for.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for left in (folder / ".cache").rglob("*.incomplete"):
             left.unlink()  # of a run that was killed; the client would never go on with it
         self._folder = folder
-        self._set(steps, note, close)
+        self._set(steps, note, close, say)
         for name in self._names:
             if name in self._first and self._is_whole(name):
                 self._here.add(name)
@@ -245,21 +255,34 @@ class Streamed(HubWeights):
     def _bring(self, name: str) -> None:
         """Download a file, and see that it is what the hub lists."""
         assert self._folder is not None
+        came = [time.monotonic()]  # when something last did
         with asking(self.model.name):
             for attempt in range(_TRIES):
                 try:
-                    self._download(name)
+                    self._download(name, came)
                     self._check(name)
                 except Exception as error:
                     if isinstance(error, QuantizeError):
                         raise
-                    if attempt == _TRIES - 1 or not is_passing(error):
+                    if not is_passing(error):
                         raise
-                    self._pause(min(2**attempt, _LONGEST_WAIT))
+                    pause = min(2**attempt, _LONGEST_WAIT)
+                    left = came[0] + _PATIENCE - time.monotonic()
+                    why = f"{self.model.name}/{name}: {first_line(behind(error))}"
+                    if attempt == _TRIES - 1 or pause > left:
+                        raise QuantizeError(
+                            f"{why}; it was tried {attempt + 1} times; go on later, by the same "
+                            "command with --resume"
+                        ) from error
+                    self._say(
+                        f"{why}; trying again in {duration(pause)}, and for {duration(left)} at "
+                        "most if nothing comes"
+                    )
+                    self._pause(pause)
                 else:
                     return
 
-    def _download(self, name: str) -> None:
+    def _download(self, name: str, came: list[float]) -> None:
         from huggingface_hub import hf_hub_download
 
         hf_hub_download(
@@ -267,7 +290,7 @@ class Streamed(HubWeights):
             name,
             revision=self.model.commit,
             local_dir=self._folder,
-            tqdm_class=self._bar(),
+            tqdm_class=self._bar(came),
         )
 
     def _check(self, name: str) -> None:
@@ -297,9 +320,9 @@ class Streamed(HubWeights):
             if self._stopped:
                 raise StoppedError("stopped")
 
-    def _bar(self) -> type:
+    def _bar(self, came: list[float]) -> type:
         """What the client takes for a progress bar (its own ``silent_tqdm`` has no more either):
-        it shows nothing, and ends a download that nobody waits for."""
+        it shows nothing, ends a download that nobody waits for, and notes when something came."""
         weights = self
 
         class Bar:
@@ -315,6 +338,8 @@ class Streamed(HubWeights):
             def update(self, n: float | None = 1) -> None:
                 if weights._stopped:
                     raise StoppedError("stopped")
+                if n:
+                    came[0] = time.monotonic()
 
         return Bar
 

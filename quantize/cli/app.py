@@ -9,6 +9,7 @@ import typer
 
 from quantize.cli.evaluate_command import evaluate
 from quantize.cli.inspect_command import inspect
+from quantize.cli.nothing_empty import NothingEmpty
 from quantize.cli.quantize_command import quantize
 from quantize.cli.verify_command import verify
 from quantize.run.version import package_version
@@ -22,17 +23,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command(
-    epilog="Example: nvfp4-moe quantize MiniMaxAI/MiniMax-M3 m3-nvfp4 --scales mse --resume"
-)(quantize)
-app.command(epilog="Example: nvfp4-moe inspect MiniMaxAI/MiniMax-M3 --json")(inspect)
-app.command(epilog="Example: nvfp4-moe verify MiniMaxAI/MiniMax-M3 m3-nvfp4 --json")(verify)
-app.command(epilog="Example: nvfp4-moe evaluate MiniMaxAI/MiniMax-M3 m3-nvfp4 --text wiki.txt")(
-    evaluate
-)
+for _command, _example in (
+    (quantize, "quantize MiniMaxAI/MiniMax-M3 m3-nvfp4 --scales mse --resume"),
+    (inspect, "inspect MiniMaxAI/MiniMax-M3 --json"),
+    (verify, "verify MiniMaxAI/MiniMax-M3 m3-nvfp4 --json"),
+    (evaluate, "evaluate MiniMaxAI/MiniMax-M3 m3-nvfp4 --text wiki.txt"),
+):
+    app.command(cls=NothingEmpty, epilog=f"Example: nvfp4-moe {_example}")(_command)
 for _point in entry_points(group="nvfp4_moe.commands"):
     # Of packages that know this one. Like the modules here, theirs import nothing large.
-    app.command(name=_point.name)(_point.load())
+    app.command(cls=NothingEmpty, name=_point.name)(_point.load())
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from quantize.errors import QuantizeError
 from quantize.run.record import Record
 
@@ -85,19 +87,21 @@ def check_disks(
     for folder, nbytes in places:
         disk = _disk(folder)
         more = freed if disk == _disk(target) else 0
-        if not nbytes or wanted[disk] <= free(folder) + more:
+        there = free(folder)
+        if not nbytes or wanted[disk] <= there + more:
             continue
-        replaced = f" (and {more / 1e9:.1f} GB are replaced)" if more else ""
+        replaced = f" (and {decimal(more)} are replaced)" if more else ""
         advice = "free some space or choose another folder"
         if calibration and _disk(work) == disk:
-            advice += f", or keep the {calibration / 1e9:.1f} GB of calibration elsewhere with "
+            advice += f", or keep the {decimal(calibration)} of calibration elsewhere with "
             advice += "--work-dir"
         if downloads and cache and _disk(cache) == disk:
-            advice += f", or the {downloads / 1e9:.1f} GB of downloads with HF_HUB_CACHE"
+            advice += f", or the {decimal(downloads)} of downloads with HF_HUB_CACHE"
             advice += "" if calibration else "; --stream downloads a few files at a time"
         raise QuantizeError(
-            f"{folder}: {wanted[disk] / 1e9:.1f} GB are still to be written, but its disk has "
-            f"{free(folder) / 1e9:.1f} GB free{replaced}; {advice}"
+            f"{folder}: {decimal(wanted[disk])} are still to be written, but its disk has "
+            f"{decimal(there)} free{replaced}, {decimal(wanted[disk] - there - more)} too little; "
+            f"{advice}"
         )
 
 

@@ -8,7 +8,7 @@ needs, and not even that where it lies in the record's folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -29,10 +29,16 @@ class Stream:
 
     Args:
         shards: numbers of the shards that are made, in this order.
+        say: is told, in any thread, what a download waits for.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, record: Record, shards: Sequence[int]
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        record: Record,
+        shards: Sequence[int],
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         weights = streamed(checkpoint)
         assert weights is not None
@@ -40,10 +46,12 @@ class Stream:
         self._checkpoint = checkpoint
         self._folder = record.source_files
         self._shards = list(shards)
+        self._say = say
         self._steps = steps_of(checkpoint, plan, shards, weights, self._folder)
 
     def __enter__(self) -> Stream:
-        self._weights.begin(self._folder, self._steps, self._note, self._checkpoint.close)
+        close = self._checkpoint.close
+        self._weights.begin(self._folder, self._steps, self._note, close, self._say)
         return self
 
     def __exit__(

@@ -3,16 +3,14 @@ a gate or a conversion was broken on purpose, which stock vLLM serves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.gpu.broken import before_conversion, other_numbers, shift_scales, swap_halves
 from tests.gpu.layer import Case, Shape, build, error, skip_elsewhere
 from vllm_nvfp4_moe import self_check, settings
-from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 SHAPES = [
     Shape("minimax-m3", 128, 6144, 3072, 4),
@@ -52,91 +50,6 @@ def test_right_kernels_pass(
     else:
         assert check.worst < self_check.BOUNDS[4 if backend == "emulation" else 16].token / 2
     assert check.seconds < 2
-
-
-def other_numbers(**numbers: float) -> Callable[[MonkeyPatch], None]:
-    """The kernels are told another alpha, beta or limit."""
-
-    def change(monkeypatch: MonkeyPatch) -> None:
-        from vllm.model_executor.layers.quantization import modelopt
-
-        make = modelopt.make_nvfp4_moe_quant_config
-
-        def told(*, layer: Any, **more: Any) -> Any:
-            before = {name: getattr(layer, name) for name in numbers}
-            for name, number in numbers.items():
-                setattr(layer, name, number)  # which Humming reads
-            try:
-                return make(layer=layer, **more | numbers)
-            finally:
-                for name, number in before.items():
-                    setattr(layer, name, number)
-
-        # The plugin's method inherits what calls it.
-        monkeypatch.setattr(modelopt, "make_nvfp4_moe_quant_config", told)
-
-        others = {name.removeprefix("swiglu_"): number for name, number in numbers.items()}
-
-        for kernels in KERNELS.values():
-            run = kernels.run
-
-            def run_with(
-                x: Any,
-                experts: Any,
-                ids: Any,
-                weights: Any,
-                gate: Any,
-                *,
-                run: Any = run,
-                **more: Any,
-            ) -> Any:
-                return run(x, experts, ids, weights, replace(gate, **others), **more)
-
-            monkeypatch.setattr(kernels, "run", run_with)
-
-    return change
-
-
-def before_conversion(damage: Callable[[Any], None]) -> Callable[[MonkeyPatch], None]:
-    """The conversion gets the weights wrong."""
-
-    def change(monkeypatch: MonkeyPatch) -> None:
-        from vllm.model_executor.layers.quantization import modelopt
-
-        from vllm_nvfp4_moe.backends import vllm_kernels
-        from vllm_nvfp4_moe.backends.hopper.method import HopperMethod
-
-        convert = vllm_kernels.convert_to_nvfp4_moe_kernel_format
-
-        def broken(*, layer: Any, **more: Any) -> Any:
-            damage(layer)
-            return convert(layer=layer, **more)
-
-        for module in (modelopt, vllm_kernels):
-            monkeypatch.setattr(module, "convert_to_nvfp4_moe_kernel_format", broken)
-
-        prepare = HopperMethod.prepare
-
-        def prepare_broken(self: HopperMethod, layer: Any) -> None:
-            damage(layer)
-            prepare(self, layer)
-
-        monkeypatch.setattr(HopperMethod, "prepare", prepare_broken)
-
-    return change
-
-
-def swap_halves(layer: Any) -> None:
-    for tensor in (layer.w13_weight.data, layer.w13_weight_scale.data.view(torch.uint8)):
-        half = tensor.shape[1] // 2
-        first = tensor[:, :half].clone()
-        tensor[:, :half] = tensor[:, half:]
-        tensor[:, half:] = first
-
-
-def shift_scales(layer: Any) -> None:
-    scales = layer.w2_weight_scale.data.view(torch.uint8)
-    scales.copy_(scales.roll(1, 2))
 
 
 BREAKS = {

@@ -22,6 +22,7 @@ import typer
 from quantize.cli.errors import UsageError
 from quantize.errors import QuantizeError
 from quantize.experts.gates import Gate
+from tests import doctor_runs
 from tests.conftest import ROOT
 from tests.gpu import reference as independent
 from tests.hardware_results import problems_of
@@ -359,3 +360,16 @@ def test_a_kernel_that_kills_its_process(tmp_path: Path, quantized: dict[str, Pa
     assert {k["status"] for layer in found["layers"] for k in layer["kernels"]} == {
         "failed", "cannot run",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", doctor_runs.FAULTS)
+def test_a_fault_is_named_and_ends_with_1(tmp_path: Path, fault: str) -> None:
+    """As tests/gpu/test_doctor.py has it of a GPU's kernels; here of numba's alone, for which a
+    busy machine has the time."""
+    small = doctor_runs.small_checkpoint(tmp_path / "small")
+    cache = tmp_path / "cache"
+    ran = doctor_runs.doctor(
+        tmp_path / "run", str(small), "--tp", "1", fault=fault, cache=cache, CXX="/bin/false"
+    )
+    doctor_runs.check_found(ran, doctor_runs.FAULTS[fault], ["cpu numba"])
+    assert not (cache / "doctor").exists()  # no table of a wrong kernel

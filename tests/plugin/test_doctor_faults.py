@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from tests.gpu.broken import ZEROED_EXPERT, ZEROED_ROW, before_conversion, zero_a_scale
 from tests.plugin.test_self_check import round_activations
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 from vllm_nvfp4_moe.doctor.kernels import VARIANTS, ways
@@ -25,12 +26,12 @@ KERNEL = "cpu numba"
 
 
 def found(
-    folder: Path, shape: Shape = TINY, tokens: tuple[int, ...] = TOKENS
+    folder: Path, shape: Shape = TINY, tokens: tuple[int, ...] = TOKENS, seconds: float = 600
 ) -> dict[str, list[Any]]:
-    """What doctor's process finds of a kernel, by kind of record."""
+    """What doctor's process finds of a kernel in so many seconds, by kind of record."""
     job = Job(
         KERNEL, ways()[KERNEL], {"whole": shape}, (("whole", VARIANTS[1]),), tokens,
-        torch.device("cpu"), time.monotonic() + 600, folder,
+        torch.device("cpu"), time.monotonic() + seconds, folder,
     )  # fmt: skip
     records: dict[str, list[Any]] = {}
     examine(job, lambda record: records.setdefault(record["what"], []).append(record))
@@ -136,6 +137,17 @@ def test_one_block_scale_that_is_zero(
     named = faults(found(tmp_path))
     told = f"{matrix}'s, row {row}, block {block[0]}, is left out (counts as 0)"
     assert named == {f"a block scale of expert 6: {told}"}
+
+
+def test_what_is_wrong_is_named_where_there_is_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine checks two calls; of no expert enough tokens are among them."""
+    before_conversion(zero_a_scale)(monkeypatch)
+    records = found(tmp_path, replace(TINY, experts=16), seconds=0)
+    assert len(records["checked"]) == 2 and len(records["left out"]) == 10
+    (fault,) = faults(records)
+    assert fault.startswith(f"a block scale of expert {ZEROED_EXPERT}: w2's, row {ZEROED_ROW}, ")
 
 
 @pytest.mark.parametrize("matrix", ["w13", "w2"])

@@ -48,6 +48,28 @@ def refusal(*args: object, code: int = 1) -> str:
 # -- quantize --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "evaluate", "doctor"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_word_is_no_folder(
+    command: str, empty: str, saved: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable that a script did not set; an empty path would be the current folder."""
+    monkeypatch.chdir(shutil.copytree(saved("qwen3_moe"), tmp_path / "here"))
+    before = contents(Path())
+    more = {"quantize": [tmp_path / "out"], "verify": ["."], "evaluate": ["."]}.get(command, [])
+    option = {"evaluate": "--text", "doctor": "--json"}.get(command, "--revision")
+    for words, whose in (
+        ([empty, *more], "an argument"),
+        ([".", *more, option, empty], f"the value of {option}"),
+        ([".", *more, f"{option}="], f"the value of {option}"),
+        *([([".", empty], "an argument")] if command == "quantize" else []),
+    ):
+        result = run(command, *words)
+        assert result.exit_code == 2, result.output
+        assert f"{whose} is empty" in " ".join(result.stderr.replace("│", "").split())
+    assert contents(Path()) == before and not (tmp_path / "out").exists()
+
+
 def test_python_m_quantize_takes_a_source_at_once(saved: Folders, tmp_path: Path) -> None:
     """As a process of its own; the same files as the console script's ``quantize``."""
     source = saved("qwen3_moe")

@@ -1,5 +1,6 @@
 """Models on the hub: only headers are read for a look, and every file at one commit."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 
 from quantize.checkpoint import hub_weights
@@ -241,6 +243,38 @@ def test_connections_that_break(hub: Hub, source: Path) -> None:
     assert "reading it from the hub failed" in refusal("inspect", "org/moe")
 
 
+def test_a_server_that_always_says_later(hub: Hub, source: Path) -> None:
+    """The client asks six times, half a minute; that is not multiplied by our own tries."""
+    hub.publish("org/moe", source)
+    hub.refused["model.safetensors"] = 429, ""
+    assert "429" in refusal("inspect", "org/moe")
+    assert 1 < len([r for r in hub.requests if "model.safetensors" in r and "GET" in r]) <= 6
+
+
+def test_a_model_without_a_config(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """As those in GGUF are: it is no file of the cache's that is missing."""
+    (source / "config.json").unlink()
+    hub.publish("org/moe", source)
+    for words in (("inspect", "org/moe"), ("quantize", "org/moe", tmp_path / "out", "--stream")):
+        said = refusal(*words)
+        assert "org/moe on the hub has no config.json at main" in said and "cache" not in said
+    assert not hub.sent
+
+
+def test_a_cache_that_cannot_be_written(
+    hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one on a read-only file system: the client's error has the folder and no advice."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "/readonly/hub")
+
+    hub.publish("org/moe", source)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    said = refusal("inspect", "org/moe")
+    assert "'/readonly/hub'; set HF_HUB_CACHE to a folder that you can write to" in said
+
+
 def test_a_size_that_is_not_the_listed_one(hub: Hub, source: Path) -> None:
     hub.publish("org/moe", source)
     size = (source / "model.safetensors").stat().st_size
@@ -358,6 +392,9 @@ def test_disks_have_room_for_all_of_it(
             assert ("--work-dir" in str(caught.value)) == bool(states)
             assert ("--stream" in str(caught.value)) == (not states)
             assert "HF_HUB_CACHE" in str(caught.value)
+            # However small it is: sizes that look alike would say nothing.
+            assert f"{decimal(needed + states)} are still" in str(caught.value)
+            assert "free, 1 byte too little" in str(caught.value)
         room[:] = [needed - 1]
         assert "are still to be written" in refusal("quantize", "org/moe", out)
         assert not any("HEAD" in line and "safetensors" in line for line in hub.requests)
@@ -371,7 +408,8 @@ def test_disks_have_room_for_all_of_it(
     # verify downloads, too.
     shutil.rmtree(tmp_path / "cache")
     room[:] = [size - 1]
-    assert "are still to be downloaded" in refusal("verify", "org/moe", out)
+    said = refusal("verify", "org/moe", out)
+    assert f"{decimal(size)} are still to be downloaded" in said and "1 byte too little" in said
     # Again over it: the old checkpoint goes, though not before the download is here.
     room[:] = [size]
     with opened(look_up("org/moe"), whole=True) as checkpoint:

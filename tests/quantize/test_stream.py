@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -270,6 +271,37 @@ def test_a_hub_that_says_no(hub: Hub, model: Path, tmp_path: Path) -> None:
     assert "the interrupted run was started with --stream; go on so" in said
     result = run("quantize", "org/moe", out, *OPTIONS, "--stream", "--resume")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_says_later_for_ever(
+    status: int, hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each wait is told of, and they end some time after the last byte came."""
+    monkeypatch.setattr(streamed, "_LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(streamed, "_PATIENCE", 0.5)
+    name = f"model-00009-of-{FILES:05d}.safetensors"
+
+    def before(request: str) -> None:
+        if "HEAD" in request and name in request:
+            hub.refused[name] = status, ""
+
+    hub.before = before
+    out = tmp_path / "out"
+    result = run("quantize", "org/moe", out, *OPTIONS, "--stream")
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert re.search(rf"org/moe/{name}: [^;]*\b{status} ", said)
+    assert "trying again in 0.1 s, and for 0." in said and "at most if nothing comes" in said
+    assert 2 <= said.count("trying again") <= 5
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: org/moe/{name}: ") and f"{status} " in last
+    assert "with --resume" in last
+    hub.before = lambda _: None
+    hub.refused.clear()
+    result = run("quantize", "org/moe", out, *OPTIONS, "--stream", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "trying again" not in result.output
 
 
 def stopped(*_: object) -> None:

@@ -45,6 +45,8 @@ _CALLS_ON_CPUS = 4
 """With different experts, if there are few tokens; with many, all experts' weights are read."""
 _AGAIN_COSTS = 0.2
 """Of a layer's time, what it takes to try it in another variant."""
+_MORE = 99
+"""Inputs that no other call has (``make_batch``)."""
 _NAMED = 3
 """Wrong outputs of a layer that are looked into."""
 _CHECKS = 0.6
@@ -222,6 +224,8 @@ class _Part:
             unnamed: something is wrong, and nobody knows what.
         """
         self.emit("begins", at="looking for single wrong scales")
+        if unnamed:
+            seen = [*seen, *self._more(sum(len(out) for _, out, _ in seen))]
         given = together(batch for batch, _, _ in seen)
         out, truth = (torch.cat(part) for part in list(zip(*seen, strict=True))[1:])
         fault = None
@@ -236,6 +240,17 @@ class _Part:
             fault=fault,
         )  # fmt: skip
         return fault is None
+
+    def _more(self, judged: int) -> list[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        """More tokens, all of them compared, where ``judged`` are too few for each expert to have
+        ``ENOUGH``: what is wrong is worth a name, also where time was short."""
+        lacking = 2 * ENOUGH * self.shape.experts // self.shape.top_k - judged
+        if lacking <= 0:
+            return []
+        given = make_batch(self.shape, Case(lacking, "uniform"), self.job.device, _MORE)
+        out = self.layer(self.layer.routed(given)).float().clone()
+        (truth,) = outputs(self.weights, given, self.rounding)
+        return [(given, out, truth)]
 
     def _nearer(self, given: Batch, out: torch.Tensor, truth: torch.Tensor) -> str | None:
         """A known fault whose result is nearer than the right one: with few bits, both may be
