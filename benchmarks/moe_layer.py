@@ -44,6 +44,7 @@ import torch
 
 from benchmarks.absent import AbsentError
 from benchmarks.flashinfer_cutile import CuTile
+from benchmarks.flashinfer_fp8 import FusedFp8
 from benchmarks.moe_layer_table import (
     EIGHT_BITS,
     MORE,
@@ -92,7 +93,10 @@ WAYS = {
         "bf16": Way("auto", "UnquantizedFusedMoEMethod", "CPU"),
     },
 }
-PEERS: dict[str, dict[str, Callable[..., Any]]] = {"cuda": {"cutile": CuTile}, "cpu": {}}
+PEERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "cuda": {"cutile": CuTile, "flashinfer-fp8": FusedFp8},
+    "cpu": {},
+}
 """Layers that vLLM does not build. They take what :func:`build` takes, and raise AbsentError."""
 
 

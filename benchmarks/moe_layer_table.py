@@ -23,9 +23,10 @@ TITLES = {
     "humming": "Humming",
     "marlin": "Marlin",
     "cutile": "FlashInfer cuTile",
+    "flashinfer-fp8": "FlashInfer FP8",
     "bf16": "bf16 Triton",
 }
-EIGHT_BITS = {"fp8"}
+EIGHT_BITS = {"fp8", "flashinfer-fp8"}
 """Those with FP8 activations: no rivals of ours in bf16."""
 
 
