@@ -1,6 +1,6 @@
 """FlashInfer's experts in cuTile, NVFP4 weights and bf16 activations, as a layer of the benchmark.
 
-On ``sm_90`` since FlashInfer 0.7.2. It is called by FlashInfer's public ``MoELayer``, outside
+On ``sm_90`` since FlashInfer 0.7.2. It is called as FlashInfer's ``MoELayer`` calls it, outside
 vLLM's layer: vLLM 0.33 has no backend for it. FlashInfer's own tuner chooses among its tiles, once
 for each number of tokens, at the first call with so many; each tile is then compiled, so a first
 call takes many seconds (``benchmarks.flashinfer_cutile_compile`` compiles many at once before).
@@ -109,7 +109,7 @@ class CuTile:
         self.weights = flashinfer.MoEWeightPack()
         self.weights.prepare_for("cutile_nvfp4", view)
         self.flashinfer = flashinfer
-        self.layer = flashinfer.MoELayer(
+        layer = flashinfer.MoELayer(
             flashinfer.MoEConfig(
                 routing=flashinfer.RoutingConfig(num_experts=shape.experts, top_k=shape.top_k),
                 quant=flashinfer.QuantConfig(weight=flashinfer.QuantFormat.NVFP4),
@@ -120,17 +120,38 @@ class CuTile:
             ),
             device=w13.codes.device,
         )
-        self.tuned: set[int] = set()
+        (self.runner,) = layer.runners
+        self.tactics: dict[int, Any] = {}
         self.kernel = f"cuTile NVFP4 x bf16 of FlashInfer {version('flashinfer-python')}"
+
+    def packed(self, given: Batch) -> Any:
+        """What its runner takes."""
+        pack = self.flashinfer.MoEActivationPack(given.x, None, given.ids, given.weights)
+        return self.runner.pack_inputs(pack, self.weights)
 
     def __call__(self, given: Batch) -> torch.Tensor:
         """bf16 ``[tokens, hidden]``."""
-        pack = self.flashinfer.MoEActivationPack(given.x, None, given.ids, given.weights)
-        if len(given.x) not in self.tuned:
-            from flashinfer import autotune
-
-            with autotune(True):
-                self.layer(pack, self.weights)
-            self.tuned.add(len(given.x))
-        out: torch.Tensor = self.layer(pack, self.weights)
+        tokens = len(given.x)
+        if tokens not in self.tactics:
+            # The tuner writes routings of its own into what it is given.
+            copy = Batch(given.x.clone(), given.weights.clone(), given.ids.clone())
+            self.tactics[tokens] = self.tune(self.packed(copy))
+        out: torch.Tensor = self.runner.forward(self.packed(given), tactic=self.tactics[tokens])
         return out
+
+    def tune(self, inputs: Any) -> Any:
+        """The tiles that FlashInfer's tuner chooses for so many tokens.
+
+        ``MoELayer`` itself would then compile what serving needs for every number of tokens below,
+        which takes minutes and is not timed here.
+        """
+        from flashinfer.autotuner import AutoTuner, autotune
+
+        with autotune(True):
+            _, tactic = AutoTuner.get().choose_one(
+                custom_op=f"moe_{self.runner.backend_key}",
+                runners=[self.runner],
+                tuning_config=self.runner.tuning_config_for(inputs),
+                inputs=inputs,
+            )
+        return tactic

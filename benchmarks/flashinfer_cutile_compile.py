@@ -22,7 +22,7 @@ import torch
 from benchmarks.flashinfer_cutile import CuTile
 from benchmarks.moe_layer_table import MORE, SHAPES
 from quantize.nvfp4.format import BLOCK
-from vllm_nvfp4_moe.doctor.inputs import Stored
+from vllm_nvfp4_moe.doctor.inputs import Batch, Stored
 from vllm_nvfp4_moe.doctor.shape import Shape
 
 
@@ -46,14 +46,13 @@ def part(shape: Shape, tokens: Sequence[int], place: int, of: int) -> list[str]:
     """Call the layer with each ``of``-th pair of tiles from ``place`` on; what failed."""
     device = torch.device("cuda", 0)
     layer = CuTile(shape, *blank(shape, device))
-    (runner,) = layer.layer.runners
+    runner = layer.runner
     problems = []
     for count in tokens:
         x = torch.zeros(count, shape.hidden, dtype=torch.bfloat16, device=device)
         slots = torch.arange(count * shape.top_k, dtype=torch.int32, device=device)
         ids = (slots % shape.experts).view(count, shape.top_k)
-        pack = layer.flashinfer.MoEActivationPack(x, None, ids, torch.ones_like(ids).float())
-        inputs = runner.pack_inputs(pack, layer.weights)
+        inputs = layer.packed(Batch(x, torch.ones_like(ids).float(), ids))
         fallback = runner._fp4_fallback_tactic(inputs)
         stages = [
             runner._stage_tactics(inputs, stage=stage, block_size=fallback[0]) for stage in (1, 2)
