@@ -258,7 +258,12 @@ def check_outputs(
     biases: Biases | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """Relative errors of all pairs, plain float32 arithmetic among them; which are too large."""
-    outs = {name: layer(given).float().clone() for name, layer in layers.items()}
+    outs, problems = {}, []
+    for name, layer in layers.items():
+        try:
+            outs[name] = layer(given).float().clone()
+        except Exception as error:  # the others are compared all the same
+            problems.append(f"{name}: {type(error).__name__}: {str(error)[:1000]}")
     outs["plain"] = plain(shape, w13, w2, given, biases)
     names = list(outs)
     errors = {
@@ -266,11 +271,12 @@ def check_outputs(
         for place, one in enumerate(names)
         for other in names[place + 1 :]
     }
-    return errors, [
+    problems += [
         f"{pair} {error:.3f} apart"
         for pair, error in errors.items()
         if not error <= most(*pair.split("/"))
     ]
+    return errors, problems
 
 
 class Runner:

@@ -223,6 +223,27 @@ def test_peers_are_compared(
         assert all(any(name in line for line in found) for name in wrong)
 
 
+def test_a_peer_that_fails_hides_nothing(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    class Failing(Right):
+        def __call__(self, given: Batch) -> torch.Tensor:
+            raise RuntimeError("no kernel image")
+
+    peers(monkeypatch, cutile=Failing, flashinfer_fp8=Right)
+    file = tmp_path / "results.json"
+    assert run("--tokens", "2", "--out", str(file), *PEERS) == 1
+    said = capsys.readouterr().out
+    for tokens in (32, 2):
+        assert f"WRONG tiny tp1, {tokens} tokens: cutile: RuntimeError: no kernel image" in said
+    shape = of(file)
+    pairs = {"ours/flashinfer-fp8", "ours/plain", "flashinfer-fp8/plain"}
+    assert set(shape["errors"]) == pairs and set(shape["rows"][0]["ms"]) == {
+        "ours",
+        "flashinfer-fp8",
+    }
+
+
 def test_fp8_activations_are_no_rivals_whosever_they_are() -> None:
     saved = {"tokens": 1, "active": 4, "ms": {"ours": 2.0, "cutile": 3.0, "flashinfer-fp8": 1.0}}
     about = {"bandwidth": 4.3, "flops": 790.0}
