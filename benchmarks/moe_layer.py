@@ -1,12 +1,14 @@
-"""One routed-experts layer in vLLM: our Hopper kernels beside Humming, Marlin and bf16, in one run.
+"""One routed-experts layer: our Hopper kernels beside those of others, in one run.
 
     python -m benchmarks.moe_layer [--shapes minimax-m3] [--tp 1 2 4 8] [--out results.json]
     python -m benchmarks.moe_layer --device cpu --shapes minimax-m3-16 --tp 1 --bandwidth 0.02
     python -m benchmarks.moe_layer --table results.json    Markdown of saved runs, without a GPU
 
-Every kernel runs in the layer that vLLM builds, from the same random weights (bf16 gets them
-dequantized: global scales are powers of two, so that it loses nothing). The router is outside: all
-get the same ``topk_weights`` and ``topk_ids``. Times are medians of replays of a CUDA graph, the
+Every kernel runs in the layer that vLLM builds (FlashInfer's in FlashInfer's: ``PEERS``), from the
+same random weights (bf16 gets them dequantized: global scales are powers of two, so that it loses
+nothing). The router is outside: all get the same ``topk_weights`` and ``topk_ids``. A peer whose
+packages are not there, or that cannot run a shape, is left out, and the run says why. With
+``--shared-expert`` each is also timed beside one. Times are medians of replays of a CUDA graph, the
 kernels' replays taking turns; a graph holds up to 8 routings, so that one's weights are not in L2
 for the next. All layers of a shape are on the GPU at once, 55 GB at most.
 
@@ -40,15 +42,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.absent import AbsentError
+from benchmarks.flashinfer_cutile import CuTile
+from benchmarks.flashinfer_fp8 import FusedFp8
 from benchmarks.moe_layer_table import (
+    EIGHT_BITS,
     MORE,
     SHAPES,
     TITLES,
+    beside_table,
     number,
     report,
     summary,
     table,
 )
+from benchmarks.shared_expert import Beside, SharedExpert
 from vllm_nvfp4_moe.doctor.inputs import (
     Batch,
     Biases,
@@ -85,11 +93,30 @@ WAYS = {
         "bf16": Way("auto", "UnquantizedFusedMoEMethod", "CPU"),
     },
 }
+PEERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "cuda": {"cutile": CuTile, "flashinfer-fp8": FusedFp8},
+    "cpu": {},
+}
+"""Layers that vLLM does not build. They take what :func:`build` takes, and raise AbsentError."""
 
 
 def most(*kernels: str) -> float:
     """How far these may be apart."""
-    return APART_FP8 if "fp8" in kernels else APART
+    return APART_FP8 if EIGHT_BITS.intersection(kernels) else APART
+
+
+def made(
+    name: str, shape: Shape, w13: Stored, w2: Stored, biases: Biases | None, device: str
+) -> Any:
+    """The layer that this kernel runs: called with a :class:`Batch`, its ``kernel`` is a name.
+
+    Raises:
+        AbsentError: if a peer cannot run here, or not this shape.
+        WrongKernelError: if vLLM's layer runs another kernel.
+    """
+    if name in PEERS[device]:
+        return PEERS[device][name](shape, w13, w2, biases)
+    return build(shape, w13, w2, WAYS[device][name], biases)
 
 
 class Clocks:
@@ -141,12 +168,21 @@ class Clocks:
         }
 
 
-def measure_row(
-    layers: Mapping[str, Layer], given: Sequence[Batch], rounds: int, clocks: Clocks
-) -> tuple[dict[str, Any], list[str]]:
-    """Medians and quartiles, in ms a call; what went wrong."""
+def timed(
+    layers: Mapping[str, Any],
+    given: Sequence[Batch],
+    rounds: int,
+    clocks: Clocks,
+    uncompared: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, list[float]], dict[str, float], list[str]]:
+    """Milliseconds a call of each, by turns; how far each is from the first; what went wrong.
+
+    Args:
+        uncompared: timed with the others, but something else.
+    """
     problems: list[str] = []
     passes: dict[str, Pass] = {}
+    apart_too = uncompared or {}
 
     def attempt(name: str, step: Callable[[], Any]) -> Any:
         try:
@@ -157,14 +193,14 @@ def measure_row(
             return None
 
     on_gpu = given[0].x.is_cuda
-    for name, layer in layers.items():
-        if (made := attempt(name, partial(Pass, layer, given))) is not None:
-            passes[name] = made
+    for name, layer in {**layers, **apart_too}.items():
+        if (ready := attempt(name, partial(Pass, layer, given))) is not None:
+            passes[name] = ready
     for name, each in list(passes.items()):
         attempt(name, each.capture)
     outs = {}
     for name, each in list(passes.items()):
-        if (out := attempt(name, each.last)) is not None:
+        if name not in apart_too and (out := attempt(name, each.last)) is not None:
             outs[name] = out
     first, *rest = outs or [""]
     differ = {name: apart(outs[name], outs[first]) for name in rest}
@@ -180,16 +216,36 @@ def measure_row(
     times = timer(passes, rounds)
     clocks.busy.append((begin, time.time()))
     calls = len(given)
-    row = {
+    return {n: [ms / calls for ms in found] for n, found in times.items()}, differ, problems
+
+
+def measure_row(
+    layers: Mapping[str, Layer],
+    given: Sequence[Batch],
+    rounds: int,
+    clocks: Clocks,
+    shared: SharedExpert | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Medians and quartiles, in ms a call; what went wrong.
+
+    Args:
+        shared: is timed alone, and each layer beside it: the row's ``shared`` and ``beside``.
+    """
+    times, differ, problems = timed(layers, given, rounds, clocks)
+    row: dict[str, Any] = {
         "tokens": len(given[0].x),
         "active": statistics.fmean(active_experts(b.ids) for b in given),
-        "ms": {name: statistics.median(values) / calls for name, values in times.items()},
-        "iqr": {
-            name: [q / calls for q in statistics.quantiles(values, n=4)[::2]]
-            for name, values in times.items()
-        },
+        "ms": {name: statistics.median(values) for name, values in times.items()},
+        "iqr": {name: statistics.quantiles(values, n=4)[::2] for name, values in times.items()},
         "apart": differ,
     }
+    if shared is not None:
+        both = {name: Beside(layers[name], shared) for name in times}
+        times, _, more = timed(both, given, rounds, clocks, {"shared expert": shared})
+        beside = {name: statistics.median(values) for name, values in times.items()}
+        row["shared"] = beside.pop("shared expert", None)
+        row["beside"] = beside
+        problems += [f"beside a shared expert: {problem}" for problem in more]
     return row, problems
 
 
@@ -202,7 +258,12 @@ def check_outputs(
     biases: Biases | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """Relative errors of all pairs, plain float32 arithmetic among them; which are too large."""
-    outs = {name: layer(given).float().clone() for name, layer in layers.items()}
+    outs, problems = {}, []
+    for name, layer in layers.items():
+        try:
+            outs[name] = layer(given).float().clone()
+        except Exception as error:  # the others are compared all the same
+            problems.append(f"{name}: {type(error).__name__}: {str(error)[:1000]}")
     outs["plain"] = plain(shape, w13, w2, given, biases)
     names = list(outs)
     errors = {
@@ -210,11 +271,12 @@ def check_outputs(
         for place, one in enumerate(names)
         for other in names[place + 1 :]
     }
-    return errors, [
+    problems += [
         f"{pair} {error:.3f} apart"
         for pair, error in errors.items()
         if not error <= most(*pair.split("/"))
     ]
+    return errors, problems
 
 
 class Runner:
@@ -254,7 +316,11 @@ class Runner:
         for name in self.args.kernels:
             begin = time.monotonic()
             try:
-                layers[name] = build(shape, w13, w2, WAYS[self.device.type][name], biases)
+                layers[name] = made(name, shape, w13, w2, biases, self.device.type)
+            except AbsentError as error:
+                saved.setdefault("absent", {})[name] = str(error)
+                print(f"{TITLES[name]}: absent: {error}", flush=True)
+                continue
             except Exception as error:
                 self.wrong(f"{where}: {name}: {type(error).__name__}: {str(error)[:1000]}")
                 if name == "ours":
@@ -274,14 +340,15 @@ class Runner:
         errors = ", ".join(f"{pair} {error:.4f}" for pair, error in saved["errors"].items())
         print(f"relative errors: {errors}", flush=True)
         del w13, w2
+        shared = SharedExpert(shape, generator) if self.args.shared_expert else None
         for tokens in self.args.tokens:
             if self.late():
                 break
-            made = [
+            routings = [
                 batch(shape, tokens, self.args.skewed, generator) for _ in range(batches(tokens))
             ]
-            row, problems = measure_row(layers, made, self.args.rounds, self.clocks)
-            if made[0].x.is_cuda:
+            row, problems = measure_row(layers, routings, self.args.rounds, self.clocks, shared)
+            if routings[0].x.is_cuda:
                 torch.cuda.empty_cache()  # the graphs' own pools, which nobody holds by now
             saved["rows"].append(row)
             for problem in problems:
@@ -291,6 +358,8 @@ class Runner:
             self.save()
         saved["clocks"] = self.clocks.during()
         print(table(saved, self.run["about"]))
+        if shared is not None:
+            print(f"\nBeside a shared expert:\n\n{beside_table(saved)}\n")
         print("\n".join(summary(saved, self.run["about"])))
         print(f"clocks while timing, MHz, least, median and most: {saved['clocks']}", flush=True)
         self.save()
@@ -335,6 +404,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--kernels", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--skewed", action="store_true", help="few experts get most tokens")
+    parser.add_argument(
+        "--shared-expert", action="store_true", help="time each kernel beside one, too"
+    )
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s, for the floor")
     parser.add_argument("--flops", type=float, default=790, help="TFLOP/s, for the floor")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed replays")
@@ -347,7 +419,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--tokens: at least 1")
     if args.rounds < 2:
         parser.error("--rounds: at least 2, for quartiles")
-    here = WAYS[args.device]
+    here = {**WAYS[args.device], **PEERS[args.device]}
     args.kernels = [name for name in TITLES if name in here and name in args.kernels]  # ours first
     return args
 

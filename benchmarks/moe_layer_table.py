@@ -22,8 +22,12 @@ TITLES = {
     "fp8": "ours, FP8",
     "humming": "Humming",
     "marlin": "Marlin",
+    "cutile": "FlashInfer cuTile",
+    "flashinfer-fp8": "FlashInfer FP8",
     "bf16": "bf16 Triton",
 }
+EIGHT_BITS = {"fp8", "flashinfer-fp8"}
+"""Those with FP8 activations: no rivals of ours in bf16."""
 
 
 SHAPES = {
@@ -56,7 +60,7 @@ class Row:
         self.active: float = saved["active"]
         self.ms: dict[str, float] = saved["ms"]
         self.floor = floor(shape, self.tokens, self.active, about["bandwidth"], about["flops"])
-        others = [ms for name, ms in self.ms.items() if name not in ("ours", "fp8")]
+        others = [ms for name, ms in self.ms.items() if name != "ours" and name not in EIGHT_BITS]
         ours, fp8 = self.ms.get("ours"), self.ms.get("fp8")
         self.ratio = min(others) / ours if ours and others else None
         """Of the best other's time to ours: above 1 where ours is faster."""
@@ -95,6 +99,28 @@ def table(saved: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         cells += [number(row.floor.ms), row.floor.bound]
         cells += [_share(row.ratio), _share(row.reached(row.floor.ms))]
         cells += [_share(row.gain)] if "fp8" in kernels else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def beside_table(saved: Mapping[str, Any]) -> str:
+    """Markdown of one shape's rows beside a shared expert, in milliseconds.
+
+    The last column is what ours takes longer than alone, in parts of the shared expert alone: 0
+    where that is hidden, 1 where both add up, more where they hinder each other.
+    """
+    rows = [row for row in saved["rows"] if "beside" in row]
+    kernels = [name for name in TITLES if name in saved["kernels"]]
+    head = ["tokens", "shared expert alone", *(TITLES[name] for name in kernels)]
+    head += ["best other / ours", "(ours - ours alone) / shared"]
+    lines = [f"| {' | '.join(head)} |", "| ---: " * len(head) + "|"]
+    for row in rows:
+        ms, alone, shared = row["beside"], row["ms"].get("ours"), row["shared"]
+        ours = ms.get("ours")
+        others = [ms[name] for name in ms if name != "ours" and name not in EIGHT_BITS]
+        cells = [str(row["tokens"]), number(shared), *(number(ms.get(name)) for name in kernels)]
+        cells.append(_share(min(others) / ours if ours and others else None))
+        cells.append(_share((ours - alone) / shared if ours and alone and shared else None))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -148,6 +174,10 @@ def report(run: Mapping[str, Any]) -> str:
         kernels = ", ".join(f"{TITLES[k]}: {name}" for k, name in saved["kernels"].items())
         shape = title(restored(saved["shape"]))
         parts += [f"### {shape}", table(saved, about), f"Kernels: {kernels}."]
+        absent = [f"{TITLES[k]}: {why}" for k, why in saved.get("absent", {}).items()]
+        parts += [f"Absent: {'; '.join(absent)}."] if absent else []
+        if any("beside" in row for row in saved["rows"]):
+            parts += ["Beside a shared expert:", beside_table(saved)]
         lines = summary(saved, about)
         if clocks := saved.get("clocks", {}).get("sm"):
             lines.append("MHz while timing, least, median and most: " + ", ".join(map(str, clocks)))

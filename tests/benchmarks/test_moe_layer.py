@@ -335,7 +335,8 @@ def test_a_saved_run_is_printed_without_vllm(tmp_path: Path) -> None:
 def test_arguments() -> None:
     args = parse([])
     assert args.tokens == [2**n for n in range(15)] and args.tp == [1, 2, 4, 8]
-    assert args.kernels == ["ours", "fp8", "humming", "marlin", "bf16"] and args.device == "cuda"
+    every = ["ours", "fp8", "humming", "marlin", "cutile", "flashinfer-fp8", "bf16"]
+    assert args.kernels == every and args.device == "cuda"
     args = parse(["--kernels", "marlin", "ours", "--tp", "4", "--limit", "60", "--skewed"])
     assert args.kernels == ["ours", "marlin"] and args.skewed and args.limit == 60
     for wrong in (["--tokens", "0"], ["--rounds", "1"], ["--shapes", "gpt"], ["--tp", "3"]):
