@@ -128,7 +128,7 @@ def small_checkpoint(folder: Path) -> Path:
 def check_found(ran: Ran, fault: Fault, kernels: Iterable[str], hidden: Iterable[str] = ()) -> None:
     """Each of ``kernels`` is wrong by ``fault`` and by nothing else, the command says so, and ends
     with 1. (Where a kernel does the same as in another variant, it is tried there again briefly,
-    and need not show it.)
+    and need not show it; on a busy machine, not at all.)
 
     Args:
         hidden: kernels that may also be right, since they round by more than the fault changes.
@@ -136,11 +136,11 @@ def check_found(ran: Ran, fault: Fault, kernels: Iterable[str], hidden: Iterable
     assert ran.code == 1, ran.said
     assert set(ran.kernels()) == set(kernels), ran.said
     for name, layers in ran.kernels().items():
-        for kernel in layers:
+        for number, kernel in enumerate(layers):
             may_pass = kernel["same_as"] or name in hidden
-            statuses = {"wrong", "right"} if may_pass else {"wrong"}
+            statuses = {"wrong", *(["right"] if may_pass else []), *(["no time"] if number else [])}
             assert kernel["status"] in statuses, f"{name}: {kernel['status']}\n{ran.said}"
-            told = kernel["faults"]
+            told = kernel.get("faults", [])
             assert bool(told) == (kernel["status"] == "wrong")
             assert all(map(fault.is_named, told)), f"{name}: {told}"
     assert f"is WRONG: {fault.begins}" in ran.said

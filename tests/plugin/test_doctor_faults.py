@@ -16,9 +16,14 @@ from quantize.experts.gates import Gate
 from tests.gpu.broken import ZEROED_EXPERT, ZEROED_ROW, before_conversion, zero_a_scale
 from tests.plugin.test_self_check import round_activations
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
+from vllm_nvfp4_moe.doctor.cases import Case, make_batch, make_weights
+from vllm_nvfp4_moe.doctor.diagnosis import Judge, single_scale
 from vllm_nvfp4_moe.doctor.kernels import VARIANTS, ways
+from vllm_nvfp4_moe.doctor.reference import Rounding, experts_of, outputs
+from vllm_nvfp4_moe.doctor.scan import ENOUGH
 from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
 from vllm_nvfp4_moe.doctor.work import Job, examine
+from vllm_nvfp4_moe.self_check import BOUNDS
 
 TINY = Shape("tiny", 8, 256, 128, 2, CLAMPED, router="sigmoid")
 TOKENS = (1, 8, 64)
@@ -233,6 +238,37 @@ def test_input_scales_of_others(
     records = found(tmp_path, tokens=(1, 8))
     whose = "each expert's own" if by_expert else "the largest"
     assert faults(records) == {f"other input scales: {whose}"}
+
+
+def test_one_token_that_was_rounded_another_way_is_no_wrong_scale() -> None:
+    """On an H200 with few tokens, vLLM's emulation was called wrong: with 4-bit activations, a code
+    on the other side changes one number of one token by much, and of an expert's few tokens, gates
+    beyond their limit hide from all others what some block would change. Planted here."""
+    shape = replace(TINY, experts=16, hidden=512, intermediate=256, top_k=4)
+    device = torch.device("cpu")
+    weights = make_weights(shape, device)
+    given = make_batch(shape, Case(65, "uniform"), device)
+    rounding = Rounding(nvfp4=True, by_expert=True)
+    (truth,) = outputs(weights, given, rounding)
+    judge = Judge(weights, rounding, BOUNDS[4])
+    planted = 0
+    for expert in experts_of(weights, given, rounding):
+        if len(expert.token) < ENOUGH:
+            continue
+        pre, inner = expert.pre(), shape.intermediate
+        part = (expert.x * expert.w13[inner + 9]).unflatten(-1, (-1, 16)).sum(-1)
+        gate, up = pre[:, [9]], pre[:, [inner + 9]]
+        change = expert.gate.apply(gate, up - 0.75 * part) - expert.gate.apply(gate, up)
+        change *= expert.factor  # [tokens, blocks]
+        share = change.square().amax(0) / change.square().sum(0)
+        block = int(share.argmax())
+        token = int(change[:, block].abs().argmax())
+        noise = torch.Generator().manual_seed(expert.number)
+        out = truth + 1e-3 * truth * torch.randn(truth.shape, generator=noise)
+        out[expert.token[token]] += change[token, block] * expert.w2[:, 9]
+        planted += float(share[block]) > 0.9
+        assert single_scale(judge, given, out, truth) is None, expert.number
+    assert planted
 
 
 def test_another_gate_with_four_bit_activations(

@@ -34,6 +34,9 @@ _EXPLAINED, _BY_TOKENS = 0.3, 160
 """What may be left of a place's errors, as sums of squares, where one wrong block explains them;
 with fewer tokens than 48, less: their number over the second, since some block of thousands is
 like anything short."""
+_FEW_ALONE = 16
+"""Of so many tokens, one may err by itself: with 4-bit activations, by a code on the other side. So
+a block must also explain the errors of the others without the largest."""
 _FACTORS = (0.0, -1.0, *(2.0**k for k in range(-2, 9) if k))
 """By which a scale may be wrong: left out, its sign, a power of two."""
 
@@ -114,10 +117,15 @@ def wrong_scale(
     rows = _w2(expert, mine, place.row) if place.matrix == "w2" else _w13(expert, mine, place.row)
     tried: list[tuple[float, WrongScale]] = []
     for row, observed, change in rows:
+        size = observed.square()
+        rest = size.argsort(descending=True)[max(1, len(size) // _FEW_ALONE) :]
         for factor in _FACTORS:
-            left = (observed.unsqueeze(1) - change(factor)).square().sum(0)
-            block = int(left.argmin())
-            unexplained = float(left[block] / observed.square().sum().clamp_min(1e-30))
+            left = (observed.unsqueeze(1) - change(factor)).square()
+            block = int(left.sum(0).argmin())
+            unexplained = max(
+                float(left[tokens, block].sum() / size[tokens].sum().clamp_min(1e-30))
+                for tokens in (slice(None), rest)
+            )
             found = WrongScale(place.expert, place.matrix, row, block, factor)
             tried.append((unexplained, found))
     best = min(tried, key=lambda pair: pair[0])
