@@ -6,7 +6,9 @@ for each number of tokens, at the first call with so many; each tile is then com
 call takes many seconds (``benchmarks.flashinfer_cutile_compile`` compiles many at once before).
 
 What it needs beside FlashInfer: ``pip install 'cuda-tile[tileiras]'``, whose compiler makes the
-machine code and needs no GPU.
+machine code and needs no GPU. Where that compiler (``tileiras``) is found by ``PATH`` and not as a
+package, ``CUDA_HOME`` and ``CUDA_PATH`` must be unset for it: it takes ptxas and libnvvm from
+there, and with those of an older CUDA every tile ends in "Return code 5".
 """
 
 from __future__ import annotations
