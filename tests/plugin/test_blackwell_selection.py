@@ -116,6 +116,27 @@ def test_choice(
         assert theirs == (found.backend, found.experts_cls) or drops(theirs[0], gate)
 
 
+@pytest.mark.parametrize("capability", CHOICES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_tokens_are_weighed_once(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], activation: str
+) -> None:
+    """Llama 4 weighs the experts' input. Of what vLLM prefers, Humming stops at an assertion, and
+    FlashInfer's kernels would weigh tokens again."""
+    pretend(monkeypatch, capability)
+    found = select(moe_config(SILU), kNvfp4Static, ACTIVATIONS[activation], SILU, True)
+    # TRT-LLM's monolithic class asks about the way of routing, which is not Llama 4's here.
+    theirs = "MARLIN" if activation == "W4A16" or capability == (9, 0) else None
+    assert found.backend.value in ({theirs} if theirs else {"VLLM_CUTLASS", "FLASHINFER_TRTLLM"})
+    assert found.backend.value != "FLASHINFER_TRTLLM" or found.experts_cls.is_monolithic()
+    passed_over = {name.split()[0] for name, why in found.passed_over if "router's weights" in why}
+    before = choose(SILU, activation)
+    assert before.backend == found.backend or before.backend.value in passed_over
+    with pytest.raises(ValueError, match="do not leave the router's weights"):
+        asked = moe_config(SILU, moe_backend="humming")
+        select(asked, kNvfp4Static, ACTIVATIONS[activation], SILU, True)
+
+
 ORDER = [
     "FLASHINFER_TRTLLM", "FLASHINFER_CUTEDSL", "FLASHINFER_CUTEDSL_BATCHED", "FLASHINFER_CUTLASS",
     "VLLM_CUTLASS", "MARLIN", "HUMMING", "EMULATION",

@@ -265,7 +265,9 @@ def test_one_of_vllms_kernels(
 ) -> None:
     tried: list[str] = []
 
-    def select(config: Any, weight_key: Any, activation_key: Any, gate: Gate) -> Selection:
+    def select(
+        config: Any, weight_key: Any, activation_key: Any, gate: Gate, weighs_input: bool
+    ) -> Selection:
         tried.append(config.moe_backend)
         if config.moe_backend == "humming" and not works:
             raise ValueError("it cannot")

@@ -36,7 +36,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     seen: Calls = {}
 
-    def select(moe_config: Any, weight_key: Any, activation_key: Any, gate: Gate) -> Selection:
+    def select(
+        moe_config: Any, weight_key: Any, activation_key: Any, gate: Gate, weighs_input: bool
+    ) -> Selection:
         activation = moe_config.activation.value
         seen["select"] = {"activation_key": activation_key, "activation": activation, "gate": gate}
         experts: Any = SimpleNamespace(is_monolithic=lambda: False, __name__="Stub")

@@ -1,5 +1,5 @@
 """The choice among vLLM's NVFP4 kernels: vLLM's own choice, without those that would not apply the
-gate, or not add the experts' biases."""
+gate, not add the experts' biases, or weigh tokens twice."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import backend_to_kernel_
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.bias_support import drops_biases
 from vllm_nvfp4_moe.backends.gate_support import drops
+from vllm_nvfp4_moe.backends.router_weight_support import weighs_again
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -43,19 +44,24 @@ class Selection:
 
 
 class _Candidate:
-    """Stands for an experts class in vLLM's loop: asks the class, then ``gate_support`` and
-    ``bias_support``, and keeps the answer.
+    """Stands for an experts class in vLLM's loop: asks the class, then ``gate_support``,
+    ``bias_support`` and ``router_weight_support``, and keeps the answer.
 
     Attributes:
         reason: why the class cannot be used. None before it is asked, and if it can.
     """
 
     def __init__(
-        self, backend: NvFp4MoeBackend, experts_cls: type[FusedMoEExperts], gate: Gate
+        self,
+        backend: NvFp4MoeBackend,
+        experts_cls: type[FusedMoEExperts],
+        gate: Gate,
+        weighs_input: bool,
     ) -> None:
         self.backend = backend
         self.experts_cls = experts_cls
         self.gate = gate
+        self.weighs_input = weighs_input
         self.reason: str | None = None
 
     def is_supported_config(
@@ -67,6 +73,8 @@ class _Candidate:
             self.reason = drops(self.backend, self.gate)
             if self.reason is None and moe_config.has_bias:
                 self.reason = drops_biases(self.backend)
+            if self.reason is None and self.weighs_input:
+                self.reason = weighs_again(self.backend, cls)
         else:
             self.reason = _short(reason or "it gives no reason")
         return self.reason is None, self.reason
@@ -90,9 +98,10 @@ def select(
     weight_key: QuantKey | None,
     activation_key: QuantKey | None,
     gate: Gate,
+    weighs_input: bool = False,
 ) -> Selection:
-    """The kernels that vLLM prefers among those that support the layer, apply ``gate`` and add
-    biases if there are any.
+    """The kernels that vLLM prefers among those that support the layer, apply ``gate``, add biases
+    if there are any, and weigh a token once.
 
     Args:
         moe_config: the layer's, with its activation and numbers set to ``gate``.
@@ -100,6 +109,7 @@ def select(
         activation_key: vLLM's key for the format of the activations; None if they are not
             quantized.
         gate: the contract's.
+        weighs_input: the layer's ``apply_router_weight_on_input``.
 
     Raises:
         ValueError: if there are none, or the backend that the user asked for is not among them. The
@@ -108,7 +118,9 @@ def select(
     asked: list[_Candidate] = []
 
     def candidates(backend: NvFp4MoeBackend) -> list[_Candidate]:
-        new = [_Candidate(backend, cls, gate) for cls in backend_to_kernel_cls(backend)]
+        new = [
+            _Candidate(backend, cls, gate, weighs_input) for cls in backend_to_kernel_cls(backend)
+        ]
         asked.extend(new)
         return new
 

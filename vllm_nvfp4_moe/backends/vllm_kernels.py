@@ -94,7 +94,8 @@ class VllmKernelsMethod(GpuMethod):
         key = None if self.use_a16 else kNvfp4Dynamic
         if self.per_token_activation:
             key = kNvfp4DynamicToken
-        selection = select(self.moe, kNvfp4Static, key, self.gate)
+        weighs_input = layer.apply_router_weight_on_input
+        selection = select(self.moe, kNvfp4Static, key, self.gate, weighs_input)
         self.nvfp4_backend, self.experts_cls = selection.backend, selection.experts_cls
         if self.per_token_activation and self.nvfp4_backend != NvFp4MoeBackend.FLASHINFER_TRTLLM:
             raise ValueError(
