@@ -311,9 +311,8 @@ constexpr Gemms GEMMS[] = {GEMMS_64x128, GEMMS_64x256, GEMMS_128x256, GEMMS_192x
 
 // Runs the layer. Returns a cudaError_t.
 //
-// The invariant of bf16.cu's `run` holds here too: `gather` and `requantize`, which lie between
-// `route` and a GEMM, trigger only AFTER they have waited. A GEMM's epilogue reads its activations'
-// scales, which the kernel before wrote, and waits for that kernel itself.
+// The invariant of bf16.cu's `run` holds here too. A GEMM's epilogue reads its activations' scales,
+// which the kernel before wrote, and waits for that kernel itself.
 EXPORTED int run(const LaunchSpec* given, cudaStream_t stream) {
     const LaunchSpec& spec = *given;
     const Gemms& gemms = GEMMS[spec.tile_shape];

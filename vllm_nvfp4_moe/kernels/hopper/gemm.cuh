@@ -196,8 +196,8 @@ constexpr int PRODUCERS = 2;
 
 // Copies one input of the CTA's tiles into the stages. One thread does all of it.
 template <typename Shape, Input INPUT>
-__device__ __forceinline__ void produce(const GemmArguments& args, int row_blocks, int total,
-                                        uint32_t full) {
+__device__ __forceinline__ void produce(const GemmArguments& args, uint32_t row_blocks,
+                                        uint32_t total, uint32_t full) {
     constexpr bool WEIGHTS = INPUT == Input::WEIGHTS;
     // With larger tiles an expert has several, which read its weights again. X is read by every CTA.
     const uint64_t policy = !WEIGHTS                 ? evict_last_policy()
@@ -207,7 +207,7 @@ __device__ __forceinline__ void produce(const GemmArguments& args, int row_block
     uint32_t to = full - Shape::PARTIAL_BYTES - Shape::STAGES * Shape::STAGE_BYTES +
                   (WEIGHTS ? Shape::X_BYTES : 0);
     uint32_t barrier = full, parity = 1;
-    for (int index = blockIdx.x; index < total; index += gridDim.x) {
+    for (uint32_t index = blockIdx.x; index < total; index += gridDim.x) {
         const Tile tile = args.tiles[index / row_blocks];
         const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
         const int groups = min(Shape::ROW_GROUPS, args.row_tiles - row_tile);
@@ -254,6 +254,8 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         }
         barrier_init_fence();
     }
+    // The tables of `route` are read from here on, by all kernels that follow as well: see `run`.
+    if constexpr (FIRST) wait_for_previous_kernel();
     __syncthreads();
     trigger_next_kernel();
 
@@ -266,9 +268,9 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         if (warp == 0) {
             if (elected()) produce<Shape, Input::WEIGHTS>(args, row_blocks, total, full);
         } else if (warp == 1) {
-            // Only X is from the kernel before; `tiles` and `size_ends` are older (see `run`). What
-            // that kernel read may be overwritten by consumers, since they wait for X.
-            wait_for_previous_kernel();
+            // Of the second GEMM only X is from the kernel before. What that kernel read may be
+            // overwritten by consumers, since they wait for X.
+            if constexpr (!FIRST) wait_for_previous_kernel();
             if (elected()) produce<Shape, Input::X>(args, row_blocks, total, full);
         }
     } else {
