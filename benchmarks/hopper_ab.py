@@ -3,10 +3,11 @@
     python -m benchmarks.hopper_ab DIRECTORY... --build              compile: no GPU is needed
     python -m benchmarks.hopper_ab DIRECTORY... [--kernels bf16] [--limit 200] [--out FILE]
 
-A directory has ``bf16.cu``, ``fp8.cu`` and their headers, as ``vllm_nvfp4_moe/kernels/hopper``; the Python
-side, tile shapes above all, is this checkout's. Replays of CUDA graphs take turns; times are
-medians, in microseconds, each with its ratio to the first directory's. Outputs of one tile shape
-must be the first directory's to the last bit, or the exit code is 1.
+A directory has ``bf16.cu``, ``fp8.cu`` and their headers, as ``vllm_nvfp4_moe/kernels/hopper``;
+the Python side, tile shapes above all, is this checkout's. Replays of CUDA graphs take turns; times
+are medians, in microseconds, each with its share of the floor and its ratio to the first
+directory's. Outputs of one tile shape must be the first directory's to the last bit, or the exit
+code is 1.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class Versions:
                     if not torch.equal(one, other):
                         rows = int((one != other).any(1).sum())
                         wrong.append(
-                            f"WRONG {bench.layer} {bench.name}, {tokens} tokens, {shape}: {name} and "
-                            f"{first} differ in {rows} rows of batch {number}"
+                            f"WRONG {bench.layer} {bench.name}, {tokens} tokens, {shape}: {name} "
+                            f"and {first} differ in {rows} rows of batch {number}"
                         )
             graphs = {
                 name: captured([partial(self.call, name, shape, one) for one in given])

@@ -4,12 +4,13 @@
     python -m benchmarks.hopper_profile [few] [many]                 the tables
     python -m benchmarks.hopper_profile ncu [--folder FOLDER]        counters, by Nsight Compute
 
-``few``: 1 to 8 tokens; ``many``: 512 to 2048. A timeline is of one call after another in a CUDA graph: when
-each launch's CTAs begin, have waited for the launch before, have their first stage, have issued their
-last copy, and end; microseconds since the call's first instruction by the GPU's clock, medians over
-calls of the least, the middle and the last CTA. Ablations take a part out of the source by text, so
-that the product's source has no switches; their outputs are wrong, and their times are medians of replays
-that take turns. A patch whose text is no longer in the source is an error.
+``few``: 1 to 8 tokens; ``many``: 512 to 2048. A timeline is of one call after another in a CUDA
+graph: when each launch's CTAs begin, have waited for the launch before, have their first stage,
+have issued their last copy of weights, and end; microseconds since the call's first instruction by
+the GPU's clock, medians over calls of the least, the middle and the last CTA. Ablations take a part
+out of the source by text, so that the product's source has no switches; their outputs are wrong,
+and their times are medians of replays that take turns. A patch whose text is no longer in the
+source is an error.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Patch:
 
 # ------------------------------------------------------------------------------------ ablations
 
-HALF = "#pragma unroll\n        for (int half = 0; half < 2; ++half) {\n            const Fragment fragment = "
+HALF = """#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const Fragment fragment = """
 BY_WARPS = HALF + "load_fragment(weights"
 BY_GROUPS = HALF + "load_fragment(base"
 WARP_DEQUANTIZE = "dequantize(a, fragment, 0, args.multipliers);"
@@ -81,20 +84,18 @@ WARP_MMAS = """load_matrices(b, x + j * 1024);
                     warp_mma(d + 4 * j, a[2 * pair + 1], b[2], b[3]);"""
 WRITE = "    if (row_tile + row_group < args.row_tiles)\n        write_tile<N, FIRST>"
 
-RAW = """{ const uint32_t raw[4] = {fragment.codes.x, fragment.codes.y, fragment.codes.z,
-                                           fragment.codes.w};
-                for (int i = 0; i < 4; ++i) for (int r = 0; r < 4; ++r) a[i][r] = raw[(i + r) % 4] & 0x3FFF3FFF; }"""
-GROUP_RAW = """{ const uint32_t raw[4] = {fragment.codes.x, fragment.codes.y, fragment.codes.z,
-                                           fragment.codes.w};
-                for (int k = 0; k < AT_ONCE; ++k)
-                    for (int r = 0; r < 4; ++r) weights[k][r] = raw[(first + k + r) % 4] & 0x3FFF3FFF; }"""
-X_COPY = "bulk_copy(to, x + int64_t(step) * x_bytes, x_bytes, barrier, x_policy);"
-EXPECT = "barrier_expect(barrier, groups * WEIGHT_BYTES + x_bytes);"
-X_BYTES = "const int x_bytes = tile.size * STAGE * ELEMENT_BYTES;"
+RAW_CODES = """const uint32_t raw[4] = {fragment.codes.x, fragment.codes.y, fragment.codes.z,
+                                fragment.codes.w};"""
+RAW = f"""{{ {RAW_CODES} for (int i = 0; i < 4; ++i)
+           for (int r = 0; r < 4; ++r) a[i][r] = raw[(i + r) % 4] & 0x3FFF3FFF; }}"""
+GROUP_RAW = f"""{{ {RAW_CODES} for (int k = 0; k < AT_ONCE; ++k)
+           for (int r = 0; r < 4; ++r) weights[k][r] = raw[(first + k + r) % 4] & 0x3FFF3FFF; }}"""
+X_COPY = "bulk_copy(to, from, bytes, barrier, policy);"
+EXPECT = "barrier_expect(barrier, bytes);"
 
 NO_WARP_WORK = Patch(BY_WARPS, BY_WARPS.replace("half < 2", "half < 0"))
 NO_GROUP_WORK = (Patch(GROUP_DEQUANTIZE, ""), Patch(GROUP_MMA, ""))
-NO_X = (Patch(X_COPY, ""), Patch(EXPECT, EXPECT.replace(" + x_bytes", "")))
+NO_X = (Patch(X_COPY, ""), Patch(EXPECT, EXPECT.replace("bytes", "WEIGHTS ? bytes : 0")))
 NO_WRITE = Patch(WRITE, WRITE.replace("if (", "if (d[0] == 12345.0f && "))
 
 ABLATIONS: dict[str, tuple[Patch, ...]] = {
@@ -102,9 +103,6 @@ ABLATIONS: dict[str, tuple[Patch, ...]] = {
     "copies": (NO_WARP_WORK, *NO_GROUP_WORK, NO_WRITE),
     "copies of weights": (NO_WARP_WORK, *NO_GROUP_WORK, NO_WRITE, *NO_X),
     "no X": NO_X,
-    "X of real tokens": (
-        Patch(X_BYTES, "const int x_bytes = tile.tokens * STAGE * ELEMENT_BYTES;"),
-    ),
     "no MMA": (
         Patch(
             WARP_MMAS,
@@ -125,60 +123,84 @@ ABLATIONS: dict[str, tuple[Patch, ...]] = {
     ),
     "no writing": (NO_WRITE,),
 }
-FEW = ("whole", "copies", "copies of weights", "no X", "X of real tokens", "no MMA",
+FEW = ("whole", "copies", "copies of weights", "no X", "no MMA",
        "no dequantizing", "no writing")  # fmt: skip
 MANY = ("whole", "copies", "no X", "no MMA", "no dequantizing", "MMAs alone", "no writing")
 
 # ------------------------------------------------------------------------------------- timelines
 
-STAMP = """
-namespace {
-__device__ unsigned long long stamps[5][5][%d];
-__device__ __forceinline__ void stamp(int kernel, int event) {
+STAMP = f"""
+namespace {{
+__device__ unsigned long long stamps[5][5][{CTAS}];
+__device__ __forceinline__ void stamp(int kernel, int event) {{
     unsigned long long now;
-    asm volatile("mov.u64 %%0, %%globaltimer;" : "=l"(now) :: "memory");
-    if (blockIdx.x < %d) stamps[kernel][event][blockIdx.x] = now;
-}
-}
-extern "C" __attribute__((visibility("default"))) int read_stamps(void* to, int clear) {
-    static unsigned long long zeros[5][5][%d];
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now) :: "memory");
+    if (blockIdx.x < {CTAS}) stamps[kernel][event][blockIdx.x] = now;
+}}
+}}
+extern "C" __attribute__((visibility("default"))) int read_stamps(void* to, int clear) {{
+    static unsigned long long zeros[5][5][{CTAS}];
     return clear ? cudaMemcpyToSymbol(stamps, zeros, sizeof(zeros))
                  : cudaMemcpyFromSymbol(to, stamps, sizeof(stamps));
-}
-""" % (CTAS, CTAS, CTAS)
-WAIT, TRIGGER = "wait_for_previous_kernel();\n", "trigger_next_kernel();\n"
-KERNEL_NUMBER = "(FIRST ? 2 : 3)"
+}}
+"""
+BEGINS, WAITED, FULL, ISSUED, ENDS = range(5)
+
+
+def stamped(kernel: int | str, event: int, condition: str = "threadIdx.x == 0") -> str:
+    return f" if ({condition}) stamp({kernel}, {event});\n"
+
+
+GEMM = "FIRST ? 2 : 3"
+WAIT, TRIGGER = "wait_for_previous_kernel();", "trigger_next_kernel();"
+LAST_OF_GEMM = "empty),\n         ...);\n"
+FIRST_TILE = "        Tile next = args.tiles[index / row_blocks];\n"
+PRODUCE = "if (elected()) produce<Shape, Input::WEIGHTS>(args, row_blocks, total, full);"
+LAST_OF_ROUTE = "number - tile * step, 0};\n    }\n}"
+LAST_OF_GATHER = "unit < hidden / 8 ? row[unit] : make_uint4(0, 0, 0, 0));\n}"
+LAST_OF_COMBINE = "pack_bf16x2(sum[4], sum[5]), pack_bf16x2(sum[6], sum[7]));\n}"
+COMBINE = "    __shared__ int rows[COMBINE_THREADS];\n"
+
+
+def before(text: str, more: str) -> Patch:
+    return Patch(text, more + text)
+
+
+def after(text: str, more: str) -> Patch:
+    return Patch(text, text + more)
+
+
+def at_end(text: str, kernel: int, times: int = 1) -> Patch:
+    """``text`` ends with the brace of a kernel."""
+    return Patch(text, f"{text[:-1]}    __syncthreads();\n{stamped(kernel, ENDS)}}}", times)
+
+
 TIMELINE = (
-    Patch("extern __shared__ uint8_t memory[];\n",
-          f"extern __shared__ uint8_t memory[];\n    if (threadIdx.x == 0) stamp({KERNEL_NUMBER}, 0);\n"),
-    Patch(f"        {WAIT}        produce<Shape>(args, row_blocks, total, shared_address(stages), full, empty);\n",
-          f"        {WAIT}        stamp({KERNEL_NUMBER}, 1);\n"
-          "        produce<Shape>(args, row_blocks, total, shared_address(stages), full, empty);\n"
-          f"        stamp({KERNEL_NUMBER}, 3);\n"),
-    Patch("        Tile next = args.tiles[index / row_blocks];\n",
-          "        Tile next = args.tiles[index / row_blocks];\n"
-          "        if (index < args.size_ends[sizeof...(SIZES) - 1] * row_blocks) {\n"
-          f"            barrier_wait(full, 0); if (threadIdx.x == 0) stamp({KERNEL_NUMBER}, 2);\n        }}\n"),
-    Patch("                                                    empty),\n         ...);\n",
-          "                                                    empty),\n         ...);\n"
-          f"        if (threadIdx.x == 0) stamp({KERNEL_NUMBER}, 4);\n"),
-    Patch("    const int thread = threadIdx.x;\n    counts[thread] = 0;",
-          "    const int thread = threadIdx.x;\n    if (!thread) stamp(0, 0);\n    counts[thread] = 0;"),
-    Patch("    // From here on a thread is an expert.\n", "    if (!thread) stamp(0, 1);\n"),
-    Patch("number - tile * step, 0};\n    }\n}", "number - tile * step, 0};\n    }\n"
-          "    __syncthreads();\n    if (!thread) stamp(0, 4);\n}"),
-    Patch(f"    {WAIT}    {TRIGGER}    const Place place",
-          f"    if (!threadIdx.x) stamp(1, 0);\n    {WAIT}    if (!threadIdx.x) stamp(1, 1);\n"
-          f"    {TRIGGER}    const Place place"),
-    Patch("        *reinterpret_cast<uint4*>(to) = value;\n    }\n}",
-          "        *reinterpret_cast<uint4*>(to) = value;\n    }\n    __syncthreads();\n"
-          "    if (!threadIdx.x) stamp(1, 4);\n}"),
-    Patch(f"    {WAIT}    const int64_t token = blockIdx.x / blocks;",
-          f"    if (!threadIdx.x) stamp(4, 0);\n    {WAIT}    if (!threadIdx.x) stamp(4, 1);\n"
-          "    const int64_t token = blockIdx.x / blocks;"),
-    Patch("                   pack_bf16x2(sum[4], sum[5]), pack_bf16x2(sum[6], sum[7]));\n}",
-          "                   pack_bf16x2(sum[4], sum[5]), pack_bf16x2(sum[6], sum[7]));\n"
-          "    if (!threadIdx.x) stamp(4, 4);\n}"),
+    after("extern __shared__ uint8_t memory[];\n", stamped(GEMM, BEGINS)),
+    after(f"if constexpr (FIRST) {WAIT}", stamped(GEMM, WAITED, "FIRST && threadIdx.x == 0")),
+    after(f"if constexpr (!FIRST) {WAIT}", stamped(GEMM, WAITED, "!FIRST && elected()")),
+    Patch(
+        PRODUCE,
+        PRODUCE.replace("produce", "{ produce").replace("full);", "full); ")
+        + f"stamp({GEMM}, {ISSUED}); }}",
+    ),
+    after(
+        FIRST_TILE,
+        "        if (index < args.size_ends[sizeof...(SIZES) - 1] * row_blocks) {\n"
+        f"            barrier_wait(full, 0);{stamped(GEMM, FULL)}        }}\n",
+    ),
+    after(LAST_OF_GEMM, stamped(GEMM, ENDS)),
+    before("    counts[thread] = 0;\n", stamped(0, BEGINS)),
+    before("    // From here on a thread is an expert.\n", stamped(0, WAITED)),
+    at_end(LAST_OF_ROUTE, 0),
+    after("    constexpr int AHEAD = 4;\n", stamped(0, BEGINS)),
+    before("    if (threadIdx.x == 0) places[blockIdx.x] = place;\n", stamped(0, WAITED)),
+    Patch(f"    {WAIT}\n    {TRIGGER}\n    const Place",
+          f"{stamped(1, BEGINS)}    {WAIT}\n{stamped(1, WAITED)}    {TRIGGER}\n    const Place"),
+    at_end(LAST_OF_GATHER, 0, times=2),  # of both; that of `gather` is in the row of `route`
+    after(COMBINE, stamped(4, BEGINS)),
+    after(f"if (!begin) {WAIT}", stamped(4, WAITED)),
+    at_end(LAST_OF_COMBINE, 4),
 )  # fmt: skip
 KERNEL_NAMES = ("route", "gather", "first", "second", "combine")
 EVENTS = ("begins", "waited", "full", "issued", "ends")
@@ -353,7 +375,7 @@ def profile(kind: str, deadline: float) -> None:
                     return
                 found = weights.times(ablated, tile_shape, given, 7)
                 cells = ", ".join(f"{name} {us:.1f}" for name, us in found.items())
-                print(f"{shape.name} {tokens} tokens {tile_shape}, floor {floor_us:.1f} us: {cells}")
+                print(f"{shape.name} {tokens} tokens {tile_shape}, floor {floor_us:.1f}: {cells}")
                 print(timeline(weights, made["timeline"], tile_shape, given), flush=True)
         del weights
         torch.cuda.empty_cache()
@@ -444,7 +466,7 @@ def print_hot(text: str, points: Sequence[str], most: int = 22) -> None:
     for (names, rows), point in zip(tables, points, strict=False):
         place = next(i for i, n in enumerate(names) if n.startswith("# Samples") or "Samples" in n)
         at = names.index("Source")
-        stall = [i for i, n in enumerate(names) if n.startswith("stall_") and "not_issued" not in n.lower()]
+        stall = [i for i, n in enumerate(names) if n.startswith("stall_") and "Not" not in n]
 
         def count(row: list[str], i: int) -> float:
             try:
@@ -457,9 +479,10 @@ def print_hot(text: str, points: Sequence[str], most: int = 22) -> None:
         hot = sorted(range(len(rows)), key=lambda i: -count(rows[i], place))[:most]
         for i in sorted(hot):
             row = rows[i]
-            why = sorted(((count(row, s), names[s]) for s in stall), reverse=True)[:3]
-            said = " ".join(f"{name.removeprefix('stall_')} {n:.0f}" for n, name in why if n)
-            print(f"  {i:5} {100 * count(row, place) / total:5.1f} % {row[at].strip()[:60]:60} {said}")
+            why = sorted(((count(row, s), names[s][6:]) for s in stall), reverse=True)[:3]
+            said = " ".join(f"{name} {n:.0f}" for n, name in why if n)
+            share = 100 * count(row, place) / total
+            print(f"  {i:5} {share:5.1f} % {row[at].strip()[:60]:60} {said}")
 
 
 def main() -> int:
