@@ -94,9 +94,7 @@ class Versions:
         ]
         floor_us = 1e3 * bench.floor(given)
         for shape in self.shapes(tokens, given[0].ids):
-            outs = {
-                name: [self.call(name, shape, one) for one in given] for name in self.kernels
-            }
+            outs = {name: [self.call(name, shape, one) for one in given] for name in self.kernels}
             first = next(iter(outs))
             for name, some in outs.items():
                 for number, (one, other) in enumerate(zip(some, outs[first], strict=True)):
@@ -111,9 +109,7 @@ class Versions:
                 for name in self.kernels
             }
             found = time_on_gpu({name: g.replay for name, g in graphs.items()}, rounds + 2)
-            us = {
-                name: 1e3 * statistics.median(ms[2:]) / len(given) for name, ms in found.items()
-            }
+            us = {name: 1e3 * statistics.median(ms[2:]) / len(given) for name, ms in found.items()}
             points.append(
                 {"layer": str(bench.layer), "kernel": bench.name, "tokens": tokens,
                  "shape": str(shape), "floor": floor_us, "us": us}

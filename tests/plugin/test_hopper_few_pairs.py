@@ -1,7 +1,8 @@
-"""Up to ``FEW_PAIRS`` pairs are routed and gathered by one launch (``route_and_gather``), more by two.
+"""Up to ``FEW_PAIRS`` pairs are routed and gathered by one launch (``route_and_gather``), more by
+two.
 
-Which of the two it was must not be seen: in tiles of one shape a token's output depends on nothing but
-the token, so that each is the same, bit for bit, among few pairs and among many.
+Which of the two it was must not be seen: in tiles of one shape a token's output depends on nothing
+but the token, so that each is the same, bit for bit, among few pairs and among many.
 """
 
 from __future__ import annotations

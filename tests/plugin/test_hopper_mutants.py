@@ -5,9 +5,9 @@ All of a kernel's faults are in one library, each behind a switch. One is found 
 ends with an error of the emulation or with a wrong output.
 
 Three things are no faults by PTX's rules, though the sources have them right: the wait in FP8's
-epilogue (its consumers have seen X, which was copied after the producer's wait); that ``requantize``
-and ``gather`` wait before they trigger (the GEMM between or after them waits too); and in FP8 that the
-first GEMM does (``requantize``, which follows, waits).
+epilogue (its consumers have seen X, which was copied after the producer's wait); that
+``requantize`` and ``gather`` wait before they trigger (the GEMM before or after them waits too);
+and in FP8 that the first GEMM does (``requantize``, which follows, waits).
 """
 
 from __future__ import annotations
