@@ -200,14 +200,17 @@ def test_without_a_fault_nothing_is_found(
     assert set(benches[kernel].said([], mutant, monkeypatch)) == {""}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "where"), [(4, r"route_and_gather, CTA \d+"), (40, "route, CTA 0")]
+)
 def test_what_a_caller_gives_is_bounded_too(
-    benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
+    tokens: int, where: str, benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ids past the end of the map, which vLLM does not give."""
     bench = benches["bf16"]
     bench.library.emulation_mutants(0)
     emulated = Emulated(bench.library, bench.kernel, monkeypatch)
-    x, ids, weights = bench.packed.batch(4)
+    x, ids, weights = bench.packed.batch(tokens)
     ids[2, 1] = TINY.experts + 16  # in the guard page beside it: none but `local` is near
     local = torch.arange(TINY.experts, dtype=torch.int32)
     said = []
@@ -218,4 +221,6 @@ def test_what_a_caller_gives_is_bounded_too(
             )
         except AssertionError as wrong:
             said.append(str(wrong))
-    assert any(re.search(r"route, CTA 0, thread 5: .* past the end of local", one) for one in said)
+    assert any(re.search(f"^{where}, thread 5: .* past the end of local", one) for one in said), (
+        said
+    )
