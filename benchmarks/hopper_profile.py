@@ -154,8 +154,8 @@ def stamped(kernel: int | str, event: int, condition: str = "threadIdx.x == 0") 
 GEMM = "FIRST ? 2 : 3"
 WAIT, TRIGGER = "wait_for_previous_kernel();", "trigger_next_kernel();"
 LAST_OF_GEMM = "empty),\n         ...);\n"
-FIRST_TILE = "        Tile next = args.tiles[schedule.tile(index)];\n"
-PRODUCE = "if (elected()) produce<Shape, Input::WEIGHTS>(args, schedule, total, full);"
+FIRST_TILE = "        Tile next = args.tiles[index / row_blocks];\n"
+PRODUCE = "if (elected()) produce<Shape, Input::WEIGHTS>(args, row_blocks, total, full);"
 LAST_OF_ROUTE = "number - tile * step, 0};\n    }\n}"
 LAST_OF_GATHER = "unit < hidden / 8 ? row[unit] : make_uint4(0, 0, 0, 0));\n}"
 LAST_OF_COMBINE = "pack_bf16x2(sum[4], sum[5]), pack_bf16x2(sum[6], sum[7]));\n}"
@@ -186,7 +186,7 @@ TIMELINE = (
     ),
     after(
         FIRST_TILE,
-        "        if (index < schedule.items(args.size_ends[sizeof...(SIZES) - 1] * row_blocks)) {\n"
+        "        if (index < args.size_ends[sizeof...(SIZES) - 1] * row_blocks) {\n"
         f"            barrier_wait(full, 0);{stamped(GEMM, FULL)}        }}\n",
     ),
     after(LAST_OF_GEMM, stamped(GEMM, ENDS)),
