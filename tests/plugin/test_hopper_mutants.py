@@ -5,9 +5,9 @@ All of a kernel's faults are in one library, each behind a switch. One is found 
 ends with an error of the emulation or with a wrong output.
 
 Three things are no faults by PTX's rules, though the sources have them right: the wait in FP8's
-epilogue (its consumers have seen X, which was copied after the producer's wait); that
-``requantize`` and ``gather`` wait before they trigger (the GEMM before or after them waits too);
-and in FP8 that the first GEMM does (``requantize``, which follows, waits).
+epilogue (its consumers have seen X, which was copied after the producer's wait); that FP8's
+``requantize`` waits before it triggers (the GEMM before it has waited, so ``route`` has ended); and
+that bf16's ``gather`` does (the first GEMM, which follows, waits).
 """
 
 from __future__ import annotations
@@ -111,10 +111,13 @@ MUTANTS = {
     "fp8": {name: Mutant(**{**vars(m), "of": 10 if m.part == SYNC else m.of})
             for name, m in BOTH.items()} | {
         "row-maximum": Mutant(SYNC, "", of=10, number=9),
-        "first-waits": Mutant(WAIT, "", of=6),
-        "second-waits": Mutant(WAIT, "", of=6, number=1),
+        "producer-waits": Mutant(WAIT, "", of=6, number=1),
         "combine-waits": Mutant(WAIT, "", of=6, number=2),
-        "gather-waits": Mutant(WAIT, "", of=6, number=4),
+        # The first GEMM reads tables that are not there yet.
+        "gather-waits": Mutant(WAIT, "", of=6, number=4, said=f"wrong output|{OUTSIDE}"),
+        "gather-triggers-first": Mutant(
+            WAIT, TRIGGER + WAIT, of=6, number=4, said=f"wrong output|{OUTSIDE}"
+        ),
         "requantize-waits": Mutant(WAIT, "", of=6, number=5),
         "registers": Mutant(
             "mma_wait<3>();", "mma_wait<4>();", tokens=150, said="A overwritten under an MMA"

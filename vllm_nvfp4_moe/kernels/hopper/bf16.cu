@@ -22,6 +22,7 @@ namespace {
 
 constexpr int ELEMENT_BYTES = 2;     // of an activation
 constexpr int MAX_TILE_SIZES = 16;   // of one tile shape
+constexpr bool NEW_TABLES = true;  // `route_and_gather` is
 constexpr int WARP_MMA_TOKENS = 16;  // up to which each warp's own MMAs are used
 
 }  // namespace

@@ -1,7 +1,8 @@
 // The grouped GEMM that both Hopper kernels share: its tiles, its pipeline, its producer.
 //
 // The file that includes this has said how many bytes an activation has (ELEMENT_BYTES) and how many
-// sizes tiles may have (MAX_TILE_SIZES), and defines `consume`. What a column of the output is
+// sizes tiles may have (MAX_TILE_SIZES), whether the kernel before the first GEMM may be the one that
+// writes the tables of tiles (NEW_TABLES), and defines `consume`. What a column of the output is
 // called depends on whom you ask: a token for the layer, a row of X in memory, N for the MMA.
 //
 // A library is for one form of experts (`Form` in source.py): GATED ones have gate and up, others up
@@ -255,7 +256,7 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         barrier_init_fence();
     }
     // The tables of `route` are read from here on, by all kernels that follow as well: see `run`.
-    if constexpr (FIRST) wait_for_previous_kernel();
+    if constexpr (FIRST && NEW_TABLES) wait_for_previous_kernel();
     __syncthreads();
     trigger_next_kernel();
 
@@ -270,7 +271,7 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         } else if (warp == 1) {
             // Of the second GEMM only X is from the kernel before. What that kernel read may be
             // overwritten by consumers, since they wait for X.
-            if constexpr (!FIRST) wait_for_previous_kernel();
+            if constexpr (!FIRST || !NEW_TABLES) wait_for_previous_kernel();
             if (elected()) produce<Shape, Input::X>(args, row_blocks, total, full);
         }
     } else {
