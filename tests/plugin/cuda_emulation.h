@@ -782,6 +782,8 @@ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 uint32_t pack_e4m3x2(float low, float high) { return emulated_to_e4m3(low) | emulated_to_e4m3(high) << 8; }
 
 int warpgroup() { return int(threadIdx.x / 128); }
+int warp_of_group() { return threadIdx.x / 32 % 4; }
+bool elected() { return threadIdx.x % 32 == 0; }
 
 template <int N>
 void mma_size_begins() {}

@@ -97,12 +97,13 @@ def test_as_many_experts_as_there_can_be(emulated: Emulated, tile_shape: TileSha
 
 
 # On an H200: experts, hidden and intermediate size, k, tokens, and how many times as long TOKENS_64
-# took as TOKENS_8. In other runs than those that the model was fitted to.
+# took as TOKENS_8. In other runs than those that the model was fitted to; with one producer a CTA,
+# when TOKENS_8 took 7 % longer beside TOKENS_64 than since: what is no winner any more is not here.
 MEASURED = [
     *[(128, 6144, 3072, 4, t, ratio) for t, ratio in ((1, 1.08), (2, 1.08), (4, 0.84), (8, 0.88))],
     *[(128, 6144, 1536, 4, t, ratio) for t, ratio in ((1, 1.33), (2, 1.06), (8, 0.87), (16, 0.85))],
     *[(128, 6144, 768, 4, t, ratio) for t, ratio in ((1, 1.86), (2, 1.30), (16, 0.90), (32, 0.82))],
-    *[(128, 6144, 384, 4, t, ratio) for t, ratio in ((1, 1.93), (4, 1.20), (8, 0.92), (32, 0.75))],
+    *[(128, 6144, 384, 4, t, ratio) for t, ratio in ((1, 1.93), (4, 1.20), (32, 0.75))],
     *[
         (128, 4096, 1536, 8, t, ratio)
         for t, ratio in ((4, 0.91), (8, 0.85), (16, 0.83), (32, 0.82))
@@ -111,6 +112,12 @@ MEASURED = [
     *[(256, 7168, 2048, 8, t, ratio) for t, ratio in ((1, 0.89), (2, 0.87), (4, 0.84), (32, 0.82))],
     *[(256, 7168, 1024, 8, t, ratio) for t, ratio in ((1, 1.26), (2, 0.87), (4, 0.82), (32, 0.81))],
     *[(256, 7168, 256, 8, t, ratio) for t, ratio in ((1, 1.78), (2, 1.58), (4, 1.06), (8, 0.72))],
+    # With two producers (benchmarks/results/hopper_ab_bf16-h200-2026-11-30.json).
+    *[(128, 6144, 3072, 4, t, ratio) for t, ratio in ((1, 1.12), (2, 1.17))],
+    *[(8, 4096, 14336, 2, t, ratio) for t, ratio in ((1, 1.68), (2, 1.28))],
+    *[(128, 4096, 1536, 8, t, ratio) for t, ratio in ((1, 1.05), (8, 0.91))],
+    *[(128, 6144, 768, 4, t, ratio) for t, ratio in ((1, 1.87), (2, 1.33))],
+    (64, 2048, 1024, 8, 1, 1.21),
 ]
 
 

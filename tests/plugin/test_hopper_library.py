@@ -90,7 +90,7 @@ def test_cudas_errors_come_with_their_text(
 ) -> None:
     check_library(library, KERNEL.tile_shapes)
     packed = Packed.random(Shape("small", 8, 256, 64, 2), CPU)
-    x, ids, weights = packed.batch(4)
+    x, ids, weights = packed.batch(40)  # which `route` routes
     emulated = Emulated(library, KERNEL, monkeypatch)
     with pytest.raises(KernelError, match=r"^CUDA error 9: invalid configuration argument$"):
         emulated.run(x, packed.experts, ids, weights, GATES["silu"])

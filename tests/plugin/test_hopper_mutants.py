@@ -4,9 +4,10 @@ passes elsewhere means something.
 All of a kernel's faults are in one library, each behind a switch. One is found if any of ``SEEDS``
 ends with an error of the emulation or with a wrong output.
 
-Two things are no faults by PTX's rules, though the sources have them right: the wait in FP8's
-epilogue (its consumers have seen X, which was copied after the producer's wait), and that
-``requantize`` waits before it triggers (the GEMM before it has waited, so ``route`` has ended).
+Three things are no faults by PTX's rules, though the sources have them right: the wait in FP8's
+epilogue (its consumers have seen X, which was copied after the producer's wait); that FP8's
+``requantize`` waits before it triggers (the GEMM before it has waited, so ``route`` has ended); and
+that bf16's ``gather`` does (the first GEMM, which follows, waits).
 """
 
 from __future__ import annotations
@@ -33,19 +34,30 @@ TINY = Shape("tiny", 4, 256, 128, 2)
 
 WAIT, TRIGGER, SYNC = "wait_for_previous_kernel();", "trigger_next_kernel();", "__syncthreads();"
 
+# Few pairs (4 tokens of 2 experts) are routed by each CTA, in bf16; 80 by `route`.
 BOTH = {
     # Barriers of a CTA: mbarriers made, experts' counts cleared, all counted, tiles' rows known.
-    "barriers-made": Mutant(SYNC, "", of=4, said="no mbarrier"),
-    "counts-cleared": Mutant(SYNC, "", of=4, number=1, tokens=40),
-    "counted": Mutant(SYNC, "", of=4, number=2, tokens=40, said="divides by zero"),
-    "rows-known": Mutant(SYNC, "", of=4, number=3, tokens=40, said="wrong output|from outside"),
+    "barriers-made": Mutant(SYNC, "", of=9, said="no mbarrier"),
+    "counts-cleared": Mutant(SYNC, "", of=9, number=1, tokens=40),
+    "counted": Mutant(SYNC, "", of=9, number=2, tokens=40, said="divides by zero"),
+    "rows-known": Mutant(SYNC, "", of=9, number=3, tokens=40, said="wrong output|from outside"),
+    "weights-there": Mutant(SYNC, "", of=9, number=8),  # a token's, for the sum
+    "producers": Mutant(
+        "barrier_init(full + 8 * i, PRODUCERS);",
+        "barrier_init(full + 8 * i, PRODUCERS - 1);",
+        said="one arrival too many|wrong output",
+    ),
     # One element too far.
     "tiles-read": Mutant(
         "(index + gridDim.x) / row_blocks", "1 << 10", said=f"wrong output|{OUTSIDE}"
     ),
-    "tiles-written": Mutant("tiles[first + i]", "tiles[first + i + 8]", said=OUTSIDE),
-    "sizes": Mutant("size_ends[thread] = end;", "size_ends[thread + 1] = end;", said=OUTSIDE),
-    "places": Mutant("places[pair] = place;", "places[pair + 1] = place;", said=OUTSIDE),
+    "tiles-written": Mutant(
+        "tiles[first + i]", "tiles[first + i + 8]", of=2, tokens=40, said=OUTSIDE
+    ),
+    "sizes": Mutant(
+        "size_ends[thread] = end;", "size_ends[thread + 1] = end;", of=2, tokens=40, said=OUTSIDE
+    ),
+    "places": Mutant("places[pair] = place;", "places[pair + 1] = place;", tokens=40, said=OUTSIDE),
     "ids": Mutant("ids[pair] >= 0", "ids[pair + 1] >= 0", map=True, said=OUTSIDE),
     "local": Mutant("local[ids[pair]]", "local[ids[pair] + 1]", map=True, said=OUTSIDE),
     "router-weights": Mutant(
@@ -61,10 +73,25 @@ MEET = "named_barrier_sync<K_GROUPS * 128>();"
 
 MUTANTS = {
     "bf16": BOTH | {
-        "producer-waits": Mutant(WAIT, "", of=3),
-        "combine-waits": Mutant(WAIT, "", of=3, number=1),
-        "gather-waits": Mutant(WAIT, "", of=3, number=2),
-        "gather-triggers-first": Mutant(WAIT, TRIGGER + WAIT, of=3, number=2),
+        # Waits: of the first GEMM, the second's producer of X, `combine` and `gather`.
+        "first-waits": Mutant(WAIT, "", of=4),
+        "first-triggers-first": Mutant(WAIT, TRIGGER + WAIT, of=4),
+        "second-waits": Mutant(WAIT, "", of=4, number=1),
+        "combine-waits": Mutant(WAIT, "", of=4, number=2),
+        "gather-waits": Mutant(WAIT, "", of=4, number=3, tokens=40),
+        # Few pairs: experts known, plans known, places known; and an element too far.
+        "experts-known": Mutant(SYNC, "", of=9, number=4),
+        "plans-known": Mutant(SYNC, "", of=9, number=5),
+        "places-known": Mutant(SYNC, "", of=9, number=6),
+        "few-tiles": Mutant(
+            "tiles[first + i]", "tiles[first + i + 8]", of=2, number=1, said=OUTSIDE
+        ),
+        "few-sizes": Mutant(
+            "size_ends[thread] = end;", "size_ends[thread + 1] = end;", of=2, number=1, said=OUTSIDE
+        ),
+        "few-places": Mutant(
+            "places[blockIdx.x] = place;", "places[blockIdx.x + 1] = place;", said=OUTSIDE
+        ),
         "partial-read": Mutant(MEET, "", of=2),
         "partial-written": Mutant(MEET, "", of=2, number=1),
         "arrivals": Mutant(
@@ -81,14 +108,17 @@ MUTANTS = {
             COMMIT + RELEASE, f"mma_commit(); {RELEASE} mma_wait<1>();", tokens=150
         ),
     },
-    "fp8": {name: Mutant(**{**vars(m), "of": 5 if m.part == SYNC else m.of})
+    "fp8": {name: Mutant(**{**vars(m), "of": 10 if m.part == SYNC else m.of})
             for name, m in BOTH.items()} | {
-        "row-maximum": Mutant(SYNC, "", of=5, number=4),
-        "producer-waits": Mutant(WAIT, "", of=5),
-        "combine-waits": Mutant(WAIT, "", of=5, number=1),
-        "gather-waits": Mutant(WAIT, "", of=5, number=3),
-        "gather-triggers-first": Mutant(WAIT, TRIGGER + WAIT, of=5, number=3),
-        "requantize-waits": Mutant(WAIT, "", of=5, number=4),
+        "row-maximum": Mutant(SYNC, "", of=10, number=9),
+        "producer-waits": Mutant(WAIT, "", of=6, number=1),
+        "combine-waits": Mutant(WAIT, "", of=6, number=2),
+        # The first GEMM reads tables that are not there yet.
+        "gather-waits": Mutant(WAIT, "", of=6, number=4, said=f"wrong output|{OUTSIDE}"),
+        "gather-triggers-first": Mutant(
+            WAIT, TRIGGER + WAIT, of=6, number=4, said=f"wrong output|{OUTSIDE}"
+        ),
+        "requantize-waits": Mutant(WAIT, "", of=6, number=5),
         "registers": Mutant(
             "mma_wait<3>();", "mma_wait<4>();", tokens=150, said="A overwritten under an MMA"
         ),
@@ -173,14 +203,17 @@ def test_without_a_fault_nothing_is_found(
     assert set(benches[kernel].said([], mutant, monkeypatch)) == {""}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "where"), [(4, r"route_and_gather, CTA \d+"), (40, "route, CTA 0")]
+)
 def test_what_a_caller_gives_is_bounded_too(
-    benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
+    tokens: int, where: str, benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ids past the end of the map, which vLLM does not give."""
     bench = benches["bf16"]
     bench.library.emulation_mutants(0)
     emulated = Emulated(bench.library, bench.kernel, monkeypatch)
-    x, ids, weights = bench.packed.batch(4)
+    x, ids, weights = bench.packed.batch(tokens)
     ids[2, 1] = TINY.experts + 16  # in the guard page beside it: none but `local` is near
     local = torch.arange(TINY.experts, dtype=torch.int32)
     said = []
@@ -191,4 +224,6 @@ def test_what_a_caller_gives_is_bounded_too(
             )
         except AssertionError as wrong:
             said.append(str(wrong))
-    assert any(re.search(r"route, CTA 0, thread 5: .* past the end of local", one) for one in said)
+    assert any(re.search(f"^{where}, thread 5: .* past the end of local", one) for one in said), (
+        said
+    )

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int ELEMENT_BYTES = 2;     // of an activation
 constexpr int MAX_TILE_SIZES = 16;   // of one tile shape
+constexpr bool NEW_TABLES = true;  // `route_and_gather` is
 constexpr int WARP_MMA_TOKENS = 16;  // up to which each warp's own MMAs are used
 
 }  // namespace
@@ -292,23 +293,59 @@ __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& t
 
 }  // namespace
 
+// Stores 16 bytes of a row in its tile, whose rows have `padded` columns.
+__device__ __forceinline__ void store_unit(uint8_t* tiles, int padded, const Place& place, int unit,
+                                           const uint4& value) {
+    uint8_t* const tile = tiles + int64_t(place.tile_row) * padded * 2 + place.index * 128;
+    *reinterpret_cast<uint4*>(tile + int64_t(unit / 8) * place.size * 128 +
+                              (unit % 8 ^ place.index % 8) * 16) = value;
+}
+
+constexpr int GATHER_THREADS = 128, FEW_THREADS = 256;
+
 // Copies rows of x, bf16 [tokens][stride], into the first GEMM's tiles. A CTA for each pair.
-extern "C" __global__ void __launch_bounds__(128) gather(const uint4* x, int64_t stride, int top_k,
-                                                         int hidden, int padded, const Place* places,
-                                                         uint8_t* out) {
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
+    gather(const uint4* x, int64_t stride, int top_k, int hidden, int padded, const Place* places,
+           uint8_t* out) {
     wait_for_previous_kernel();
     trigger_next_kernel();
     const Place place = places[blockIdx.x];
     if (place.tile_row < 0) return;
     const uint4* const row = x + int64_t(blockIdx.x / top_k) * stride / 8;
-    uint8_t* const tile = out + int64_t(place.tile_row) * padded * 2 + place.index * 128;
 #pragma unroll 4
-    for (int unit = threadIdx.x; unit < padded / 8; unit += blockDim.x) {
-        const uint4 value = unit < hidden / 8 ? row[unit] : make_uint4(0, 0, 0, 0);
-        uint8_t* const to =
-            tile + int64_t(unit / 8) * place.size * 128 + (unit % 8 ^ place.index % 8) * 16;
-        *reinterpret_cast<uint4*>(to) = value;
+    for (int unit = threadIdx.x; unit < padded / 8; unit += GATHER_THREADS)
+        store_unit(out, padded, place, unit,
+                   unit < hidden / 8 ? row[unit] : make_uint4(0, 0, 0, 0));
+}
+
+// `route` and `gather` of at most FEW_PAIRS pairs. A CTA for each pair, which routes for itself while
+// its part of x is on the way.
+extern "C" __global__ void __launch_bounds__(FEW_THREADS)
+    route_and_gather(const int* ids, const float* router_weights, const int* local, int pairs,
+                     int experts, int token_step, int max_tokens, Tile* tiles, int* size_ends,
+                     Place* places, const uint4* x, int64_t stride, int top_k, int hidden, int padded,
+                     uint8_t* out) {
+    constexpr int AHEAD = 4;
+    trigger_next_kernel();
+    const uint4* const row = x + int64_t(blockIdx.x / top_k) * stride / 8;
+    uint4 ahead[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        const int unit = threadIdx.x + i * FEW_THREADS;
+        ahead[i] = unit < hidden / 8 ? row[unit] : make_uint4(0, 0, 0, 0);
     }
+    const Place place = route_few(ids, router_weights, local, pairs, experts, token_step, max_tokens,
+                                  blockIdx.x, blockIdx.x == 0, tiles, size_ends);
+    if (threadIdx.x == 0) places[blockIdx.x] = place;
+    if (place.tile_row < 0) return;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        const int unit = threadIdx.x + i * FEW_THREADS;
+        if (unit < padded / 8) store_unit(out, padded, place, unit, ahead[i]);
+    }
+    for (int unit = threadIdx.x + AHEAD * FEW_THREADS; unit < padded / 8; unit += FEW_THREADS)
+        store_unit(out, padded, place, unit,
+                   unit < hidden / 8 ? row[unit] : make_uint4(0, 0, 0, 0));
 }
 
 DEFINE_GEMMS(8, 64, 4, 8)                                // where there are few tiles
@@ -322,19 +359,29 @@ constexpr Gemms GEMMS[] = {GEMMS_8x64, GEMMS_64x256, GEMMS_128x256, GEMMS_192x19
 
 // Runs the layer. Returns a cudaError_t.
 //
-// All kernels but `route` are dependent launches: they start while the one before still runs. The
-// invariant: a kernel between `route` and a GEMM triggers the next one only AFTER it has waited. For
-// a GEMM's consumers read `tiles` and `size_ends`, which `route` writes, without waiting; only its
-// producer waits, before it reads X. That a GEMM has started must therefore mean that `route` has
-// ended. A GEMM itself may trigger before it waits, since `route` had ended when it started.
+// All kernels but the first are dependent launches: they start while the one before still runs. The
+// invariant: the first GEMM triggers the next kernel only AFTER it has waited. For what follows it reads
+// `tiles`, `size_ends` and `places`, which `route` writes, without waiting; the second GEMM waits
+// before it reads X, and `combine` before it reads the GEMM's output. That these have started must
+// therefore mean that `route` has ended.
 EXPORTED int run(const LaunchSpec* given, cudaStream_t stream) {
     const LaunchSpec& spec = *given;
     const Gemms& gemms = GEMMS[spec.tile_shape];
-    int error = launch_route(spec, gemms.shape, stream);
-    if (!error)
-        error = launch(gather, spec.tokens * spec.top_k, 128, 0, stream, true,
-                       static_cast<const uint4*>(spec.x), spec.x_stride, spec.top_k, spec.hidden,
-                       spec.hidden_padded, spec.places, static_cast<uint8_t*>(spec.x_tiles));
+    const int pairs = spec.tokens * spec.top_k;
+    const auto* const x = static_cast<const uint4*>(spec.x);
+    auto* const x_tiles = static_cast<uint8_t*>(spec.x_tiles);
+    int error;
+    if (pairs <= FEW_PAIRS) {
+        error = launch(route_and_gather, pairs, FEW_THREADS, 0, stream, false, spec.ids,
+                       spec.router_weights, spec.local, pairs, spec.experts, gemms.shape.token_step,
+                       gemms.shape.max_tokens, spec.tiles, spec.size_ends, spec.places, x,
+                       spec.x_stride, spec.top_k, spec.hidden, spec.hidden_padded, x_tiles);
+    } else {
+        error = launch_route(spec, gemms.shape, stream);
+        if (!error)
+            error = launch(gather, pairs, GATHER_THREADS, 0, stream, true, x, spec.x_stride,
+                           spec.top_k, spec.hidden, spec.hidden_padded, spec.places, x_tiles);
+    }
     if (!error)
         error = gemms.launch(true, first_arguments(spec, spec.middle_tiles), spec.processors, stream);
     if (!error) error = gemms.launch(false, second_arguments(spec), spec.processors, stream);

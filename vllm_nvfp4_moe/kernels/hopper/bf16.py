@@ -23,7 +23,7 @@ TOKENS_192 = TileShape(192, row_groups=3, k_groups=1, token_step=16)
 MOST_PAIRS = 64
 """For ``TOKENS_8``: with more it was not measured. Experts that several tokens chose would be read
 again for every eight."""
-DECODING: Costs = ((TOKENS_64, 1.0), (TOKENS_8, 1.2))
+DECODING: Costs = ((TOKENS_64, 1.0), (TOKENS_8, 1.1))
 PREFILL: Table = ((96, TOKENS_128), (768, TOKENS_192), (math.inf, TOKENS_128))
 
 

@@ -23,6 +23,7 @@ namespace {
 
 constexpr int ELEMENT_BYTES = 1;    // of an activation
 constexpr int MAX_TILE_SIZES = 16;  // of one tile shape
+constexpr bool NEW_TABLES = false;  // `gather` is not, and triggers after it has waited for `route`
 
 }  // namespace
 
@@ -311,9 +312,9 @@ constexpr Gemms GEMMS[] = {GEMMS_64x128, GEMMS_64x256, GEMMS_128x256, GEMMS_192x
 
 // Runs the layer. Returns a cudaError_t.
 //
-// The invariant of bf16.cu's `run` holds here too: `gather` and `requantize`, which lie between
-// `route` and a GEMM, trigger only AFTER they have waited. A GEMM's epilogue reads its activations'
-// scales, which the kernel before wrote, and waits for that kernel itself.
+// All that lies between `route` and a GEMM, `gather` and `requantize`, triggers only AFTER it has waited:
+// what follows reads the tables without waiting. A GEMM's epilogue reads its activations' scales,
+// which the kernel before wrote, and waits for that kernel itself.
 EXPORTED int run(const LaunchSpec* given, cudaStream_t stream) {
     const LaunchSpec& spec = *given;
     const Gemms& gemms = GEMMS[spec.tile_shape];

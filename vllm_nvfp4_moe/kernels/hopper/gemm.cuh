@@ -1,7 +1,8 @@
 // The grouped GEMM that both Hopper kernels share: its tiles, its pipeline, its producer.
 //
 // The file that includes this has said how many bytes an activation has (ELEMENT_BYTES) and how many
-// sizes tiles may have (MAX_TILE_SIZES), and defines `consume`. What a column of the output is
+// sizes tiles may have (MAX_TILE_SIZES), whether the kernel before the first GEMM may be the one that
+// writes the tables of tiles (NEW_TABLES), and defines `consume`. What a column of the output is
 // called depends on whom you ask: a token for the layer, a row of X in memory, N for the MMA.
 //
 // A library is for one form of experts (`Form` in source.py): GATED ones have gate and up, others up
@@ -153,11 +154,13 @@ struct TileShape {
     static constexpr int BUDGET = 227 * 1024 - 1024 - 1024 - PARTIAL_BYTES;
     static constexpr int STAGES = BUDGET / STAGE_BYTES < 24 ? BUDGET / STAGE_BYTES : 24;
     static constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS, THREADS = (CONSUMERS + 1) * 128;
-    // The register file has 64 K, given to all threads alike at the start. The producer needs few,
-    // and consumers get the rest.
-    static constexpr int ENTRY_REGISTERS = 65536 / THREADS / 8 * 8, PRODUCER_REGISTERS = 24;
+    // The register file has 64 K, given to all threads alike at the start. Producers need few, and
+    // consumers get the rest, in eights; what that leaves is the producers' again.
+    static constexpr int ENTRY_REGISTERS = 65536 / THREADS / 8 * 8, FEWEST_REGISTERS = 24;
     static constexpr int CONSUMER_REGISTERS =
-        ((CONSUMERS + 1) * ENTRY_REGISTERS - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
+        ((CONSUMERS + 1) * ENTRY_REGISTERS - FEWEST_REGISTERS) / CONSUMERS / 8 * 8;
+    static constexpr int PRODUCER_REGISTERS =
+        ((CONSUMERS + 1) * ENTRY_REGISTERS - CONSUMERS * CONSUMER_REGISTERS) / 8 * 8;
     static constexpr int SHARED_BYTES = 1024 + 1024 + PARTIAL_BYTES + STAGES * STAGE_BYTES;
     static_assert(STAGES >= 2, "no room for two stages");
 };
@@ -187,35 +190,48 @@ __device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args,
     }
 }
 
-// Copies what the CTA's tiles need into the stages. One thread does all of it.
-template <typename Shape>
-__device__ __forceinline__ void produce(const GemmArguments& args, int row_blocks, int total,
-                                        uint32_t stages, uint32_t full, uint32_t empty) {
-    // With larger tiles an expert has several, which read its weights again.
-    const uint64_t weights_policy = Shape::MAX_TOKENS > 64 ? evict_normal_policy()
-                                                           : evict_first_policy();
-    const uint64_t x_policy = evict_last_policy();
-    const int64_t chunks = args.chunks;
-    const int steps = args.chunks / 2;
-    Ring ring;
-    for (int index = blockIdx.x; index < total; index += gridDim.x) {
+// What a producer copies. Weights are older than all launches of a call, so that their producer need
+// not wait for the kernel before: it fills the ring while that one ends.
+enum class Input { WEIGHTS, X };
+constexpr int PRODUCERS = 2;
+
+// Copies one input of the CTA's tiles into the stages. One thread does all of it.
+template <typename Shape, Input INPUT>
+__device__ __forceinline__ void produce(const GemmArguments& args, uint32_t row_blocks,
+                                        uint32_t total, uint32_t full) {
+    constexpr bool WEIGHTS = INPUT == Input::WEIGHTS;
+    // With larger tiles an expert has several, which read its weights again. X is read by every CTA.
+    const uint64_t policy = !WEIGHTS                 ? evict_last_policy()
+                            : Shape::MAX_TOKENS > 64 ? evict_normal_policy()
+                                                     : evict_first_policy();
+    const uint32_t end = full + 8 * Shape::STAGES;  // where the barriers of empty stages begin
+    uint32_t to = full - Shape::PARTIAL_BYTES - Shape::STAGES * Shape::STAGE_BYTES +
+                  (WEIGHTS ? Shape::X_BYTES : 0);
+    uint32_t barrier = full, parity = 1;
+    for (uint32_t index = blockIdx.x; index < total; index += gridDim.x) {
         const Tile tile = args.tiles[index / row_blocks];
         const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
         const int groups = min(Shape::ROW_GROUPS, args.row_tiles - row_tile);
-        const uint8_t* const weights =
-            args.weights + (int64_t(tile.expert) * args.row_tiles + row_tile) * chunks * CHUNK_BYTES;
-        const uint8_t* const x = args.x + int64_t(tile.row) * chunks * CHUNK * ELEMENT_BYTES;
-        const int x_bytes = tile.size * STAGE * ELEMENT_BYTES;
-        for (int step = 0; step < steps; ++step, ring.next<Shape::STAGES>()) {
-            const uint32_t to = stages + ring.stage * Shape::STAGE_BYTES;
-            const uint32_t barrier = full + 8 * ring.stage;
-            barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            barrier_expect(barrier, groups * WEIGHT_BYTES + x_bytes);
-            for (int group = 0; group < groups; ++group)
-                bulk_copy(to + Shape::X_BYTES + group * WEIGHT_BYTES,
-                          weights + group * chunks * CHUNK_BYTES + step * WEIGHT_BYTES, WEIGHT_BYTES,
-                          barrier, weights_policy);
-            bulk_copy(to, x + int64_t(step) * x_bytes, x_bytes, barrier, x_policy);
+        const int group_bytes = args.chunks * CHUNK_BYTES;
+        const int bytes = WEIGHTS ? groups * WEIGHT_BYTES : tile.size * STAGE * ELEMENT_BYTES;
+        const uint8_t* from =
+            WEIGHTS ? args.weights + (int64_t(tile.expert) * args.row_tiles + row_tile) * group_bytes
+                    : args.x + int64_t(tile.row) * args.chunks * (CHUNK * ELEMENT_BYTES);
+        for (int step = args.chunks / 2; step > 0; --step) {
+            barrier_wait(barrier + 8 * Shape::STAGES, parity);
+            barrier_expect(barrier, bytes);
+            if constexpr (WEIGHTS) {
+                const uint8_t* group = from;
+                for (int i = 0; i < groups; ++i, group += group_bytes)
+                    bulk_copy(to + i * WEIGHT_BYTES, group, WEIGHT_BYTES, barrier, policy);
+                from += WEIGHT_BYTES;
+            } else {
+                bulk_copy(to, from, bytes, barrier, policy);
+                from += bytes;
+            }
+            to += Shape::STAGE_BYTES, barrier += 8;
+            if (barrier == end)
+                to -= Shape::STAGES * Shape::STAGE_BYTES, barrier = full, parity ^= 1;
         }
     }
 }
@@ -233,12 +249,14 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
     const uint32_t empty = full + 8 * Shape::STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; ++i) {
-            barrier_init(full + 8 * i, 1);
+            barrier_init(full + 8 * i, PRODUCERS);
             // Each warp of the warpgroups that use the stage says when it is done with it.
             barrier_init(empty + 8 * i, 4 * Shape::ROW_GROUPS);
         }
         barrier_init_fence();
     }
+    // The tables of `route` are read from here on, by all kernels that follow as well: see `run`.
+    if constexpr (FIRST && NEW_TABLES) wait_for_previous_kernel();
     __syncthreads();
     trigger_next_kernel();
 
@@ -246,11 +264,16 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
     if (warpgroup() >= Shape::CONSUMERS) {
         set_max_registers<Shape::PRODUCER_REGISTERS, false>();
         const int total = args.size_ends[sizeof...(SIZES) - 1] * row_blocks;
-        if (threadIdx.x % 128) return;
-        // Only X is from the kernel before; `tiles` and `size_ends` are older (see `run`). What that
-        // kernel read may be overwritten by consumers, since they wait for X.
-        wait_for_previous_kernel();
-        produce<Shape>(args, row_blocks, total, shared_address(stages), full, empty);
+        // A warp each, since a warp's threads would take turns.
+        const int warp = warp_of_group();
+        if (warp == 0) {
+            if (elected()) produce<Shape, Input::WEIGHTS>(args, row_blocks, total, full);
+        } else if (warp == 1) {
+            // Of the second GEMM only X is from the kernel before. What that kernel read may be
+            // overwritten by consumers, since they wait for X.
+            if constexpr (!FIRST || !NEW_TABLES) wait_for_previous_kernel();
+            if (elected()) produce<Shape, Input::X>(args, row_blocks, total, full);
+        }
     } else {
         set_max_registers<Shape::CONSUMER_REGISTERS, true>();
         int index = blockIdx.x, size = 0;

@@ -58,6 +58,16 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// Whether this is the one of a warp's threads that the warp has chosen. All 32 must call. Of no other
+// condition does ptxas see that a single thread goes on: it would put a loop around each bulk copy.
+__device__ __forceinline__ bool elected() {
+    uint32_t chosen;
+    asm volatile(
+        "{\n.reg .pred is;\nelect.sync _|is, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, is;\n}\n"
+        : "=r"(chosen));
+    return chosen;
+}
+
 // A barrier of the first `THREADS` threads of a CTA. __syncthreads has number 0.
 template <int THREADS>
 __device__ __forceinline__ void named_barrier_sync() {
@@ -119,6 +129,9 @@ __device__ __forceinline__ uint32_t transpose(uint32_t matrix) {
 // The warpgroup's number. From a shuffle ptxas sees that it is the same in the whole warp, and keeps
 // what follows from it, descriptors above all, in uniform registers.
 __device__ __forceinline__ int warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+
+// The warp's number in its warpgroup.
+__device__ __forceinline__ int warp_of_group() { return __shfl_sync(~0u, threadIdx.x / 32 % 4, 0); }
 
 // These two keep the code for different MMA sizes apart. ptxas would merge what it has in common,
 // and then run the MMAs one by one.
