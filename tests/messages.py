@@ -3,7 +3,7 @@
 A message is what is raised, what ``refuse`` is called with, and what is logged as a warning or
 worse. Where code puts a value into a message, the message here has ``…``, unless the value is a
 string that another module defines (``settings.CACHE``). A message that comes from a function
-(``return "…"``) or a name is followed there.
+(``return "…"``) or a name is followed there. In C++ it is what ``fail`` is called with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 HOLE = "…"
 _LEVELS = {"warning", "warning_once", "error", "exception", "critical"}
 _DEPTH = 4
-_DIRECTIVE = r"%[.\d]*[sdgrf]"
+_DIRECTIVE = r"%[.\d]*(?:ll)?[sdgrf]"
+_FAIL = re.compile(r'\bfail\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)')
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Source:
             for folder in folders
             for file in sorted(folder.rglob("*.py"))
         }
+        self.cpp = {
+            file: file.read_text(encoding="utf-8")
+            for folder in folders
+            for file in sorted([*folder.rglob("*.cpp"), *folder.rglob("*.h")])
+        }
         self.functions: dict[str, list[_Scope]] = {}
         for module in self.modules.values():
             for node in ast.walk(module):
@@ -78,6 +84,12 @@ class Source:
                     if expression is not None:
                         where = f"{file.name}:{node.lineno}"
                         yield from (Message(t, where) for t in self._texts(expression, scope))
+
+        for file, text in self.cpp.items():
+            for found in _FAIL.finditer(text) if file.is_relative_to(folder) else ():
+                parts = re.findall(r'"((?:[^"\\]|\\.)*)"', found[1])
+                where = f"{file.name}:{text.count(chr(10), 0, found.start()) + 1}"
+                yield Message(re.sub(_DIRECTIVE, HOLE, "".join(parts)), where)
 
     def _texts(self, node: ast.expr, scope: _Scope, depth: int = _DEPTH) -> list[str]:
         """What ``node`` may be as a string, with holes."""

@@ -92,8 +92,12 @@ def test_messages_are_read_off_source(tmp_path: Path) -> None:
         '    logger.error("%s", why(n))\n'
         "    raise ValueError(_TEXT.format(x=n))\n"
     )
+    (tmp_path / "b.cpp").write_text(
+        'fail("%s: %lld "\n     "lost", name, n); failure("not this");\n'
+        "void fail(const char* format, ...);\n"
+    )
     found = {m.text for m in Source(tmp_path).messages(tmp_path)}
-    assert found == {"…: … of it", "because of …", "NVFP4_HOME=… is odd", "wants …"}
+    assert found == {"…: … of it", "because of …", "NVFP4_HOME=… is odd", "wants …", "…: … lost"}
 
 
 WITHOUT_PLUGIN = """

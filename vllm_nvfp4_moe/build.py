@@ -54,8 +54,10 @@ def cpu() -> Iterator[Unit]:
     """All that experts and the quantizer may ask for on a CPU. An old compiler does not know the
     newest instructions; the last set, which comes last, is within those of the others."""
     from quantize.nvfp4.kernels import cpp_cpu
+    from vllm_nvfp4_moe.kernels.cpu import operators
     from vllm_nvfp4_moe.kernels.cpu.kernel import VARIANTS
 
+    yield Unit("CPU, what PyTorch calls", *operators.source())
     for variant in VARIANTS:
         name = f"CPU, {variant.instructions.name}"
         yield Unit(name, variant.source(), variant.language, variant == VARIANTS[-1])

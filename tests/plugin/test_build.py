@@ -20,6 +20,7 @@ from quantize.nvfp4.kernels import cpp_cpu
 from tests.plugin.test_jit import SOURCE, as_nobody, compilations, log, tmp_path
 from vllm_nvfp4_moe import build, settings
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
+from vllm_nvfp4_moe.kernels.cpu import operators
 from vllm_nvfp4_moe.kernels.hopper import launch
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 from vllm_nvfp4_moe.kernels.hopper.source import Form
@@ -67,8 +68,10 @@ def test_all_that_kernels_ask_for_is_made(monkeypatch: MonkeyPatch) -> None:
     for instructions in cpp_cpu.INSTRUCTIONS:
         with pytest.raises(jit.KernelError, match="noted"):
             cpp_cpu.CppKernel(instructions)
+    with pytest.raises(jit.KernelError, match="noted"):
+        operators.load.__wrapped__()
     made = [jit.file_name(unit.source, unit.language) for unit in [*build.cuda(), *build.cpu()]]
-    assert len(made) == len(asked) == 14
+    assert len(made) == len(asked) == 15
     assert set(made) == asked
 
 
@@ -85,10 +88,10 @@ def test_the_command(
     assert {path.name for path in folder.iterdir()} == made
     assert {stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())} == {0o755}
     said = capsys.readouterr().out
-    assert said.count("\n") == 14 and "HOPPER FP8 (vllm_nvfp4_moe), ungated with biases: " in said
+    assert said.count("\n") == 15 and "HOPPER FP8 (vllm_nvfp4_moe), ungated with biases: " in said
     done = compilations(log)
     assert build.main(["--to", str(folder)]) == 0
-    assert capsys.readouterr().out.count("(is there)") == 14
+    assert capsys.readouterr().out.count("(is there)") == 15
     assert compilations(log) == done
 
 

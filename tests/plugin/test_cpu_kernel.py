@@ -279,7 +279,7 @@ def test_an_expert_that_there_is_not(kernel: Kernel) -> None:
     ids = torch.tensor([[0, EXPERTS]], dtype=torch.int32)
     numbers = [None, torch.arange(EXPERTS, dtype=torch.int32)]
     for expert_map in numbers:
-        with pytest.raises(ValueError, match=f"an expert beyond the last of {EXPERTS}"):
+        with pytest.raises(RuntimeError, match=f"an expert beyond the last of {EXPERTS}"):
             case.run(kernel, torch.zeros(1, 16), torch.ones(1, 2), ids, Gate("silu"), expert_map)
 
 
@@ -289,20 +289,20 @@ def test_an_expert_that_there_is_not(kernel: Kernel) -> None:
         (
             "w13",
             lambda t: t.mT.contiguous().mT,
-            r"uint8 \[5, 32, 8\] where torch.uint8 \[5, 32, 8\] in C",
+            r"w13: uint8 \[5, 32, 8\] where uint8 \[5, 32, 8\] in C order",
         ),
-        ("w13", lambda t: t[:, :16].contiguous(), r"\[5, 16, 8\] where torch.uint8 \[5, 32, 8\]"),
-        ("g2", lambda t: t.double(), r"float64 \[5\] where torch.float32"),
-        ("g13", lambda t: t[:2], r"\[2\] where torch.float32 \[5\]"),
-        ("s13", lambda t: t.view(torch.uint8), "where torch.float8_e4m3fn"),
+        ("w13", lambda t: t[:, :16].contiguous(), r"\[5, 16, 8\] where uint8 \[5, 32, 8\]"),
+        ("g2", lambda t: t.double(), r"w2_global: another dtype \[5\] where float32"),
+        ("g13", lambda t: t[:2], r"\[2\] where float32 \[5\]"),
+        ("s13", lambda t: t.view(torch.uint8), "where float8_e4m3fn"),
         (
             "s2",
             lambda t: t[:, :8].contiguous(),
-            r"\[5, 8, 1\] where torch.float8_e4m3fn \[5, 16, 1\]",
+            r"\[5, 8, 1\] where float8_e4m3fn \[5, 16, 1\]",
         ),
-        ("w2", lambda t: t[:, :8].contiguous(), r"\[5, 8, 8\] where torch.uint8 \[5, 16, 8\]"),
-        ("b13", lambda t: t[:, :16].contiguous(), r"\[5, 16\] where torch.float32 \[5, 32\]"),
-        ("b2", lambda t: t[:1], r"\[1, 16\] where torch.float32 \[5, 16\]"),
+        ("w2", lambda t: t[:, :8].contiguous(), r"\[5, 8, 8\] where uint8 \[5, 16, 8\]"),
+        ("b13", lambda t: t[:, :16].contiguous(), r"\[5, 16\] where float32 \[5, 32\]"),
+        ("b2", lambda t: t[:1], r"\[1, 16\] where float32 \[5, 16\]"),
     ],
 )
 def test_what_is_not_as_the_loops_take_it(
@@ -310,35 +310,29 @@ def test_what_is_not_as_the_loops_take_it(
 ) -> None:
     case, (weights, ids) = Case(16, 16, biased=True), routing(1, EXPERTS, TOP_K)
     setattr(case, name, change(getattr(case, name)))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RuntimeError, match=said):
         case.run(kernel, torch.zeros(1, 16), weights, ids, Gate("silu"))
 
 
 def test_what_does_not_fit_the_weights(kernel: Kernel) -> None:
     case, (weights, ids) = Case(16, 16), routing(1, EXPERTS, TOP_K)
     x, silu = torch.zeros(1, 16), Gate("silu")
-    with pytest.raises(ValueError, match=r"\[5, 32, 8\] where torch.uint8 \[5, 32, 16\]"):
+    with pytest.raises(RuntimeError, match=r"\[5, 32, 8\] where uint8 \[5, 32, 16\]"):
         case.run(kernel, torch.zeros(1, 32), weights, ids, silu)
-    with pytest.raises(ValueError, match="int64"):
+    with pytest.raises(RuntimeError, match="int64"):
         case.run(kernel, x, weights, ids, silu, torch.arange(EXPERTS))
-    with pytest.raises(ValueError, match=r"2 tokens, ids \[1, 2\], weights \[1, 2\]"):
+    with pytest.raises(RuntimeError, match=r"topk_ids: int32 \[1, 2\] where int32 \[2, 2\]"):
         case.run(kernel, torch.zeros(2, 16), weights, ids, silu)
-    with pytest.raises(ValueError, match=r"1 tokens, ids \[1, 2\], weights \[1, 1\]"):
+    with pytest.raises(
+        RuntimeError, match=r"topk_weights: float32 \[1, 1\] where float32 \[1, 2\]"
+    ):
         case.run(kernel, x, weights[:, :1], ids, silu)
-    with pytest.raises(ValueError, match=r"\[5, 32, 8\] where torch.uint8 \[5, 16, 8\]"):
+    with pytest.raises(RuntimeError, match=r"\[5, 32, 8\] where uint8 \[5, 16, 8\]"):
         case.run(kernel, x, weights, ids, Gate("relu2"))
-    with pytest.raises(ValueError, match="rows of 24 and 16 columns are no whole number of blocks"):
+    with pytest.raises(
+        RuntimeError, match="rows of 24 and 16 columns are no whole number of blocks"
+    ):
         case.run(kernel, torch.zeros(1, 24), weights, ids, silu)
-
-
-def test_a_source_that_does_not_belong_to_its_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Variant.source
-    monkeypatch.setattr(
-        Variant, "source", lambda self: whole(self).replace("Gate gate;", "Gate gate[2];")
-        .replace("work.gate)", "work.gate[0])"),
-    )  # fmt: skip
-    with pytest.raises(jit.KernelError, match=r"experts\.cpp and kernel\.py differ"):
-        Kernel(NATIVE[-1])
 
 
 @pytest.fixture

@@ -123,6 +123,7 @@ def test_weights_stay_four_bit(load, shallow: dict[str, Path]) -> None:
     assert held <= weights * 4.5 / 8 + 32 * 8 * 4
 
 
+@pytest.mark.usefixtures("compiled_by")
 def test_router_matches_transformers(load, shallow: dict[str, Path], shallow_bf16: Path) -> None:
     """Sigmoid scores, bias for the choice only, renormalised, scaled: as the model's own router."""
     from safetensors.torch import load_file

@@ -21,6 +21,7 @@ from tests.plugin.test_layer import relative, routing
 from tests.plugin.test_reload import check, convert_for
 from tests.plugin.test_self_check import Routes, round_activations
 from vllm_nvfp4_moe.backends.cpu import forward
+from vllm_nvfp4_moe.backends.cpu import method as cpu_method
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 
 LAYOUTS = ("modelopt", "compressed-tensors")
@@ -232,7 +233,8 @@ def test_a_kernel_that_applies_another_activation(
             return WRONG[wrong](gate_up)
 
     monkeypatch.setattr(forward, "Gate", lambda *_: Other("relu2"))
-    monkeypatch.setattr(forward, "FORMS", {})
+    for module in (forward, cpu_method):
+        monkeypatch.setattr(module, "FORMS", {})
     with pytest.raises(ValueError, match=f"{LAYER}: self-check: the CPU kernel does not") as caught:
         load(ungated["modelopt"])
     assert wrong != "not squared" or "nearer to what relu would give" in str(caught.value)
@@ -282,7 +284,8 @@ def test_a_kernel_that_routes(
     monkeypatch.setattr(routes, "route", other)
     if wrong == "not squared":
         monkeypatch.setattr(forward, "Gate", lambda *_: Gate("relu"))
-        monkeypatch.setattr(forward, "FORMS", {})
+        for module in (forward, cpu_method):
+            monkeypatch.setattr(module, "FORMS", {})
     if wrong is None:
         found = load(ungated["modelopt"])[LAYER].routed_experts.quant_method.context.self_check
         assert found.skipped is None and 0 < found.worst < 8e-3

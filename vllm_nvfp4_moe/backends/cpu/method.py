@@ -1,4 +1,8 @@
-"""The CPU backend's method: this package's kernels as an operator of PyTorch."""
+"""The CPU backend's method: this package's kernels as operators of PyTorch.
+
+Where C++ computes all, the operator is in C++ too (``kernels.cpu.operators``): around m3-nano's
+experts, which take 30 us for a token, one in Python took 54 us more.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from quantize.native import environment
 from vllm_nvfp4_moe import quirks
-from vllm_nvfp4_moe.backends.cpu import huge_pages
+from vllm_nvfp4_moe.backends.cpu import huge_pages, routing
 from vllm_nvfp4_moe.backends.cpu.forward import (
     MANY,
     NUMBA,
@@ -23,7 +27,7 @@ from vllm_nvfp4_moe.backends.cpu.forward import (
     native,
     parsed,
 )
-from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, VARIANTS, lacking
+from vllm_nvfp4_moe.kernels.cpu.kernel import FORMS, VARIANTS, Kernel, choice, lacking
 from vllm_nvfp4_moe.method import NvFp4MoEMethod
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class CpuMethod(NvFp4MoEMethod):
     """
 
     by_tokens = ""
+    _native = False
 
     @classmethod
     def kernel_names(cls) -> Iterable[str]:
@@ -119,9 +124,11 @@ class CpuMethod(NvFp4MoEMethod):
 
     def prepare_router(self, layer: RoutedExperts) -> None:
         quirks.use_grouped_routing(layer)
+        routing.use_operator(layer)
 
     def prepare(self, layer: RoutedExperts) -> None:
         _register_op()
+        self._native = self._choose_native(layer)
         layer.w13_weight_scale_2 = torch.nn.Parameter(
             layer.w13_weight_scale_2.data[:, 0].contiguous(), requires_grad=False
         )
@@ -138,6 +145,23 @@ class CpuMethod(NvFp4MoEMethod):
             ids = torch.zeros(tokens, 1, dtype=torch.int32)
             self.apply(layer, x, torch.zeros(tokens, 1, dtype=torch.float32), ids, None, None)
 
+    def _choose_native(self, layer: RoutedExperts) -> bool:
+        """Whether the operator in C++ takes every call; if neither Python nor numba has a part in
+        any. Gives ``layer`` the buffer ``kernel_choice``."""
+        if self.gate.form not in FORMS:
+            return False
+        each: list[tuple[float, Kernel | None]] = [(math.inf, native(self.moe.in_dtype))]
+        if self.by_tokens:
+            names = parsed(self.by_tokens)
+            each = [(most, None if name == NUMBA else named(name)) for most, name in names]
+        kernels = [(most, kernel) for most, kernel in each if kernel is not None]
+        if len(kernels) < len(each):
+            return False
+        # A buffer, since its numbers are of this process: a graph that was compiled by another may
+        # not have them in it.
+        layer.register_buffer("kernel_choice", choice(kernels), persistent=False)
+        return True
+
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None  # no modular kernel here
 
@@ -151,6 +175,30 @@ class CpuMethod(NvFp4MoEMethod):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         gate = self.gate
+        if self._native and gate.form in FORMS and x.dtype == self.moe.in_dtype:
+            out = torch.empty_like(x)
+            torch.ops.vllm_nvfp4_moe.experts(
+                out,
+                x.contiguous(),
+                layer.w13_weight,
+                layer.w13_weight_scale,
+                layer.w13_weight_scale_2,
+                layer.w2_weight,
+                layer.w2_weight_scale,
+                layer.w2_weight_scale_2,
+                topk_weights.float().contiguous(),
+                topk_ids.int().contiguous(),
+                layer.expert_map,
+                getattr(layer, "w13_bias", None),
+                getattr(layer, "w2_bias", None),
+                layer.kernel_choice,
+                FORMS[gate.form],
+                gate.alpha,
+                gate.beta,
+                math.inf if gate.limit is None else gate.limit,
+                layer.apply_router_weight_on_input,
+            )
+            return out
         return torch.ops.vllm_nvfp4_moe.cpu_experts(
             x,
             layer.w13_weight,

@@ -9,19 +9,23 @@ namespace {
 using Input = float;
 using Sums = __m256;
 constexpr int COLUMNS = 32;
-constexpr int ROWS = 2, TOKENS = 2;
+constexpr int ROWS = 2, FEW = 2, TOKENS = 2;
+constexpr int rows_at_once(int) { return 2; }
 
 struct Weights {
     __m256 values[4];
     __m256 scales[2];
 };
 
-// Where a column's input lies: those of even columns first, then those of odd ones.
-inline int place(int column) {
-    return column / COLUMNS * COLUMNS + column % 2 * 16 + column % COLUMNS / 2;
+// Writes the inputs of 16 columns, of which `column` is the first, to where `add` reads them: in 32,
+// those of even columns come first, then those of odd ones.
+inline void put(const float* inputs, int64_t column, Input* out) {
+    out += column / COLUMNS * COLUMNS + column % COLUMNS / 2;
+    for (int i = 0; i < 8; i++) {
+        out[i] = inputs[2 * i];
+        out[16 + i] = inputs[2 * i + 1];
+    }
 }
-
-inline Input rounded(float value) { return value; }
 
 inline Weights decode(const uint8_t* codes, const uint8_t* scales) {
     const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
@@ -43,12 +47,13 @@ inline Weights decode(const uint8_t* codes, const uint8_t* scales) {
 }
 constexpr float SCALE = 128;  // of a code's half
 
-inline void add(Sums& sums, const Weights& weights, const Input* x) {
+template <int>
+inline void add(Sums* sums, const Weights* weights, const Input* x) {
     for (int block = 0; block < 2; block++) {
-        const __m256 even = _mm256_mul_ps(weights.values[block], _mm256_loadu_ps(x + 8 * block));
+        const __m256 even = _mm256_mul_ps(weights->values[block], _mm256_loadu_ps(x + 8 * block));
         const __m256 odd = _mm256_loadu_ps(x + 16 + 8 * block);
-        const __m256 part = _mm256_fmadd_ps(weights.values[2 + block], odd, even);
-        sums = _mm256_fmadd_ps(part, weights.scales[block], sums);
+        const __m256 part = _mm256_fmadd_ps(weights->values[2 + block], odd, even);
+        *sums = _mm256_fmadd_ps(part, weights->scales[block], *sums);
     }
 }
 

@@ -4,6 +4,7 @@
 // inputs of a token (Input, Weights, decode, add, ...). All sums of one output are added in the same
 // order however many tokens there are and however the work is split, so a token's output does not
 // depend on its neighbours.
+#include "work.h"
 #include "vectors.h"
 
 #include <algorithm>
@@ -15,24 +16,12 @@ extern "C" int omp_get_max_threads();
 
 namespace {
 
-struct Gate {
-    int form;
-    float alpha, beta, limit;
-};
-
-// Mirrored by `Work` in kernel.py.
-struct Work {
-    int64_t tokens, slots, hidden, inner, experts, gated;
-    int64_t x_is_float, weight_on_input, known;  // known: numbers in `local`
-    const void* x;                        // [tokens, hidden], float or bfloat16
-    const int32_t *ids, *local;           // [tokens, slots]; local numbers, null if ids are these
-    const float* weights;                 // [tokens, slots]
-    const uint8_t *w13, *s13, *w2, *s2;   // codes and block scales, [experts, out, in / 2 or 16]
-    const float *g13, *g2, *b13, *b2;     // [experts], and biases [experts, out] or null
-    Input *inputs, *middle;               // [tokens, padded(hidden)], [pairs, padded(inner)]
-    float* output;                        // [tokens, hidden], zero
-    int64_t *routed, *start, *pairs;      // [experts], [experts + 1], [tokens * slots]: see `route`
-    Gate gate;
+// A call's own memory: the inputs of both products, sums, and which pair of a token and a slot is
+// whose.
+struct Room {
+    Input *inputs, *middle;            // [tokens, padded(hidden)], [pairs, padded(inner)]
+    float* sums;                       // [tokens, hidden]
+    int64_t *routed, *start, *pairs;   // [experts], [experts + 1], [tokens * slots]: see `route`
 };
 
 int64_t padded(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
@@ -73,7 +62,7 @@ float activate(float gate, float up, const Gate& g) {
     } else if constexpr (FORM == 3) {
         up = std::min(std::max(up, -g.limit), g.limit);
         return up * std::min(gate / (1 + exponential(-gate)), g.limit);
-    } else if constexpr (FORM == 4) {
+    } else if constexpr (FORM == RELU2) {
         up = std::max(up, 0.0f);
         return up * up;
     } else {
@@ -103,97 +92,112 @@ void activate_any(int rows, float* gate, const float* up, const Gate& g) {
     }
 }
 
+// One step through the columns, of R rows and T tokens: sums[t * R + r].
 template <int R, int T>
-void step(Sums (*sums)[T], const uint8_t* const* codes, const uint8_t* const* scales,
+void step(Sums* sums, const uint8_t* const* codes, const uint8_t* const* scales,
           const Input* const* x, int64_t c, int64_t ahead) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
+    const auto row = [&](int r) {
         const uint8_t* at = codes[r] + c * (COLUMNS / 2);
         if (c % (128 / COLUMNS) == 0) __builtin_prefetch(at + ahead);
-        const Weights weights = decode(at, scales[r] + c * (COLUMNS / 16));
+        return decode(at, scales[r] + c * (COLUMNS / 16));
+    };
+    if constexpr (T <= FEW) {
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) add(sums[r][t], weights, x[t] + c * COLUMNS);
+        for (int r = 0; r < R; r++) {
+            const Weights weights = row(r);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) add<1>(sums + t * R + r, &weights, x[t] + c * COLUMNS);
+        }
+    } else {
+        Weights weights[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) weights[r] = row(r);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) add<R>(sums + t * R, weights, x[t] + c * COLUMNS);
     }
 }
 
-// out[r][t] = sum over columns of row r times token t, without the global scale.
+// out[t][r] = sum over columns of row r times token t, without the global scale.
 template <int R, int T>
 void multiply(const uint8_t* const* codes, const uint8_t* const* scales, const Input* const* x,
-              int64_t columns, float (*out)[TOKENS]) {
+              int64_t columns, float (*out)[ROWS]) {
     constexpr int COUNT = (R * T + 3) / 4 * 4;
+    // All loops over these are unrolled: else they would lie in memory.
     Sums sums[COUNT];
-    for (auto& each : sums) each = zero();
-    const auto of = reinterpret_cast<Sums(*)[T]>(sums);
+#pragma GCC unroll 32
+    for (int i = 0; i < COUNT; i++) sums[i] = zero();
     const int64_t whole = columns / COLUMNS;
     // Prefetched are the next rows but a few: hardware sees no stream, since each row is a short one.
     if constexpr (T == 1) {  // one stream through memory is faster than several
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++)
             for (int64_t c = 0; c < whole; c++)
-                step<1, 1>(of + r, codes + r, scales + r, x, c, columns / 2);
+                step<1, 1>(sums + r, codes + r, scales + r, x, c, columns / 2);
     } else {
-        for (int64_t c = 0; c < whole; c++) step<R, T>(of, codes, scales, x, c, R * (columns / 2));
+        for (int64_t c = 0; c < whole; c++) step<R, T>(sums, codes, scales, x, c, R * (columns / 2));
     }
-    if (const int64_t rest = columns % COLUMNS)
+    if (const int64_t rest = columns % COLUMNS) {
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             uint8_t last[COLUMNS / 2] = {}, of_last[COLUMNS / 16] = {};
             memcpy(last, codes[r] + whole * (COLUMNS / 2), rest / 2);
             memcpy(of_last, scales[r] + whole * (COLUMNS / 16), rest / 16);
             const Weights weights = decode(last, of_last);
-            for (int t = 0; t < T; t++) add(of[r][t], weights, x[t] + whole * COLUMNS);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++)
+                add<1>(sums + t * R + r, &weights, x[t] + whole * COLUMNS);
         }
+    }
     float all[COUNT];
+#pragma GCC unroll 8
     for (int i = 0; i < COUNT; i += 4) totals(sums + i, all + i);
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) out[r][t] = all[r * T + t];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) memcpy(out[t], all + t * R, R * sizeof(float));
 }
 
-template <int R, int T>
-void dispatch(int tokens, const uint8_t* const* codes, const uint8_t* const* scales,
-              const Input* const* x, int64_t columns, float (*out)[TOKENS]) {
+// The same for ROWS rows, R at a time, and any number of tokens up to TOKENS.
+template <int T = TOKENS>
+void multiply_all(int tokens, const uint8_t* const* codes, const uint8_t* const* scales,
+                  const Input* const* x, int64_t columns, float (*out)[ROWS]) {
     if constexpr (T > 1)
-        if (tokens < T) return dispatch<R, T - 1>(tokens, codes, scales, x, columns, out);
-    multiply<R, T>(codes, scales, x, columns, out);
-}
-
-template <int R = ROWS>
-void multiply_any(int rows, int tokens, const uint8_t* const* codes, const uint8_t* const* scales,
-                  const Input* const* x, int64_t columns, float (*out)[TOKENS]) {
-    if constexpr (R > 1)
-        if (rows < R)
-            return multiply_any<R - 1>(rows, tokens, codes, scales, x, columns, out);
-    dispatch<R, TOKENS>(tokens, codes, scales, x, columns, out);
+        if (tokens < T) return multiply_all<T - 1>(tokens, codes, scales, x, columns, out);
+    constexpr int R = rows_at_once(T);
+    static_assert(ROWS % R == 0);
+    for (int r = 0; r < ROWS; r += R)
+        multiply<R, T>(codes + r, scales + r, x, columns,
+                       reinterpret_cast<float(*)[ROWS]>(&out[0][r]));
 }
 
 // Sorts pairs of a token and a slot by their experts: routed[i] is the i-th expert that has any, and
 // its pairs are start[i] to start[i + 1], in the order of tokens. Returns how many experts that are,
 // or -1 if there is a number that no expert has.
-int64_t route(const Work& work) {
+int64_t route(const Work& work, const Room& room) {
     const int64_t all = work.tokens * work.slots;
     auto local = [&](int64_t pair) -> int64_t {
         const int32_t id = work.ids[pair];
         if (!work.local || id < 0) return id;
         return id < work.known ? work.local[id] : work.experts;
     };
-    for (int64_t e = 0; e <= work.experts; e++) work.start[e] = 0;
+    for (int64_t e = 0; e <= work.experts; e++) room.start[e] = 0;
     for (int64_t pair = 0; pair < all; pair++) {
         const int64_t expert = local(pair);
         if (expert >= work.experts) return -1;
-        if (expert >= 0) work.start[expert + 1]++;
+        if (expert >= 0) room.start[expert + 1]++;
     }
-    for (int64_t e = 0; e < work.experts; e++) work.start[e + 1] += work.start[e];
+    for (int64_t e = 0; e < work.experts; e++) room.start[e + 1] += room.start[e];
     for (int64_t pair = 0; pair < all; pair++)
         if (const int64_t expert = local(pair); expert >= 0)
-            work.pairs[work.start[expert]++] = pair;
+            room.pairs[room.start[expert]++] = pair;
     // Now start[e] is where e's pairs end.
     int64_t count = 0, from = 0;
     for (int64_t e = 0; e < work.experts; e++) {
-        const int64_t to = work.start[e];
+        const int64_t to = room.start[e];
         if (to == from) continue;
-        work.routed[count] = e;
-        work.start[count++] = from;
+        room.routed[count] = e;
+        room.start[count++] = from;
         from = to;
     }
-    work.start[count] = from;
+    room.start[count] = from;
     return count;
 }
 
@@ -205,32 +209,69 @@ int64_t rows_of_job(int64_t rows, int64_t least, int64_t most) {
     return std::min(std::max(many, least), most);
 }
 
-void arrange(const Work& work, int64_t token) {
-    Input* out = work.inputs + token * padded(work.hidden);
-    const float* floats = static_cast<const float*>(work.x) + token * work.hidden;
-    const uint16_t* halves = static_cast<const uint16_t*>(work.x) + token * work.hidden;
-    for (int64_t c = 0; c < work.hidden; c++) {
-        float value;
-        if (work.x_is_float) {
-            value = floats[c];
-        } else {
-            const uint32_t bits = uint32_t(halves[c]) << 16;
-            memcpy(&value, &bits, 4);
-        }
-        out[place(c)] = rounded(value);
+uint16_t float_to_half(float value) {
+    return uint16_t(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT)));
+}
+uint16_t float_to_bfloat(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Sixteen of a token's inputs as float32.
+void widen(const Work& work, int64_t at, float* out) {
+    const auto* halves = static_cast<const uint16_t*>(work.x) + at;
+    if (work.x_is == FLOAT32) {
+        memcpy(out, static_cast<const float*>(work.x) + at, 16 * sizeof(float));
+    } else if (work.x_is == FLOAT16) {
+        for (int i = 0; i < 16; i += 8)
+            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(
+                reinterpret_cast<const __m128i*>(halves + i))));
+    } else {
+        uint32_t bits[16];
+        for (int i = 0; i < 16; i++) bits[i] = uint32_t(halves[i]) << 16;
+        memcpy(out, bits, sizeof bits);
+    }
+}
+
+constexpr float ZEROS[16] = {};
+
+void arrange(const Work& work, const Room& room, int64_t token) {
+    const int64_t wide = padded(work.hidden);
+    Input* out = room.inputs + token * wide;
+    float sixteen[16];
+    for (int64_t c = 0; c < work.hidden; c += 16) {
+        widen(work, token * work.hidden + c, sixteen);
+        put(sixteen, c, out);
+    }
+    for (int64_t c = work.hidden; c < wide; c += 16) put(ZEROS, c, out);
+}
+
+// Columns lo to hi of the sums, in the result's dtype.
+void finish(const Work& work, const Room& room, int64_t lo, int64_t hi) {
+    if (work.out_is == FLOAT32) return;  // it has them
+    for (int64_t token = 0; token < work.tokens; token++) {
+        const float* sums = room.sums + token * work.hidden;
+        uint16_t* out = static_cast<uint16_t*>(work.out) + token * work.hidden;
+        if (work.out_is == BFLOAT16)
+            for (int64_t c = lo; c < hi; c++) out[c] = float_to_bfloat(sums[c]);
+        else
+            for (int64_t c = lo; c < hi; c++) out[c] = float_to_half(sums[c]);
     }
 }
 
 // Rows lo to hi of gate and of up, of one expert; at most MOST_ROWS.
-void gate_up(const Work& work, int64_t i, int64_t lo, int64_t hi, [[maybe_unused]] Input* tiles) {
-    const int64_t expert = work.routed[i], inner = work.inner, columns = work.hidden;
+void gate_up(const Work& work, const Room& room, int64_t i, int64_t lo, int64_t hi,
+             [[maybe_unused]] Input* tiles) {
+    const int64_t expert = room.routed[i], inner = work.inner, columns = work.hidden;
     const int64_t all = inner * (work.gated ? 2 : 1), wide = padded(columns);
     const int parts = work.gated ? 2 : 1, step = ROWS / parts;
+    const int turn = parts == 1 ? ROWS : 2 < step ? 2 : step;  // rows of gate, and then as many of up
     float made[BLOCK][2][MOST_ROWS];
-    for (int64_t from = work.start[i]; from < work.start[i + 1]; from += BLOCK) {
-        const int block = int(std::min<int64_t>(BLOCK, work.start[i + 1] - from));
+    for (int64_t from = room.start[i]; from < room.start[i + 1]; from += BLOCK) {
+        const int block = int(std::min<int64_t>(BLOCK, room.start[i + 1] - from));
         const Input* x[BLOCK];
-        for (int t = 0; t < block; t++) x[t] = work.inputs + work.pairs[from + t] / work.slots * wide;
+        for (int t = 0; t < block; t++) x[t] = room.inputs + room.pairs[from + t] / work.slots * wide;
         int64_t r = lo;
 #ifdef HAS_TILES
         if (block >= TILED) {
@@ -245,54 +286,59 @@ void gate_up(const Work& work, int64_t i, int64_t lo, int64_t hi, [[maybe_unused
         }
 #endif
         for (; r < hi; r += step) {
-            const int rows = int(std::min<int64_t>(step, hi - r));
             const uint8_t *codes[ROWS], *scales[ROWS];
-            for (int j = 0; j < rows * parts; j++) {
-                const int64_t row = expert * all + (j < rows ? r + j : inner + r + j - rows);
+            int part[ROWS], at[ROWS];
+            for (int j = 0; j < ROWS; j++) {
+                part[j] = j / turn % parts;
+                at[j] = j / (turn * parts) * turn + j % turn;
+                const int64_t row = expert * all + part[j] * inner + r + at[j];
                 codes[j] = work.w13 + row * (columns / 2);
                 scales[j] = work.s13 + row * (columns / 16);
             }
             for (int first = 0; first < block; first += TOKENS) {
                 const int tokens = std::min(TOKENS, block - first);
-                float out[ROWS][TOKENS];
-                multiply_any(rows * parts, tokens, codes, scales, x + first, columns, out);
+                float out[TOKENS][ROWS];
+                multiply_all(tokens, codes, scales, x + first, columns, out);
                 for (int t = 0; t < tokens; t++)
-                    for (int part = 0; part < parts; part++)
-                        for (int j = 0; j < rows; j++)
-                            made[first + t][part][r - lo + j] = out[part * rows + j][t];
+                    for (int j = 0; j < ROWS; j++)
+                        made[first + t][part[j]][r - lo + at[j]] = out[t][j];
             }
         }
         for (int t = 0; t < block; t++) {
             float(&both)[2][MOST_ROWS] = made[t];
-            const float before = work.weight_on_input ? work.weights[work.pairs[from + t]] : 1.0f;
+            const float before = work.weight_on_input ? work.weights[room.pairs[from + t]] : 1.0f;
             const float factor = work.g13[expert] * before;
             for (int part = 0; part < parts; part++) {
                 const float* bias = work.b13 ? work.b13 + expert * all + part * inner : nullptr;
                 for (int64_t r = lo; r < hi; r++)
                     both[part][r - lo] = both[part][r - lo] * factor + (bias ? bias[r] : 0);
-                for (int64_t r = hi - lo; r % LANES; r++) both[part][r] = 0;
             }
             activate_any(int(hi - lo), both[0], both[work.gated], work.gate);
-            Input* out = work.middle + (from + t) * padded(inner);
-            for (int64_t r = lo; r < hi; r++) out[place(int(r))] = rounded(both[0][r - lo]);
+            Input* out = room.middle + (from + t) * padded(inner);
+            for (int64_t r = lo; r < hi; r += 16) put(both[0] + r - lo, r, out);
+            if (hi == inner)
+                for (int64_t r = hi; r < padded(inner); r += 16) put(ZEROS, r, out);
         }
     }
 }
 
 // Columns lo to hi of the output. Experts come in ascending order.
-void down(const Work& work, int64_t experts, int64_t lo, int64_t hi,
+void down(const Work& work, const Room& room, int64_t experts, int64_t lo, int64_t hi,
           [[maybe_unused]] Input* tiles) {
     const int64_t columns = work.inner, wide = padded(columns);
+    for (int64_t token = 0; token < work.tokens; token++)
+        std::fill(room.sums + token * work.hidden + lo, room.sums + token * work.hidden + hi, 0.0f);
     for (int64_t i = 0; i < experts; i++) {
-        const int64_t expert = work.routed[i];
-        for (int64_t from = work.start[i]; from < work.start[i + 1]; from += BLOCK) {
-            const int block = int(std::min<int64_t>(BLOCK, work.start[i + 1] - from));
+        const int64_t expert = room.routed[i];
+        const float factor = work.g2[expert];
+        for (int64_t from = room.start[i]; from < room.start[i + 1]; from += BLOCK) {
+            const int block = int(std::min<int64_t>(BLOCK, room.start[i + 1] - from));
             const Input* x[BLOCK];
             float *outputs[BLOCK], after[BLOCK];
             for (int t = 0; t < block; t++) {
-                const int64_t pair = work.pairs[from + t];
-                x[t] = work.middle + (from + t) * wide;
-                outputs[t] = work.output + pair / work.slots * work.hidden;
+                const int64_t pair = room.pairs[from + t];
+                x[t] = room.middle + (from + t) * wide;
+                outputs[t] = room.sums + pair / work.slots * work.hidden;
                 after[t] = work.weight_on_input ? 1.0f : work.weights[pair];
             }
             int64_t r = lo;
@@ -303,16 +349,15 @@ void down(const Work& work, int64_t experts, int64_t lo, int64_t hi,
                 multiply_tiles(work.w2 + row * (columns / 2), work.s2 + row * (columns / 16),
                                columns, hi - lo, tiles, block, [&](int64_t j, int t, float sum) {
                                    const float bias = work.b2 ? work.b2[row + j] : 0;
-                                   outputs[t][lo + j] += (sum * work.g2[expert] + bias) * after[t];
+                                   outputs[t][lo + j] += (sum * factor + bias) * after[t];
                                });
                 r = hi;
             }
 #endif
             for (; r < hi; r += ROWS) {
-                const int rows = int(std::min<int64_t>(ROWS, hi - r));
                 const uint8_t *codes[ROWS], *scales[ROWS];
                 float bias[ROWS] = {};
-                for (int j = 0; j < rows; j++) {
+                for (int j = 0; j < ROWS; j++) {
                     const int64_t row = expert * work.hidden + r + j;
                     codes[j] = work.w2 + row * (columns / 2);
                     scales[j] = work.s2 + row * (columns / 16);
@@ -320,36 +365,91 @@ void down(const Work& work, int64_t experts, int64_t lo, int64_t hi,
                 }
                 for (int first = 0; first < block; first += TOKENS) {
                     const int tokens = std::min(TOKENS, block - first);
-                    float out[ROWS][TOKENS];
-                    multiply_any(rows, tokens, codes, scales, x + first, columns, out);
-                    for (int t = 0; t < tokens; t++)
-                        for (int j = 0; j < rows; j++)
-                            outputs[first + t][r + j] +=
-                                (out[j][t] * work.g2[expert] + bias[j]) * after[first + t];
+                    float out[TOKENS][ROWS];
+                    multiply_all(tokens, codes, scales, x + first, columns, out);
+                    for (int t = 0; t < tokens; t++) {
+                        float sums[ROWS];  // not where the others are: so this becomes vectors
+                        memcpy(sums, outputs[first + t] + r, sizeof sums);
+                        for (int j = 0; j < ROWS; j++)
+                            sums[j] += (out[t][j] * factor + bias[j]) * after[first + t];
+                        memcpy(outputs[first + t] + r, sums, sizeof sums);
+                    }
                 }
             }
         }
     }
+    finish(work, room, lo, hi);
+}
+
+// A block of memory for a call, the last one's if that is large enough and not in use.
+struct Block {
+    static constexpr int64_t MOST = 4 << 20;  // bytes that are kept
+    int64_t bytes;
+};
+Block* kept = nullptr;
+
+Block* take(int64_t bytes) {
+    Block* block = __atomic_exchange_n(&kept, nullptr, __ATOMIC_ACQ_REL);
+    if (block && block->bytes >= bytes) return block;
+    free(block);
+    block = static_cast<Block*>(aligned_alloc(64, 64 + bytes));
+    if (block) block->bytes = bytes;
+    return block;
+}
+
+void give(Block* block) {
+    if (block->bytes <= Block::MOST) block = __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL);
+    free(block);
+}
+
+// Parts of a block, one behind the other; of none, how many bytes they take.
+struct Parts {
+    uint8_t* at;
+    int64_t bytes = 0;
+    template <class T>
+    T* next(int64_t count) {
+        T* part = at ? reinterpret_cast<T*>(at + bytes) : nullptr;
+        bytes += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+        return part;
+    }
+};
+
+Room rooms(const Work& work, Parts& parts) {
+    const int64_t pairs = work.tokens * work.slots;
+    Room room;
+    room.inputs = parts.next<Input>(work.tokens * padded(work.hidden));
+    room.middle = parts.next<Input>(pairs * padded(work.inner));
+    room.routed = parts.next<int64_t>(work.experts);
+    room.start = parts.next<int64_t>(work.experts + 1);
+    room.pairs = parts.next<int64_t>(pairs);
+    room.sums = work.out_is == FLOAT32 ? static_cast<float*>(work.out)
+                                       : parts.next<float>(work.tokens * work.hidden);
+    return room;
 }
 
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int64_t size_of_work() { return sizeof(Work); }
-EXPORT int64_t size_of_input() { return sizeof(Input); }
-EXPORT int64_t columns() { return COLUMNS; }
 #ifdef HAS_TILES
 EXPORT int allowed() { return tiles_are_allowed(); }
 #else
 EXPORT int allowed() { return 1; }
 #endif
 
-// Returns 0; or 1 if a token is sent to an expert that there is not.
 EXPORT int run(const Work* given) {
     const Work work = *given;
-    const int64_t experts = route(work);
-    if (experts < 0) return 1;
+    Parts wanted{nullptr};
+    rooms(work, wanted);
+    Block* block = take(wanted.bytes);
+    if (!block) return 2;
+    Parts parts{reinterpret_cast<uint8_t*>(block) + 64};
+    const Room room = rooms(work, parts);
+    const int64_t experts = route(work, room);
+    if (experts < 0) {
+        give(block);
+        return 1;
+    }
     const int64_t job_of_first = rows_of_job(experts * work.inner, 16, MOST_ROWS);
     const int64_t job_of_second = rows_of_job(work.hidden, 32, 256);
     const int64_t per_expert = (work.inner + job_of_first - 1) / job_of_first;
@@ -363,19 +463,20 @@ EXPORT int run(const Work* given) {
         tiles_begin();
 #endif
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < work.tokens; token++) arrange(work, token);
+        for (int64_t token = 0; token < work.tokens; token++) arrange(work, room, token);
 #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < experts * per_expert; job++) {
             const int64_t lo = job % per_expert * job_of_first;
-            gate_up(work, job / per_expert, lo, std::min(lo + job_of_first, work.inner), tiles);
+            gate_up(work, room, job / per_expert, lo, std::min(lo + job_of_first, work.inner), tiles);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t lo = 0; lo < work.hidden; lo += job_of_second)
-            down(work, experts, lo, std::min(lo + job_of_second, work.hidden), tiles);
+            down(work, room, experts, lo, std::min(lo + job_of_second, work.hidden), tiles);
 #ifdef HAS_TILES
         tiles_end();
         free(tiles);
 #endif
     }
+    give(block);
     return 0;
 }

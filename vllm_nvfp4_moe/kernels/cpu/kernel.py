@@ -7,12 +7,10 @@ PyTorch has loaded. So they are on the cores to which vLLM has bound them.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -20,7 +18,8 @@ from quantize.experts.gates import Gate
 from quantize.native import jit
 from quantize.native.jit import KernelError
 from quantize.native.processor import AMX, AVX2, AVX512, AVX512_BF16, Instructions, flags
-from quantize.nvfp4.format import BLOCK
+from vllm_nvfp4_moe.kernels.cpu import operators
+from vllm_nvfp4_moe.kernels.cpu.source import inlined
 
 FORMS = {
     "silu": 0, "swiglu_oai": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_step": 3, "relu2": 4, "situ": 5,
@@ -52,15 +51,7 @@ class Variant:
 
     def source(self) -> str:
         """The whole C++ source."""
-        return _inlined("experts.cpp").replace('#include "vectors.h"\n', _inlined(self.header))
-
-
-def _inlined(name: str) -> str:
-    """The text of a file, with this folder's headers in the place of their includes."""
-    text = Path(__file__).with_name(name).read_text()
-    return re.sub(
-        r'^#include "(?!vectors)(.*)"\n', lambda found: _inlined(found[1]), text, flags=re.M
-    )
+        return inlined("experts.cpp").replace('#include "vectors.h"\n', inlined(self.header))
 
 
 ANY = (torch.bfloat16, torch.float16, torch.float32)
@@ -73,25 +64,11 @@ VARIANTS = (
 """The fastest first."""
 
 
-class Work(ctypes.Structure):
-    """Mirrors ``Work`` in experts.cpp, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (
-            "tokens", "slots", "hidden", "inner", "experts", "gated", "x_is_float",
-            "weight_on_input", "known",
-        )),
-        *((name, ctypes.c_void_p) for name in (
-            "x", "ids", "local", "weights", "w13", "s13", "w2", "s2", "g13", "g2", "b13", "b2",
-            "inputs", "middle", "output", "routed", "start", "pairs",
-        )),
-        ("form", ctypes.c_int),
-        *((name, ctypes.c_float) for name in ("alpha", "beta", "limit")),
-    ]  # fmt: skip
-
-
 class Kernel:
     """The compiled loops of a variant.
+
+    Attributes:
+        number: what operators call it in this process.
 
     Raises:
         KernelError: if they cannot be compiled or loaded here.
@@ -100,12 +77,12 @@ class Kernel:
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self._library = jit.load(variant.source(), variant.language)
-        self._columns: int = self._library.columns()
-        self._input = torch.bfloat16 if self._library.size_of_input() == 2 else torch.float32
-        if (theirs := self._library.size_of_work()) != (ours := ctypes.sizeof(Work)):
-            raise KernelError(f"experts.cpp and kernel.py differ: {theirs} bytes and {ours}")
         if not self._library.allowed():
             raise KernelError(f"Linux does not let this process use {variant.instructions.name}")
+        self.number: int = operators.load().use(self._library.run)
+        if self.number < 0:
+            raise KernelError("this process has too many kernels for experts")
+        self._choice = choice([(math.inf, self)])
 
     def run(
         self,
@@ -136,63 +113,30 @@ class Kernel:
             The rest: see ``backends.cpu.forward.experts_forward``.
 
         Raises:
-            ValueError: if a token is sent to an expert that there is not, or a tensor has another
+            RuntimeError: if a token is sent to an expert that there is not, or a tensor has another
                 dtype or shape.
         """
-        (tokens, hidden), slots = x.shape, ids.shape[1]
-        inner, experts = 2 * w2.shape[2], len(w2)
-        rows = inner * (1 + gate.gated)
-        plain = x if x.dtype == torch.bfloat16 else x.float()
-        inputs = [t.contiguous() for t in (plain, ids.int(), weights.float())]
-        known = 0 if expert_map is None else len(expert_map)
-        code, scale, real = torch.uint8, torch.float8_e4m3fn, torch.float32
-        taken = (
-            (w13, code, (experts, rows, hidden // 2)),
-            (w13_scale, scale, (experts, rows, hidden // BLOCK)),
-            (w2, code, (experts, hidden, inner // 2)),
-            (w2_scale, scale, (experts, hidden, inner // BLOCK)),
-            (w13_global, real, (experts,)),
-            (w2_global, real, (experts,)),
-            (expert_map, torch.int32, (known,)),
-            (w13_bias, real, (experts, rows)),
-            (w2_bias, real, (experts, hidden)),
-        )
-        if hidden % BLOCK or inner % BLOCK:
-            raise ValueError(f"rows of {hidden} and {inner} columns are no whole number of blocks")
-        if len(ids) != tokens or weights.shape != ids.shape:
-            raise ValueError(
-                f"{tokens} tokens, ids {list(ids.shape)}, weights {list(weights.shape)}"
-            )
-        for tensor, dtype, shape in taken:
-            if tensor is not None and not (
-                tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()
-            ):
-                raise ValueError(
-                    f"{tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} in C is taken"
-                )
-        made = [self._room(tokens, hidden), self._room(ids.numel(), inner)]
         # vLLM loads under the model's dtype and device as defaults.
-        output = torch.zeros(tokens, hidden, dtype=torch.float32, device="cpu")
-        lengths = [experts, experts + 1, ids.numel()]
-        counts = torch.empty(sum(lengths), dtype=torch.int64, device="cpu").split(lengths)
-        at = [None if t is None else t.data_ptr() for t in (*inputs, *(t for t, _, _ in taken))]
-        x_at, ids_at, weights_at, *weight_at, map_at, b13, b2 = at
-        work = Work(
-            tokens, slots, hidden, inner, experts, gate.gated, plain.dtype == torch.float32,
-            weight_on_input, known, x_at, ids_at, map_at, weights_at, *weight_at, b13, b2,
-            *(t.data_ptr() for t in (*made, output, *counts)),
+        output = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+        torch.ops.vllm_nvfp4_moe.experts(
+            output, x.contiguous(), w13, w13_scale, w13_global, w2, w2_scale, w2_global,
+            weights.float().contiguous(), ids.int().contiguous(),
+            expert_map, w13_bias, w2_bias, self._choice,
             FORMS[gate.form], gate.alpha, gate.beta,
-            math.inf if gate.limit is None else gate.limit,
+            math.inf if gate.limit is None else gate.limit, weight_on_input,
         )  # fmt: skip
-        if self._library.run(ctypes.byref(work)):
-            raise ValueError(f"a token is sent to an expert beyond the last of {experts}")
         return output
 
-    def _room(self, rows: int, columns: int) -> torch.Tensor:
-        """Rows for a product's inputs, with zeros beyond the last column."""
-        wide = -(-columns // self._columns) * self._columns
-        new = torch.empty if wide == columns else torch.zeros
-        return new(rows, wide, dtype=self._input, device="cpu")
+
+def choice(by_tokens: Iterable[tuple[float, Kernel]]) -> torch.Tensor:
+    """Which kernel takes a call, as the operator reads it: int64 ``[kernels, 2]``.
+
+    Args:
+        by_tokens: up to how many tokens, and the kernel; in ascending order.
+    """
+    most = torch.iinfo(torch.int64).max
+    lines = [[most if up_to == math.inf else int(up_to), k.number] for up_to, k in by_tokens]
+    return torch.tensor(lines, dtype=torch.int64, device="cpu")
 
 
 def lacking(variant: Variant) -> str | None:
