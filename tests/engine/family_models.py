@@ -42,7 +42,7 @@ SIZES: dict[str, Any] = families.SMALL | {
     "qk_nope_head_dim": 128,
     "kv_lora_rank": 512,
     "q_lora_rank": 128,
-    "index_n_heads": 4,
+    "index_n_heads": 32,  # DeepGEMM has 32 and 64
     "index_head_dim": 128,
     "max_position_embeddings": 256,
     "num_experts": 8,
@@ -122,6 +122,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "route_norm": True,
     },
+    "kimi_linear": {"mla_use_nope": True},
     "longcat_flash": {
         "mla_scale_kv_lora": True,
         "mla_scale_q_lora": True,
