@@ -142,6 +142,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--build", action="store_true", help="compile, and stop")
     args = parser.parse_args()
+    names = [path.name for path in args.directories]
+    if len(set(names)) < len(names):
+        parser.error(f"told apart by their last names, of which two are alike: {names}")
     begin = time.monotonic()
     versions = {
         name: {path.name: version(name, path) for path in args.directories} for name in args.kernels
@@ -179,6 +182,8 @@ def main() -> int:
             if ratios:
                 mean = statistics.geometric_mean(ratios)
                 print(f"{name}: {other} takes {mean:.4f} of the time, {max(ratios):.3f} at most")
+    if not points:
+        wrong.append("VERDICT nothing was compared")
     print("\n".join(wrong) or "VERDICT all outputs are equal")
     return int(bool(wrong))
 

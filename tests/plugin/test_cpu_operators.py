@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -302,6 +303,24 @@ def test_without_cpp_routing_stays_vllms(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "_compute_routing" not in vars(router_of(monkeypatch, {}))
 
 
+def test_where_operators_cannot_be_had_routing_stays_vllms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That is found out once, and not by compiling for each layer."""
+    asked: list[str] = []
+
+    def fails(source: str, language: jit.Language) -> Any:
+        asked.append(language.suffix)
+        raise jit.KernelError("no C++ compiler")
+
+    monkeypatch.setattr(jit, "load", fails)
+    monkeypatch.setattr(operators, "load", cache(operators.load.__wrapped__))
+    monkeypatch.setattr(cpu_routing, "_loaded", cache(cpu_routing._loaded.__wrapped__))
+    for _ in range(3):
+        assert "_compute_routing" not in vars(router_of(monkeypatch, {}))
+    assert asked == [".cpp"]
+
+
 def test_a_bias_that_is_loaded_later_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a reload: the router's own tensor, or another in its place."""
     router = router_of(
@@ -362,6 +381,14 @@ def test_a_pytorch_without_an_operators_functions(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(forward, "kernel_for", lambda *_: Kernel(NATIVE[-1]))
     assert forward.native.__wrapped__(torch.float32) is None
     assert len(said) == 1 and "numba runs the experts" in said[0]
+
+
+def test_a_pytorch_whose_library_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(jit.KernelError, match=r"this PyTorch has not all .*libtorch_cpu\.so"):
+        operators.load.__wrapped__()
 
 
 def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,37 @@ def test_expert_map_and_weight_on_input(gated: bool) -> None:
             assert relative(out, truth) < 1e-5, (tokens, on_input)
 
 
+@pytest.mark.usefixtures("compiled_by")
+@pytest.mark.parametrize("mapped", [False, True])
+def test_ids_that_no_expert_has(mapped: bool) -> None:
+    """A negative id is nobody's, whatever is last in the map; one beyond the last is an error, and
+    not what lies in memory behind the weights."""
+    from vllm_nvfp4_moe.backends.cpu import forward
+
+    torch.manual_seed(3)
+    stacked = [
+        torch.stack([getattr(w, field) for w in weights])
+        for weights in ([plainly([torch.randn(*shape) / 5])[0] for _ in range(3)]
+                        for shape in ((64, 48), (48, 32)))
+        for field in ("codes", "block_scale", "global_scale")
+    ]  # fmt: skip
+    plain = [
+        [*dequantize(*a).chunk(2), dequantize(*b)]
+        for a, b in zip(zip(*stacked[:3], strict=True), zip(*stacked[3:], strict=True), strict=True)
+    ]
+    expert_map = torch.arange(3, dtype=torch.int32) if mapped else None
+    for tokens in (5, 400):  # 400 take the path with one matrix product an expert
+        x, (weights, ids) = torch.randn(tokens, 48), routing(tokens, experts=3, k=2)
+        ids[::2, 1], ids[1] = -1, -1
+        out = forward.experts_forward(x, *stacked, weights, ids, expert_map, *GATED[True][0], False)
+        masked = torch.where(ids < 0, 0.0, weights)
+        truth = routed(x, plain, masked, ids.clamp(min=0), m3_gate)
+        assert relative(out, truth) < 1e-5 and not out[1].any(), tokens
+        ids[3, 1] = 3
+        with pytest.raises(RuntimeError, match="a token is sent to an expert beyond the last of 3"):
+            forward.experts_forward(x, *stacked, weights, ids, expert_map, *GATED[True][0], False)
+
+
 def capped(value: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(value / cap)
 

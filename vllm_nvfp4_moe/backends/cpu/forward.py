@@ -100,6 +100,16 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([row @ weight.T for row in rows])
 
 
+def _local(ids: torch.Tensor, expert_map: torch.Tensor | None, experts: int) -> torch.Tensor:
+    """Local numbers of ``ids``, as ``route`` in experts.cpp has them: a negative id stays so, and
+    one that the map does not have becomes ``experts``, which no expert has. An index of PyTorch's
+    would count from the map's end."""
+    if expert_map is None:
+        return ids
+    longer = torch.cat((expert_map, expert_map.new_tensor([experts, -1])))
+    return longer[ids.long().clamp(-1, len(expert_map))]
+
+
 def experts_forward(
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -128,7 +138,7 @@ def experts_forward(
         w13_global: global scale, float32 ``[experts]``.
         w2, w2_scale, w2_global: the same for w2.
         topk_weights: float32 ``[tokens, k]``.
-        topk_ids: int32 ``[tokens, k]``, global expert numbers.
+        topk_ids: int32 ``[tokens, k]``, global expert numbers; negative for no expert.
         expert_map: int32 ``[global experts]``: the expert's local number, or -1 if it is another
             rank's. None if local numbers are the global ones.
         form, alpha, beta, limit: the gate's.
@@ -137,6 +147,9 @@ def experts_forward(
             if the experts have none.
         by_tokens: which kernel takes how many tokens, as :func:`parsed` reads it; if it is empty,
             the fastest that this host can compile takes all.
+
+    Raises:
+        RuntimeError: if a token is sent to an expert that there is not.
     """
     gate = Gate(form, alpha, beta, limit)
     dtype = x.dtype
@@ -146,12 +159,14 @@ def experts_forward(
             x, w13, w13_scale, w13_global, w2, w2_scale, w2_global, topk_weights, topk_ids,
             expert_map, gate, weight_on_input, w13_bias, w2_bias,
         ).to(dtype)  # fmt: skip
-    ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+    ids = _local(topk_ids, expert_map, len(w2))
     weights = topk_weights.float()
     if dtype == torch.float16:
         # Without the global scale a weight may be 2688, and sums of those leave float16's range.
         x = x.float()
     routed = [expert for expert in ids.unique().tolist() if expert >= 0]
+    if routed and routed[-1] >= len(w2):  # numba would read beyond the weights
+        raise RuntimeError(f"a token is sent to an expert beyond the last of {len(w2)}")
     # The loops compute a token alike in every batch.
     loops = ids.numel() <= MANY * len(routed) or envs.VLLM_BATCH_INVARIANT
     if gate.form in FORMS and loops:

@@ -6,7 +6,7 @@ scores. For a few tokens of a small model they take as long as the experts do.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +27,21 @@ def use_operator(layer: RoutedExperts) -> None:
     scores that are equal takes any; the operator takes the first ones'.
     """
     router: Any = getattr(quirks.runner_of(layer), "router", None)
-    if not _known(router) or not environment.cpp():
-        return
-    try:
-        operators.load()
-    except KernelError:  # forward.native says why
+    if not _known(router) or not environment.cpp() or not _loaded():
         return
     # All else that a router does, such as the mapping to redundant experts, stays vLLM's.
     router._compute_routing = partial(_compute_routing, router)
+
+
+@cache
+def _loaded() -> bool:
+    """Whether the operators can be had. Where they cannot, a compiler that fails has done so once,
+    and not for each layer."""
+    try:
+        operators.load()
+    except KernelError:  # forward.native says why
+        return False
+    return True
 
 
 def _known(router: Any) -> bool:

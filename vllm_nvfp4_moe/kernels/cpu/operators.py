@@ -68,13 +68,13 @@ def load() -> ctypes.CDLL:
         KernelError: if it cannot be compiled or loaded here, or PyTorch lacks a function.
     """
     native = jit.load(*source())
-    theirs = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
     if native.size_of_torch() != ctypes.sizeof(Torch):
         raise KernelError("torch_abi.h and operators.py differ")
     try:
+        theirs = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
         at = [ctypes.cast(theirs[name], ctypes.c_void_p) for name in _FUNCTIONS]
         dtypes = [theirs[f"aoti_torch_dtype_{name}"]() for name in _DTYPES]
-    except AttributeError as error:
+    except (OSError, AttributeError) as error:
         raise KernelError(
             f"this PyTorch has not all that an operator in C++ takes: {error}"
         ) from error
