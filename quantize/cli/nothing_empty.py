@@ -14,8 +14,12 @@ class NothingEmpty(TyperCommand):
     """See the module."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # A flag has no value: what follows it is an argument.
+        options = [p for p in self.get_params(ctx) if not getattr(p, "is_flag", True)]
+        valued = {name for option in options for name in option.opts}
         for before, word in zip(["", *args], args, strict=False):
             option = re.fullmatch(r"(--[\w-]+)=?", word if word.strip() else before)
+            option = option if option and option[1] in valued else None
             if not word.strip() or (word.endswith("=") and option):
                 whose = f"the value of {option[1]}" if option else "an argument"
                 raise typer.BadParameter(

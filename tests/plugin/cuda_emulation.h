@@ -185,6 +185,7 @@ struct Copy {
     const uint8_t* from;
     int bytes;
     uint32_t barrier;
+    bool late;  // it comes once nothing else can happen, after any number of those issued later
 };
 
 // One m64nN of a warp: its 16 rows. Lanes enter theirs one after another.
@@ -500,7 +501,8 @@ bool run_round(Cta& cta) {
         progress |= held;
     }
     for (int i = cta.copies.size() - 1; i >= 0; --i)
-        if (i < int(cta.copies.size()) && chance(6) == 0) complete(cta, i), progress = true;
+        if (i < int(cta.copies.size()) && !cta.copies[i].late && chance(6) == 0)
+            complete(cta, i), progress = true;
     if (!progress && !cta.copies.empty()) complete(cta, chance(cta.copies.size())), progress = true;
     for (int w = cta.starved; !progress && cta.starve && w < cta.starved + cta.starved_count; ++w) {
         progress = run_warp(cta, w, 32);
@@ -739,7 +741,7 @@ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint6
     for (const Copy& other : machine.cta->copies)
         if (to < other.to + other.bytes && other.to < to + bytes) fail("copy over another");
     memset(memory + (to - machine.cta->base), UNTOUCHED, bytes);
-    machine.cta->copies.push_back(Copy{to, source, bytes, barrier});
+    machine.cta->copies.push_back(Copy{to, source, bytes, barrier, chance(4) == 0});
 }
 uint64_t evict_first_policy() { return 0; }
 uint64_t evict_normal_policy() { return 0; }

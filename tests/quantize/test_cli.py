@@ -58,8 +58,10 @@ def test_an_empty_word_is_no_folder(
     before = contents(Path())
     more = {"quantize": [tmp_path / "out"], "verify": ["."], "evaluate": ["."]}.get(command, [])
     option = {"evaluate": "--text", "doctor": "--json"}.get(command, "--revision")
+    flag = {"quantize": "--overwrite", "doctor": "--quick"}.get(command, "--json")
     for words, whose in (
         ([empty, *more], "an argument"),
+        ([flag, empty, *more], "an argument"),
         ([".", *more, option, empty], f"the value of {option}"),
         ([".", *more, f"{option}="], f"the value of {option}"),
         *([([".", empty], "an argument")] if command == "quantize" else []),

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import backend_to_kernel_
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.bias_support import drops_biases
 from vllm_nvfp4_moe.backends.gate_support import drops
-from vllm_nvfp4_moe.backends.router_weight_support import weighs_again
+from vllm_nvfp4_moe.backends.router_weight_support import routes_otherwise
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -74,7 +74,7 @@ class _Candidate:
             if self.reason is None and moe_config.has_bias:
                 self.reason = drops_biases(self.backend)
             if self.reason is None and self.weighs_input:
-                self.reason = weighs_again(self.backend, cls)
+                self.reason = routes_otherwise(self.backend, cls)
         else:
             self.reason = _short(reason or "it gives no reason")
         return self.reason is None, self.reason

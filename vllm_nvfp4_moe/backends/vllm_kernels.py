@@ -34,6 +34,7 @@ from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.backends.bias_support import marlin_w2_bias, marlin_w13_bias
 from vllm_nvfp4_moe.backends.gpu import GpuMethod
 from vllm_nvfp4_moe.backends.padding import pad_only_what_needs_it
+from vllm_nvfp4_moe.backends.router_weight_support import weighed
 from vllm_nvfp4_moe.backends.selection import select
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS
@@ -41,6 +42,7 @@ from vllm_nvfp4_moe.loading.tensors import EXPERT_TENSORS
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
 
     from vllm_nvfp4_moe.context import ModelContext
     from vllm_nvfp4_moe.measured import Table
@@ -119,6 +121,8 @@ class VllmKernelsMethod(GpuMethod):
             return "the platform is a CPU"
         if layer.moe_config.has_bias and layer.apply_router_weight_on_input:
             return "the router's weights are for the input of experts with biases"
+        if layer.apply_router_weight_on_input and layer.top_k > 1:
+            return "the router's weights are for the input, and a token has several experts"
         return None
 
     @classmethod
@@ -208,6 +212,35 @@ class VllmKernelsMethod(GpuMethod):
         if hasattr(layer, "w13_bias"):  # vLLM's config for NVFP4 has no arguments for them
             config._w1.bias, config._w2.bias = layer.w13_bias, layer.w2_bias
         return config
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: SharedExperts | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> Any:
+        if not layer.apply_router_weight_on_input:
+            return super().apply(
+                layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input
+            )
+        assert self.moe_kernel is not None
+        x, ones = weighed(x, topk_weights)
+        return self.moe_kernel.apply(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            ones,
+            topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=False,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
 
     def apply_monolithic(
         self,

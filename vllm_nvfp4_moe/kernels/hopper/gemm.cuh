@@ -163,6 +163,9 @@ struct TileShape {
         ((CONSUMERS + 1) * ENTRY_REGISTERS - CONSUMERS * CONSUMER_REGISTERS) / 8 * 8;
     static constexpr int SHARED_BYTES = 1024 + 1024 + PARTIAL_BYTES + STAGES * STAGE_BYTES;
     static_assert(STAGES >= 2, "no room for two stages");
+    // A parity says of two rounds which it is, no more. So whoever waits for a stage must have had its
+    // last round: not another group, to whom that may still be on its way (copies overtake copies).
+    static_assert(STAGES % K_GROUPS == 0, "a stage would be another group's each time");
 };
 
 // ---------------------------------------------------------------------------------- the pipeline
