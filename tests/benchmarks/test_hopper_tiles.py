@@ -44,7 +44,8 @@ def points(name: str, of: Callable[[float], bool]) -> list[Point]:
 @pytest.mark.parametrize(
     ("name", "of", "count", "mean", "worst"),
     [
-        ("bf16", lambda each: each <= MOST_TOKENS, 78, 0.003, 0.1),
+        # These times are older than bf16's two producers, to whose times its cost was fitted since.
+        ("bf16", lambda each: each <= MOST_TOKENS, 78, 0.005, 0.1),
         ("fp8", lambda each: each <= MOST_TOKENS, 78, 0.001, 0.03),
         ("bf16", lambda each: each > MOST_TOKENS, 34, 0.005, 0.06),
         ("fp8", lambda each: each > MOST_TOKENS, 34, 0.006, 0.08),
