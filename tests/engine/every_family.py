@@ -1,7 +1,7 @@
 """Does a tiny model of each family start in vLLM, and say what Transformers says?
 
     python -m tests.engine.every_family OUT.json [FAMILY...] [--device cpu|cuda] [--workers N]
-        [--left] [--share 1/2]
+        [--left]
 
 Each family of tests/quantize/families.py is built, quantized, and loaded with
 ``--quantization nvfp4_moe``. Log-probabilities of fixed prompts are compared with those of
@@ -295,9 +295,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="engines at once")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one engine")
     parser.add_argument("--left", action="store_true", help="those that OUT.json has not as same")
-    parser.add_argument(
-        "--share", default="1/1", help="2/3: of the families, every third from the second on"
-    )
     parser.add_argument("--folder", type=Path, help="where models and logs go, and stay")
     parser.add_argument("--wrong-gate", action="store_true", help="to see that this is found")
     args = parser.parse_args()
@@ -306,8 +303,6 @@ def main() -> None:
         parser.error("vLLM does not see this package; pip install --no-deps --editable .")
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     names = args.families or (left_to_run(args.out, args.device) if args.left else all_families())
-    share, shares = map(int, args.share.split("/"))
-    names = names[share - 1 :: shares]
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
         for part in (names[i : i + PART] for i in range(0, len(names), PART)):
