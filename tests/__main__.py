@@ -7,6 +7,7 @@ left of the time. Tests that load vLLM into their process are apart from those o
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,9 @@ def side_by_side(*groups: Sequence[str], **environment: str) -> int:
             sys.stdout.buffer.write(text)
             sys.stdout.flush()
             codes.append(code)
+    for group, code in zip((shown, *others), codes, strict=True):
+        if code < 0:  # it could not say so itself
+            print(f"pytest {' '.join(group)}: killed by {signal.Signals(-code).name}", flush=True)
     return next((code for code in codes if code), 0)
 
 

@@ -130,3 +130,14 @@ def test_groups_of_tests(
     output = capfd.readouterr().out
     assert output.count("1 passed") == 4
     assert "AssertionError: second" in output
+
+
+def test_a_group_that_is_killed_is_told_of(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its pytest says nothing then, and the others' summaries look as if all had passed."""
+    good, killed = tmp_path / "test_good.py", tmp_path / "test_killed.py"
+    good.write_text("def test(): pass\n")
+    killed.write_text("import os\ndef test(): os.kill(os.getpid(), 9)\n")
+    assert side_by_side([str(good)], [str(killed)]) == -9
+    assert f"pytest {killed}: killed by SIGKILL" in capfd.readouterr().out
