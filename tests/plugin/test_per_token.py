@@ -47,7 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found["keys"] = {"weight": weight_key, "activation": activation_key}
         return backend, experts
 
-    def ours(config: Any, weight_key: Any, activation_key: Any, gate: Gate) -> Selection:
+    def ours(config: Any, weight_key: Any, activation_key: Any, *_: Any) -> Selection:
         return Selection(*choose(weight_key=weight_key, activation_key=activation_key), [])
 
     def convert(**given: Any) -> tuple[torch.Tensor | None, ...]:
