@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_FUSED = ("q_proj", "k_proj", "v_proj")
-
 
 def absent_siblings(modules: Iterable[str], others: Iterable[str]) -> set[str]:
     """Module paths of values that a list needs beside query and key, which are among ``modules``.
@@ -19,8 +17,7 @@ def absent_siblings(modules: Iterable[str], others: Iterable[str]) -> set[str]:
         modules: module paths of one list.
         others: those of the checkpoint's other weights.
     """
-    names, elsewhere = set(modules), set(others)
-    parents = {name.rpartition(".")[0] for name in names if name.endswith(f".{_FUSED[0]}")}
-    return {
-        f"{parent}.{_FUSED[2]}" for parent in parents if f"{parent}.{_FUSED[1]}" in names
-    } - names.union(elsewhere)
+    names = set(modules)
+    parents = {name.removesuffix(".q_proj") for name in names if name.endswith(".q_proj")}
+    values = {f"{parent}.v_proj" for parent in parents if f"{parent}.k_proj" in names}
+    return values - names.union(others)

@@ -175,17 +175,20 @@ class CpuMethod(NvFp4MoEMethod):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         gate = self.gate
+        weights = (
+            layer.w13_weight,
+            layer.w13_weight_scale,
+            layer.w13_weight_scale_2,
+            layer.w2_weight,
+            layer.w2_weight_scale,
+            layer.w2_weight_scale_2,
+        )
         if self._native and gate.form in FORMS and x.dtype == self.moe.in_dtype:
             out = torch.empty_like(x)
             torch.ops.vllm_nvfp4_moe.experts(
                 out,
                 x.contiguous(),
-                layer.w13_weight,
-                layer.w13_weight_scale,
-                layer.w13_weight_scale_2,
-                layer.w2_weight,
-                layer.w2_weight_scale,
-                layer.w2_weight_scale_2,
+                *weights,
                 topk_weights.float().contiguous(),
                 topk_ids.int().contiguous(),
                 layer.expert_map,
@@ -201,12 +204,7 @@ class CpuMethod(NvFp4MoEMethod):
             return out
         return torch.ops.vllm_nvfp4_moe.cpu_experts(
             x,
-            layer.w13_weight,
-            layer.w13_weight_scale,
-            layer.w13_weight_scale_2,
-            layer.w2_weight,
-            layer.w2_weight_scale,
-            layer.w2_weight_scale_2,
+            *weights,
             topk_weights,
             topk_ids,
             layer.expert_map,
