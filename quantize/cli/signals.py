@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from quantize.cli.wake import wake_the_main_thread
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 INTERRUPTED = 130
@@ -81,6 +83,7 @@ def _handle(handler: Handler) -> dict[signal.Signals, Any]:
     found = {number: had for number, had in found.items() if had is not signal.SIG_IGN}
     for number in found:
         signal.signal(number, handler)
+    wake_the_main_thread()
     return found
 
 

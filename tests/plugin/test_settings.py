@@ -74,9 +74,10 @@ def test_operators_have_one_table_of_all() -> None:
 
 @pytest.mark.parametrize("name", settings.OPTIONS)
 def test_both_ways_and_which_wins(
-    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     read, plain, other = READ[name]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLLM_CACHE_ROOT", "relative")  # so that there is no folder by default
     assert read() == plain
     settings.use({"nvfp4_moe": {key(name): in_json(other)}, "gdn_prefill_backend": "triton"})

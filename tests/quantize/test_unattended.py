@@ -428,6 +428,39 @@ def test_stopped_while_the_hub_keeps_it_waiting(
         assert logged(tmp_path / "log")[-1] == said.splitlines()[-1]
 
 
+WAITING = """
+import signal, sys, threading, time
+from quantize.cli.errors import reporting_errors
+from quantize.cli.signals import end_at_once, ending_at_once
+
+how, which = sys.argv[1:]
+other = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+other.start()
+threading.Timer(0.5, signal.pthread_kill, (other.ident, signal.Signals[which])).start()
+never = threading.Event()
+if how == "the whole process":
+    end_at_once()
+    never.wait()
+with reporting_errors():
+    if how == "a download":
+        with ending_at_once():
+            never.wait()
+    never.wait()
+"""
+
+
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", ["the whole process", "a command", "a download"])
+def test_a_signal_that_another_thread_gets(how: str, which: str) -> None:
+    """As the system pleases: the main thread waits for a lock, and Python's handlers run there."""
+    ended = subprocess.run(
+        [sys.executable, "-c", WAITING, how, which],
+        capture_output=True, text=True, check=False, env=ONE_THREAD, timeout=30,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "interrupted: nothing was changed\n"
+
+
 def test_what_ignores_ctrl_c_goes_on_doing_so() -> None:
     """As what a shell runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
