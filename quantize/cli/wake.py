@@ -22,27 +22,23 @@ NUDGE = signal.SIGURG
 _AFTER = (0.05, 0.2, 1.0)
 """Seconds before each nudge: one that comes just as the thread goes to sleep is lost, too."""
 
-_process = 0
-"""The process that has the thread; a fork of it has not."""
+_told: tuple[int, int] | None = None
+"""The process that has the thread, as a fork of it has not, and the file that tells the thread."""
 
 
 def wake_the_main_thread() -> None:
     """From here on, a signal with a handler wakes it. To be called in the main thread."""
-    global _process
-    if _process == os.getpid():
-        return
-    reads, writes = os.pipe()
-    os.set_blocking(writes, False)
-    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    if before != -1:  # somebody's event loop, which wakes by itself
-        signal.set_wakeup_fd(before)
-        os.close(reads)
-        os.close(writes)
-        return
+    global _told
+    if _told is None or _told[0] != os.getpid():
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        Thread(target=_nudge, args=(reads,), name="signals", daemon=True).start()
+        _told = os.getpid(), writes
     if signal.getsignal(NUDGE) is signal.SIG_DFL:
         signal.signal(NUDGE, lambda *_: None)
-    _process = os.getpid()
-    Thread(target=_nudge, args=(reads,), name="signals", daemon=True).start()
+    before = signal.set_wakeup_fd(_told[1], warn_on_full_buffer=False)
+    if before not in (-1, _told[1]):  # that of an event loop, which wakes by itself
+        signal.set_wakeup_fd(before)
 
 
 def _nudge(reads: int) -> None:
