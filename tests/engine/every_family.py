@@ -89,8 +89,9 @@ def scores(folder: Path, device: str, ours: bool, model_impl: str = "auto") -> l
     from vllm import LLM, SamplingParams
 
     settings = ENGINE[device] | ({"quantization": "nvfp4_moe"} if ours else {})
+    without = not (folder / "tokenizer.json").exists()
     llm = LLM(
-        str(folder), skip_tokenizer_init=True, max_model_len=TOKENS + 16, max_num_seqs=4,
+        str(folder), skip_tokenizer_init=without, max_model_len=TOKENS + 16, max_num_seqs=4,
         enforce_eager=True, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 28,
         language_model_only=True, model_impl=model_impl, **settings,
     )  # fmt: skip
