@@ -164,7 +164,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "route_norm": True,
     },
-    "inkling": {"padded_vocab_size": 256},
     "kimi_linear": {
         "linear_attn_config": {
             "full_attn_layers": [],
