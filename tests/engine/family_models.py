@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from quantize.checkpoint.reader import Checkpoint
@@ -72,10 +74,14 @@ SIZES: dict[str, Any] = families.SMALL | {
 """As ``families.SMALL``. Attention kernels have heads of 64 and more, and MLA's have the sizes of
 DeepSeek's latents alone."""
 
+_LARGER = {name: size for name, size in SIZES.items() if families.SMALL.get(name) != size}
+
 _FULL = {"layer_types": ["full_attention"] * 2}
 
 WITHOUT_LINEAR: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 1},
     "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    "lara_mini": _FULL,
     "minimax": _FULL,
     "qwen3_5_moe": {"text_config": _FULL},
     "qwen3_next": _FULL,
@@ -85,7 +91,14 @@ has no kernels for CPUs, or none in float32."""
 
 SPECIAL: dict[str, dict[str, Any]] = WITHOUT_LINEAR | {
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2}},
-    "deepseek_v4": {"head_dim": 512, "qk_rope_head_dim": 64},
+    "deepseek_v4": {
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        # DeepGEMM, which vLLM's third kind of layer needs, is not on every machine.
+        "layer_types": ["sliding_attention", "heavily_compressed_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "o_groups": 2,
+    },
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [128, 64],
@@ -94,13 +107,15 @@ SPECIAL: dict[str, dict[str, Any]] = WITHOUT_LINEAR | {
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [4, 4, 8]}}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
-    "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}}},
+    "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 8, 8]}}},
     # Keys are values in full attention, as published; then there is no v_proj.
     "gemma4": {"text_config": {"attention_k_eq_v": True}},
     "llama4": {"text_config": {"num_experts_per_tok": 1}},  # vLLM weighs inputs, for one alone
     "mistral4": {"head_dim": 192},
+    "muse_spark": {"out_hidden_size": 1024},
     # Transformers' Mamba in PyTorch clamps time steps at it. Neither its kernels do nor vLLM's.
     "nemotron_h": {"time_step_min": 1e-9},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},  # vLLM's class always has them
     "zaya": {"num_experts_per_tok": 1},
 }
 """What cannot be had from ``families.SPECIAL`` by the sizes alone."""
@@ -109,12 +124,39 @@ _NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    "bailing_hybrid": {
+        "architectures": ["BailingMoeV3ForCausalLM"],
+        "gated_attention_proj_granularity_type": "head_wise",
+        "moe_shared_expert_intermediate_size": 128,
+        "no_kda_lora": True,
+        "use_bias": False,
+    },
     "deepseek_v3": _NOAUX,
     "deepseek_v32": _NOAUX,
-    "deepseek_v4": {"mlp_layer_types": None, "compress_ratios": [128, 128], "num_hash_layers": 0},
+    "deepseek_v4": {
+        "compress_ratios": [0, 128],
+        "mlp_layer_types": None,
+        "num_hash_layers": 1,
+        "topk_method": "noaux_tc",
+    },
+    "dots3_note": {"text_config": None},
+    "ernie4_5_vl_moe": {
+        "freq_allocation": 8,
+        "im_patch_id": 255,
+        "moe_layer_end_index": [1, 1],
+        "moe_layer_interval": 1,
+        "moe_layer_start_index": [1, 1],
+        "moe_num_experts": [8, 8],
+        "pixel_hidden_size": 256,
+        "spatial_conv_size": 2,
+        "temporal_conv_size": 2,
+        "use_temporal_conv": True,
+        "vision_config": {"embed_dim": 256, "mlp_ratio": 4},
+    },
     "glm4_moe": {"head_dim": 64},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "glm4v_moe": {"text_config": {"head_dim": 64, "use_qk_norm": False}},
+    "glm5_next": {"text_config": {"mhc": True, "mla_use_nope": True} | _NOAUX},
     "glm_moe_dsa": _NOAUX,
     "hy_v3": {
         "expert_hidden_dim": 128,
@@ -122,7 +164,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "route_norm": True,
     },
-    "kimi_linear": {"mla_use_nope": True},
+    "kimi_linear": {
+        "linear_attn_config": {
+            "full_attn_layers": [],
+            "head_dim": 128,
+            "kda_layers": [1, 2],
+            "num_heads": 32,
+            "short_conv_kernel_size": 4,
+        },
+        "mla_use_nope": True,
+    },
     "longcat_flash": {
         "mla_scale_kv_lora": True,
         "mla_scale_q_lora": True,
@@ -137,6 +188,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2,
     },
+    "muse_spark": {"text_config": {"num_shared_experts": 0}},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
+    "qwen4_exp": {"text_config": {"output_gate_type": "silu"}},
     "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
     "step3p7": {"vision_config": {"output_dim": 256}},
     "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid", "use_routing_bias": True},
@@ -144,11 +198,52 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """Fields of published configs that vLLM's classes look at and Transformers' do not write; None:
 published configs lack it, and vLLM's does not take it."""
 
-RENAMED = dict.fromkeys(
-    ("hy_v4", "hy_v4_vl"), (r"\.(mlp|shared_experts)\.linear_gate\.", r".\1.gate_proj.")
-)
-"""Names of tensors that Transformers' saving changes from those that are published, and back.
-HYV4's attention has a ``linear_gate``, for which it takes the MLPs' gates as well."""
+FLAT = ("dots3_note", "ernie4_5_vl_moe")
+"""Families whose published configs have the language model's fields at the top, where vLLM's
+classes look for them."""
+
+_HY_V4 = {r"\.(mlp|shared_experts)\.linear_gate\.": r".\1.gate_proj."}
+
+RENAMED: dict[str, dict[str, str]] = {
+    # At the top of the model its patterns do not match, since it saves ``model.`` before them.
+    "deepseek_v4": {
+        r"^model\.embed_tokens\.": "embed.",
+        r"^model\.hc_head\.hc_": "hc_head_",
+        r"^model\.": "",
+        r"\.attn\.norm\.": ".attn.kv_norm.",
+    },
+    # Its attention has a ``linear_gate``, for which the MLPs' gates are taken as well.
+    "hy_v4": _HY_V4,
+    "hy_v4_vl": _HY_V4,
+}
+"""By family: patterns in names of tensors that Transformers' saving changes from those that are
+published, and what they are there."""
+
+LEFT_OUT = {"longcat_flash": r"\.experts\.[89]\."}
+"""By family: a pattern in names of tensors that Transformers saves and published checkpoints lack.
+LongCat's zero experts have no weights; Transformers has rows for them in ``gate_up_proj``."""
+
+BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "deepseek_ocr2": ("DeepseekOcr2ImageProcessor", ("<image>",)),
+    "hy_v4_vl": ("HYV4VLImageProcessor", ("<|image_pad|>", "<|video_pad|>")),
+    "inkling": (
+        "InklingImageProcessor",
+        tuple(
+            f"<|{name}|>"
+            for name in (
+                *("message_user", "message_model", "message_system", "message_tool"),
+                *("content_text", "content_image", "content_model_end_sampling"),
+                *("content_thinking", "content_audio_input", "content_xml"),
+                *("content_invoke_tool_json", "end_message", "audio_end"),
+            )
+        ),
+    ),
+    "inkling2": ("Inkling2ImageProcessor", ("<|unused_200054|>",)),
+    "inkling2_loop": ("Inkling2ImageProcessor", ("<|unused_200054|>",)),
+    "mistral_large4": ("PixtralImageProcessor", ("[IMG]", "[IMG_BREAK]", "[IMG_END]")),
+}
+"""Families of which vLLM starts no model without the files of a processor beside it: the class for
+images, and the tokens that the class for both looks for."""
 
 ROWS, TOKENS = 3, 48
 
@@ -163,9 +258,18 @@ def _larger(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _larger(value)
         if isinstance(value, dict)
-        else (SIZES.get(name, value) if isinstance(value, int) and value else value)
+        else (_LARGER.get(name, value) if isinstance(value, int) and value else value)
         for name, value in fields.items()
     }
+
+
+def config_of(family: str) -> PreTrainedConfig:
+    """The config of the family's model, as a whole."""
+    more = _larger(families.SPECIAL.get(family, {})), SPECIAL.get(family, {})
+    sizes = SIZES
+    if hasattr(families.config(family).get_text_config(), "kv_lora_rank"):  # MLA: as many of both
+        sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}
+    return families.sized(family, sizes, *more)
 
 
 def build(family: str, text: bool) -> torch.nn.Module | None:
@@ -175,12 +279,7 @@ def build(family: str, text: bool) -> torch.nn.Module | None:
         text: the language model alone; None if the family has no class for it, or no other.
     """
     torch.manual_seed(0)
-    special = _larger(families.SPECIAL.get(family, {}))
-    more = special, SPECIAL.get(family, {})
-    config = families.sized(family, SIZES, *more)
-    if hasattr(config.get_text_config(), "kv_lora_rank"):  # MLA: as many of both
-        sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}
-        config = families.sized(family, sizes, *more)
+    config = config_of(family)
     if text:
         inner = config.get_text_config()
         mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -192,6 +291,8 @@ def build(family: str, text: bool) -> torch.nn.Module | None:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.endswith("bias"):
                 parameter.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
+            elif name == "lm_head.bias":  # vLLM's class for PhiMoE leaves it out
+                parameter.normal_(0, 0.03)
             elif name.rpartition(".")[2] not in ("A_log", "D", "dt_bias"):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for name, buffer in model.named_buffers():
@@ -288,6 +389,27 @@ def _with_silu(experts: put_back.Experts) -> Callable[..., torch.Tensor]:
     return forward
 
 
+def put_beside(folder: Path, images: str, special: tuple[str, ...]) -> None:
+    """Write the files of a processor, whose tokenizer has a word for each token.
+
+    Args:
+        images: the class of its image processor, with what that does by default.
+        special: the names of the tokens after the first; no prompt has one of the first 16.
+    """
+    size = SIZES["vocab_size"]
+    names = ["w0", *special, *(f"w{i}" for i in range(len(special) + 1, size))]
+    words = {name: token for token, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, fields in {
+        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "w0"},
+        "preprocessor_config": {"image_processor_type": images},
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(fields))
+
+
 def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None:
     """Write all of a family's files into ``folder``. Returns what the fault in ``wrong.json`` is;
     None if there is no such model (see :func:`build`)."""
@@ -299,15 +421,22 @@ def make(family: str, folder: Path, text: bool = False) -> dict[str, Any] | None
     source, target = folder / "source", folder / "nvfp4"
     copy.deepcopy(model).bfloat16().save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
+    if family in FLAT and not text:
+        config = config["text_config"] | config
     fields = {} if text else PUBLISHED.get(family, {})
     families.merged(config, fields)
     for name in (name for name, value in fields.items() if value is None):
         del config[name]
     (source / "config.json").write_text(json.dumps(config))
-    if family in RENAMED:
+    if family in RENAMED or family in LEFT_OUT:
         tensors = load_file(source / "model.safetensors")
-        pattern, name = RENAMED[family]
-        checkpoints.save(source, {re.sub(pattern, name, n): t for n, t in tensors.items()}, config)
+        for pattern, name in RENAMED.get(family, {}).items():
+            tensors = {re.sub(pattern, name, n): t for n, t in tensors.items()}
+        left_out = re.compile(LEFT_OUT.get(family, "$."))
+        tensors = {n: t for n, t in tensors.items() if not left_out.search(n)}
+        checkpoints.save(source, tensors, config)
+    if family in BESIDE and not text:
+        put_beside(source, *BESIDE[family])
     checkpoints.convert(source, target, overwrite=True)
     found = {"source": log_probabilities(model)}
     restore(model, source, target)

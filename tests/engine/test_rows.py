@@ -67,3 +67,24 @@ def test_the_row_of_a_family(
     row: dict[str, Any] = state.row("toy")
     assert row["result"] == result
     assert words in served(row, "")
+
+
+@pytest.mark.parametrize(
+    ("device", "key", "result"),
+    [
+        ("cpu", "toy", False),
+        ("cuda", "toy", True),
+        # In bfloat16 on CPUs too.
+        ("cpu", "glm5_next", True),
+        ("cpu", "glm5_next.text@transformers", True),
+    ],
+)
+def test_how_much_is_the_same(tmp_path: Path, device: str, key: str, result: bool) -> None:
+    """A tenth of what a fault makes is, where the engine computes in bfloat16."""
+    folder = tmp_path / key.partition("@")[0]
+    folder.mkdir()
+    for name, off in (("right", 0.0), ("wrong", FAULT)):
+        (folder / f"{name}.json").write_text(json.dumps([value + off for value in RIGHT]))
+    state = Run(tmp_path, argparse.Namespace(device=device, workers=1, limit=1, wrong_gate=False))
+    state.ours = {key: said(FAULT / 10)}
+    assert state.same(key) == result

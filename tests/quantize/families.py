@@ -214,7 +214,7 @@ NEWER = {
     "Inkling2Experts": "5.24",
     "Inkling2LoopExperts": "5.24",
     "Kolibri1Experts": "5.20",
-    "LaraMiniExperts": "5.20",
+    "LaraMiniExperts": "5.24",
     "MistralLarge4TextExperts": "5.24",
     "MuseSparkExperts": "5.20",
     "UnlimitedOcrTextExperts": "5.20",
