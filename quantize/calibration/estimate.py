@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -14,6 +13,7 @@ from rich.filesize import decimal
 from quantize.calibration.calibrate import goes_back, precision
 from quantize.calibration.crew import Work
 from quantize.calibration.expert_weights import read_expert
+from quantize.calibration.host_memory import HostMemory, host_memory
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.quantizer import Rounder
 from quantize.calibration.room import side_by_side
@@ -225,20 +225,21 @@ def check_memory(nbytes: int, device: torch.device) -> None:
     Raises:
         TooMuchError: if it does.
     """
-    there = memory_of(device)
+    there, why = memory_of(device)
     if nbytes > there:
         raise TooMuchError(
             f"calibration needs about {decimal(nbytes)} of memory, and {device} has "
-            f"{decimal(there)}. Take another --device, shorter texts (--calibration-length), or a "
-            "--rounding that needs less; or give --yes to try it nevertheless"
+            f"{decimal(there)}{f' ({why})' if why else ''}. Take another --device, shorter texts "
+            "(--calibration-length), or a --rounding that needs less; or give --yes to try it "
+            "nevertheless"
         )
 
 
-def memory_of(device: torch.device) -> int:
-    """Return how many bytes of memory a device has."""
+def memory_of(device: torch.device) -> HostMemory:
+    """Return how much memory a device has for this process."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return HostMemory(int(torch.cuda.get_device_properties(device).total_memory))
+    return host_memory()
 
 
 def _beside(checkpoint: Checkpoint, plan: Plan) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from safetensors import safe_open
 
 from quantize.calibration import estimate as module
+from quantize.calibration import host_memory
 from quantize.calibration.estimate import Seconds, estimate, measure
+from quantize.calibration.host_memory import HostMemory
 from quantize.calibration.quantizer import Rounder
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import TooMuchError
@@ -182,7 +185,7 @@ def test_too_much_is_refused_unless_the_user_insists(
     if what == "time":
         monkeypatch.setattr(module, "LIMIT", 1e-9)
     else:
-        monkeypatch.setattr(module, "memory_of", lambda _: 1000)
+        monkeypatch.setattr(module, "memory_of", lambda _: HostMemory(1000))
     out = tmp_path / "out"
     bits = ("--bits", "5") if option == "--bits" else ()
     read = option if not bits else "--input-scales"
@@ -216,10 +219,77 @@ def test_three_days_are_the_limit() -> None:
             module.check(found)
 
 
-def test_the_machines_memory() -> None:
+def machine_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     (total,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")]
-    assert module.memory_of(CPU) == total
+    return total
+
+
+def control_groups(folder: Path, monkeypatch: pytest.MonkeyPatch, membership: str) -> None:
+    """Have the process believe that its groups are in ``folder``."""
+    (folder / "self").write_text(membership)
+    monkeypatch.setattr(host_memory, "MEMBERSHIP", folder / "self")
+    monkeypatch.setattr(host_memory, "MOUNTS", (folder, folder / "unified", folder / "memory"))
+
+
+def test_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_groups(tmp_path, monkeypatch, "0::/\n")
+    assert module.memory_of(CPU) == HostMemory(machine_memory())
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "least"),
+    [
+        # Version 2: also a group around the process's own.
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "5000"}, "a/memory.max"),
+        ("0::/a/b", {"a/b/memory.max": "4000", "a/memory.max": "5000"}, "a/b/memory.max"),
+        # A container sees its own group as the root, and may be told its path outside.
+        ("0::/", {"memory.max": "4000"}, "memory.max"),
+        ("0::/outside", {"memory.max": "4000"}, "memory.max"),
+        # Version 1, and both side by side.
+        (
+            "9:cpu:/x\n4:memory:/m\n0::/",
+            {"memory/m/memory.limit_in_bytes": "4000", "memory/memory.limit_in_bytes": str(2**63)},
+            "memory/m/memory.limit_in_bytes",
+        ),
+        ("4:pids,memory:/\n0::/u", {"unified/u/memory.max": "4000"}, "unified/u/memory.max"),
+        # Of a group that the process is not in.
+        ("0::/a", {"b/memory.max": "4000"}, None),
+        ("3:cpu:/m", {"memory/m/memory.limit_in_bytes": "4000"}, None),
+    ],
+)
+def test_memory_is_what_the_control_groups_allow(
+    membership: str, files: dict[str, str], least: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    control_groups(tmp_path, monkeypatch, membership)
+    for name, limit in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    found = module.memory_of(CPU)
+    if least is None:
+        assert found == HostMemory(machine_memory())
+        return
+    assert found.nbytes == int(files[least])
+    with pytest.raises(TooMuchError, match=re.escape(f"(the limit in {tmp_path / least})")):
+        module.check_memory(found.nbytes + 1, CPU)
+    module.check_memory(found.nbytes, CPU)
+
+
+@pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_memory_is_what_the_process_may_take(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control_groups(tmp_path, monkeypatch, "")
+    which = getattr(resource, name)
+    limit = 2**40 if machine_memory() > 2**41 else machine_memory() - 2**20
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (limit, before[1]))
+    try:
+        found = module.memory_of(CPU)
+    finally:
+        resource.setrlimit(which, before)
+    assert found.nbytes == limit and name in found.why
 
 
 def test_measuring_for_bits_is_three_reads_and_the_products_of_both_ways(
