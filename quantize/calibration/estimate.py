@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.quantizer import Rounder
 from quantize.calibration.room import side_by_side
 from quantize.calibration.routing import Routing
+from quantize.calibration.step_times import Steps
 from quantize.calibration.visitor import Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.duration import duration
@@ -70,6 +72,7 @@ class Estimate(NamedTuple):
         tokens: that it was given.
         experts: how many there are.
         devices: how many round experts at once.
+        steps: seconds of its steps (``quantize.calibration.progress``).
     """
 
     seconds: float
@@ -78,6 +81,7 @@ class Estimate(NamedTuple):
     tokens: int
     experts: int
     devices: int = 1
+    steps: Steps = ()
 
     def __str__(self) -> str:
         where = "here" if self.devices == 1 else f"on {self.devices} devices"
@@ -130,14 +134,53 @@ def estimate(
         # While others round, the pass reads and computes what it would have anyway.
         alone = one.read + (BACKWARD - FORWARD if back else FORWARD) * one.compute
         share = _share(group, together(plan, group, device, devices), devices)
-        seconds += experts * max(0.0, one.round * share - alone)
+        rounding = max(0.0, one.round * share - alone)
     else:
-        seconds += experts * one.round
+        rounding = one.round
+    seconds += experts * rounding
     # The rest of a layer runs up to its experts, and then from its beginning to its end.
     pace = one.compute / (size * tokens)
-    seconds += _beside(checkpoint, plan) * total * pace * 2 * works
+    beside = _beside(checkpoint, plan) * total * pace * 2
+    seconds += beside * works
     count = sum(each.num_experts for each in groups)
-    return Estimate(seconds, one, group, tokens, count, devices if settings.method else 1)
+    # A layer's experts, as many as those of the measured one's size.
+    layers: dict[int, float] = defaultdict(float)
+    for each in groups:
+        layers[layer_number(each.prefix) or 0] += each.parameters / size
+    steps = _steps(plan, layers, one, rounding, beside, back)
+    return Estimate(seconds, one, group, tokens, count, devices if settings.method else 1, steps)
+
+
+def _steps(
+    plan: Plan, layers: dict[int, float], one: Seconds, rounding: float, beside: float, back: bool
+) -> Steps:
+    """Seconds of each step, in the order of ``quantize.calibration.calibrate``'s passes.
+
+    Args:
+        layers: how many experts are rounded in each.
+        one: of one of them, in which ``rounding`` is what it adds to a pass.
+        beside: what all layers take without their experts, in one pass forward.
+    """
+    numbers = [layer_number(group.prefix) or 0 for group in (plan.found if back else plan.groups)]
+    count = max(numbers) + 1
+    own = beside / count
+    ahead = one.read + FORWARD * one.compute
+    if not back:
+        return tuple((own + layers.get(n, 0) * (ahead + rounding),) for n in range(count))
+    # A layer on the way back: a third of what it tells of is its experts' outputs, once more.
+    behind = one.read + (BACKWARD - FORWARD) * one.compute + rounding
+    first = min(layer_number(group.prefix) or 0 for group in plan.groups)
+    return (
+        *((own + layers.get(n, 0) * ahead,) for n in range(count)),
+        (own,),  # the model's end
+        *(
+            (
+                own + layers.get(n, 0) * ahead,
+                *[((BACKWARD - FORWARD) * own + layers.get(n, 0) * behind) / 2] * 2,
+            )
+            for n in reversed(range(first, count))
+        ),
+    )
 
 
 def _share(group: ExpertGroup, size: int, devices: int) -> float:

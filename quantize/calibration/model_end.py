@@ -105,9 +105,9 @@ class ModelEnd:
         # Those of what is impossible, such as a padded vocabulary, may be -inf.
         if not (found < torch.inf).all():
             raise QuantizeError(
-                f"{layerwise.folder}: what comes after the model's layers, its norm and head, makes "
-                f"NaN or infinite logits of the text in {found.dtype}; the weights are damaged, or "
-                "need another precision (--device cpu)"
+                f"{layerwise.folder}: what comes after the model's layers, its norm and head, "
+                f"makes NaN or infinite logits of the text in {found.dtype}; the weights are "
+                "damaged, or need another precision (--device cpu)"
             )
         if positions is not None and found.shape[1] != len(positions):
             return found[:, positions]

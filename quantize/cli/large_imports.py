@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 from quantize.cli.signals import ending_at_once
 
-
 WAITING = "OMP_WAIT_POLICY"
 """How OpenMP's threads wait for each other, in PyTorch's operations."""
 

@@ -18,8 +18,10 @@ from quantize.calibration import host_memory
 from quantize.calibration.estimate import Seconds, estimate, measure
 from quantize.calibration.host_memory import HostMemory
 from quantize.calibration.quantizer import Rounder
+from quantize.calibration.step_times import by_time
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import TooMuchError
+from quantize.execute import execute
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.method import Method
 from quantize.run.options import Calibration, Options
@@ -202,6 +204,55 @@ def test_too_much_is_refused_unless_the_user_insists(
     assert bool(measures) is bool(bits)
     assert (out / "config.json").exists()
     assert "--yes" not in (out / "nvfp4_moe_report.json").read_text()
+
+
+@pytest.mark.parametrize("method", ["gptq", "two-sided"])
+def test_steps_are_told_of_by_their_time(
+    method: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with a clock that only rounding moves: what is said is left is what is left, all the
+    time, though half of two-sided's steps, and layers without experts to round, take no time."""
+    now, rounds = [0.0], Rounder.round
+
+    def slow(self: Rounder, work: Any) -> Any:
+        now[0] += 10
+        return rounds(self, work)
+
+    monkeypatch.setattr(module, "measure", lambda *_: Seconds(1e-9, 1e-9, 10))
+    monkeypatch.setattr(Rounder, "round", slow)
+    told: list[tuple[float, int, float]] = []
+    samples = torch.randint(5, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    with Checkpoint(trained) as checkpoint:
+        calibration = Calibration("text", 4, 64, "digest", method)
+        steps = plan(checkpoint, Options(calibration=calibration, include=("*.layers.[13].*",)))
+        execute(
+            checkpoint, steps, tmp_path / "out", devices=[CPU], samples=samples, limited=True,
+            calibrating=lambda done, of, _: told.append((done, of, now[0])),
+        )  # fmt: skip
+    total = now[0]
+    assert total == 10 * 2 * Sizes.of(trained).experts
+    assert told[-1][0] == told[-1][1]
+    for done, of, moment in told:
+        assert done / of == pytest.approx(moment / total, abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [((1.0,), (3.0, 0.0, 5.0), (1.0,)), ((2.0,),) * 3, ()])
+def test_steps_by_time(steps: Any) -> None:
+    told: list[tuple[float, int, str]] = []
+    report = by_time(lambda *all_: told.append(all_), steps)
+    moments = [n / 60 for n in range(181)]
+    for moment in moments:
+        report(moment, 3, "here")
+    assert {rest for _, *rest in told for rest in [tuple(rest)]} == {(3, "here")}
+    done = [one for one, *_ in told]
+    assert done == sorted(done) and done[0] == 0 and done[-1] == pytest.approx(3)
+    if len(steps) == 3 and len(steps[1]) == 3:
+        # A third of the second step, then nothing for as long, then the last third of it.
+        assert [done[n] for n in (60, 80, 100, 120)] == pytest.approx([0.3, 1.2, 1.2, 2.7])
+        report(1, 7, "another pass")
+        assert told[-1] == (1, 7, "another pass")
+    else:
+        assert done == pytest.approx(moments)
 
 
 def test_three_days_are_the_limit() -> None:

@@ -268,7 +268,7 @@ def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("few.txt", "x = 1\n", r"few.txt: \d+ tokens, and fewer than 32 say nothing; give more text"),
+        ("few.txt", "x = 1\n", r"few.txt: \d+ tokens, and fewer than 32 say nothing; give"),
         ("empty.txt", " \n", "empty.txt: 0 tokens"),
         ("empty.json", "[]", "empty.json: 0 tokens"),
         ("broken.jsonl", '"x"\n{', "broken.jsonl, line 2: cannot be read as JSON"),
