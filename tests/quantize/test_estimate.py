@@ -15,8 +15,10 @@ from safetensors import safe_open
 
 from quantize.calibration import estimate as module
 from quantize.calibration import host_memory
+from quantize.calibration.bits import within_bits
 from quantize.calibration.estimate import Seconds, estimate, measure
 from quantize.calibration.host_memory import HostMemory
+from quantize.calibration.layer_loss import LossGatherer
 from quantize.calibration.quantizer import Rounder
 from quantize.calibration.step_times import by_time
 from quantize.checkpoint.reader import Checkpoint
@@ -228,6 +230,36 @@ def test_steps_are_told_of_by_their_time(
         execute(
             checkpoint, steps, tmp_path / "out", devices=[CPU], samples=samples, limited=True,
             calibrating=lambda done, of, _: told.append((done, of, now[0])),
+        )  # fmt: skip
+    total = now[0]
+    assert total == 10 * 2 * Sizes.of(trained).experts
+    assert told[-1][0] == told[-1][1]
+    for done, of, moment in told:
+        assert done / of == pytest.approx(moment / total, abs=0.02)
+
+
+def test_measuring_is_told_of_by_its_time(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its passes are those of ``two-sided``, and experts are looked at on the way back."""
+    now, looks = [0.0], LossGatherer.expert
+
+    def slow(self: LossGatherer, *what: Any) -> Any:
+        now[0] += 10 * (self._group is not None)
+        return looks(self, *what)
+
+    monkeypatch.setattr(module, "measure", lambda *_: Seconds(1e-9, 1e-9, 10))
+    monkeypatch.setattr(LossGatherer, "expert", slow)
+    told: list[tuple[float, int, float]] = []
+    samples = torch.randint(5, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    with Checkpoint(trained) as checkpoint:
+        options = Options(bits=6.0, include=("*.layers.[13].*",))
+        steps = plan(checkpoint, replace(options, bits=None))
+        calibration = Calibration("text", 4, 64, "digest", None)
+        steps = replace(steps, options=replace(steps.options, calibration=calibration))
+        within_bits(
+            checkpoint, steps, options, samples, tmp_path / "out", CPU,
+            progress=lambda done, of, _: told.append((done, of, now[0])),
         )  # fmt: skip
     total = now[0]
     assert total == 10 * 2 * Sizes.of(trained).experts
