@@ -27,8 +27,9 @@ def large_imports(timed: bool = False) -> Iterator[None]:
 
     PyTorch's threads then sleep while they wait, unless the user says otherwise: OpenMP reads its
     variable once, when it is loaded. By default they spin for milliseconds, and rounding is
-    thousands of short operations. Where something else has a core, each of these waits for
-    a thread that is not running, behind one that spins: GPTQ of 1536 x 1024 took two threads 32 s beside other work, and 3.0 s if they sleep.
+    thousands of short operations. Where something else has a core, each of these waits for a thread
+    that is not running, behind one that spins: GPTQ of 1536 x 1024 took two threads 32 s beside
+    other work, and 3.0 s if they sleep.
 
     Args:
         timed: what follows is timed as engines run it, so threads wait as they do there.
