@@ -24,6 +24,7 @@ from quantize.calibration.cluster_crew import on_cluster
 from quantize.calibration.crew import Crew, Round, on_devices
 from quantize.calibration.estimate import Estimate, check, check_memory, estimate
 from quantize.calibration.progress import Progress as Calibrating
+from quantize.calibration.step_times import by_time
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
@@ -331,6 +332,8 @@ class Run:
                 with self.sessions.phase("counting tokens"):
                     count_tokens(*what, self.say, self.counting)
             with self.sessions.phase("calibration"):
+                if self.estimate is not None:
+                    calibrating = by_time(calibrating, self.estimate.steps)
                 calibrate(*what, calibrating, self.say, self._gather)
         if not space.has_room_for_shards():
             self._clear()

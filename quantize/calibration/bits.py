@@ -25,6 +25,7 @@ from quantize.calibration.estimate import Estimate, check, check_memory, estimat
 from quantize.calibration.layer_loss import LossGatherer, StoredLosses
 from quantize.calibration.progress import PROGRESS, CalibrationProgress, Progress
 from quantize.calibration.proof import Say, prove
+from quantize.calibration.step_times import by_time
 from quantize.calibration.store import Store
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
@@ -152,7 +153,7 @@ def within_bits(
                 write_json(kept.folder / _KEY, key)
             if own is not None:
                 own.make()
-            measuring.run(samples, progress, say)
+            measuring.run(samples, by_time(progress, first.steps), say)
     losses: dict[str, dict[str, float]] = {prefix: defaultdict(float) for prefix in layers}
     for group in plan.groups:
         for name, loss in kept.of(group).items():

@@ -185,7 +185,11 @@ def _pieces(row: Any, where: str, tokenizer: Any) -> Iterator[Piece]:
         if field == "messages" and isinstance(value, list):
             yield Piece(_templated(value, found.get("tools"), where, tokenizer), templated=True)
             return
-    raise QuantizeError(f"{where}: has none of the fields {', '.join(FIELDS)}")
+    there = f", only {', '.join(map(str, [*row][:8]))}" if isinstance(row, dict) and row else ""
+    raise QuantizeError(
+        f"{where}: has none of the fields {', '.join(FIELDS)} with text in it{there}; call the one "
+        f"with the text {FIELDS[0]}"
+    )
 
 
 def _templated(messages: list[Any], tools: Any, where: str, tokenizer: Any) -> str:

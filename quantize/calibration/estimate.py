@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -14,10 +14,12 @@ from rich.filesize import decimal
 from quantize.calibration.calibrate import goes_back, precision
 from quantize.calibration.crew import Work
 from quantize.calibration.expert_weights import read_expert
+from quantize.calibration.host_memory import HostMemory, host_memory
 from quantize.calibration.input_scales import RangeGatherer
 from quantize.calibration.quantizer import Rounder
 from quantize.calibration.room import side_by_side
 from quantize.calibration.routing import Routing
+from quantize.calibration.step_times import Steps
 from quantize.calibration.visitor import Visitor
 from quantize.checkpoint.reader import Checkpoint
 from quantize.duration import duration
@@ -70,6 +72,7 @@ class Estimate(NamedTuple):
         tokens: that it was given.
         experts: how many there are.
         devices: how many round experts at once.
+        steps: seconds of its steps (``quantize.calibration.progress``).
     """
 
     seconds: float
@@ -78,6 +81,7 @@ class Estimate(NamedTuple):
     tokens: int
     experts: int
     devices: int = 1
+    steps: Steps = ()
 
     def __str__(self) -> str:
         where = "here" if self.devices == 1 else f"on {self.devices} devices"
@@ -130,14 +134,53 @@ def estimate(
         # While others round, the pass reads and computes what it would have anyway.
         alone = one.read + (BACKWARD - FORWARD if back else FORWARD) * one.compute
         share = _share(group, together(plan, group, device, devices), devices)
-        seconds += experts * max(0.0, one.round * share - alone)
+        rounding = max(0.0, one.round * share - alone)
     else:
-        seconds += experts * one.round
+        rounding = one.round
+    seconds += experts * rounding
     # The rest of a layer runs up to its experts, and then from its beginning to its end.
     pace = one.compute / (size * tokens)
-    seconds += _beside(checkpoint, plan) * total * pace * 2 * works
+    beside = _beside(checkpoint, plan) * total * pace * 2
+    seconds += beside * works
     count = sum(each.num_experts for each in groups)
-    return Estimate(seconds, one, group, tokens, count, devices if settings.method else 1)
+    # A layer's experts, as many as those of the measured one's size.
+    layers: dict[int, float] = defaultdict(float)
+    for each in groups:
+        layers[layer_number(each.prefix) or 0] += each.parameters / size
+    steps = _steps(plan, layers, one, rounding, beside, back)
+    return Estimate(seconds, one, group, tokens, count, devices if settings.method else 1, steps)
+
+
+def _steps(
+    plan: Plan, layers: dict[int, float], one: Seconds, rounding: float, beside: float, back: bool
+) -> Steps:
+    """Seconds of each step, in the order of ``quantize.calibration.calibrate``'s passes.
+
+    Args:
+        layers: how many experts are rounded in each.
+        one: of one of them, in which ``rounding`` is what it adds to a pass.
+        beside: what all layers take without their experts, in one pass forward.
+    """
+    numbers = [layer_number(group.prefix) or 0 for group in (plan.found if back else plan.groups)]
+    count = max(numbers) + 1
+    own = beside / count
+    ahead = one.read + FORWARD * one.compute
+    if not back:
+        return tuple((own + layers.get(n, 0) * (ahead + rounding),) for n in range(count))
+    # A layer on the way back: a third of what it tells of is its experts' outputs, once more.
+    behind = one.read + (BACKWARD - FORWARD) * one.compute + rounding
+    first = min(layer_number(group.prefix) or 0 for group in plan.groups)
+    return (
+        *((own + layers.get(n, 0) * ahead,) for n in range(count)),
+        (own,),  # the model's end
+        *(
+            (
+                own + layers.get(n, 0) * ahead,
+                *[((BACKWARD - FORWARD) * own + layers.get(n, 0) * behind) / 2] * 2,
+            )
+            for n in reversed(range(first, count))
+        ),
+    )
 
 
 def _share(group: ExpertGroup, size: int, devices: int) -> float:
@@ -225,20 +268,21 @@ def check_memory(nbytes: int, device: torch.device) -> None:
     Raises:
         TooMuchError: if it does.
     """
-    there = memory_of(device)
+    there, why = memory_of(device)
     if nbytes > there:
         raise TooMuchError(
             f"calibration needs about {decimal(nbytes)} of memory, and {device} has "
-            f"{decimal(there)}. Take another --device, shorter texts (--calibration-length), or a "
-            "--rounding that needs less; or give --yes to try it nevertheless"
+            f"{decimal(there)}{f' ({why})' if why else ''}. Take another --device, shorter texts "
+            "(--calibration-length), or a --rounding that needs less; or give --yes to try it "
+            "nevertheless"
         )
 
 
-def memory_of(device: torch.device) -> int:
-    """Return how many bytes of memory a device has."""
+def memory_of(device: torch.device) -> HostMemory:
+    """Return how much memory a device has for this process."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return HostMemory(int(torch.cuda.get_device_properties(device).total_memory))
+    return host_memory()
 
 
 def _beside(checkpoint: Checkpoint, plan: Plan) -> int:

@@ -90,6 +90,9 @@ class ModelEnd:
             states: what the last layer with experts returned for them.
             positions: int64 ``[n]``: only those of these positions, ``[texts, n, vocabulary]``. The
                 head then runs for them alone, if the model's class can do so.
+
+        Raises:
+            QuantizeError: if they are NaN or infinite.
         """
         layerwise = self._layerwise
         layerwise.set_input(states)
@@ -99,6 +102,13 @@ class ModelEnd:
             if "logits_to_keep" in inspect.signature(layerwise.model.forward).parameters:
                 more["logits_to_keep"] = positions
         found: torch.Tensor = layerwise.call(tokens, lambda output: output.logits, **more)
+        # Those of what is impossible, such as a padded vocabulary, may be -inf.
+        if not (found < torch.inf).all():
+            raise QuantizeError(
+                f"{layerwise.folder}: what comes after the model's layers, its norm and head, "
+                f"makes NaN or infinite logits of the text in {found.dtype}; the weights are "
+                "damaged, or need another precision (--device cpu)"
+            )
         if positions is not None and found.shape[1] != len(positions):
             return found[:, positions]
         return found

@@ -67,8 +67,8 @@ def load_samples(
         where = ", ".join(names)
         if len(rows[0]) < min(MIN_TOKENS, sequence_length):
             raise QuantizeError(
-                f"{where}: {len(row)} tokens, and no expert can be calibrated with fewer than "
-                f"{MIN_TOKENS}; give more text"
+                f"{where}: {len(row)} token{'s' * (len(row) != 1)}, and fewer than "
+                f"{min(MIN_TOKENS, sequence_length)} say nothing; give more text"
             )
         say(
             f"Warning: {where}: too little text. {len(rows)} row{'s' * (len(rows) > 1)} of "

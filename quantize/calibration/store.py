@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from quantize.checkpoint.tensors import DTYPE_NAMES
 from quantize.errors import QuantizeError
@@ -52,7 +53,7 @@ class Store:
         except OSError as error:
             file.unlink(missing_ok=True)
             raise QuantizeError(
-                f"{file}: calibration needs {size / 1e9:.1f} GB here ({error.strerror}); free some "
+                f"{file}: calibration needs {decimal(size)} here ({error.strerror}); free some "
                 "space or take fewer rows"
             ) from error
         finally:

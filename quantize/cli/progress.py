@@ -56,6 +56,11 @@ class Work:
         self.done, self.where = done, where
         self._began = self._began or (self.clock(), done, self.read())
 
+    def wait(self) -> None:
+        """Say that something else is being done: until now, nothing of this could be."""
+        if self._began is not None:
+            self._began = self.clock(), self.done, self.read()
+
     @property
     def pace(self) -> float:
         """Bytes or steps a second since it began; 0 if that is not known yet."""
@@ -201,6 +206,9 @@ class Bar:
         work = self._passes.setdefault(what, new)
         work.total = steps
         work.update(done, where)
+        # Hours of passes come after the first bytes are counted (those of an earlier run) and
+        # before all others, which take minutes.
+        self._bytes.wait()
         self._shown.update(work)
 
     def calibrating(self, done: float, steps: int, where: str) -> None:

@@ -12,7 +12,7 @@ from quantize.calibration.samples import digest_of, load_samples
 from quantize.checkpoint.descriptions import without_descriptions
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.evaluate.side import Side
+from quantize.evaluate.side import Side, in_own_words
 from quantize.experts.gates import KEY
 
 LENGTH = 2048
@@ -91,9 +91,11 @@ def tokens_of(
     """
     folders = source.folder, target.folder
     shape = samples, _length(source, length)
-    tokens = load_samples(text, folders[0], *shape, trust_remote_code, say)
+    with in_own_words():
+        tokens = load_samples(text, folders[0], *shape, trust_remote_code, say)
     if any((folders[1] / name).exists() for name in _TOKENIZER):
-        others = load_samples(text, folders[1], *shape, trust_remote_code)
+        with in_own_words():
+            others = load_samples(text, folders[1], *shape, trust_remote_code)
         if digest_of(tokens) != digest_of(others):
             raise QuantizeError(
                 f"{folders[1]}: its tokenizer makes other tokens of {text} than that in "

@@ -22,6 +22,7 @@ from quantize.calibration.samples import digest_of
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.kv_cache import is_cache_scale
 from quantize.checkpoint.reader import Checkpoint
+from quantize.errors import QuantizeError
 from quantize.evaluate.activations import BF16, NVFP4, check_has_scales, stated, visitor_of
 from quantize.evaluate.agreement import check_same_model, differences
 from quantize.evaluate.depth import Depth, distance
@@ -31,6 +32,7 @@ from quantize.evaluate.side import Side, in_own_words, share
 from quantize.evaluate.work import Progress, fingerprint, work_folder
 from quantize.experts.gates import Gate
 from quantize.experts.group import tensor_names_of
+from quantize.run.space import free
 from quantize.run.version import VERSIONS, package_version
 
 Say = Callable[[str], None]
@@ -79,7 +81,8 @@ def evaluate(
         say: is told what is said before the hours begin.
 
     Raises:
-        QuantizeError: if they are not two versions of one model, or one cannot be run.
+        QuantizeError: if they are not two versions of one model, one cannot be run, or there is
+            too little disk for hidden states.
     """
     started = time.perf_counter()
     device = device or torch.device("cpu")
@@ -93,7 +96,11 @@ def evaluate(
         notes = (*differences(first, second), *_ignored(second, chosen))
         for note in notes:
             say(note)
-        say(_needs(first, samples))
+        nbytes = _states(first, samples)
+        say(
+            f"Evaluation: {samples.shape[0]} rows of {samples.shape[1]} tokens, {decimal(nbytes)} "
+            "of hidden states on disk until it ends"
+        )
         share(first, second)
         mark = ""
         if work_dir is not None:
@@ -102,6 +109,7 @@ def evaluate(
                 dtype, device.type, gate, package_version(), [version(name) for name in VERSIONS],
             )  # fmt: skip
         with work_folder(work_dir, beside, mark, resume) as folder:
+            _check_disk(folder, nbytes)
             state = Progress(folder)
             if not state.begun and not any(map(source.is_nvfp4, tensor_names_of(first.groups))):
                 prove_pass(
@@ -190,13 +198,24 @@ def _ignored(side: Side, activations: str) -> Iterator[str]:
         )
 
 
-def _needs(side: Side, tokens: torch.Tensor) -> str:
-    """What the run needs on the disk."""
+def _states(side: Side, tokens: torch.Tensor) -> int:
+    """Bytes of hidden states that are on the disk at once, at most."""
     # In both models a layer's input and output; in one its experts' input, output and routing.
     group = max(side.groups, key=lambda each: each.hidden)
     wide = state_size(side.checkpoint, group.hidden)
     numbers = tokens.numel() * (4 * wide + 2 * max(wide, group.hidden))
-    return (
-        f"Evaluation: {tokens.shape[0]} rows of {tokens.shape[1]} tokens, "
-        f"{decimal(numbers * side.model.dtype.itemsize)} of hidden states on disk until it ends"
-    )
+    return numbers * side.model.dtype.itemsize
+
+
+def _check_disk(folder: Path, nbytes: int) -> None:
+    """See that there is room for the states, of which an interrupted run has left some.
+
+    Raises:
+        QuantizeError: if there is not.
+    """
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if (left := free(folder) + there) < nbytes:
+        raise QuantizeError(
+            f"{folder}: {decimal(left)} free, and hidden states need {decimal(nbytes)}; give "
+            "another disk with --work-dir, or take fewer --samples or a shorter --length"
+        )

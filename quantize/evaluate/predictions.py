@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -60,6 +60,9 @@ def row_of(source: Side, target: Side, samples: torch.Tensor, row: int) -> Row:
 
     Args:
         samples: tokens, int64 ``[num_samples, sequence_length]``.
+
+    Raises:
+        QuantizeError: naming the checkpoint whose logits are NaN or infinite.
     """
     text = samples[row : row + 1]
     states = [
@@ -105,10 +108,10 @@ def figures_of(rows: Sequence[Row]) -> Figures:
     tokens = sum(row.tokens for row in rows)
     change, spread = fmean(changes), _error(changes)
     return Figures(
-        math.exp(fmean(before)),
-        math.exp(fmean(after)),
-        100 * math.expm1(change),
-        None if spread is None else 100 * math.exp(change) * spread,
+        _of(math.exp, fmean(before)),
+        _of(math.exp, fmean(after)),
+        100 * _of(math.expm1, change),
+        None if spread is None else 100 * _of(math.exp, change) * spread,
         fmean(kl),
         _error(kl),
         sum(row.same for row in rows) / tokens,
@@ -116,6 +119,16 @@ def figures_of(rows: Sequence[Row]) -> Figures:
     )
 
 
+def _of(function: Callable[[float], float], value: float) -> float:
+    """What a checkpoint that has lost everything makes may be too large for a float."""
+    try:
+        return function(value)
+    except OverflowError:
+        return math.inf
+
+
 def _error(values: list[float]) -> float | None:
-    """The standard error of their mean."""
+    """The standard error of their mean; None too where one is infinite: a token was impossible."""
+    if not all(map(math.isfinite, values)):
+        return None
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

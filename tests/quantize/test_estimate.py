@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import torch
 from safetensors import safe_open
 
 from quantize.calibration import estimate as module
+from quantize.calibration import host_memory
+from quantize.calibration.bits import within_bits
 from quantize.calibration.estimate import Seconds, estimate, measure
+from quantize.calibration.host_memory import HostMemory
+from quantize.calibration.layer_loss import LossGatherer
 from quantize.calibration.quantizer import Rounder
+from quantize.calibration.step_times import by_time
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import TooMuchError
+from quantize.execute import execute
 from quantize.nvfp4.rounding import METHODS
 from quantize.nvfp4.rounding.method import Method
 from quantize.run.options import Calibration, Options
@@ -182,7 +189,7 @@ def test_too_much_is_refused_unless_the_user_insists(
     if what == "time":
         monkeypatch.setattr(module, "LIMIT", 1e-9)
     else:
-        monkeypatch.setattr(module, "memory_of", lambda _: 1000)
+        monkeypatch.setattr(module, "memory_of", lambda _: HostMemory(1000))
     out = tmp_path / "out"
     bits = ("--bits", "5") if option == "--bits" else ()
     read = option if not bits else "--input-scales"
@@ -201,6 +208,85 @@ def test_too_much_is_refused_unless_the_user_insists(
     assert "--yes" not in (out / "nvfp4_moe_report.json").read_text()
 
 
+@pytest.mark.parametrize("method", ["gptq", "two-sided"])
+def test_steps_are_told_of_by_their_time(
+    method: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with a clock that only rounding moves: what is said is left is what is left, all the
+    time, though half of two-sided's steps, and layers without experts to round, take no time."""
+    now, rounds = [0.0], Rounder.round
+
+    def slow(self: Rounder, work: Any) -> Any:
+        now[0] += 10
+        return rounds(self, work)
+
+    monkeypatch.setattr(module, "measure", lambda *_: Seconds(1e-9, 1e-9, 10))
+    monkeypatch.setattr(Rounder, "round", slow)
+    told: list[tuple[float, int, float]] = []
+    samples = torch.randint(5, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    with Checkpoint(trained) as checkpoint:
+        calibration = Calibration("text", 4, 64, "digest", method)
+        steps = plan(checkpoint, Options(calibration=calibration, include=("*.layers.[13].*",)))
+        execute(
+            checkpoint, steps, tmp_path / "out", devices=[CPU], samples=samples, limited=True,
+            calibrating=lambda done, of, _: told.append((done, of, now[0])),
+        )  # fmt: skip
+    total = now[0]
+    assert total == 10 * 2 * Sizes.of(trained).experts
+    assert told[-1][0] == told[-1][1]
+    for done, of, moment in told:
+        assert done / of == pytest.approx(moment / total, abs=0.02)
+
+
+def test_measuring_is_told_of_by_its_time(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its passes are those of ``two-sided``, and experts are looked at on the way back."""
+    now, looks = [0.0], LossGatherer.expert
+
+    def slow(self: LossGatherer, *what: Any) -> Any:
+        now[0] += 10 * (self._group is not None)
+        return looks(self, *what)
+
+    monkeypatch.setattr(module, "measure", lambda *_: Seconds(1e-9, 1e-9, 10))
+    monkeypatch.setattr(LossGatherer, "expert", slow)
+    told: list[tuple[float, int, float]] = []
+    samples = torch.randint(5, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    with Checkpoint(trained) as checkpoint:
+        options = Options(bits=6.0, include=("*.layers.[13].*",))
+        steps = plan(checkpoint, replace(options, bits=None))
+        calibration = Calibration("text", 4, 64, "digest", None)
+        steps = replace(steps, options=replace(steps.options, calibration=calibration))
+        within_bits(
+            checkpoint, steps, options, samples, tmp_path / "out", CPU,
+            progress=lambda done, of, _: told.append((done, of, now[0])),
+        )  # fmt: skip
+    total = now[0]
+    assert total == 10 * 2 * Sizes.of(trained).experts
+    assert told[-1][0] == told[-1][1]
+    for done, of, moment in told:
+        assert done / of == pytest.approx(moment / total, abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [((1.0,), (3.0, 0.0, 5.0), (1.0,)), ((2.0,),) * 3, ()])
+def test_steps_by_time(steps: Any) -> None:
+    told: list[tuple[float, int, str]] = []
+    report = by_time(lambda *all_: told.append(all_), steps)
+    moments = [n / 60 for n in range(181)]
+    for moment in moments:
+        report(moment, 3, "here")
+    assert {rest for _, *rest in told for rest in [tuple(rest)]} == {(3, "here")}
+    done = [one for one, *_ in told]
+    assert done == sorted(done) and done[0] == 0 and done[-1] == pytest.approx(3)
+    if len(steps) == 3 and len(steps[1]) == 3:
+        # A third of the second step, then nothing for as long, then the last third of it.
+        assert [done[n] for n in (60, 80, 100, 120)] == pytest.approx([0.3, 1.2, 1.2, 2.7])
+        report(1, 7, "another pass")
+        assert told[-1] == (1, 7, "another pass")
+    else:
+        assert done == pytest.approx(moments)
+
+
 def test_three_days_are_the_limit() -> None:
     group: Any = type("Group", (), {"hidden": 6144, "intermediate": 3072})()
     for seconds, refused in ((3 * 86400 - 1, False), (3 * 86400 + 1, True)):
@@ -216,10 +302,77 @@ def test_three_days_are_the_limit() -> None:
             module.check(found)
 
 
-def test_the_machines_memory() -> None:
+def machine_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     (total,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")]
-    assert module.memory_of(CPU) == total
+    return total
+
+
+def control_groups(folder: Path, monkeypatch: pytest.MonkeyPatch, membership: str) -> None:
+    """Have the process believe that its groups are in ``folder``."""
+    (folder / "self").write_text(membership)
+    monkeypatch.setattr(host_memory, "MEMBERSHIP", folder / "self")
+    monkeypatch.setattr(host_memory, "MOUNTS", (folder, folder / "unified", folder / "memory"))
+
+
+def test_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_groups(tmp_path, monkeypatch, "0::/\n")
+    assert module.memory_of(CPU) == HostMemory(machine_memory())
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "least"),
+    [
+        # Version 2: also a group around the process's own.
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "5000"}, "a/memory.max"),
+        ("0::/a/b", {"a/b/memory.max": "4000", "a/memory.max": "5000"}, "a/b/memory.max"),
+        # A container sees its own group as the root, and may be told its path outside.
+        ("0::/", {"memory.max": "4000"}, "memory.max"),
+        ("0::/outside", {"memory.max": "4000"}, "memory.max"),
+        # Version 1, and both side by side.
+        (
+            "9:cpu:/x\n4:memory:/m\n0::/",
+            {"memory/m/memory.limit_in_bytes": "4000", "memory/memory.limit_in_bytes": str(2**63)},
+            "memory/m/memory.limit_in_bytes",
+        ),
+        ("4:pids,memory:/\n0::/u", {"unified/u/memory.max": "4000"}, "unified/u/memory.max"),
+        # Of a group that the process is not in.
+        ("0::/a", {"b/memory.max": "4000"}, None),
+        ("3:cpu:/m", {"memory/m/memory.limit_in_bytes": "4000"}, None),
+    ],
+)
+def test_memory_is_what_the_control_groups_allow(
+    membership: str, files: dict[str, str], least: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    control_groups(tmp_path, monkeypatch, membership)
+    for name, limit in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    found = module.memory_of(CPU)
+    if least is None:
+        assert found == HostMemory(machine_memory())
+        return
+    assert found.nbytes == int(files[least])
+    with pytest.raises(TooMuchError, match=re.escape(f"(the limit in {tmp_path / least})")):
+        module.check_memory(found.nbytes + 1, CPU)
+    module.check_memory(found.nbytes, CPU)
+
+
+@pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_memory_is_what_the_process_may_take(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control_groups(tmp_path, monkeypatch, "")
+    which = getattr(resource, name)
+    limit = 2**40 if machine_memory() > 2**41 else machine_memory() - 2**20
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (limit, before[1]))
+    try:
+        found = module.memory_of(CPU)
+    finally:
+        resource.setrlimit(which, before)
+    assert found.nbytes == limit and name in found.why
 
 
 def test_measuring_for_bits_is_three_reads_and_the_products_of_both_ways(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,39 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"target: layer 1 makes NaN or infinite") as error:
         run(source, target)
     assert "calibrat" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["source", "target"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_end_is_named(which: str, name: str, value: float, tmp_path: Path) -> None:
+    """What makes the logits is read when all layers are done, and no layer returns it."""
+    source = saved("qwen3_moe", tmp_path / "source")
+    convert(source, tmp_path / "target")
+    damaged = tmp_path / which
+    tensors = load_file(damaged / "model.safetensors")
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    says = f"{re.escape(str(damaged))}: .* its norm and head, makes NaN"
+    with pytest.raises(QuantizeError, match=says):
+        run(source, tmp_path / "target")
+
+
+def test_what_has_lost_everything_has_figures(tmp_path: Path) -> None:
+    """Perplexity may be larger than any float."""
+    source = saved("qwen3_moe", tmp_path / "source")
+    convert(source, tmp_path / "target")
+    tensors = load_file(tmp_path / "target" / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e6
+    save_file(tensors, tmp_path / "target" / "model.safetensors", {"format": "pt"})
+    figures = run(source, tmp_path / "target").figures
+    assert figures.after == figures.change == math.inf
+    assert 1e3 < figures.kl < math.inf and figures.kl_error is not None
+    impossible = [predictions.Row(10.0, math.inf, math.inf, 1, 5), predictions.Row(9.0, 9, 1, 4, 5)]
+    figures = predictions.figures_of(impossible)
+    assert figures.before == pytest.approx(math.exp(1.9))
+    assert (figures.after, figures.kl) == (math.inf, math.inf)
+    assert (figures.change_error, figures.kl_error) == (None, None)
 
 
 def test_what_is_not_rounded_is_said(tmp_path: Path) -> None:

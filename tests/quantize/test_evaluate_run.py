@@ -3,6 +3,7 @@ much memory it takes."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from tests.quantize.test_calibration_forward import rows_of
 from tests.quantize.test_cli import refusal
 from tests.quantize.test_cli import run as command
 
+module = importlib.import_module("quantize.evaluate.evaluate")  # its function hides it
 WORDS = [f"w{number}" for number in range(64)]
 
 
@@ -126,6 +128,37 @@ def test_refusals(
     if change is not None:
         change(here / "dst")
     assert says in refusal(*words(here, *more))
+
+
+@pytest.mark.parametrize("more", [(), ("--work-dir", "work")])
+def test_too_little_disk_is_said_before_anything_is_run(
+    more: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    hidden = json.loads((here / "src" / "config.json").read_text())["hidden_size"]
+    before = files(here)
+    # Of both models a layer's input and output, of one its experts' input and output; float32.
+    nbytes = 3 * 16 * hidden * 6 * 4
+    monkeypatch.setattr(module, "free", lambda _: nbytes - 1)
+    said = refusal(*words(here, *more))
+    assert f"free, and hidden states need {nbytes / 1e3:.1f} kB; give another disk" in said
+    assert "Evaluating" not in said and "agrees with" not in said
+    assert files(here) == before
+    monkeypatch.setattr(module, "free", lambda _: nbytes)
+    assert command(*words(here, *more)).exit_code == 0
+
+
+def test_words_are_not_a_calibration_s(here: Path) -> None:
+    few = here / "few.txt"
+    for text, length, least in (("", 16, 16), ("w1", 16, 16), ("w1 w2", 32, 32), ("w1", 2, 2)):
+        few.write_text(text)
+        said = refusal(*words(here, "--text", few, "--length", length))
+        count = len(text.split())
+        assert f"few.txt: {count} token{'s' * (count != 1)}, and fewer than {least} say" in said
+        assert "calibrat" not in said.replace(str(here), "")
+    (here / "src" / "tokenizer.json").write_text("{")
+    said = refusal(*words(here))
+    assert "no tokenizer could be loaded" in said and "evaluation needs one" in said
 
 
 def test_a_target_without_a_tokenizer_takes_the_source_s(here: Path) -> None:

@@ -85,6 +85,23 @@ def test_what_an_earlier_run_has_done_took_no_time(printed: io.StringIO) -> None
     assert str(work) == "Calibrating: layer 45, 75%, 5 min left"
 
 
+@pytest.mark.parametrize("before", [0, 10**9])
+def test_the_hours_of_passes_are_not_those_of_bytes(printed: io.StringIO, before: int) -> None:
+    """A run counts the bytes that an earlier one has done, then calibrates, then does the rest."""
+    clock = Clock()
+    bar = Bar(Shown(), "Quantizing", 5 * 10**9, clock)
+    bar.advance(before)
+    for step in range(9):
+        bar.calibrating(step, 8, f"layer {step}")
+        clock.now += 0 if step == 8 else 3600
+    clock.now += 10
+    bar.advance(10**9)
+    left = (5 * 10**9 - before - 10**9) / 10**8
+    bar.say(str(bar._bytes))
+    last = printed.getvalue().splitlines()[-1]
+    assert last.endswith(f", 0.10 GB/s, {left:.0f} s left")
+
+
 def test_bars_say_the_same() -> None:
     clock, found = Clock(), io.StringIO()
     console = Console(file=found, force_terminal=True, width=200)

@@ -31,6 +31,9 @@ LARGE = {
     *("numpy", "safetensors", "huggingface_hub", "triton"),
 }
 
+WORKING = ("quantize", "inspect", "verify", "evaluate")
+"""Those that compute with PyTorch."""
+
 COMMANDS = ("quantize", "inspect", "verify", "evaluate", "doctor")
 
 # What the console script and ``python -m quantize`` do, and then a note of what happened.
@@ -285,3 +288,31 @@ def test_a_plan_names_and_makes_everything_once(
         assert steps.nbytes == sum(
             out.nbytes for shard in range(len(steps.shards)) for out in steps.outputs(shard)
         )
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [None, "active"])
+@pytest.mark.parametrize("command", WORKING)
+def test_threads_that_wait_sleep(
+    command: str, said: str | None, saved: Folders, tmp_path: Path
+) -> None:
+    """OpenMP itself says what it was told when it was loaded, and the user has the last word."""
+    source = str(saved("qwen3_moe"))
+    words = [command, source, *{
+        "quantize": [str(tmp_path / "out"), "--dry-run"],
+        "evaluate": [source, "--text", str(tmp_path / "none.txt")],
+    }.get(command, [])]  # fmt: skip
+    (tmp_path / "none.txt").write_text("")
+    env = {
+        key: value for key, value in os.environ.items() if not key.startswith(("OMP_WAIT", "GOMP"))
+    }
+    env |= {"OMP_DISPLAY_ENV": "verbose"} | ({"OMP_WAIT_POLICY": said} if said else {})
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(tmp_path / "note"), "script", *words],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    # How often a thread looks before it sleeps; some 300,000 times by default.
+    (spins,) = {int(count) for count in re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)}
+    assert spins > 10**9 if said else spins == 0

@@ -268,13 +268,14 @@ def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("few.txt", "x = 1\n", r"few.txt: \d+ tokens, and no expert can be calibrated"),
+        ("few.txt", "x = 1\n", r"few.txt: \d+ tokens, and fewer than 32 say nothing; give"),
         ("empty.txt", " \n", "empty.txt: 0 tokens"),
         ("empty.json", "[]", "empty.json: 0 tokens"),
         ("broken.jsonl", '"x"\n{', "broken.jsonl, line 2: cannot be read as JSON"),
         ("broken.jsonl", '"x"\n\n"\udcff"', "broken.jsonl, line 3: cannot be read as JSON"),
         ("deep.jsonl", "[" * 200000, "deep.jsonl, line 1: cannot be read as JSON"),
-        ("fields.jsonl", '{"id": 1}', "fields.jsonl, line 1: has none of the fields text"),
+        ("fields.jsonl", '{"id": 1, "body": "x"}',
+         "fields.jsonl, line 1: has none of the fields text, .* only id, body; call the one with"),
         ("fields.jsonl", '{"text": null}', "fields.jsonl, line 1: has none of the fields text"),
         ("fields.jsonl", "1", "fields.jsonl, line 1: has none of the fields text"),
         ("broken.json", '["x",\n"y"', "broken.json, line 2: cannot be read as JSON"),
@@ -340,6 +341,13 @@ def test_too_little_text_is_used_and_said(trained: Path, tmp_path: Path) -> None
     assert f"1 row of {len(tokens)} tokens are used" in said[1]
     assert load_samples(tmp_path / "a.txt", trained, whole, 64, say=said.append).shape[0] == whole
     assert len(said) == 2
+
+
+def test_columns_are_named_if_none_is_the_text(trained: Path, tmp_path: Path) -> None:
+    table = pyarrow.table({"body": ["x = 1"], "number": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(QuantizeError, match=r"a.parquet, row 0: .*, only body, number; call the"):
+        load_samples(tmp_path / "a.parquet", trained, 1, 64)
 
 
 # -- mixing ----------------------------------------------------------------------------------------

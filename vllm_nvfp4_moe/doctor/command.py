@@ -58,7 +58,7 @@ def doctor(
             _check_writable(json_file)
         busy = _busy()
         say("importing vLLM")
-        with large_imports():
+        with large_imports(timed=True):
             from vllm_nvfp4_moe.doctor.run import run
             from vllm_nvfp4_moe.doctor.saved import save
             from vllm_nvfp4_moe.doctor.table import text
