@@ -7,7 +7,6 @@ published meanwhile.
 
 from __future__ import annotations
 
-import errno
 import glob
 import re
 import shutil
@@ -26,11 +25,11 @@ from quantize.checkpoint.companions import (
     configs,
     folders_named,
 )
+from quantize.checkpoint.disk import advice_on_cache
 from quantize.checkpoint.json_files import INDEX
 from quantize.errors import QuantizeError
 
 CONFIG = "config.json"
-_NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_THE_MODEL = ("consolidated*", "adapter_*")
 """Weights in Mistral's own format beside the same in the hub's, and adapters."""
 
@@ -292,9 +291,7 @@ def _advice(error: Exception) -> str:
         return "; check the name, and if it is private log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return "; pass one that it has with --revision"
-    if isinstance(error, OSError) and error.errno in _NO_WRITING:
-        return "; set HF_HUB_CACHE to a folder that you can write to"
-    return ""
+    return advice_on_cache(behind(error))
 
 
 def _listed(name: str, revision: str | None) -> HubModel:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Condition, Thread
 
+from quantize.checkpoint.disk import cannot_be_written, disk_error
 from quantize.checkpoint.hub import HubModel, asking, behind
 from quantize.checkpoint.hub_weights import HubWeights, is_passing, read_range
 from quantize.checkpoint.json_files import read_json
@@ -125,9 +126,12 @@ class Streamed(HubWeights):
             close: called with a file's name before it is removed.
             say: is told, in any thread, what a download waits for.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in (folder / ".cache").rglob("*.incomplete"):
-            left.unlink()  # of a run that was killed; the client would never go on with it
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in (folder / ".cache").rglob("*.incomplete"):
+                left.unlink()  # of a run that was killed; the client would never go on with it
+        except OSError as error:
+            raise cannot_be_written(folder, "DST", error) from error
         self._folder = folder
         self._set(steps, note, close, say)
         for name in self._names:
@@ -264,6 +268,8 @@ class Streamed(HubWeights):
                 except Exception as error:
                     if isinstance(error, QuantizeError):
                         raise
+                    if (full := disk_error(behind(error))) is not None:
+                        raise cannot_be_written(self._folder, "DST", full) from full
                     if not is_passing(error):
                         raise
                     pause = min(2**attempt, _LONGEST_WAIT)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 
@@ -261,18 +262,42 @@ def test_a_model_without_a_config(hub: Hub, source: Path, tmp_path: Path) -> Non
     assert not hub.sent
 
 
+NO_WRITING = "; set HF_HUB_CACHE to a folder that you can write to"
+FULL = "; the hub's cache is {cache}: free some space there, or set HF_HUB_CACHE"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "{cache}/models--org--moe"), NO_WRITING),
+        (PermissionError(errno.EACCES, "Permission denied", "{cache}"), NO_WRITING),
+        (FileExistsError(errno.EEXIST, "File exists", "{cache}"), NO_WRITING),
+        (OSError(errno.ENOSPC, "No space left on device"), FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "{cache}/models--org--moe/blobs/1"), FULL),
+        (RuntimeError("Task error: IO Error: No space left on device (os error 28)"), FULL),
+        (RuntimeError("Task error: IO Error: Permission denied (os error 13)"), NO_WRITING),
+        # What has nothing to do with the cache.
+        (PermissionError(errno.EACCES, "Permission denied", "/home/me/huggingface/token"), ""),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), ""),
+        (RuntimeError("Task error: the service is away (os error 111)"), ""),
+    ],
+    ids=str,
+)
 def test_a_cache_that_cannot_be_written(
-    hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, advice: str, hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as one on a read-only file system: the client's error has the folder and no advice."""
+    """The client's error has, at most, a path; what to do depends on what went wrong."""
+    cache = constants.HF_HUB_CACHE
+    if isinstance(error, OSError) and error.filename:
+        error.filename = error.filename.format(cache=cache)
 
     def fails(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", "/readonly/hub")
+        raise error
 
     hub.publish("org/moe", source)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     said = refusal("inspect", "org/moe")
-    assert "'/readonly/hub'; set HF_HUB_CACHE to a folder that you can write to" in said
+    assert said.endswith(f"{' '.join(str(error).split())}{advice.format(cache=cache)}")
 
 
 def test_a_size_that_is_not_the_listed_one(hub: Hub, source: Path) -> None:
