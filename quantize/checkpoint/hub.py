@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from quantize.checkpoint.client_words import client_words
 from quantize.checkpoint.companions import (
     MODULES,
     belongs,
@@ -232,7 +233,7 @@ def asking(name: str) -> Iterator[None]:
     except Exception as error:  # the hub's errors, OSError, and those of the HTTP library
         raise QuantizeError(
             f"{name} is not a folder here, and reading it from the hub failed: "
-            f"{' '.join(str(behind(error)).split())}{_advice(error)}"
+            f"{client_words(behind(error))}{_advice(error)}"
         ) from error
 
 
@@ -281,6 +282,8 @@ def _check_room(name: str, nbytes: int) -> None:
 def _advice(error: Exception) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -291,7 +294,21 @@ def _advice(error: Exception) -> str:
         return "; check the name, and if it is private log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return "; pass one that it has with --revision"
-    return advice_on_cache(behind(error))
+    cause = behind(error)
+    if isinstance(cause, UnicodeEncodeError):  # of a header
+        return "; the token that HF_TOKEN or `hf auth login` gave is none: correct it"
+    if isinstance(cause, HFValidationError):
+        return ""  # of the name that was given
+    if isinstance(cause, ValueError | KeyError | TypeError | AttributeError):
+        return "; what answered is not the hub, but a proxy or a login page: look at HF_ENDPOINT"
+    status = 0
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        status = cause.response.status_code
+    if status in (401, 403):
+        return "; log in with `hf auth login`, and correct HF_TOKEN if it is set"
+    if status in (408, 429) or status >= 500:
+        return "; try again later"
+    return advice_on_cache(cause)
 
 
 def _listed(name: str, revision: str | None) -> HubModel:

@@ -208,6 +208,11 @@ def _stopped(*_: object) -> None:
         (401, "RepoNotFound", "check the name"),
         (404, "RepoNotFound", "check the name"),
         (418, "", "418"),
+        (401, "", "correct HF_TOKEN"),
+        (403, "", "correct HF_TOKEN"),
+        (429, "", "try again later"),
+        (500, "", "try again later"),
+        (503, "", "try again later"),
     ],
 )
 def test_a_model_that_cannot_be_read(
@@ -218,6 +223,65 @@ def test_a_model_that_cannot_be_read(
     said = refusal("inspect", "org/moe")
     assert "org/moe is not a folder here, and reading it from the hub failed" in said
     assert expected in said
+
+
+PAGE = "text/html", b"<html><title>Log in to the proxy</title></html>"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [PAGE, ("application/json", b'{"error": "sorry"}'), ("application/json", b"[1]")],
+    ids=["a page", "an object", "a list"],
+)
+@pytest.mark.parametrize("asked", ["GET /api/models/org/moe", "GET /api/models/org/moe/tree/.*"])
+def test_what_answers_is_no_hub(
+    asked: str, answer: tuple[str, bytes], hub: Hub, source: Path
+) -> None:
+    """A proxy that wants to be logged in to, say, with status 200."""
+    hub.publish("org/moe", source)
+    hub.instead[asked] = answer
+    said = refusal("inspect", "org/moe")
+    assert "org/moe is not a folder here, and reading it from the hub failed" in said
+    assert said.endswith("; what answered is not the hub, but a proxy or a login page: look at "
+                         "HF_ENDPOINT")  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ["HEAD /org/moe/resolve/.*", "GET /org/moe/resolve/.*safetens.*"])
+def test_a_page_in_place_of_a_file(asked: str, hub: Hub, source: Path) -> None:
+    hub.publish("org/moe", source)
+    hub.instead[asked] = PAGE
+    said = refusal("inspect", "org/moe")
+    assert "config.json is missing the 'X-Repo-Commit' header" in said or (
+        "model.safetensors: the hub lists" in said
+    )
+
+
+@pytest.mark.parametrize("token", ["hf_abcdefghijkl", "another-secret", "hf_s\xe9cret"])
+@pytest.mark.parametrize("what", ["inspect", "push"])
+def test_secrets_are_in_no_message(
+    what: str, token: str, hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, passwords in addresses, signatures: whatever the client says of them."""
+    hub.publish("org/moe", source)
+    monkeypatch.setenv("HF_TOKEN", token)
+    log = tmp_path / "log"
+    signed = "https://me:password@cdn.hub/file?X-Amz-Signature=abc123&Expires=1"
+
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionError(f"no answer from '{signed}' to Authorization: Bearer {token}")
+
+    if what == "inspect":
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+        said = refusal("inspect", "org/moe")
+    else:
+        monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", fails)
+        words = ("quantize", source, tmp_path / "out", "--push-to", "me/moe", "--log-file", log)
+        said = refusal(*words) + log.read_text()
+    assert not [s for s in (token, "password", "abc123", "Expires") if s in said], said
+    if token.isascii() or what == "push":
+        assert "no answer from 'https://cdn.hub/file?…'" in said
+    else:
+        assert "the token that HF_TOKEN or `hf auth login` gave is none" in said
 
 
 def test_weights_that_are_gated_though_the_list_is_not(hub: Hub, source: Path) -> None:

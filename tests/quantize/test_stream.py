@@ -251,6 +251,24 @@ def test_what_networks_and_servers_do(
     assert without_revision(out) == expected
 
 
+def test_a_list_that_does_not_say_what_is_in_lfs(
+    hub: Hub, model: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As a mirror's may be. Its hash is then that of git's pointer, and still tells one content
+    from another."""
+    hub.lists_lfs = False
+    name = f"model-00003-of-{FILES:05d}.safetensors"
+    file = hub.models["org/moe"].files[name]
+    assert isinstance(file.content, bytes) and file.large
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--stream")
+    assert run(*words).exit_code == 0
+    assert without_revision(tmp_path / "out") == expected
+    file.digest  # noqa: B018  (what is listed: of what it should be)
+    file.content = file.content[:-7] + bytes(7)
+    said = refusal("quantize", "org/moe", tmp_path / "other", *OPTIONS, "--stream")
+    assert said.startswith(f"error: org/moe/{name}: what came is not what the hub lists")
+
+
 def test_a_hub_that_says_no(hub: Hub, model: Path, tmp_path: Path) -> None:
     """In the middle: it is not asked again and again, and nobody waits."""
     name = f"model-00009-of-{FILES:05d}.safetensors"
