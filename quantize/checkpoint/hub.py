@@ -70,6 +70,11 @@ class HubModel:
     files: dict[str, HubFile]
     revision: str = "main"
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.name} on the hub, at {self.revision},"
+
     def described(self, code: bool) -> Path:
         """What says how to read the weights, in the hub's cache: the config and the index.
 
@@ -216,7 +221,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
     with asking(source):
         folder = found.companions()
-    return found.bring([file.name for file in find_files(folder, found.candidates)])
+    return found.bring([file.name for file in find_files(folder, found.candidates, found.title)])
 
 
 @contextmanager

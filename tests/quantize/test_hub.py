@@ -326,6 +326,25 @@ def test_a_model_without_a_config(hub: Hub, source: Path, tmp_path: Path) -> Non
     assert not hub.sent
 
 
+@pytest.mark.parametrize("lacks", ["a file of the index", "safetensors"])
+def test_weights_that_the_hub_lacks(lacks: str, hub: Hub, source: Path, tmp_path: Path) -> None:
+    """To download it again is of no use, nor is the cache's folder."""
+    folder = in_shards(source, tmp_path / "model", 3)
+    if lacks == "safetensors":
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    else:
+        (folder / "model-00002-of-00003.safetensors").unlink()
+    hub.publish("org/moe", folder)
+    for words in (("inspect",), ("quantize", tmp_path / "out"), ("verify", tmp_path)):
+        said = refusal(words[0], "org/moe", *words[1:])
+        assert said.startswith("error: org/moe on the hub, at main, ")
+        assert "cache" not in said and "download" not in said
+        expected = {"safetensors": "holds no *.safetensors files"}
+        assert expected.get(lacks, "names model-00002-of-00003.safetensors, which the hub") in said
+
+
 NO_WRITING = "; set HF_HUB_CACHE to a folder that you can write to"
 FULL = "; the hub's cache is {cache}: free some space there, or set HF_HUB_CACHE"
 
