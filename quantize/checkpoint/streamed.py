@@ -379,7 +379,7 @@ class StoppedError(QuantizeError):
 
 def _pointer_of(path: Path) -> str:
     """Git's hash of what stands for a file of LFS in its repository. A mirror's list of files
-    may not say that it is (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+    may not say that it is (https://github.com/git-lfs/git-lfs, its specification)."""
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{_hash_of(path, True)}\n"
     pointer = f"{text}size {path.stat().st_size}\n".encode()
     return hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
