@@ -60,7 +60,7 @@ class Stored:
 
     @property
     def oid(self) -> str:
-        """Git's hash of it; of a large file that of what stands for it (git-lfs's specification)."""
+        """Git's hash of it; of a large file that of its pointer (git-lfs's specification)."""
         content = self.read(0, 0 if self.large else self.size)
         if self.large:
             version = "version https://git-lfs.github.com/spec/v1"
