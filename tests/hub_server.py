@@ -60,8 +60,11 @@ class Stored:
 
     @property
     def oid(self) -> str:
-        """Git's hash of it; of a large file that of what stands for it."""
-        content = self.digest.encode() if self.large else self.read(0, self.size)
+        """Git's hash of it; of a large file that of its pointer (git-lfs's specification)."""
+        content = self.read(0, 0 if self.large else self.size)
+        if self.large:
+            version = "version https://git-lfs.github.com/spec/v1"
+            content = f"{version}\noid sha256:{self.digest}\nsize {self.size}\n".encode()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -96,6 +99,9 @@ class Hub:
         token: only who has it may write; and what is private, read.
         before: called with ``METHOD path`` before each answer.
         fail_commits: how many of the next commits are answered with a 500.
+        lists_lfs: whether its lists of files say which are in LFS.
+        instead: answers that are given in place of its own, by a pattern of ``METHOD path``: their
+            type and content.
     """
 
     url: str = ""
@@ -108,6 +114,8 @@ class Hub:
     token: str = "hf_secret"
     before: Callable[[str], None] = lambda _: None
     fail_commits: int = 0
+    lists_lfs: bool = True
+    instead: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     uploaded: dict[str, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -189,6 +197,10 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
         self.hub.before(f"{self.command} {path}")
+        for asked, (kind, content) in self.hub.instead.items():
+            if re.fullmatch(asked, f"{self.command} {path}"):
+                self._send(kind, content)
+                return
         for pattern, what in _ROUTES:
             if match := re.fullmatch(pattern, path):
                 try:
@@ -230,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
         for path, file in model.commits[self._commit(model, revision)].items():
             size = self.hub.sizes.get(path, file.size)
             entry: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": file.oid}
-            if file.large:
+            if file.large and self.hub.lists_lfs:
                 entry["lfs"] = {"oid": file.digest, "size": size, "pointerSize": 134}
             entries.append(entry)
         self._send_json(entries)
@@ -360,9 +372,11 @@ class _Handler(BaseHTTPRequestHandler):
     # -- answers -----------------------------------------------------------------------------------
 
     def _send_json(self, value: object, status: int = 200) -> None:
-        body = json.dumps(value).encode()
+        self._send("application/json", json.dumps(value).encode(), status)
+
+    def _send(self, kind: str, body: bytes, status: int = 200) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":

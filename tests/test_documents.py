@@ -61,6 +61,14 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert list(broken(page)) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_rows_of_tables_have_a_head(page: Path) -> None:
+    """After an empty line within a table, Markdown shows the rest as lines of text."""
+    blocks = re.findall(r"(?:^\|.*\n?)+", prose(page), flags=re.M)
+    headless = [b.partition("\n")[0] for b in blocks if not re.match(r".*\n\| ?:?-", b)]
+    assert headless == []
+
+
 def test_links_are_found_and_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "b.md").write_text("# One `code`, two_three: (four)\n\n## Same\n\n## Same\n")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.gpu.__main__ import HERE, Job, Run, main, read
 
 
@@ -68,10 +73,7 @@ def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None
     found = run(tmp_path, [Job("slow", child, limit=0.5), Job("bad", "exit 3")])
     assert found == {"slow": "killed after 0 s", "bad": "3"}
     number = int((tmp_path / "slow.log").read_text().splitlines()[1])
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{number}/cmdline").exists() and _alive(number):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not _alive(number))
 
 
 def _alive(number: int) -> bool:
@@ -79,6 +81,35 @@ def _alive(number: int) -> bool:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM", "SIGHUP", "SIGINT"])
+def test_no_job_outlives_the_command(tmp_path: Path, number: str) -> None:
+    """However it ends: the machine's GPUs are free again."""
+    file = tmp_path / "jobs.toml"
+    work = "sleep 60 & echo $!; echo $$; trap '' HUP INT TERM; wait; sleep 60"
+    file.write_text(
+        "".join(
+            f'[[job]]\nname = "{pool}"\npool = "{pool}"\ncommand = "{work}"\n'
+            for pool in ("shared", "timed")
+        )
+    )
+    command = [sys.executable, "-m", "tests.gpu", str(tmp_path), "--jobs", str(file), "--gpus", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        logs = [tmp_path / f"{pool}.log" for pool in ("shared", "timed")]
+        wait_until(lambda: all(log.exists() and log.read_text().count("\n") == 3 for log in logs))
+        working = [int(line) for log in logs for line in log.read_text().splitlines()[1:]]
+        assert all(map(_alive, working))
+        process.send_signal(getattr(signal, number))
+        assert process.wait(10) != 0
+    wait_until(lambda: not any(map(_alive, working)))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_when_the_time_is_over_nothing_begins(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.cli.signals import INTERRUPTED, end_at_once, interrupting
+
+if __name__ == "__main__":
+    end_at_once()  # as long as nothing is begun; imports take a while
+
 from quantize.native import environment, jit
 from quantize.native.jit import KernelError, Language
 
@@ -86,6 +91,25 @@ def make(unit: Unit, folder: Path) -> str | None:
     return None
 
 
+def _make_all(units: Sequence[Unit], folder: Path) -> list[str | None]:
+    """What :func:`make` says of each. If this is interrupted, no compiler goes on."""
+    over = False
+
+    def one(unit: Unit) -> str | None:
+        return None if over else make(unit, folder)
+
+    with ThreadPoolExecutor(min(len(units), os.cpu_count() or 1)) as pool:
+        tasks = [pool.submit(one, unit) for unit in units]
+        try:
+            return [task.result() for task in tasks]
+        except BaseException:
+            over = True
+            while not all(task.done() for task in tasks):  # one may be about to start another
+                jit.end_compilers()
+                time.sleep(0.05)
+            raise
+
+
 def _loads(library: Path) -> bool:
     try:
         return library.exists() and ctypes.CDLL(str(library)) is not None
@@ -118,8 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     units = [*(cuda() if asked.cuda or everything else ())]
     if asked.cpu or (everything and platform.machine() in ("x86_64", "AMD64")):
         units += cpu()
-    with ThreadPoolExecutor(min(len(units), os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda unit: make(unit, folder), units))
+    try:
+        with interrupting():
+            found = _make_all(units, folder)
+    except KeyboardInterrupt:
+        print("interrupted: what was made stays, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
     left = {unit: problem for unit, problem in zip(units, found, strict=True) if problem}
     for problem in dict.fromkeys(left.values()):
         names = "; ".join(unit.name for unit in left if left[unit] == problem)

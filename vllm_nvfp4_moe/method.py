@@ -31,7 +31,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quantize.layouts.layout import INPUT_SCALE as NO_RANGE
-from vllm_nvfp4_moe import quirks
+from vllm_nvfp4_moe import graphs, quirks
 from vllm_nvfp4_moe.context import ModelContext
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.interface import ExpertsBackend
@@ -223,6 +223,7 @@ class NvFp4MoEMethod(ExpertsBackend):
             self.context.self_check.after(sample, layer, self)
         if kept is not None:
             kept.restore(layer, self)
+        graphs.depend_on(layer, self, self._vllm_config)
         self.context.summary.loaded(layer, self)
 
     def _complete_made_up(self, layer: RoutedExperts, dummy: bool, lacking: bool) -> None:

@@ -234,6 +234,18 @@ NO_METRICS_OF_WORKERS = Quirk(
     gone_when="a worker can hand labels to API servers.",
 )
 
+KEPT_GRAPHS = Quirk(
+    name="compiled graphs are kept without what our layers call, and are now named by it",
+    what="A graph is found again by vLLM's config, its variables and the source files that were "
+    "traced. The graph may have operators of ours, their constants, and a padding for one kernel: "
+    "all of that hangs on our variables, on a saved table of measurements and on what can be "
+    "compiled here, and a start with other ones would be given the old graph.",
+    seen_in=("0.32", "0.33"),
+    undone="vLLM's dictionary of variables gets one more entry in the process of a worker, which "
+    "is asked for that name alone (graphs.py).",
+    gone_when="a quantization method can add to the name.",
+)
+
 QUIRKS = (
     GPU_ONLY_MODELS,
     FROZEN_ATTENTION,
@@ -251,6 +263,7 @@ QUIRKS = (
     DBRX,
     MINIMAX_M3_SCALES,
     NO_METRICS_OF_WORKERS,
+    KEPT_GRAPHS,
 )
 
 

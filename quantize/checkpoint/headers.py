@@ -31,7 +31,9 @@ _ABSURD_NUMBER = re.compile(r"\d{19}")
 of some thousand digits to integers."""
 
 
-def find_files(folder: Path, there: Collection[str] | None = None) -> list[Path]:
+def find_files(
+    folder: Path, there: Collection[str] | None = None, name_of_model: str = ""
+) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     These are the files that its index names. Without an index they are ``model.safetensors``, or
@@ -40,6 +42,8 @@ def find_files(folder: Path, there: Collection[str] | None = None) -> list[Path]
     Args:
         there: names of the files that count as there, of a model on the hub; by default those in
             ``folder``. Its index is read in ``folder``.
+        name_of_model: what a message calls a model on the hub, whose folder here lacks files that
+            nobody has asked for yet.
 
     Raises:
         QuantizeError: if there are no files, if one is missing, if there are several sets and no
@@ -56,7 +60,7 @@ def find_files(folder: Path, there: Collection[str] | None = None) -> list[Path]
             return [single]
         if not files:
             raise QuantizeError(
-                f"{folder} holds no *.safetensors files; convert the weights to "
+                f"{name_of_model or folder} holds no *.safetensors files; convert the weights to "
                 "safetensors first (pickle files are never opened)"
             )
         _check_one_set(files)
@@ -67,6 +71,11 @@ def find_files(folder: Path, there: Collection[str] | None = None) -> list[Path]
         if Path(name).name != name or name in ("", ".."):
             raise QuantizeError(f"{index}: shard name {name!r} is not a plain file name")
         if name not in there if there is not None else not (folder / name).exists():
+            if name_of_model:
+                raise QuantizeError(
+                    f"{name_of_model} has an index that names {name}, which the hub has not; pass "
+                    "another --revision, or tell who published it"
+                )
             raise QuantizeError(f"{index} names {name}, which is missing; download it again")
     return [folder / name for name in sorted(names)]
 

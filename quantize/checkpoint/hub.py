@@ -7,7 +7,6 @@ published meanwhile.
 
 from __future__ import annotations
 
-import errno
 import glob
 import re
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from quantize.checkpoint.client_words import client_words
 from quantize.checkpoint.companions import (
     MODULES,
     belongs,
@@ -26,11 +26,11 @@ from quantize.checkpoint.companions import (
     configs,
     folders_named,
 )
+from quantize.checkpoint.disk import advice_on_cache
 from quantize.checkpoint.json_files import INDEX
 from quantize.errors import QuantizeError
 
 CONFIG = "config.json"
-_NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_THE_MODEL = ("consolidated*", "adapter_*")
 """Weights in Mistral's own format beside the same in the hub's, and adapters."""
 
@@ -69,6 +69,11 @@ class HubModel:
     commit: str
     files: dict[str, HubFile]
     revision: str = "main"
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.name} on the hub, at {self.revision},"
 
     def described(self, code: bool) -> Path:
         """What says how to read the weights, in the hub's cache: the config and the index.
@@ -216,7 +221,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
     with asking(source):
         folder = found.companions()
-    return found.bring([file.name for file in find_files(folder, found.candidates)])
+    return found.bring([file.name for file in find_files(folder, found.candidates, found.title)])
 
 
 @contextmanager
@@ -233,7 +238,7 @@ def asking(name: str) -> Iterator[None]:
     except Exception as error:  # the hub's errors, OSError, and those of the HTTP library
         raise QuantizeError(
             f"{name} is not a folder here, and reading it from the hub failed: "
-            f"{' '.join(str(behind(error)).split())}{_advice(error)}"
+            f"{client_words(behind(error))}{_advice(error)}"
         ) from error
 
 
@@ -282,6 +287,8 @@ def _check_room(name: str, nbytes: int) -> None:
 def _advice(error: Exception) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -292,9 +299,21 @@ def _advice(error: Exception) -> str:
         return "; check the name, and if it is private log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return "; pass one that it has with --revision"
-    if isinstance(error, OSError) and error.errno in _NO_WRITING:
-        return "; set HF_HUB_CACHE to a folder that you can write to"
-    return ""
+    cause = behind(error)
+    if isinstance(cause, UnicodeEncodeError):  # of a header
+        return "; the token that HF_TOKEN or `hf auth login` gave is none: correct it"
+    if isinstance(cause, HFValidationError):
+        return ""  # of the name that was given
+    if isinstance(cause, ValueError | KeyError | TypeError | AttributeError):
+        return "; what answered is not the hub, but a proxy or a login page: look at HF_ENDPOINT"
+    status = 0
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        status = cause.response.status_code
+    if status in (401, 403):
+        return "; log in with `hf auth login`, and correct HF_TOKEN if it is set"
+    if status in (408, 429) or status >= 500:
+        return "; try again later"
+    return advice_on_cache(cause)
 
 
 def _listed(name: str, revision: str | None) -> HubModel:

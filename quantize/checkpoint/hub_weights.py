@@ -6,6 +6,7 @@ tensors of a model of any size.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,10 @@ _THREADS = 8
 _TRIES = 5
 """How often a range is asked for, if the connection breaks. Where a server answers that it cannot
 now, the client has asked again by itself, for half a minute or as long as the server says."""
+
+_XET = re.compile(r"CAS Client Error(?!.*HTTP status client error \((?!408|429))", re.S)
+"""What hf_xet 1.8.0 says of its server and the way there, once it has tried again by itself for
+minutes; but for what that server refuses."""
 
 
 class HubWeights(Weights):
@@ -143,5 +148,7 @@ def is_passing(error: BaseException) -> bool:
         return status in (408, 429) or status >= 500
     if isinstance(error, OSError) and error.errno is None:
         return True  # so the client says that it was sent too little, or too much
+    if isinstance(error, RuntimeError) and _XET.search(str(error)):
+        return True
     of_connection = type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore"))
     return of_connection or isinstance(error, ConnectionError | TimeoutError)

@@ -40,7 +40,7 @@ def opened(
         return Checkpoint(found)
     with asking(found.name):
         folder = found.companions() if whole else found.described(code)
-    names = [file.name for file in find_files(folder, found.candidates)]
+    names = [file.name for file in find_files(folder, found.candidates, found.title)]
     if stream:
         return Checkpoint(folder, weights=Streamed(found, names))
     if not found.missing(names):

@@ -22,11 +22,13 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Condition, Thread
 
+from quantize.checkpoint.client_words import client_words
+from quantize.checkpoint.disk import cannot_be_written, disk_error
 from quantize.checkpoint.hub import HubModel, asking, behind
 from quantize.checkpoint.hub_weights import HubWeights, is_passing, read_range
 from quantize.checkpoint.json_files import read_json
 from quantize.duration import duration
-from quantize.errors import QuantizeError, first_line
+from quantize.errors import QuantizeError
 
 AHEAD = 4
 """Files that may be on the disk, or on their way, before a step needs them."""
@@ -125,9 +127,12 @@ class Streamed(HubWeights):
             close: called with a file's name before it is removed.
             say: is told, in any thread, what a download waits for.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in (folder / ".cache").rglob("*.incomplete"):
-            left.unlink()  # of a run that was killed; the client would never go on with it
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in (folder / ".cache").rglob("*.incomplete"):
+                left.unlink()  # of a run that was killed; the client would never go on with it
+        except OSError as error:
+            raise cannot_be_written(folder, "DST", error) from error
         self._folder = folder
         self._set(steps, note, close, say)
         for name in self._names:
@@ -264,11 +269,13 @@ class Streamed(HubWeights):
                 except Exception as error:
                     if isinstance(error, QuantizeError):
                         raise
+                    if (full := disk_error(behind(error))) is not None:
+                        raise cannot_be_written(self._folder, "DST", full) from full
                     if not is_passing(error):
                         raise
                     pause = min(2**attempt, _LONGEST_WAIT)
                     left = came[0] + _PATIENCE - time.monotonic()
-                    why = f"{self.model.name}/{name}: {first_line(behind(error))}"
+                    why = f"{self.model.name}/{name}: {client_words(behind(error), whole=False)}"
                     if attempt == _TRIES - 1 or pause > left:
                         raise QuantizeError(
                             f"{why}; it was tried {attempt + 1} times; go on later, by the same "
@@ -297,11 +304,14 @@ class Streamed(HubWeights):
         path, known = self._path(name), self.model.files[name]
         size = path.stat().st_size
         digest = _hash_of(path, known.has_sha256) if size == known.size else f"{size} bytes"
-        if digest != known.digest:
+        right = digest == known.digest
+        if size == known.size and not known.has_sha256 and not right:
+            right = _pointer_of(path) == known.digest
+        if not right:
             path.unlink()
             raise ConnectionError(
-                f"{self.model.name}/{name}: what came is not what the hub lists ({digest} instead "
-                f"of {known.size} bytes, {known.digest})"
+                f"what came is not what the hub lists ({digest} instead of {known.size} bytes, "
+                f"{known.digest})"
             )
         with path.open("rb") as file:
             same = file.read(len(self._beginnings[name])) == self._beginnings[name]
@@ -367,10 +377,16 @@ class StoppedError(QuantizeError):
     """Nobody waits for a file any more, for something else has gone wrong."""
 
 
+def _pointer_of(path: Path) -> str:
+    """Git's hash of what stands for a file of LFS in its repository. A mirror's list of files
+    may not say that it is (https://github.com/git-lfs/git-lfs, its specification)."""
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{_hash_of(path, True)}\n"
+    pointer = f"{text}size {path.stat().st_size}\n".encode()
+    return hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
+
+
 def _hash_of(path: Path, sha256: bool) -> str:
     """SHA-256 of a file, or git's hash of it."""
-    if sha256:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256" if sha256 else lambda: git).hexdigest()

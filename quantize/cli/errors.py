@@ -14,6 +14,7 @@ from pathlib import Path
 
 import typer
 
+from quantize.checkpoint.disk import told
 from quantize.cli.output import complain, speaking
 from quantize.cli.signals import INTERRUPTED, interrupting
 from quantize.errors import QuantizeError, TooMuchError, first_line
@@ -59,7 +60,7 @@ def _reporting(advice: str, failed: int) -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        complain("error", f"{where}{error.strerror or error}")
+        complain("error", f"{where}{told(error, 'try again')}")
         sys.exit(failed)
     except typer.Exit:
         raise

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,8 @@ def _hubs_client(quiet: bool) -> Iterator[None]:
     """Within, if ``quiet``, huggingface_hub does not tell of each time that it tries again. Its log
     has a level from when it is imported, which may be before or within."""
     name, logger = "HF_HUB_VERBOSITY", logging.getLogger("huggingface_hub")
+    # It goes on then, and what it fails of says which disk it is.
+    warnings.filterwarnings("ignore", "Not enough free disk space", UserWarning)
     asked, level = os.environ.get(name), logger.level
     if not quiet or asked is not None:
         yield

@@ -8,8 +8,10 @@ hub's client would wait until all files that are on their way are here.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,11 +57,28 @@ def interrupting() -> Iterator[None]:
     """Within, both signals raise KeyboardInterrupt in the main thread."""
     global _over
     before = _handle(signal.default_int_handler)
+    hook = sys.unraisablehook
+    sys.unraisablehook = _again(hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         _restore(before)
         _over = True
+
+
+def _again(otherwise: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """What Python calls with an exception that it cannot raise: one in a destructor, or in another
+    function that runs wherever the main thread happens to be. If it is what a signal has raised
+    there, the signal comes once more, when that function has ended."""
+
+    def unraisable(found: Any) -> None:
+        if isinstance(found.exc_value, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            otherwise(found)
+
+    return unraisable
 
 
 def _ending(advice: str = "nothing was changed") -> Handler:

@@ -22,6 +22,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -260,11 +261,37 @@ def build(source: str, language: Language, library: Path) -> None:
         made.replace(library)
 
 
+_running: set[int] = set()
+"""Compilers that are at work: each is the first of a group of processes."""
+
+
+def end_compilers() -> None:
+    """Kill all that are at work for this process, with the parts that they consist of."""
+    for group in list(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
 def _run(compiler: tuple[str, ...], *arguments: str | Path) -> None:
-    done = subprocess.run([*compiler, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()[-2000:]
-        said = said or f"it said nothing, and its exit status is {done.returncode}"
+    with subprocess.Popen(
+        [*compiler, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        _running.add(process.pid)
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            _running.discard(process.pid)
+    if process.returncode:
+        said = (err or out).strip()[-2000:]
+        said = said or f"it said nothing, and its exit status is {process.returncode}"
         raise KernelError(f"{shlex.join([Path(compiler[0]).name, *compiler[1:]])} failed: {said}")
 
 

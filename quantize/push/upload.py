@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
+from quantize.checkpoint.client_words import client_words
+from quantize.checkpoint.disk import advice_on_cache
 from quantize.checkpoint.hub import CONFIG
 from quantize.checkpoint.hub_weights import is_passing
 from quantize.errors import QuantizeError
@@ -176,9 +178,7 @@ def _pushing(name: str) -> Iterator[None]:
         from huggingface_hub.errors import HfHubHTTPError
 
         response = error.response if isinstance(error, HfHubHTTPError) else None
-        advice = ""
+        advice = advice_on_cache(error)
         if response is not None and response.status_code in (401, 403):
             advice = "; log in with `hf auth login`, with a token that may write there"
-        raise QuantizeError(
-            f"uploading to {name} failed: {' '.join(str(error).split())}{advice}"
-        ) from error
+        raise QuantizeError(f"uploading to {name} failed: {client_words(error)}{advice}") from error

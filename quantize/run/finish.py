@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint.descriptions import without_descriptions
+from quantize.checkpoint.disk import told
 from quantize.checkpoint.hub import revision_of
 from quantize.checkpoint.identity import Identity
 from quantize.checkpoint.json_files import INDEX
@@ -63,8 +64,7 @@ def finish(
                 shutil.copyfileobj(original, copy)
         except OSError as error:
             raise QuantizeError(
-                f"{checkpoint.folder / name} cannot be copied to {target}: "
-                f"{error.strerror or error}"
+                f"{checkpoint.folder / name} cannot be copied to {target}: {told(error)}"
             ) from error
     for name, content in made.items():
         _write(record.place(name), content, partial)

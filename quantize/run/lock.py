@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from quantize.checkpoint.disk import cannot_be_written
 from quantize.errors import QuantizeError
-from quantize.run.target import cannot_be_written
 
 LOCK = "lock"
 """The file's name."""

@@ -20,6 +20,7 @@ from types import TracebackType
 
 import torch
 
+from quantize.checkpoint.disk import told
 from quantize.checkpoint.tensors import TensorInfo
 from quantize.errors import QuantizeError
 
@@ -96,7 +97,7 @@ class ShardWriter:
             # A new file, and never where a link leads.
             self._file = os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except OSError as error:
-            raise QuantizeError(f"{self._partial}: {error.strerror or error}") from error
+            raise QuantizeError(f"{self._partial}: {told(error)}") from error
         try:
             self._write(first, 0)
             if kept:
@@ -132,7 +133,7 @@ class ShardWriter:
         try:
             os.fsync(self._file)
         except OSError as error:
-            raise QuantizeError(f"{self._partial}: {error.strerror or error}") from error
+            raise QuantizeError(f"{self._partial}: {told(error)}") from error
         finally:
             os.close(self._file)
 
@@ -148,7 +149,7 @@ class ShardWriter:
                 return  # another machine was faster with the same
             if not self._kept:
                 self._partial.unlink(missing_ok=True)
-            raise QuantizeError(f"{self.path}: {error.strerror or error}") from error
+            raise QuantizeError(f"{self.path}: {told(error)}") from error
         finally:
             os.close(self._file)
 
@@ -166,7 +167,7 @@ class ShardWriter:
             while done < view.nbytes:
                 done += os.pwrite(self._file, view[done:], position + done)
         except OSError as error:
-            raise QuantizeError(f"{self.path}: {error.strerror or error}") from error
+            raise QuantizeError(f"{self.path}: {told(error)}") from error
         with self._lock:
             self._missing -= done
 

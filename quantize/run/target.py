@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from quantize.checkpoint.disk import cannot_be_written
 from quantize.errors import QuantizeError
 
 FOLDER = ".nvfp4_moe"
@@ -17,9 +18,15 @@ CONFIG = "config.json"
 
 
 def check_folder(target: Path) -> None:
-    """Raise QuantizeError if ``target`` is a file, or holds links."""
+    """Raise QuantizeError if ``target`` is a file, or holds links or a file where the record's
+    folder comes."""
     if target.exists() and not target.is_dir():
         raise QuantizeError(f"{target} is a file; the target must be a folder")
+    if (target / FOLDER).is_file():
+        raise QuantizeError(
+            f"{target / FOLDER} is a file, but a run keeps its record in a folder of that name; "
+            "remove it, or choose another folder"
+        )
     check_links(target, [FOLDER])
 
 
@@ -48,14 +55,6 @@ def check_writable(folder: Path, what: str) -> None:
         Path(tempfile.mkdtemp(prefix=".nvfp4_moe-", dir=above)).rmdir()
     except OSError as error:
         raise cannot_be_written(folder, what, error) from error
-
-
-def cannot_be_written(folder: Path, what: str, error: OSError) -> QuantizeError:
-    """The error that ``folder`` takes no files."""
-    return QuantizeError(
-        f"{folder}: {error.strerror or error}; {what} must be a folder that you can write to: "
-        "choose another one, or change its permissions"
-    )
 
 
 def check_target(target: Path, overwrite: bool, resume: bool) -> None:

@@ -13,7 +13,8 @@ of ``jobs.toml`` has a name, a command for the shell, and a pool:
 ``{NAME}`` in a command is what ``--set NAME=VALUE`` says, ``{out}`` is OUT, ``{{`` a brace; a job
 whose names are not set is left out. Each job's output goes to OUT/NAME.log. OUT/jobs.json has each
 one's exit status and seconds, and is written whenever a job ends. A job over its ``limit`` of
-seconds, or the whole over ``--seconds``, is killed with all that it started. The exit status is 1
+seconds, or the whole over ``--seconds``, is killed with all that it started; so is every job when
+this process ends, even if that is killed. The exit status is 1
 if a job failed, was killed or did not begin.
 """
 
@@ -37,6 +38,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 POOLS = ("shared", "timed", "all")
+
+_WATCHED = (
+    'trap "" HUP INT TERM; { read -r -u $0 _; kill -KILL 0; } & '
+    'trap - HUP INT TERM; eval "exec $0<&-"; exec bash -c "$1"'
+)
+"""Becomes the job's command, beside which something waits for this process to end, however it does,
+and then kills all of the job: the GPU would stay busy. $0 is the end of a pipe to read from, whose
+other end this process alone holds."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +138,12 @@ class Run:
         command, why = job.command.format(**self.values), ""
         with (self.out / f"{job.name}.log").open("w") as log:
             print(f"$ {command}", file=log, flush=True)
+            alive, held = os.pipe()  # nobody inherits the end that is held here
             process = subprocess.Popen(
-                ["bash", "-c", command], stdout=log, stderr=log, env=env,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                ["bash", "-c", _WATCHED, str(alive), command], stdout=log, stderr=log, env=env,
+                stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[alive],
             )  # fmt: skip
+            os.close(alive)
             try:
                 process.wait(left)
             except subprocess.TimeoutExpired:
@@ -141,6 +152,7 @@ class Run:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            os.close(held)
         self._end(Ended(job.name, process.returncode, time.monotonic() - began, why))
 
     def _end(self, ended: Ended) -> None:
@@ -187,4 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Else Ctrl-C, which jobs do not get, would wait for them.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

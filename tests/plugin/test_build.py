@@ -6,8 +6,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +23,7 @@ import torch
 from quantize.experts.gates import Gate
 from quantize.native import jit, processor
 from quantize.nvfp4.kernels import cpp_cpu
+from tests.conftest import ROOT
 from tests.plugin.test_jit import SOURCE, as_nobody, compilations, log, tmp_path
 from vllm_nvfp4_moe import build, settings
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
@@ -228,3 +235,56 @@ def test_the_package_of_kernels(
     damaged = folder / jit.file_name(f"{SOURCE}// damaged", jit.cuda("90a"))
     damaged.write_bytes(b"\x7fELF, and no more")
     assert jit.load(f"{SOURCE}// damaged", jit.cuda("90a")).answer() == 42
+
+
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("moment", ["at once", "compiling"])
+def test_stopped(which: str, moment: str, tmp_path: Path) -> None:
+    """One line, and no compiler goes on, nor what that has started; what was made stays."""
+    script, numbers = tmp_path / "g++", tmp_path / "numbers"
+    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! $$ >> {numbers}\nwait\n")
+    script.chmod(0o755)
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "library.so").write_text("made before")
+    command = [sys.executable, "-m", "vllm_nvfp4_moe.build", "--cpu", "--to", str(folder)]
+    env = os.environ | {"CXX": str(script)}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if moment == "compiling":
+                wait_until(numbers.exists)
+                time.sleep(0.2)
+            else:
+                state = Path(f"/proc/{process.pid}/status")
+                wait_until(lambda: catches(state.read_text(), getattr(signal, which)))
+            process.send_signal(getattr(signal, which))
+            said = process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in said
+    started = numbers.read_text().split() if numbers.exists() else []
+    assert bool(started) == (moment == "compiling")
+    wait_until(lambda: not any(alive(int(number)) for number in started))
+    assert [file.name for file in folder.iterdir()] == ["library.so"]
+
+
+def catches(status: str, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal that is its own and not Python's for Ctrl-C."""
+    caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)  # type: ignore[index]
+    both = 1 << (signal.SIGTERM - 1) | 1 << (number - 1)
+    return caught & both == both
+
+
+def alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

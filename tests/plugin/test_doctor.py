@@ -172,6 +172,74 @@ def test_a_process_that_is_killed_leaves_no_files(
 # Checkpoints.
 
 
+def hangs(emit: Callable[[Any], None]) -> None:
+    emit({"number": os.getpid()})
+    time.sleep(60)
+
+
+ORPHANS = """
+import sys
+from tests.plugin.test_doctor import hangs
+from vllm_nvfp4_moe.doctor import children
+children.How.name = sys.argv[1]
+children.run(hangs, seconds=60)
+"""
+
+
+def test_no_kernel_outlives_doctor(tmp_path: Path) -> None:
+    """Not even one that is killed: the GPU is free again."""
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", ORPHANS, "fork"]
+    with subprocess.Popen(command, cwd=ROOT, env=env) as process:
+        try:
+            found = eventually(lambda: [f for f in tmp_path.glob("*/found") if f.read_text()])
+            number = json.loads(found[0].read_text())["number"]
+            assert Path(f"/proc/{number}").exists()
+        finally:
+            process.kill()
+    eventually(lambda: not Path(f"/proc/{number}").exists() or _is_zombie(number))
+
+
+def _is_zombie(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def eventually(found: Callable[[], Any]) -> Any:
+    """What the function gives, once that is something."""
+    deadline = time.monotonic() + 60
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+FIRST_SECOND = """
+import os, runpy, signal, sys
+which = sys.argv.pop(1)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.Signals[which])  # and go on with the import
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("vllm_nvfp4_moe.doctor", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+def test_doctor_stopped_in_the_first_second(which: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", FIRST_SECOND, which], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "interrupted: nothing was changed\n"
+
+
 def test_shape_of_a_checkpoint(trained: Path, quantized: dict[str, Path], tmp_path: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     for folder in (trained, *quantized.values()):

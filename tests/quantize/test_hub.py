@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 
@@ -207,6 +208,11 @@ def _stopped(*_: object) -> None:
         (401, "RepoNotFound", "check the name"),
         (404, "RepoNotFound", "check the name"),
         (418, "", "418"),
+        (401, "", "correct HF_TOKEN"),
+        (403, "", "correct HF_TOKEN"),
+        (429, "", "try again later"),
+        (500, "", "try again later"),
+        (503, "", "try again later"),
     ],
 )
 def test_a_model_that_cannot_be_read(
@@ -217,6 +223,65 @@ def test_a_model_that_cannot_be_read(
     said = refusal("inspect", "org/moe")
     assert "org/moe is not a folder here, and reading it from the hub failed" in said
     assert expected in said
+
+
+PAGE = "text/html", b"<html><title>Log in to the proxy</title></html>"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [PAGE, ("application/json", b'{"error": "sorry"}'), ("application/json", b"[1]")],
+    ids=["a page", "an object", "a list"],
+)
+@pytest.mark.parametrize("asked", ["GET /api/models/org/moe", "GET /api/models/org/moe/tree/.*"])
+def test_what_answers_is_no_hub(
+    asked: str, answer: tuple[str, bytes], hub: Hub, source: Path
+) -> None:
+    """A proxy that wants to be logged in to, say, with status 200."""
+    hub.publish("org/moe", source)
+    hub.instead[asked] = answer
+    said = refusal("inspect", "org/moe")
+    assert "org/moe is not a folder here, and reading it from the hub failed" in said
+    assert said.endswith("; what answered is not the hub, but a proxy or a login page: look at "
+                         "HF_ENDPOINT")  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ["HEAD /org/moe/resolve/.*", "GET /org/moe/resolve/.*safetens.*"])
+def test_a_page_in_place_of_a_file(asked: str, hub: Hub, source: Path) -> None:
+    hub.publish("org/moe", source)
+    hub.instead[asked] = PAGE
+    said = refusal("inspect", "org/moe")
+    assert "config.json is missing the 'X-Repo-Commit' header" in said or (
+        "model.safetensors: the hub lists" in said
+    )
+
+
+@pytest.mark.parametrize("token", ["hf_abcdefghijkl", "another-secret", "hf_s\xe9cret"])
+@pytest.mark.parametrize("what", ["inspect", "push"])
+def test_secrets_are_in_no_message(
+    what: str, token: str, hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, passwords in addresses, signatures: whatever the client says of them."""
+    hub.publish("org/moe", source)
+    monkeypatch.setenv("HF_TOKEN", token)
+    log = tmp_path / "log"
+    signed = "https://me:password@cdn.hub/file?X-Amz-Signature=abc123&Expires=1"
+
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionError(f"no answer from '{signed}' to Authorization: Bearer {token}")
+
+    if what == "inspect":
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+        said = refusal("inspect", "org/moe")
+    else:
+        monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", fails)
+        words = ("quantize", source, tmp_path / "out", "--push-to", "me/moe", "--log-file", log)
+        said = refusal(*words) + log.read_text()
+    assert not [s for s in (token, "password", "abc123", "Expires") if s in said], said
+    if token.isascii() or what == "push":
+        assert "no answer from 'https://cdn.hub/file?…'" in said
+    else:
+        assert "the token that HF_TOKEN or `hf auth login` gave is none" in said
 
 
 def test_weights_that_are_gated_though_the_list_is_not(hub: Hub, source: Path) -> None:
@@ -261,18 +326,61 @@ def test_a_model_without_a_config(hub: Hub, source: Path, tmp_path: Path) -> Non
     assert not hub.sent
 
 
+@pytest.mark.parametrize("lacks", ["a file of the index", "safetensors"])
+def test_weights_that_the_hub_lacks(lacks: str, hub: Hub, source: Path, tmp_path: Path) -> None:
+    """To download it again is of no use, nor is the cache's folder."""
+    folder = in_shards(source, tmp_path / "model", 3)
+    if lacks == "safetensors":
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    else:
+        (folder / "model-00002-of-00003.safetensors").unlink()
+    hub.publish("org/moe", folder)
+    for words in (("inspect",), ("quantize", tmp_path / "out"), ("verify", tmp_path)):
+        said = refusal(words[0], "org/moe", *words[1:])
+        assert said.startswith("error: org/moe on the hub, at main, ")
+        assert "cache" not in said and "download" not in said
+        expected = {"safetensors": "holds no *.safetensors files"}
+        assert expected.get(lacks, "names model-00002-of-00003.safetensors, which the hub") in said
+
+
+NO_WRITING = "; set HF_HUB_CACHE to a folder that you can write to"
+FULL = "; the hub's cache is {cache}: free some space there, or set HF_HUB_CACHE"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "{cache}/models--org--moe"), NO_WRITING),
+        (PermissionError(errno.EACCES, "Permission denied", "{cache}"), NO_WRITING),
+        (FileExistsError(errno.EEXIST, "File exists", "{cache}"), NO_WRITING),
+        (OSError(errno.ENOSPC, "No space left on device"), FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "{cache}/models--org--moe/blobs/1"), FULL),
+        (RuntimeError("Task error: IO Error: No space left on device (os error 28)"), FULL),
+        (RuntimeError("Task error: IO Error: Permission denied (os error 13)"), NO_WRITING),
+        # What has nothing to do with the cache.
+        (PermissionError(errno.EACCES, "Permission denied", "/home/me/huggingface/token"), ""),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), ""),
+        (RuntimeError("Task error: the service is away (os error 111)"), ""),
+    ],
+    ids=str,
+)
 def test_a_cache_that_cannot_be_written(
-    hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, advice: str, hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as one on a read-only file system: the client's error has the folder and no advice."""
+    """The client's error has, at most, a path; what to do depends on what went wrong."""
+    cache = constants.HF_HUB_CACHE
+    if isinstance(error, OSError) and error.filename:
+        error.filename = error.filename.format(cache=cache)
 
     def fails(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", "/readonly/hub")
+        raise error
 
     hub.publish("org/moe", source)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     said = refusal("inspect", "org/moe")
-    assert "'/readonly/hub'; set HF_HUB_CACHE to a folder that you can write to" in said
+    assert said.endswith(f"{' '.join(str(error).split())}{advice.format(cache=cache)}")
 
 
 def test_a_size_that_is_not_the_listed_one(hub: Hub, source: Path) -> None:

@@ -1,5 +1,6 @@
 """``--stream``: a model larger than the disk comes from the hub a few files at a time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -249,6 +251,24 @@ def test_what_networks_and_servers_do(
     assert without_revision(out) == expected
 
 
+def test_a_list_that_does_not_say_what_is_in_lfs(
+    hub: Hub, model: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As a mirror's may be. Its hash is then that of git's pointer, and still tells one content
+    from another."""
+    hub.lists_lfs = False
+    name = f"model-00003-of-{FILES:05d}.safetensors"
+    file = hub.models["org/moe"].files[name]
+    assert isinstance(file.content, bytes) and file.large
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--stream")
+    assert run(*words).exit_code == 0
+    assert without_revision(tmp_path / "out") == expected
+    file.digest  # noqa: B018  (what is listed: of what it should be)
+    file.content = file.content[:-7] + bytes(7)
+    said = refusal("quantize", "org/moe", tmp_path / "other", *OPTIONS, "--stream")
+    assert said.startswith(f"error: org/moe/{name}: what came is not what the hub lists")
+
+
 def test_a_hub_that_says_no(hub: Hub, model: Path, tmp_path: Path) -> None:
     """In the middle: it is not asked again and again, and nobody waits."""
     name = f"model-00009-of-{FILES:05d}.safetensors"
@@ -271,6 +291,107 @@ def test_a_hub_that_says_no(hub: Hub, model: Path, tmp_path: Path) -> None:
     assert "the interrupted run was started with --stream; go on so" in said
     result = run("quantize", "org/moe", out, *OPTIONS, "--stream", "--resume")
     assert result.exit_code == 0, result.output
+
+
+DISK = {
+    "read-only": OSError(errno.EROFS, "Read-only file system", "/out/.nvfp4_moe/source/x"),
+    "permission": PermissionError(errno.EACCES, "Permission denied"),
+    "a file in the way": NotADirectoryError(errno.ENOTDIR, "Not a directory"),
+    "full": OSError(errno.ENOSPC, "No space left on device"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    # As hf_xet 1.8.0 says them, which writes large files for the client of the true hub.
+    "Xet, read-only": RuntimeError(
+        "Task error: File reconstruction error: IO Error: Read-only file system (os error 30)"
+    ),
+    "Xet, full": RuntimeError(
+        "Task error: File reconstruction error: IO Error: No space left on device (os error 28)"
+    ),
+}
+"""How writing a file fails, and what the hub's client raises then."""
+
+
+@pytest.mark.parametrize("kind", DISK)
+def test_a_disk_of_dst_that_takes_no_more(
+    kind: str, hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle. It is DST's disk, no other setting helps; the run goes on later."""
+    out, real, count = tmp_path / "out", huggingface_hub.hf_hub_download, [0]
+
+    def download(*args: object, **more: object) -> object:
+        count[0] += 1
+        if count[0] == 9:
+            raise DISK[kind]
+        return real(*args, **more)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    words = ("quantize", "org/moe", out, *OPTIONS, "--stream")
+    said = refusal(*words)
+    assert said.startswith(f"error: {out}/.nvfp4_moe/source: ")
+    assert "HF_HUB_CACHE" not in said and "reading it from the hub" not in said
+    full = kind.endswith(("full", "quota"))
+    assert ("free some space, then go on by the same command with --resume" in said) == full
+    assert ("DST must be a folder that you can write to" in said) == (not full)
+    assert not (out / "config.json").exists()
+    result = run(*words, "--resume")
+    assert result.exit_code == 0, result.output
+
+
+XET = "Task error: File reconstruction error: CAS Client Error: "
+STATUS = XET + "Request error: HTTP status client error ({}), domain: http://hub/v1/x"
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [
+        (XET + "Request middleware error: error sending request for url (http://hub/v2/x)", True),
+        (XET + "Request error: error decoding response body, domain: no-url", True),
+        (STATUS.format("429 Too Many Requests"), True),
+        (STATUS.format("403 Forbidden"), False),
+        (STATUS.format("404 Not Found"), False),
+        ("Task error: File size mismatch: expected 5 bytes but downloaded 0 bytes", False),
+    ],
+)
+def test_what_xet_says_of_networks(
+    words: str,
+    passes: bool,
+    hub: Hub,
+    model: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The true hub's large files come by it, and its errors are RuntimeErrors, whatever it was. The
+    words are those of hf_xet 1.8.0 with servers that answered so, or not at all."""
+    out, real, count = tmp_path / "out", huggingface_hub.hf_hub_download, [0]
+
+    def download(*args: object, **more: object) -> object:
+        count[0] += 1
+        if count[0] == 9:
+            raise RuntimeError(words)
+        return real(*args, **more)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    command = ("quantize", "org/moe", out, *OPTIONS, "--stream")
+    if passes:
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        assert f"{words}; trying again in" in " ".join(result.stderr.split())
+        assert without_revision(out) == expected
+    else:
+        assert words in refusal(*command)
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite",), ("--resume",)])
+def test_a_file_where_the_folder_of_the_run_comes(
+    flags: tuple[str, ...], hub: Hub, model: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "out" / ".nvfp4_moe"
+    there.parent.mkdir()
+    there.write_text("mine")
+    said = refusal("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--stream", *flags)
+    assert f"error: {there}" in said and "HF_HUB_CACHE" not in said
+    assert "choose another" in said
+    assert there.read_text() == "mine"
 
 
 @pytest.mark.parametrize("status", [429, 503])

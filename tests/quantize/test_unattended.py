@@ -461,6 +461,34 @@ def test_a_signal_that_another_thread_gets(how: str, which: str) -> None:
     assert ended.stderr == "interrupted: nothing was changed\n"
 
 
+IGNORED = """
+import os, signal, sys, time
+from quantize.cli.errors import reporting_errors
+
+class Destroyed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+
+with reporting_errors():
+    thing = Destroyed()
+    del thing
+    time.sleep(30)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+def test_a_signal_within_a_destructor(which: str) -> None:
+    """Python prints and forgets what is raised there, or in a callback of the garbage collector: a
+    doctor that was stopped at such a moment went on to its end."""
+    ended = subprocess.run(
+        [sys.executable, "-c", IGNORED, which],
+        capture_output=True, text=True, check=False, env=ONE_THREAD, timeout=60,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "interrupted: nothing was changed\n"
+
+
 def test_what_ignores_ctrl_c_goes_on_doing_so() -> None:
     """As what a shell runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

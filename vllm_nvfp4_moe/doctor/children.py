@@ -7,7 +7,7 @@ would wait for them in the new process for ever.)
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import faulthandler
 import json
 import multiprocessing
@@ -17,10 +17,15 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2): which signal a process gets when the thread ends that has made it. Doctor's main
+thread is that, and a kernel whose doctor is gone would keep the GPU busy."""
 
 _LOG = 800
 """Characters of a dead process's last words."""
@@ -87,7 +92,7 @@ def run(work: Callable[..., None], *args: Any, seconds: float) -> Ended:
 def _died(code: int) -> str:
     if code > 0:
         return f"its process ended with exit status {code}"
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return f"its process died of {signal.Signals(-code).name}"
     return f"its process died of signal {-code}"
 
@@ -96,12 +101,14 @@ def _records(file: Path) -> list[dict[str, Any]]:
     """What was written whole."""
     found = []
     for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             found.append(json.loads(line))
     return found
 
 
 def _work(work: Callable[..., None], args: tuple[Any, ...], found: Path, log: Path) -> None:
+    with suppress(OSError, AttributeError):  # on Linux, also if the parent is killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     with found.open("a") as file, log.open("w") as words:
         for stream in (1, 2):
             os.dup2(words.fileno(), stream)
