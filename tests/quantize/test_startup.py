@@ -295,7 +295,7 @@ def test_a_plan_names_and_makes_everything_once(
 
 @pytest.mark.parametrize("said", [None, "active"])
 @pytest.mark.parametrize("command", WORKING)
-def test_threads_that_wait_sleep(
+def test_threads_that_wait_soon_sleep(
     command: str, said: str | None, saved: Folders, tmp_path: Path
 ) -> None:
     """OpenMP itself says what it was told when it was loaded, and the user has the last word."""
@@ -313,6 +313,6 @@ def test_threads_that_wait_sleep(
         [sys.executable, "-c", PROBE, str(tmp_path / "note"), "script", *words],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    # How often a thread looks before it sleeps; some 300,000 times by default.
+    # How often a thread looks before it sleeps. By default it is 300,000 times: milliseconds.
     (spins,) = {int(count) for count in re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)}
-    assert spins > 10**9 if said else spins == 0
+    assert spins > 10**9 if said else 1000 < spins < 50_000
