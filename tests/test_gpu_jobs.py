@@ -95,7 +95,12 @@ def test_no_job_outlives_the_command(tmp_path: Path, number: str) -> None:
         )
     )
     command = [sys.executable, "-m", "tests.gpu", str(tmp_path), "--jobs", str(file), "--gpus", "2"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's processes ignore it otherwise
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
         logs = [tmp_path / f"{pool}.log" for pool in ("shared", "timed")]
         wait_until(lambda: all(log.exists() and log.read_text().count("\n") == 3 for log in logs))
         working = [int(line) for log in logs for line in log.read_text().splitlines()[1:]]

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from vllm_nvfp4_moe.interface import ExpertsBackend
 
-FACTOR = "NVFP4_MOE_GRAPH"
-"""What the part is called among vLLM's variables. Nobody sets one of that name."""
+FACTOR = "vllm_nvfp4_moe.graphs"
+"""What the part is called among vLLM's variables, where it is none that could be set."""
 
 _layers: dict[str, list[Any]] = {}
 """What is known of each layer, by its name. Those of an engine that this process had before count
