@@ -15,7 +15,7 @@ from quantize.calibration.proof import PRECISION, SMALL_MODEL, number_of_texts
 from quantize.calibration.reference import WHOLE_LAYER
 from quantize.calibration.routing import CHUNK
 from quantize.checkpoint.reader import Checkpoint
-from quantize.experts.group import ExpertGroup, tensor_names_of
+from quantize.experts.group import tensor_names_of
 from quantize.experts.names import layer_number
 from quantize.nvfp4.rounding import METHODS
 
@@ -74,7 +74,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     run = tokens * (wide * 16 + inner * 8) * width
     chunk = CHUNK * 3 * (hidden + 2 * inner) * 4
     memory = (largest + beside) * width + expert + run + chunk
-    last = max(map(_layer_of, plan.found))
+    last = max(group.layer for group in plan.found)
     # The proof: a layer in float32 with its experts, whole or one of them, while they are loaded;
     # what each layer returns and its experts are given.
     compared = number_of_texts(length) * length
@@ -96,7 +96,7 @@ def needed(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Budget:
     after = [size for number, size in layers.items() if number is not None and number > last]
     end = (beside + vocabulary * model + sum(after)) * width + length * vocabulary * 16
     end += len(after) * length * (wide * 16 + inner * 8) * width
-    kept = last - min(map(_layer_of, plan.groups)) + 2
+    kept = last - min(group.layer for group in plan.groups) + 2
     states = total * wide * ((kept + 1) * width + 5 * 4)
     if checkpoint.nbytes <= SMALL_MODEL:
         proof += vocabulary * (model + 2 * compared) * PRECISION.itemsize
@@ -124,7 +124,3 @@ def state_size(checkpoint: Checkpoint, hidden: int) -> int:
 def _hidden_of_model(checkpoint: Checkpoint, hidden: int) -> int:
     size = checkpoint.text_config().get("hidden_size")
     return size if isinstance(size, int) else hidden
-
-
-def _layer_of(group: ExpertGroup) -> int:
-    return layer_number(group.prefix) or 0

@@ -146,7 +146,7 @@ def estimate(
     # A layer's experts, as many as those of the measured one's size.
     layers: dict[int, float] = defaultdict(float)
     for each in groups:
-        layers[layer_number(each.prefix) or 0] += each.parameters / size
+        layers[each.layer] += each.parameters / size
     steps = _steps(plan, layers, one, rounding, beside, back)
     return Estimate(seconds, one, group, tokens, count, devices if settings.method else 1, steps)
 
@@ -161,7 +161,7 @@ def _steps(
         one: of one of them, in which ``rounding`` is what it adds to a pass.
         beside: what all layers take without their experts, in one pass forward.
     """
-    numbers = [layer_number(group.prefix) or 0 for group in (plan.found if back else plan.groups)]
+    numbers = [group.layer for group in (plan.found if back else plan.groups)]
     count = max(numbers) + 1
     own = beside / count
     ahead = one.read + FORWARD * one.compute
@@ -169,7 +169,7 @@ def _steps(
         return tuple((own + layers.get(n, 0) * (ahead + rounding),) for n in range(count))
     # A layer on the way back: a third of what it tells of is its experts' outputs, once more.
     behind = one.read + (BACKWARD - FORWARD) * one.compute + rounding
-    first = min(layer_number(group.prefix) or 0 for group in plan.groups)
+    first = min(group.layer for group in plan.groups)
     return (
         *((own + layers.get(n, 0) * ahead,) for n in range(count)),
         (own,),  # the model's end
@@ -234,7 +234,7 @@ def measure(
 
     if look is not None:
         visitor = look(group)
-        visitor.begin(layer_number(group.prefix) or 0, group, routing)
+        visitor.begin(group.layer, group, routing)
         visitor.expert(0, weights, routing)
     else:
         rounder = Rounder(checkpoint, plan.layout, settings, plan.options.scales)
@@ -289,7 +289,7 @@ def _beside(checkpoint: Checkpoint, plan: Plan) -> int:
     """The number of weights in the layers that run, without their routed experts."""
     experts = tensor_names_of(plan.found)
     prefix = plan.found[0].prefix.partition("layers.")[0]
-    last = max(layer_number(group.prefix) or 0 for group in plan.groups)
+    last = max(group.layer for group in plan.groups)
     return sum(
         math.prod(info.shape)
         for name, info in checkpoint.tensors.items()

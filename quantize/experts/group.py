@@ -9,6 +9,7 @@ import torch
 
 from quantize.errors import QuantizeError
 from quantize.experts.gates import Gate
+from quantize.experts.names import layer_number
 
 
 class TensorReader(Protocol):
@@ -63,6 +64,11 @@ class ExpertGroup:
     joined: bool = False
     flat: bool = False
     first: int = 0
+
+    @property
+    def layer(self) -> int:
+        """The number of the decoder layer that holds them; 0 if its path has none."""
+        return layer_number(self.prefix) or 0
 
     @property
     def gated(self) -> bool:

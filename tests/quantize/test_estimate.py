@@ -208,6 +208,15 @@ def test_too_much_is_refused_unless_the_user_insists(
     assert "--yes" not in (out / "nvfp4_moe_report.json").read_text()
 
 
+def told_by_their_time(told: list[tuple[float, int, float]], total: float, trained: Path) -> None:
+    """What was told of steps (how many are done, of how many, and when) is how much of the time is
+    over, in which two layers' experts took ten seconds each."""
+    assert total == 10 * 2 * Sizes.of(trained).experts
+    assert told[-1][0] == told[-1][1]
+    for done, of, moment in told:
+        assert done / of == pytest.approx(moment / total, abs=0.02)
+
+
 @pytest.mark.parametrize("method", ["gptq", "two-sided"])
 def test_steps_are_told_of_by_their_time(
     method: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,11 +240,7 @@ def test_steps_are_told_of_by_their_time(
             checkpoint, steps, tmp_path / "out", devices=[CPU], samples=samples, limited=True,
             calibrating=lambda done, of, _: told.append((done, of, now[0])),
         )  # fmt: skip
-    total = now[0]
-    assert total == 10 * 2 * Sizes.of(trained).experts
-    assert told[-1][0] == told[-1][1]
-    for done, of, moment in told:
-        assert done / of == pytest.approx(moment / total, abs=0.02)
+    told_by_their_time(told, now[0], trained)
 
 
 def test_measuring_is_told_of_by_its_time(
@@ -261,11 +266,7 @@ def test_measuring_is_told_of_by_its_time(
             checkpoint, steps, options, samples, tmp_path / "out", CPU,
             progress=lambda done, of, _: told.append((done, of, now[0])),
         )  # fmt: skip
-    total = now[0]
-    assert total == 10 * 2 * Sizes.of(trained).experts
-    assert told[-1][0] == told[-1][1]
-    for done, of, moment in told:
-        assert done / of == pytest.approx(moment / total, abs=0.02)
+    told_by_their_time(told, now[0], trained)
 
 
 @pytest.mark.parametrize("steps", [((1.0,), (3.0, 0.0, 5.0), (1.0,)), ((2.0,),) * 3, ()])
