@@ -79,10 +79,7 @@ class Versions:
         """The one that is chosen, and for few tokens the other that might be."""
         bench = self.bench
         pairs = expected_pairs(ids, bench.layer.experts, bench.local)
-        products = bench.kernel.products(bench.experts)
-        chosen = bench.kernel.choose_tile_shape(
-            pairs, bench.layer.experts, products, bench.processors
-        )
+        chosen = bench.kernel.choose_tile_shape(pairs, bench.layer.experts)
         others = bench.kernel.tile_shapes[:2] if tokens in FEW else ()
         return [chosen, *(shape for shape in others if shape != chosen)]
 

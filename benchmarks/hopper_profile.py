@@ -4,13 +4,13 @@
     python -m benchmarks.hopper_profile [few] [many]                 the tables
     python -m benchmarks.hopper_profile ncu [--folder FOLDER]        counters, by Nsight Compute
 
-``few``: 1 to 8 tokens; ``many``: 512 to 2048. A timeline is of one call after another in a CUDA
-graph: when each launch's CTAs begin, have waited for the launch before, have their first stage,
-have issued their last copy of weights, and end; microseconds since the call's first instruction by
-the GPU's clock, medians over calls of the least, the middle and the last CTA. Ablations take a part
-out of the source by text, so that the product's source has no switches; their outputs are wrong,
-and their times are medians of replays that take turns. A patch whose text is no longer in the
-source is an error.
+``few``: 1 to 8 tokens; ``many``: 512 to 2048, of small experts 256 to 2048. A timeline is of one
+call after another in a CUDA graph: when each launch's CTAs begin, have waited for the launch
+before, have their first stage, have issued their last copy of weights, and end; microseconds since
+the call's first instruction by the GPU's clock, medians over calls of the least, the middle and the
+last CTA. Ablations take a part out of the source by text, so that the product's source has no
+switches; their outputs are wrong, and their times are medians of replays that take turns. A patch
+whose text is no longer in the source is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.hopper_tiles import MIXTRAL, QWEN3, captured
+from benchmarks.hopper_tiles import MIXTRAL, QWEN3, SMALL, captured
 from quantize.native import jit
 from vllm_nvfp4_moe.doctor.inputs import Batch, batch, batches, random_weights
 from vllm_nvfp4_moe.doctor.shape import MINIMAX_M3, Shape, active_experts, floor
@@ -347,18 +347,17 @@ def timeline(weights: Weights, kernel: Variant, shape: TileShape, given: Sequenc
 
 
 FEW_POINTS = ((MINIMAX_M3, (1, 2, 4, 8)), (MIXTRAL, (1, 2, 8)), (QWEN3, (1, 4)))
-MANY_POINTS = ((MINIMAX_M3, (512, 1024, 2048)),)
+MANY_POINTS = ((MINIMAX_M3, (512, 1024, 2048)), (SMALL, (256, 512, 2048)))
 
 
 def chosen(weights: Weights, kind: str, tokens: int) -> list[TileShape]:
     shape = weights.shape
     kernel = Bf16Kernel()
-    choice = kernel.choose_tile_shape(
-        tokens * shape.top_k, shape.experts, kernel.products(weights.experts), 132
-    )
+    choice = kernel.choose_tile_shape(tokens * shape.top_k, shape.experts)
     if kind == "few":
         return [choice, *(one for one in FEW_SHAPES if one != choice)]
-    return [TOKENS_64, TOKENS_128] if tokens <= 1024 else [TOKENS_128]
+    assert choice in MANY_SHAPES
+    return [choice]
 
 
 def profile(kind: str, deadline: float) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.moe_layer_table import MORE, SHAPES
 from quantize.native import jit
 from vllm_nvfp4_moe.doctor.inputs import Batch, apart, batch, batches, random_weights
 from vllm_nvfp4_moe.doctor.shape import MINIMAX_M3, Shape, active_experts, floor
@@ -59,16 +60,16 @@ class Layer:
         return self.shape.experts // self.ranks
 
 
-MIXTRAL = Shape("mixtral-8x7b", 8, 4096, 14336, 2)
-QWEN3 = Shape("qwen3-235b", 128, 4096, 1536, 8)
+MIXTRAL, SMALL = MORE["mixtral-8x7b"], MORE["small"]
+QWEN3, DEEPSEEK = SHAPES["qwen3-235b"], SHAPES["deepseek-v3"]
 LAYERS = [
     Layer(MINIMAX_M3),
     Layer(MIXTRAL),
     Layer(QWEN3),
-    Layer(Shape("small", 64, 2048, 1024, 8)),
+    Layer(SMALL),
     Layer(MINIMAX_M3.slice(4)),
     Layer(QWEN3.slice(4)),
-    Layer(Shape("deepseek-v3", 256, 7168, 2048, 8), ranks=8),
+    Layer(DEEPSEEK, ranks=8),
     Layer(MIXTRAL.slice(4)),
 ]
 
@@ -135,7 +136,6 @@ class Bench:
         if layer.ranks > 1:
             every = torch.arange(shape.experts, dtype=torch.int32, device=self.device)
             self.local = every.where(every < layer.experts, -1)
-        self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def floor(self, given: Sequence[Batch]) -> float:
         """Milliseconds, in the mean."""
@@ -155,8 +155,7 @@ class Bench:
         shape, count = self.layer.shape, self.layer.experts
         given = [batch(shape, tokens, False, self.generator) for _ in range(batches(tokens))]
         pairs = expected_pairs(given[0].ids, count, self.local)
-        products = self.kernel.products(self.experts)
-        chosen = self.kernel.choose_tile_shape(pairs, count, products, self.processors)
+        chosen = self.kernel.choose_tile_shape(pairs, count)
         calls = {
             str(shape): partial(self.call, shape)
             for shape in self.kernel.tile_shapes

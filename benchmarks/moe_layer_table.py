@@ -46,6 +46,9 @@ MORE = {
         Shape("gpt-oss-120b", 128, 2880, 2880, 4, CLAMPED, biased=True),
         # What biases cost is the difference.
         Shape("gpt-oss-120b-unbiased", 128, 2880, 2880, 4, CLAMPED),
+        # Few large experts, and many small ones: where other kernels are least far behind.
+        Shape("mixtral-8x7b", 8, 4096, 14336, 2),
+        Shape("small", 64, 2048, 1024, 8),
         # A part of MiniMax-M3's layer, for CPUs: vLLM's bf16 experts take SiLU alone there.
         Shape("minimax-m3-16", 16, 6144, 3072, 4),
     )

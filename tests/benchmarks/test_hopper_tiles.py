@@ -20,11 +20,8 @@ MEASURED = json.loads(RESULTS.read_text())
 
 
 def chosen(kernel: HopperKernel, layer: Layer, tokens: int) -> str:
-    hidden, intermediate = layer.shape.hidden, layer.shape.intermediate
-    assert hidden % 128 == intermediate % 128 == 0, "no padding"
-    products = [(2 * intermediate // 64, hidden), (hidden // 64, intermediate)]
     pairs = tokens * layer.shape.top_k / layer.ranks
-    return str(kernel.choose_tile_shape(pairs, layer.experts, products, 132))
+    return str(kernel.choose_tile_shape(pairs, layer.experts))
 
 
 def points(name: str, of: Callable[[float], bool]) -> list[Point]:
@@ -44,11 +41,10 @@ def points(name: str, of: Callable[[float], bool]) -> list[Point]:
 @pytest.mark.parametrize(
     ("name", "of", "count", "mean", "worst"),
     [
-        # These times are older than bf16's two producers, to whose times its cost was fitted since.
-        ("bf16", lambda each: each <= MOST_TOKENS, 78, 0.005, 0.1),
-        ("fp8", lambda each: each <= MOST_TOKENS, 78, 0.001, 0.03),
-        ("bf16", lambda each: each > MOST_TOKENS, 34, 0.005, 0.06),
-        ("fp8", lambda each: each > MOST_TOKENS, 34, 0.006, 0.08),
+        ("bf16", lambda each: each <= MOST_TOKENS, 78, 0.001, 0.03),
+        ("fp8", lambda each: each <= MOST_TOKENS, 78, 0.0, 0.0),  # there is one alone
+        ("bf16", lambda each: each > MOST_TOKENS, 34, 0.006, 0.07),
+        ("fp8", lambda each: each > MOST_TOKENS, 34, 0.003, 0.04),
     ],
     ids=["bf16 decoding", "fp8 decoding", "bf16 prefill", "fp8 prefill"],
 )
@@ -58,8 +54,8 @@ def test_the_choice_is_nearly_the_fastest(
     found = points(name, of)
     lost = {f"{point.layer}, {point.tokens} tokens": 1 + point.lost for point in found}
     assert len(found) == count
-    assert statistics.geometric_mean(lost.values()) < 1 + mean
-    assert max(lost.values()) < 1 + worst, max(lost, key=lost.__getitem__)
+    assert statistics.geometric_mean(lost.values()) <= 1 + mean
+    assert max(lost.values()) <= 1 + worst, max(lost, key=lost.__getitem__)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

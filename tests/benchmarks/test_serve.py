@@ -95,6 +95,8 @@ def test_stock_and_bf16_run_without_the_plugin_and_ours_with(tmp_path: Path) -> 
         eight.check(log)
     assert dict(stock.variables) == dict(bf16.variables) == {"VLLM_PLUGINS": ""}
     assert ours.options[-2:] == ("--quantization", "nvfp4_moe")
+    # Else a shell with another level has logs that do not say which kernels run.
+    assert ours.environment() == {"NVFP4_MOE_ACTIVATIONS": "bf16", "VLLM_LOGGING_LEVEL": "INFO"}
     assert stock.options[-3:] == ("--quantization", "modelopt_fp4", "--enforce-eager")
     assert "quantization_config" not in json.loads((bf16.folder / "config.json").read_text())
     assert bf16.options[-2:] == ("--load-format", "dummy")

@@ -26,13 +26,7 @@ from tests.plugin.emulated_cases import SHAPES, Cases
 from tests.plugin.emulation import CPU, Emulated, body, build
 from vllm_nvfp4_moe.kernels.hopper import fp8_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
-from vllm_nvfp4_moe.kernels.hopper.fp8 import (
-    TOKENS_64,
-    TOKENS_64_NARROW,
-    TOKENS_128,
-    TOKENS_192,
-    TOKENS_256,
-)
+from vllm_nvfp4_moe.kernels.hopper.fp8 import TOKENS_64, TOKENS_128, TOKENS_192
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
@@ -256,19 +250,12 @@ def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
 
 
 def test_which_tile_shape_is_for_what() -> None:
-    """With Qwen3-235B's sizes on one GPU, and of one rank of four."""
+    def chosen(pairs: float) -> TileShape:
+        return KERNEL.choose_tile_shape(pairs, 128)
 
-    def chosen(tokens: int, intermediate: int = 1536) -> TileShape:
-        products = [(2 * intermediate // 64, 4096), (64, intermediate)]
-        return KERNEL.choose_tile_shape(8 * tokens, 128, products, 132)
-
-    assert chosen(1) == chosen(768) == TOKENS_64
-    assert chosen(1, 384) == chosen(2, 384) == TOKENS_64_NARROW
-    assert chosen(4, 384) == chosen(768, 384) == TOKENS_64
-    assert chosen(769) == chosen(1792) == TOKENS_128
-    assert chosen(1793) == chosen(2560) == TOKENS_192
-    assert chosen(2561) == chosen(6144) == TOKENS_256
-    assert chosen(6145) == chosen(100_000) == TOKENS_192
+    assert chosen(0.5) == chosen(128 * 48) == TOKENS_64
+    assert chosen(128 * 48 + 1) == chosen(128 * 96) == TOKENS_128
+    assert chosen(128 * 96 + 1) == chosen(10_000_000) == TOKENS_192
 
 
 def test_the_bf16_kernel_is_the_more_exact(

@@ -299,16 +299,13 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
     if (threadIdx.x == 0) scales[at] = scale;
 }
 
-DEFINE_GEMMS(64, 128, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // where there are few tiles
 DEFINE_GEMMS(64, 256, 1, 64, 56, 48, 40, 32, 24, 16, 8)  // decoding
 DEFINE_GEMMS(128, 256, 1, 128, 112, 96, 80, 64, 48, 32, 16)
 // The more tokens for each weight that a warpgroup makes, the less of the GPU's power goes into
 // making it; but tiles of up to 128 tokens hide it better behind copies where experts have few.
 DEFINE_GEMMS(192, 192, 1, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
-DEFINE_GEMMS(256, 128, 1, 256, 240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
 
-constexpr Gemms GEMMS[] = {GEMMS_64x128, GEMMS_64x256, GEMMS_128x256, GEMMS_192x192,
-                           GEMMS_256x128};  // as `tile_shapes` in fp8.py
+constexpr Gemms GEMMS[] = {GEMMS_64x256, GEMMS_128x256, GEMMS_192x192};  // as `tile_shapes` in fp8.py
 
 // Runs the layer. Returns a cudaError_t.
 //

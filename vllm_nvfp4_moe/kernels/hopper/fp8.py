@@ -14,20 +14,16 @@ import torch
 
 from vllm_nvfp4_moe.kernels.hopper import bf16_weights, fp8_weights
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import Rows
-from vllm_nvfp4_moe.kernels.hopper.choice import Costs, Products, Table, choose
+from vllm_nvfp4_moe.kernels.hopper.choice import MOST_TOKENS, Table, choose
 from vllm_nvfp4_moe.kernels.hopper.kernel import HopperKernel
 from vllm_nvfp4_moe.kernels.hopper.launch import TileShape
 
-TOKENS_64_NARROW = TileShape(64, row_groups=2, k_groups=1, token_step=8)
-"""For one request: it has twice as many tiles as the next, so that more of the GPU works."""
 TOKENS_64 = TileShape(64, row_groups=4, k_groups=1, token_step=8)
 """For decoding."""
 TOKENS_128 = TileShape(128, row_groups=4, k_groups=1, token_step=16)
 TOKENS_192 = TileShape(192, row_groups=3, k_groups=1, token_step=16)
-TOKENS_256 = TileShape(256, row_groups=2, k_groups=1, token_step=16)
 
-DECODING: Costs = ((TOKENS_64, 1.0), (TOKENS_64_NARROW, 1.2))
-PREFILL: Table = ((112, TOKENS_128), (160, TOKENS_192), (384, TOKENS_256), (math.inf, TOKENS_192))
+TABLE: Table = ((MOST_TOKENS, TOKENS_64), (96, TOKENS_128), (math.inf, TOKENS_192))
 
 
 class Fp8Kernel(HopperKernel):
@@ -36,7 +32,7 @@ class Fp8Kernel(HopperKernel):
     name = "HOPPER FP8 (vllm_nvfp4_moe)"
     activation_bits = 8
     file = Path(__file__).with_suffix(".cu")
-    tile_shapes = (TOKENS_64_NARROW, TOKENS_64, TOKENS_128, TOKENS_192, TOKENS_256)
+    tile_shapes = (TOKENS_64, TOKENS_128, TOKENS_192)
     packed_columns = bf16_weights.STAGE
     mma_element = "e4m3"
     mma_columns = 32
@@ -47,10 +43,8 @@ class Fp8Kernel(HopperKernel):
         packed, factors = fp8_weights.pack_experts(codes, scales, rows)
         return packed, global_scales.float() * factors
 
-    def choose_tile_shape(
-        self, pairs: float, experts: int, products: Products, processors: int
-    ) -> TileShape:
-        return choose(DECODING, PREFILL, pairs, experts, products, processors)
+    def choose_tile_shape(self, pairs: float, experts: int) -> TileShape:
+        return choose(TABLE, pairs, experts)
 
     def workspace(
         self, rows: int, hidden: int, intermediate: int, device: torch.device

@@ -170,25 +170,77 @@ struct TileShape {
 
 // ---------------------------------------------------------------------------------- the pipeline
 
+// What a warpgroup does in an item that has fewer row groups than the CTA has warpgroups.
+template <typename Shape>
+__device__ __forceinline__ void pass_by(int steps, Ring ring, uint32_t full, uint32_t empty) {
+    for (; steps > 0; --steps, ring.next<Shape::STAGES>()) {
+        barrier_wait(full + 8 * ring.stage, ring.phase);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
+    }
+}
+
 // Computes a warpgroup's part of a tile of N tokens, and writes what becomes of it.
 template <int N, typename Shape, bool FIRST>
 __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& tile, int row_tile,
                                         Ring ring, uint8_t* stages, float* partial, uint32_t full,
                                         uint32_t empty);
 
-// Computes the CTA's tiles of N tokens, which end before `end`. `index` counts pairs of a tile of
-// tokens and one of its `row_blocks` blocks of rows.
+// Which parts of the output are computed as one, and by whom: items, of which a CTA takes every n-th, n
+// being the number of CTAs. An item is a pair of a tile of tokens and one of its blocks of ROW_GROUPS
+// times 64 rows. Where the last pairs are so few that there is a CTA for each of their row groups, or for
+// each two, they are items of so many: else most CTAs would be done while a few compute whole pairs.
+template <typename Shape>
+struct Schedule {
+    // Of larger tiles each is many, and ptxas would run MMAs one by one (C7512).
+    static constexpr bool SPLITS = Shape::MAX_TOKENS <= 64 && Shape::ROW_GROUPS == 4;
+    uint32_t row_blocks, whole, shift;  // from `whole` on 2^shift items are a pair
+    // `pairs`: of all tiles of tokens.
+    __device__ __forceinline__ Schedule(uint32_t row_blocks, uint32_t pairs)
+        : row_blocks(row_blocks), whole(pairs), shift(0) {
+        if constexpr (SPLITS) {
+            const uint32_t last = pairs % gridDim.x;
+            whole -= last;
+            shift = last * 2 > gridDim.x ? 0 : last * 4 > gridDim.x ? 1 : 2;
+        }
+    }
+    // How many items so many pairs are, the first ones.
+    __device__ __forceinline__ uint32_t items(uint32_t pairs) const {
+        return !SPLITS || pairs <= whole ? pairs : whole + (pairs - whole << shift);
+    }
+    __device__ __forceinline__ uint32_t pair(uint32_t item) const {
+        return !SPLITS || item < whole ? item : whole + (item - whole >> shift);
+    }
+    __device__ __forceinline__ uint32_t tile(uint32_t item) const { return pair(item) / row_blocks; }
+    // How many tiles of 64 rows an item has at most.
+    __device__ __forceinline__ int groups(uint32_t item) const {
+        return !SPLITS || item < whole ? Shape::ROW_GROUPS : Shape::ROW_GROUPS >> shift;
+    }
+    // The first of them.
+    __device__ __forceinline__ int row_tile(uint32_t item) const {
+        const int first = pair(item) % row_blocks * Shape::ROW_GROUPS;
+        if (!SPLITS || item < whole) return first;
+        return first + (item - whole & (1 << shift) - 1) * groups(item);
+    }
+};
+
+// Computes the CTA's items of N tokens, which end before `end`.
 template <int N, typename Shape, bool FIRST>
-__device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args, int& index, int end,
-                                                      int row_blocks, Tile& next, Ring& ring,
-                                                      uint8_t* stages, float* partial, uint32_t full,
-                                                      uint32_t empty) {
+__device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args,
+                                                      const Schedule<Shape>& schedule,
+                                                      uint32_t& index, uint32_t end, Tile& next,
+                                                      Ring& ring, uint8_t* stages, float* partial,
+                                                      uint32_t full, uint32_t empty) {
     const int steps = args.chunks / 2;
     for (; index < end; index += gridDim.x, ring.skip<Shape::STAGES>(steps)) {
         const Tile tile = next;
-        const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
+        const int row_tile = schedule.row_tile(index), groups = schedule.groups(index);
         // Read long before it is needed, whether or not there is a next one: the host makes room.
-        next = args.tiles[(index + gridDim.x) / row_blocks];
+        next = args.tiles[schedule.tile(index + gridDim.x)];
+        if (Schedule<Shape>::SPLITS && warpgroup() >= groups) {
+            pass_by<Shape>(steps, ring, full, empty);
+            continue;
+        }
         consume<N, Shape, FIRST>(args, tile, row_tile, ring, stages, partial, full, empty);
     }
 }
@@ -200,7 +252,7 @@ constexpr int PRODUCERS = 2;
 
 // Copies one input of the CTA's tiles into the stages. One thread does all of it.
 template <typename Shape, Input INPUT>
-__device__ __forceinline__ void produce(const GemmArguments& args, uint32_t row_blocks,
+__device__ __forceinline__ void produce(const GemmArguments& args, const Schedule<Shape>& schedule,
                                         uint32_t total, uint32_t full) {
     constexpr bool WEIGHTS = INPUT == Input::WEIGHTS;
     // With larger tiles an expert has several, which read its weights again. X is read by every CTA.
@@ -212,9 +264,11 @@ __device__ __forceinline__ void produce(const GemmArguments& args, uint32_t row_
                   (WEIGHTS ? Shape::X_BYTES : 0);
     uint32_t barrier = full, parity = 1;
     for (uint32_t index = blockIdx.x; index < total; index += gridDim.x) {
-        const Tile tile = args.tiles[index / row_blocks];
-        const int row_tile = index % row_blocks * Shape::ROW_GROUPS;
-        const int groups = min(Shape::ROW_GROUPS, args.row_tiles - row_tile);
+        const Tile tile = args.tiles[schedule.tile(index)];
+        const int row_tile = schedule.row_tile(index);
+        // None, if there are no more rows: then nothing is copied but X, and nothing computed.
+        const int rest = args.row_tiles - row_tile;
+        const int groups = rest < 0 ? 0 : min(schedule.groups(index), rest);
         const int group_bytes = args.chunks * CHUNK_BYTES;
         const int bytes = WEIGHTS ? groups * WEIGHT_BYTES : tile.size * STAGE * ELEMENT_BYTES;
         const uint8_t* from =
@@ -263,28 +317,30 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
     __syncthreads();
     trigger_next_kernel();
 
-    const int row_blocks = (args.row_tiles + Shape::ROW_GROUPS - 1) / Shape::ROW_GROUPS;
+    const uint32_t row_blocks = (args.row_tiles + Shape::ROW_GROUPS - 1) / Shape::ROW_GROUPS;
+    const Schedule<Shape> schedule(row_blocks, args.size_ends[sizeof...(SIZES) - 1] * row_blocks);
     if (warpgroup() >= Shape::CONSUMERS) {
         set_max_registers<Shape::PRODUCER_REGISTERS, false>();
-        const int total = args.size_ends[sizeof...(SIZES) - 1] * row_blocks;
+        const uint32_t total = schedule.items(args.size_ends[sizeof...(SIZES) - 1] * row_blocks);
         // A warp each, since a warp's threads would take turns.
         const int warp = warp_of_group();
         if (warp == 0) {
-            if (elected()) produce<Shape, Input::WEIGHTS>(args, row_blocks, total, full);
+            if (elected()) produce<Shape, Input::WEIGHTS>(args, schedule, total, full);
         } else if (warp == 1) {
             // Of the second GEMM only X is from the kernel before. What that kernel read may be
             // overwritten by consumers, since they wait for X.
             if constexpr (!FIRST || !NEW_TABLES) wait_for_previous_kernel();
-            if (elected()) produce<Shape, Input::X>(args, row_blocks, total, full);
+            if (elected()) produce<Shape, Input::X>(args, schedule, total, full);
         }
     } else {
         set_max_registers<Shape::CONSUMER_REGISTERS, true>();
-        int index = blockIdx.x, size = 0;
+        uint32_t index = blockIdx.x;
+        int size = 0;
         Ring ring;
-        Tile next = args.tiles[index / row_blocks];
-        (consume_tiles_of_size<SIZES, Shape, FIRST>(args, index, args.size_ends[size++] * row_blocks,
-                                                    row_blocks, next, ring, stages, partial, full,
-                                                    empty),
+        Tile next = args.tiles[schedule.tile(index)];
+        (consume_tiles_of_size<SIZES, Shape, FIRST>(
+             args, schedule, index, schedule.items(args.size_ends[size++] * row_blocks), next, ring,
+             stages, partial, full, empty),
          ...);
     }
 }

@@ -14,7 +14,6 @@ from quantize.native import jit
 from quantize.native.jit import KernelError
 from vllm_nvfp4_moe.kernels.hopper import source
 from vllm_nvfp4_moe.kernels.hopper.bf16_weights import GROUP_ROWS, Rows, packed_biases
-from vllm_nvfp4_moe.kernels.hopper.choice import Products
 from vllm_nvfp4_moe.kernels.hopper.launch import (
     PLACE_BYTES,
     TILE_BYTES,
@@ -97,15 +96,11 @@ class HopperKernel(ABC):
         """
 
     @abstractmethod
-    def choose_tile_shape(
-        self, pairs: float, experts: int, products: Products, processors: int
-    ) -> TileShape:
+    def choose_tile_shape(self, pairs: float, experts: int) -> TileShape:
         """The tile shape that should be the fastest for a batch (``choice.py``).
 
         Args:
-            pairs: how many pairs of a token and an expert this rank will have.
-            products: of :meth:`products`.
-            processors: the GPU's multiprocessors.
+            pairs: how many pairs of a token and one of its ``experts`` this rank will have.
         """
 
     @abstractmethod
@@ -120,13 +115,6 @@ class HopperKernel(ABC):
         """
 
     # What they share.
-
-    def products(self, experts: Experts) -> Products:
-        """The sizes of an expert's two matrices."""
-        return [
-            (matrix.shape[1], matrix.shape[2] * self.packed_columns)
-            for matrix in (experts.w13, experts.w2)
-        ]
 
     def pack(
         self,
@@ -211,18 +199,18 @@ class HopperKernel(ABC):
         form = Form(gate.gated, experts.bias13 is not None or experts.bias2 is not None)
         tokens, hidden = x.shape
         count, top_k = experts.w13.shape[0], ids.shape[1]
-        products = self.products(experts)
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         if tile_shape is None:
-            pairs_here = expected_pairs(ids, count, local)
-            tile_shape = self.choose_tile_shape(pairs_here, count, products, processors)
+            tile_shape = self.choose_tile_shape(expected_pairs(ids, count, local), count)
         if out is None:
             out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
         if tokens == 0:
             return out
         pairs = tokens * top_k
         tiles = tile_shape.most_tiles(pairs, count)
-        (_, hidden_padded), (_, intermediate_padded) = products
+        hidden_padded, intermediate_padded = (
+            matrix.shape[2] * self.packed_columns for matrix in (experts.w13, experts.w2)
+        )
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         _check_matrices(experts, intermediate_padded, gate)
         rows = pairs + tiles * tile_shape.token_step
         integers = {
