@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.settings import NAME
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    import torch
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 
@@ -83,3 +85,32 @@ def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
             quirks.UNGATED_ON_CPUS.log()
 
     FusedMoEConfig.__post_init__ = post_init
+
+
+def watch_what_is_built(ours: Callable[[VllmConfig], bool]) -> None:
+    """Have models that are ``ours``, once they are built, load what vLLM's class for Muse Spark
+    does not (``MUSE_SPARK``), and look whether all that is not quantized was loaded
+    (``UNCHECKED_PARAMETERS``)."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    stock = BaseModelLoader.create_model
+    if stock.__module__ == __name__:
+        return
+
+    def create_model(
+        self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> torch.nn.Module:
+        # Of draft models that are not quantized vLLM looks itself.
+        if not ours(vllm_config) or model_config.quantization is None:
+            return stock(self, vllm_config, model_config, prefix)
+        from vllm_nvfp4_moe.loading import muse_spark, plain
+
+        quantization: Any = vllm_config.quant_config
+        with muse_spark.explained():
+            model = stock(self, vllm_config, model_config, prefix)
+        if self.load_config.load_format in plain.FROM_FILES:
+            muse_spark.load_one_by_one(model, quantization.stored)
+            plain.guard(model, str(model_config.model), model_config.runner_type == "draft")
+        return model
+
+    BaseModelLoader.create_model = create_model
