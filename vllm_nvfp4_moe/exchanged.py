@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.settings import NAME
@@ -87,10 +88,12 @@ def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
     FusedMoEConfig.__post_init__ = post_init
 
 
-def watch_what_is_built(ours: Callable[[VllmConfig], bool]) -> None:
-    """Have models that are ``ours``, once they are built, load what vLLM's class for Muse Spark
-    does not (``MUSE_SPARK``), and look whether all that is not quantized was loaded
-    (``UNCHECKED_PARAMETERS``)."""
+def watch_what_is_built(
+    ours: Callable[[VllmConfig], bool], watched: Callable[..., torch.nn.Module]
+) -> None:
+    """Have vLLM's loaders build models that are ``ours`` through ``watched``, whose arguments are
+    what builds one, the configs, and the format to load (``MUSE_SPARK``,
+    ``UNCHECKED_PARAMETERS``)."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     stock = BaseModelLoader.create_model
@@ -100,17 +103,10 @@ def watch_what_is_built(ours: Callable[[VllmConfig], bool]) -> None:
     def create_model(
         self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> torch.nn.Module:
+        build = partial(stock, self, vllm_config, model_config, prefix)
         # Of draft models that are not quantized vLLM looks itself.
         if not ours(vllm_config) or model_config.quantization is None:
-            return stock(self, vllm_config, model_config, prefix)
-        from vllm_nvfp4_moe.loading import muse_spark, plain
-
-        quantization: Any = vllm_config.quant_config
-        with muse_spark.explained():
-            model = stock(self, vllm_config, model_config, prefix)
-        if self.load_config.load_format in plain.FROM_FILES:
-            muse_spark.load_one_by_one(model, quantization.stored)
-            plain.guard(model, str(model_config.model), model_config.runner_type == "draft")
-        return model
+            return build()
+        return watched(build, vllm_config, model_config, self.load_config.load_format)
 
     BaseModelLoader.create_model = create_model

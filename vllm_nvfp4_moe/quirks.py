@@ -227,7 +227,7 @@ MINIMAX_M3_SCALES = Quirk(
 MUSE_SPARK = Quirk(
     name="Muse Spark's class takes stacks of all experts alone, and is given single experts, too",
     what="vLLM's own class for Muse Spark, which alone has its norm after down, stops at the first "
-    "tensor of one expert, as ModelOpt writes them: \"unexpected expert weight "
+    'tensor of one expert, as ModelOpt writes them: "unexpected expert weight '
     "'0.down_proj.weight'\".",
     seen_in=("0.33",),
     undone="The load_weights of such layers alone is exchanged: it hands single experts to the "

@@ -15,12 +15,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4_moe import settings, versions
 from vllm_nvfp4_moe.settings import NAME
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.nvfp4_moe")
@@ -91,7 +92,12 @@ def _build_ungated_on_cpus() -> None:
 def _watch_what_is_built() -> None:
     from vllm_nvfp4_moe import exchanged
 
-    exchanged.watch_what_is_built(_is_ours)
+    def watched(*args: Any) -> torch.nn.Module:
+        from vllm_nvfp4_moe.loading import built
+
+        return built.watched(*args)
+
+    exchanged.watch_what_is_built(_is_ours, watched)
 
 
 def _is_ours(config: VllmConfig) -> bool:

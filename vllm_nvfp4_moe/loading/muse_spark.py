@@ -13,8 +13,8 @@ shapes (vLLM 0.33, ``models/muse_spark/common``: ``moe.py``, and the names in ``
     mlp.experts.down_proj_weight_scale_2     [experts]                                  float32
     mlp.experts.down_proj_input_scale        [experts]                                  float32
 
-This package, as ModelOpt for all other models, writes each expert's tensors. What they are called
-is known to the class that vLLM's is made of, so those go there.
+This package, as ModelOpt for all other models, writes each expert's tensors. RoutedExperts, the
+base of that class's layers, knows their names, so those go there.
 """
 
 from __future__ import annotations

@@ -64,9 +64,12 @@ def guard(model: torch.nn.Module, name: str, draft: bool) -> None:
 
 
 def _unused(model: torch.nn.Module, name: str) -> bool:
+    """Whether the class makes that parameter in vain."""
     pattern = _UNUSED.get(type(model).__name__)
-    match = pattern and pattern.fullmatch(name)
-    return bool(match) and not hasattr(model.get_submodule(f"{match['layer']}.mlp"), "experts")
+    match = pattern.fullmatch(name) if pattern else None
+    if match is None:
+        return False
+    return not hasattr(model.get_submodule(f"{match['layer']}.mlp"), "experts")
 
 
 def _check(model: torch.nn.Module, name: str, draft: bool, lacking: list[_Mark]) -> None:
