@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.engine.family_models import RENAMED
 from tests.plugin import draft_heads, others
 from tests.plugin.conftest import Damage
 from tests.quantize import families
@@ -171,6 +172,48 @@ def test_a_name_that_the_class_does_not_know(
     message = r"nothing was loaded into \S+\.0\.post_attention_layernorm\.weight, \S+\.1\.post_"
     with pytest.raises(RefusedError, match=message):
         load(folder, skip_tokenizer_init=True)
+
+
+class NoAttention(torch.nn.Module):
+    """In the place of HY-V4's, which no CPU runs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+
+def test_hy_v4(
+    load: Load, tmp_path: Path, checked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own class, with what Transformers saves, and with the published names."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(write, "hy_v4", tmp_path).result()
+    monkeypatch.setattr("vllm.models.hy_v4.nvidia.model.HYV4MLAAttention", NoAttention)
+
+    def named(patterns: dict[str, str]) -> Path:
+        folder = tmp_path / str(len(patterns))
+
+        def rename(tensors: dict[str, torch.Tensor]) -> None:
+            for name in list(tensors):
+                tensor, new = tensors.pop(name), name
+                for pattern, published in patterns.items():
+                    new = re.sub(pattern, published, new)
+                if ".self_attn." not in name:
+                    tensors[new] = tensor
+
+        source = Damage(tmp_path / "bf16", folder / "bf16").tensors(rename)
+        return others.quantized(source, folder / "nvfp4")
+
+    published = RENAMED["hy_v4"]
+    saved = named({each: name for each, name in published.items() if "hc_pre" not in each})
+    renamed = named(published)
+    message = r"nothing was loaded into model\.hc_head\.hc_head_base, "
+    with pytest.raises(RefusedError, match=message):
+        load(saved, skip_tokenizer_init=True)
+    model = load(renamed, skip_tokenizer_init=True)["model"]
+    assert len(checked) == 2
+    tensors = load_file(renamed / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("hc_base", "hc_scale"))]:
+        assert torch.equal(model.get_parameter(name), tensors[name].float()), name
 
 
 def test_a_norm_that_the_class_does_not_use(
