@@ -240,8 +240,8 @@ UNCHECKED_PARAMETERS = Quirk(
     what="vLLM's default loader compares the parameters with what load_weights reports, if the "
     "model has no quantization, and leaves out linears and embeddings even then. A quantized one "
     "whose class passes over a norm's name, or a router's bias, starts with what lies in memory. "
-    "Seen on an H200: HY-V4's hyper-connections under names of Transformers' saving, and "
-    "log-probabilities 0.91 off where a fault in the experts makes as much.",
+    "Seen on an H200: HY-V4's hyper-connections under names of Transformers' saving. Its "
+    "log-probabilities were 0.91 off; a fault in the experts makes 0.16.",
     seen_in=("0.32", "0.33"),
     undone="The method in which vLLM's loaders build a model is exchanged. A model of ours looks "
     "at what its first load_weights leaves out (loading/plain.py); all others are as they were.",
