@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.settings import NAME
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    import torch
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 
@@ -83,3 +86,27 @@ def build_ungated_on_cpus(ours: Callable[[VllmConfig], bool]) -> None:
             quirks.UNGATED_ON_CPUS.log()
 
     FusedMoEConfig.__post_init__ = post_init
+
+
+def watch_what_is_built(
+    ours: Callable[[VllmConfig], bool], watched: Callable[..., torch.nn.Module]
+) -> None:
+    """Have vLLM's loaders build models that are ``ours`` through ``watched``, whose arguments are
+    what builds one, the configs, and the format to load (``MUSE_SPARK``,
+    ``UNCHECKED_PARAMETERS``)."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    stock = BaseModelLoader.create_model
+    if stock.__module__ == __name__:
+        return
+
+    def create_model(
+        self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> torch.nn.Module:
+        build = partial(stock, self, vllm_config, model_config, prefix)
+        # Of draft models that are not quantized vLLM looks itself.
+        if not ours(vllm_config) or model_config.quantization is None:
+            return build()
+        return watched(build, vllm_config, model_config, self.load_config.load_format)
+
+    BaseModelLoader.create_model = create_model

@@ -4,8 +4,8 @@ Each peculiarity is a :class:`Quirk`: what vLLM does, in which versions that was
 the change made here reaches and ends. ``QUIRKS`` lists them all. A quirk is logged, once a process,
 when the plugin acts on it. What changes is an object of an engine that serves one of our
 checkpoints, or lasts for one call. The methods of vLLM's that are exchanged, by ``NAMED_NVFP4``,
-``UNGATED_ON_CPUS``, ``GPT_OSS``, ``DBRX``, ``MINIMAX_M3_SCALES`` and ``NO_METRICS_OF_WORKERS``, act
-for our checkpoints alone.
+``UNGATED_ON_CPUS``, ``GPT_OSS``, ``DBRX``, ``MINIMAX_M3_SCALES``, ``UNCHECKED_PARAMETERS`` and
+``NO_METRICS_OF_WORKERS``, act for our checkpoints alone.
 
 Whoever supports a new version of vLLM reads this list, and drops what has gone.
 """
@@ -224,6 +224,30 @@ MINIMAX_M3_SCALES = Quirk(
     gone_when="the class looks which of the two names a parameter has.",
 )
 
+MUSE_SPARK = Quirk(
+    name="Muse Spark's class takes stacks of all experts alone, and is given single experts, too",
+    what="vLLM's own class for Muse Spark, which alone has its norm after down, stops at the first "
+    'tensor of one expert, as ModelOpt writes them: "unexpected expert weight '
+    "'0.down_proj.weight'\".",
+    seen_in=("0.33",),
+    undone="The load_weights of such layers alone is exchanged: it hands single experts to the "
+    "class that vLLM's layer is made of, and stacks to the layer's own (loading/muse_spark.py).",
+    gone_when="the layer loads experts through RoutedExperts.load_weights, as others do.",
+)
+
+UNCHECKED_PARAMETERS = Quirk(
+    name="what a class did not load is looked for in models that are not quantized alone",
+    what="vLLM's default loader compares the parameters with what load_weights reports, if the "
+    "model has no quantization, and leaves out linears and embeddings even then. A quantized one "
+    "whose class passes over a norm's name, or a router's bias, starts with what lies in memory. "
+    "Seen on an H200: HY-V4's hyper-connections under names of Transformers' saving. Its "
+    "log-probabilities were 0.91 off; a fault in the experts makes 0.16.",
+    seen_in=("0.32", "0.33"),
+    undone="The method in which vLLM's loaders build a model is exchanged. A model of ours looks "
+    "at what its first load_weights leaves out (loading/plain.py); all others are as they were.",
+    gone_when="vLLM looks at what is not quantized of quantized models, too.",
+)
+
 NO_METRICS_OF_WORKERS = Quirk(
     name="a plugin's numbers do not get from workers to /metrics, and ours are read from files",
     what="Plugins for statistics see the scheduler's alone, and with one installed vLLM computes "
@@ -262,6 +286,8 @@ QUIRKS = (
     BIAS_AMONG_EXPERTS,
     DBRX,
     MINIMAX_M3_SCALES,
+    MUSE_SPARK,
+    UNCHECKED_PARAMETERS,
     NO_METRICS_OF_WORKERS,
     KEPT_GRAPHS,
 )

@@ -15,12 +15,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4_moe import settings, versions
 from vllm_nvfp4_moe.settings import NAME
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.nvfp4_moe")
@@ -47,6 +48,7 @@ def register() -> None:
     when_imported("vllm.model_executor.models.registry", _register_gpu_only_models)
     when_imported("vllm.config.model", _count_as_nvfp4)
     when_imported("vllm.model_executor.layers.fused_moe.config", _build_ungated_on_cpus)
+    when_imported("vllm.model_executor.model_loader.base_loader", _watch_what_is_built)
     when_imported("vllm.v1.metrics.loggers", _show_metrics)
     when_imported("vllm.ray.ray_env", _give_settings_to_ray)
 
@@ -84,12 +86,25 @@ def _count_as_nvfp4() -> None:
 def _build_ungated_on_cpus() -> None:
     from vllm_nvfp4_moe import exchanged
 
-    def ours(config: VllmConfig) -> bool:
-        # Of another model's config, nothing more of this package is imported.
-        module = sys.modules.get("vllm_nvfp4_moe.experts_config")
-        return module is not None and isinstance(config.quant_config, module.ExpertsConfig)
+    exchanged.build_ungated_on_cpus(_is_ours)
 
-    exchanged.build_ungated_on_cpus(ours)
+
+def _watch_what_is_built() -> None:
+    from vllm_nvfp4_moe import exchanged
+
+    def watched(*args: Any) -> torch.nn.Module:
+        from vllm_nvfp4_moe.loading import built
+
+        return built.watched(*args)
+
+    exchanged.watch_what_is_built(_is_ours, watched)
+
+
+def _is_ours(config: VllmConfig) -> bool:
+    """Whether a model with this config is one of ours."""
+    # Of another model's config, nothing more of this package is imported.
+    module = sys.modules.get("vllm_nvfp4_moe.experts_config")
+    return module is not None and isinstance(config.quant_config, module.ExpertsConfig)
 
 
 def _show_metrics() -> None:

@@ -117,7 +117,14 @@ def _serving(made: Finished, name: str) -> str:
         "With the plugin of vllm-nvfp4-moe, which applies the gate that `config.json` states and "
         f"checks every tensor:\n\n```\nvllm serve {name} --quantization nvfp4_moe\n```\n\n"
     )
-    if {layer.gate for layer in made.report.layers} <= {"silu", "silu(interleaved)"}:
+    gates = {layer.gate for layer in made.report.layers}
+    if any("post_norm" in gate for gate in gates):
+        return (
+            f"{lines}On Hopper GPUs add `--moe-backend marlin`. vLLM does not load it without the "
+            "plugin: its class for such a model, whose experts have a norm after down (Muse "
+            "Spark), loads stacks of all experts alone."
+        )
+    if gates <= {"silu", "silu(interleaved)"}:
         return f"{lines}vLLM reads it without the plugin, too: `vllm serve {name}`."
     return (
         f"{lines}vLLM reads this layout without the plugin, too; whether it then applies this gate "

@@ -58,6 +58,8 @@ ENGINE: dict[str, dict[str, Any]] = {
 }
 IN_BFLOAT16 = ("deepseek_v4", "glm5_next", "muse_spark")
 """Families that vLLM's own classes compute in no other type, on CPUs as on GPUs."""
+KERNELS = {"muse_spark": "marlin"}
+"""By family: the ``moe_backend`` that vLLM's own class must be told on Hopper, for NVFP4 alone."""
 
 PART = 16
 """Families that go through all steps together; the file is then written."""
@@ -86,14 +88,16 @@ def exact(key: str, device: str) -> bool:
 
 
 def scores(
-    folder: Path, device: str, ours: bool, model_impl: str = "auto", dtype: str | None = None
-) -> list[float]:
+    folder: Path, device: str, ours: bool, model_impl: str = "auto", dtype: str | None = None,
+    moe_backend: str = "auto",
+) -> list[float]:  # fmt: skip
     """As ``family_models.log_probabilities``, from vLLM; once in a process.
 
     Args:
         ours: with this package. Else vLLM does not even load it.
         model_impl: vLLM's option.
         dtype: vLLM's option; by default as ``ENGINE`` has it.
+        moe_backend: vLLM's option.
     """
     if not ours:
         os.environ["VLLM_PLUGINS"] = ""
@@ -105,7 +109,7 @@ def scores(
     llm = LLM(
         str(folder), skip_tokenizer_init=without, max_model_len=TOKENS + 16, max_num_seqs=4,
         enforce_eager=True, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 28,
-        language_model_only=True, model_impl=model_impl, **settings,
+        language_model_only=True, model_impl=model_impl, moe_backend=moe_backend, **settings,
     )  # fmt: skip
     rows = prompts()
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -179,7 +183,9 @@ class Run:
             folder = self.place(key) / ("nvfp4" if ours else "source")
             impl = key.partition("@")[2] or "auto"
             dtype = None if exact(key, self.device) else "bfloat16"
-            calls[key] = partial(scores, folder, self.device, ours, impl, dtype)
+            backend = KERNELS.get(re.split("[.@]", key)[0], "auto") if ours else "auto"
+            backend = backend if self.device == "cuda" else "auto"
+            calls[key] = partial(scores, folder, self.device, ours, impl, dtype, backend)
         name, outcomes = ("ours", self.ours) if ours else ("stock", self.stock)
 
         def tell(key: str, outcome: Outcome) -> None:

@@ -202,7 +202,11 @@ FLAT = ("dots3_note", "ernie4_5_vl_moe")
 """Families whose published configs have the language model's fields at the top, where vLLM's
 classes look for them."""
 
-_HY_V4 = {r"\.(mlp|shared_experts)\.linear_gate\.": r".\1.gate_proj."}
+_HY_V4 = {
+    r"\.(mlp|shared_experts)\.linear_gate\.": r".\1.gate_proj.",
+    r"\.hc_pre\.hc_(attn|mlp)_layer\.": r".hc_\1_layer.hc_pre.",
+    r"\.hc_pre\.hc_head\.": ".hc_head.",
+}
 
 RENAMED: dict[str, dict[str, str]] = {
     # At the top of the model its patterns do not match, since it saves ``model.`` before them.
@@ -212,7 +216,8 @@ RENAMED: dict[str, dict[str, str]] = {
         r"^model\.": "",
         r"\.attn\.norm\.": ".attn.kv_norm.",
     },
-    # Its attention has a ``linear_gate``, for which the MLPs' gates are taken as well.
+    # Its attention has a ``linear_gate``, for which the MLPs' gates are taken as well. Of published
+    # names, ``hc_pre`` is left out when they are read, and put back at the first ``.hc_``.
     "hy_v4": _HY_V4,
     "hy_v4_vl": _HY_V4,
 }

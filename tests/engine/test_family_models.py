@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engine import family_models
 from tests.engine.every_family import all_families
@@ -41,3 +42,30 @@ def test_a_tokenizer_beside(tmp_path: Path) -> None:
     assert tokenizer.encode(" ".join(words), add_special_tokens=False) == sorted(used)
     assert not used & set(tokenizer.convert_tokens_to_ids(["[IMG]", "[END]"]))
     assert len(tokenizer) == family_models.SIZES["vocab_size"]
+
+
+def test_hy_v4s_names(tmp_path: Path) -> None:
+    """They are those that vLLM's class reads (models/hy_v4/nvidia/hc.py, and the error of stock
+    vLLM on what Transformers saves), and Transformers reads them, too, as the same model."""
+    source = tmp_path / "source"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family_models, "log_probabilities", lambda model: [])
+        family_models.make("hy_v4", tmp_path)
+    for folder in (source, tmp_path / "nvfp4"):
+        names = set(load_file(folder / "model.safetensors"))
+        hyper = {name for name in names if ".hc_" in name}
+        layers = [
+            f"model.layers.{n}.hc_{part}_layer.hc_pre." for n in (0, 1) for part in ("attn", "mlp")
+        ]
+        assert hyper == {
+            *(f"{layer}hc_{kind}" for layer in layers for kind in ("fn", "base", "scale")),
+            *(f"model.hc_head.hc_head_{kind}" for kind in ("fn", "base", "scale")),
+        }
+    torch.manual_seed(1)
+    model, told = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    first, second = (load_file(f / "model.safetensors") for f in (source, again))
+    stored = sorted(t.float().sum().item() for t in first.values())
+    assert sorted(t.float().sum().item() for t in second.values()) == stored

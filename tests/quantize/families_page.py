@@ -78,6 +78,8 @@ model with Transformers' own run of it, and each calibration compares its own.
   weight. The weights are quantized and calibrated as others are; the contract says `post_norm`.
   This plugin has no kernel with such a norm, and refuses the layer, unless vLLM's own class for the
   model runs its experts itself, as Muse Spark's does from vLLM 0.33 on in the ModelOpt layout.
+  That class loads stacks of all experts alone. The plugin gives it single ones, so it serves such a
+  checkpoint, and vLLM without the plugin does not. On Hopper it needs `--moe-backend marlin`.
 - **SiTU's alpha caps the gate, and its limit caps up**: `alpha * tanh(gate / alpha) *
   sigmoid(gate) * limit * tanh(up / limit)`. Transformers lacks Kimi-K3, which has both: say
   `--gate '{{"form": "situ", "alpha": 4.0, "limit": 25.0}}'`, or let its own code run.

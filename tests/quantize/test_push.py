@@ -5,11 +5,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
-from quantize.push import upload
+from quantize.push import card, upload
 from tests.hub_server import Hub, Model, Stored, serving, use
 from tests.quantize.checkpoints import contents
 from tests.quantize.test_cli import refusal, run
@@ -119,6 +121,22 @@ def test_what_comes_to_the_hub(hub: Hub, model: str, tmp_path: Path) -> None:
     assert run("verify", "org/moe", folder).exit_code == 0
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json" in run("verify", "org/moe", folder).output
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ("silu", f"vLLM reads it without the plugin, too: `vllm serve {NAME}`."),
+        ("swiglu_oai(limit=7)", "whether it then applies this gate depends on its class"),
+        ("silu(post_norm)", "vLLM does not load it without the plugin"),
+    ],
+)
+def test_what_serves_it(gate: str, said: str) -> None:
+    """vLLM's class for Muse Spark stops at a tensor of one expert (models/muse_spark/common)."""
+    made: Any = SimpleNamespace(report=SimpleNamespace(layers=[SimpleNamespace(gate=gate)]))
+    text = card._serving(made, NAME)
+    assert said in text and f"vllm serve {NAME} --quantization nvfp4_moe" in text
+    assert ("--moe-backend marlin" in text) == ("post_norm" in gate)
 
 
 def test_config_and_card_come_last(hub: Hub, model: str, tmp_path: Path) -> None:

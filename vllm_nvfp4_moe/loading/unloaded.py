@@ -20,6 +20,7 @@ from vllm.config import get_current_vllm_config
 
 from vllm_nvfp4_moe.errors import RefusedError
 from vllm_nvfp4_moe.loading import minimax_m3
+from vllm_nvfp4_moe.loading.plain import FROM_FILES
 from vllm_nvfp4_moe.loading.stored import Stored
 
 if TYPE_CHECKING:
@@ -33,12 +34,6 @@ _LOADED = (
 _INPUTS = ("input_scale", "input_global_scale")
 """What those have whose headers say so, though experts that calibration did not see may lack it;
 vLLM's ones are then what is meant."""
-_FROM_FILES = (
-    "auto", "hf", "safetensors", "pt", "npcache", "mistral", "fastsafetensors", "instanttensor",
-    "runai_streamer",
-)  # fmt: skip
-"""Values of ``--load-format`` with which the checkpoint's own tensors are loaded before weights are
-processed. With others nothing is known: ``dummy``, ``sharded_state`` and what others register."""
 _MARK = bytes((255, 0, 165, 90) * 4)
 """For integers. As E8M0, the exponents of MXFP8 and MXFP4, the first byte is NaN."""
 
@@ -51,10 +46,10 @@ def guard(method: Any, prefix: str, stored: Stored) -> None:
         prefix: the layer's module path, as ``stored`` has it.
         stored: the checkpoint's headers.
     """
-    if get_current_vllm_config().load_config.load_format not in _FROM_FILES:
+    if get_current_vllm_config().load_config.load_format not in FROM_FILES:
         return
-    create, process = method.create_weights, method.process_weights_after_loading
-    marked: set[str] = set()
+    create = method.create_weights
+    marked = _look_for_marks(method, prefix, stored)
 
     def create_weights(layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
         create(layer, *args, **kwargs)
@@ -65,9 +60,23 @@ def guard(method: Any, prefix: str, stored: Stored) -> None:
                 "original again with: nvfp4-moe quantize SOURCE TARGET"
             )
         minimax_m3.load_scales(layer)
-        for name, _, _, head in _heads(layer, prefix, stored):
-            head.copy_(_mark(head))
-            marked.add(name)
+        marked.update(_mark_all(layer, prefix, stored))
+
+    method.create_weights = create_weights
+
+
+def guard_built(layer: RoutedExperts, prefix: str, stored: Stored) -> None:
+    """As :func:`guard`, of a layer whose class has chosen its method without asking, and which has
+    its parameters."""
+    marked = _look_for_marks(layer.quant_method, prefix, stored)
+    marked.update(_mark_all(layer, prefix, stored))
+
+
+def _look_for_marks(method: Any, prefix: str, stored: Stored) -> set[str]:
+    """Have ``method`` look for marks before it processes weights. Returns the set of the names of
+    parameters that have them, which is to be filled."""
+    process = method.process_weights_after_loading
+    marked: set[str] = set()
 
     def process_weights_after_loading(layer: RoutedExperts) -> None:
         # Once: a reload writes over what was loaded, and vLLM may exchange methods.
@@ -75,8 +84,15 @@ def guard(method: Any, prefix: str, stored: Stored) -> None:
         _check(layer, prefix, stored, marked)
         process(layer)
 
-    method.create_weights = create_weights
     method.process_weights_after_loading = process_weights_after_loading
+    return marked
+
+
+def _mark_all(layer: RoutedExperts, prefix: str, stored: Stored) -> Iterator[str]:
+    """Mark what is to be loaded, and name it."""
+    for name, _, _, head in _heads(layer, prefix, stored):
+        head.copy_(_mark(head))
+        yield name
 
 
 def _check(layer: RoutedExperts, prefix: str, stored: Stored, marked: set[str]) -> None:
