@@ -60,11 +60,15 @@ class Summary:
     """What a run did.
 
     Attributes:
+        seconds: all of it.
         bytes_read: of the source; a resumed run reads only what was missing.
+        reading: of ``seconds``, those in which they were read, quantized and written; not those of
+            a calibration.
     """
 
     seconds: float
     bytes_read: int
+    reading: float
     bytes_before: int
     bytes_after: int
     shards: int
@@ -145,10 +149,11 @@ def execute(
         work=work_dir,
     )
 
-    def summary(missing: Sequence[int]) -> Summary:
+    def summary(missing: Sequence[int], reading: float = 0.0) -> Summary:
         return Summary(
             time.perf_counter() - started,
             _source_bytes(plan, missing),
+            reading,
             checkpoint.nbytes,
             plan.nbytes,
             len(plan.shards),
@@ -189,7 +194,7 @@ def execute(
         if resume and not record.lasts and is_finished(record, plan, others):
             record.end()
             return nothing_to_do()
-        return summary(run.go(overwrite, resume, progress, calibrating))
+        return summary(run.go(overwrite, resume, progress, calibrating), run.reading)
 
 
 def _gpus_or_all(devices: Sequence[torch.device]) -> Sequence[torch.device]:
@@ -205,6 +210,7 @@ class Run:
         missing: the shards that are still to be made, once that is known (:meth:`check`).
         estimate: what calibrating will take, likewise; None if nothing is calibrated, or nobody
             asked.
+        reading: seconds that shards have taken.
     """
 
     checkpoint: Checkpoint
@@ -223,6 +229,7 @@ class Run:
     """How many tasks the Ray cluster has room for."""
     missing: Sequence[int] = ()
     estimate: Estimate | None = None
+    reading: float = 0.0
 
     def go(
         self,
@@ -242,7 +249,9 @@ class Run:
         try:
             done.discard_changed(record, checkpoint, plan)
             missing = done.missing(record, plan)
-            progress(_source_bytes(plan, set(range(len(plan.shards))) - set(missing)))
+            every = set(range(len(plan.shards)))
+            if before := _source_bytes(plan, every - set(missing)):
+                progress(before)
             self._say_what_stays()
             try:
                 self._make(missing, space, progress, calibrating)
@@ -338,6 +347,7 @@ class Run:
         if not space.has_room_for_shards():
             self._clear()
         assert record.identity is not None
+        begun = time.perf_counter()
         with self.sessions.phase("shards"):
             if streamed(checkpoint):
                 with Stream(checkpoint, plan, record, missing, self.say) as stream:
@@ -345,6 +355,7 @@ class Run:
                     record.identity = stream.identify(record.identity)
             else:
                 self._make_shards(missing, progress)
+        self.reading += time.perf_counter() - begun
         edited = digests(checkpoint, plan, record.identity)
         report = collect(checkpoint, plan, record, edited, self.sessions.all)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
