@@ -16,7 +16,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +28,9 @@ import pytest
 
 LARGE = 5000
 """Bytes from which a file is in LFS."""
+
+
+_NONE: Mapping[str, str] = {}
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Hub:
         token: only who has it may write; and what is private, read.
         before: called with ``METHOD path`` before each answer.
         fail_commits: how many of the next commits are answered with a 500.
+        refuse_commits: how the next commits are answered: a status, and headers.
         lists_lfs: whether its lists of files say which are in LFS.
         instead: answers that are given in place of its own, by a pattern of ``METHOD path``: their
             type and content.
@@ -114,6 +118,7 @@ class Hub:
     token: str = "hf_secret"
     before: Callable[[str], None] = lambda _: None
     fail_commits: int = 0
+    refuse_commits: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     lists_lfs: bool = True
     instead: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     uploaded: dict[str, bytes] = field(default_factory=dict)
@@ -206,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
                 try:
                     what(self, *match.groups())
                 except _RefusedError as refused:
-                    self._send_error(refused.status, refused.code)
+                    self._send_error(refused.status, refused.code, refused.headers)
                 return
         self._send_error(404, "")
 
@@ -349,6 +354,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.fail_commits:
                 self.hub.fail_commits -= 1
                 raise _RefusedError(500, "")
+            if self.hub.refuse_commits:
+                status, headers = self.hub.refuse_commits.pop(0)
+                raise _RefusedError(status, "", headers)
         files = dict(model.files)
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
@@ -382,8 +390,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _send_error(self, status: int, code: str) -> None:
+    def _send_error(self, status: int, code: str, headers: Mapping[str, str] = _NONE) -> None:
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         if code:
             self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", f"{code or status}: as the test wants it")
@@ -392,8 +402,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, code: str = "") -> None:
-        self.status, self.code = status, code
+    def __init__(self, status: int, code: str = "", headers: Mapping[str, str] = _NONE) -> None:
+        self.status, self.code, self.headers = status, code, headers
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"

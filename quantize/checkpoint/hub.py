@@ -88,7 +88,7 @@ class HubModel:
         self._check_config()
         names = [n for n in (CONFIG, INDEX) if n in self.files]
         names += [n for n in self._top if code and fnmatchcase(n, MODULES)]
-        with _without_bars():
+        with without_bars():
             return self._bring(names)
 
     def companions(self) -> Path:
@@ -104,7 +104,7 @@ class HubModel:
         self._check_config()
         names = {CONFIG, INDEX} & self.files.keys()
         names |= {n for n in self._top if belongs(n) or fnmatchcase(n, MODULES)}
-        with _without_bars():
+        with without_bars():
             folder = self._bring(sorted(names))
             named = folders_named(configs(folder))
             inside = [n for n in self.files if "/" in n and n.partition("/")[0] in named]
@@ -151,7 +151,7 @@ class HubModel:
             if missing:
                 sizes = {file.digest: file.size for file in missing}
                 blobs = self._described / "../../blobs"
-                with _without_bars(), shown(nbytes) as came, counted(blobs, sizes, came):
+                with without_bars(), shown(nbytes) as came, counted(blobs, sizes, came):
                     folder = self._bring(names)
             else:
                 folder = self._bring(names)
@@ -260,7 +260,7 @@ def asking(name: str) -> Iterator[None]:
     except Exception as error:  # the hub's errors, OSError, and those of the HTTP library
         raise QuantizeError(
             f"{name} is not a folder here, and reading it from the hub failed: "
-            f"{client_words(behind(error))}{_advice(error)}"
+            f"{client_words(behind(error))}{advice(error)}"
         ) from error
 
 
@@ -274,7 +274,7 @@ def behind(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Within, the client shows no progress: small files come at once."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -306,7 +306,9 @@ def _check_room(name: str, nbytes: int) -> None:
         )
 
 
-def _advice(error: Exception) -> str:
+def advice(error: Exception) -> str:
+    """What to do about an error of the hub's client, as the end of a sentence; nothing, if that is
+    not known."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

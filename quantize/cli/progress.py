@@ -271,6 +271,19 @@ def downloading(nbytes: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
+def uploading(nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Likewise of an upload; on a terminal the hub's client does."""
+    from quantize.checkpoint.hub import without_bars
+
+    if err.is_terminal and not err.quiet:
+        yield lambda _: None
+        return
+    with without_bars(), progress_bar("Uploading", nbytes) as bar:
+        bar.advance(0)
+        yield bar.advance
+
+
+@contextmanager
 def _every_minute(shown: Shown) -> Iterator[Shown]:
     """Print it, until the context ends."""
     ended = Event()

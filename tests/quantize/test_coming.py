@@ -24,7 +24,7 @@ SIZES = {"a" * 64: 100_000, "b" * 64: 50_000, "c" * 40: 1000}
 
 def test_what_is_counted(tmp_path: Path) -> None:
     """Files as they grow, under names with and without more than the hash; not what a killed
-    download has left, nor what is none of them; whole files wholly, and never more than there is."""
+    download has left, nor what is none of them; whole files wholly, and no more than there is."""
     told: Queue[int] = Queue()
     (tmp_path / ("a" * 64 + ".0123abcd.incomplete")).write_bytes(b"x" * 70_000)
     (tmp_path / ("b" * 64 + ".incomplete")).write_bytes(b"x" * 8_192)
