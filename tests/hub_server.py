@@ -99,6 +99,7 @@ class Hub:
         cut: by file's name, after how many bytes the next answers break off; one each.
         sizes: by file's name, a size that the list gives instead of the true one.
         refused: by file's name, or for a whole model ``ORG/NAME``, the status and the hub's code.
+        renamed: of a model's old name, the new one, and the status of the answer that says so.
         token: only who has it may write; and what is private, read.
         before: called with ``METHOD path`` before each answer.
         fail_commits: how many of the next commits are answered with a 500.
@@ -115,6 +116,7 @@ class Hub:
     cut: dict[str, list[int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    renamed: dict[str, tuple[str, int]] = field(default_factory=dict)
     token: str = "hf_secret"
     before: Callable[[str], None] = lambda _: None
     fail_commits: int = 0
@@ -205,6 +207,10 @@ class _Handler(BaseHTTPRequestHandler):
         for asked, (kind, content) in self.hub.instead.items():
             if re.fullmatch(asked, f"{self.command} {path}"):
                 self._send(kind, content)
+                return
+        for old, (new, status) in self.hub.renamed.items():
+            if f"/{old}/" in f"{path}/":
+                self._redirect(self.path.replace(f"/{old}", f"/{new}", 1), status)
                 return
         for pattern, what in _ROUTES:
             if match := re.fullmatch(pattern, path):
@@ -389,6 +395,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _redirect(self, path: str, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Location", path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _send_error(self, status: int, code: str, headers: Mapping[str, str] = _NONE) -> None:
         self.send_response(status)
