@@ -36,6 +36,7 @@ from quantize.report.collect import collect
 from quantize.run import done
 from quantize.run.apart import check_apart
 from quantize.run.cluster import make_shards_on_ray, room_on_ray
+from quantize.run.counted import Counted
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
@@ -249,18 +250,19 @@ class Run:
         try:
             done.discard_changed(record, checkpoint, plan)
             missing = done.missing(record, plan)
-            every = set(range(len(plan.shards)))
-            if before := _source_bytes(plan, every - set(missing)):
-                progress(before)
+            counted = Counted(progress)
+            counted.begin_at(_source_bytes_without(plan, missing))
             self._say_what_stays()
             try:
-                self._make(missing, space, progress, calibrating)
+                self._make(missing, space, counted, calibrating)
             except (QuantizeError, OSError) as error:
                 # Others write to the disk too, and quotas are not known before.
                 if record.cleared or not _out_of_space(error):
                     raise
                 self._clear()
-                self._make(done.missing(record, plan), space, progress, calibrating)
+                left = done.missing(record, plan)
+                counted.begin_at(_source_bytes_without(plan, left))
+                self._make(left, space, counted, calibrating)
         except BaseException as error:
             record.abandon(error)
             raise
@@ -421,6 +423,10 @@ def _out_of_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _source_bytes_without(plan: Plan, missing: Sequence[int]) -> int:
+    return _source_bytes(plan, set(range(len(plan.shards))) - set(missing))
 
 
 def _source_bytes(plan: Plan, shards: Iterable[int]) -> int:
