@@ -1,4 +1,8 @@
-"""How long something takes, for people."""
+"""How long something takes, and how fast it is, for people."""
+
+from __future__ import annotations
+
+from rich.filesize import decimal
 
 
 def duration(seconds: float) -> str:
@@ -15,3 +19,9 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(round(seconds / 3600), 24)
     return f"{days} d {hours} h"
+
+
+def speed(bytes_a_second: float) -> str:
+    """Such as ``0.25 GB/s``, or ``8.1 MB/s`` where that would be next to nothing."""
+    gb = bytes_a_second / 1e9
+    return f"{gb:.2f} GB/s" if gb >= 0.01 else f"{decimal(int(bytes_a_second))}/s"

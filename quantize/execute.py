@@ -36,6 +36,7 @@ from quantize.report.collect import collect
 from quantize.run import done
 from quantize.run.apart import check_apart
 from quantize.run.cluster import make_shards_on_ray, room_on_ray
+from quantize.run.counted import Counted
 from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
 from quantize.run.lock import locked
 from quantize.run.plan import Plan
@@ -60,11 +61,15 @@ class Summary:
     """What a run did.
 
     Attributes:
+        seconds: all of it.
         bytes_read: of the source; a resumed run reads only what was missing.
+        reading: of ``seconds``, those in which they were read, quantized and written; not those of
+            a calibration.
     """
 
     seconds: float
     bytes_read: int
+    reading: float
     bytes_before: int
     bytes_after: int
     shards: int
@@ -145,10 +150,11 @@ def execute(
         work=work_dir,
     )
 
-    def summary(missing: Sequence[int]) -> Summary:
+    def summary(missing: Sequence[int], reading: float = 0.0) -> Summary:
         return Summary(
             time.perf_counter() - started,
             _source_bytes(plan, missing),
+            reading,
             checkpoint.nbytes,
             plan.nbytes,
             len(plan.shards),
@@ -189,7 +195,7 @@ def execute(
         if resume and not record.lasts and is_finished(record, plan, others):
             record.end()
             return nothing_to_do()
-        return summary(run.go(overwrite, resume, progress, calibrating))
+        return summary(run.go(overwrite, resume, progress, calibrating), run.reading)
 
 
 def _gpus_or_all(devices: Sequence[torch.device]) -> Sequence[torch.device]:
@@ -205,6 +211,7 @@ class Run:
         missing: the shards that are still to be made, once that is known (:meth:`check`).
         estimate: what calibrating will take, likewise; None if nothing is calibrated, or nobody
             asked.
+        reading: seconds that shards have taken.
     """
 
     checkpoint: Checkpoint
@@ -223,6 +230,7 @@ class Run:
     """How many tasks the Ray cluster has room for."""
     missing: Sequence[int] = ()
     estimate: Estimate | None = None
+    reading: float = 0.0
 
     def go(
         self,
@@ -242,16 +250,19 @@ class Run:
         try:
             done.discard_changed(record, checkpoint, plan)
             missing = done.missing(record, plan)
-            progress(_source_bytes(plan, set(range(len(plan.shards))) - set(missing)))
+            counted = Counted(progress)
+            counted.begin_at(_source_bytes_without(plan, missing))
             self._say_what_stays()
             try:
-                self._make(missing, space, progress, calibrating)
+                self._make(missing, space, counted, calibrating)
             except (QuantizeError, OSError) as error:
                 # Others write to the disk too, and quotas are not known before.
                 if record.cleared or not _out_of_space(error):
                     raise
                 self._clear()
-                self._make(done.missing(record, plan), space, progress, calibrating)
+                left = done.missing(record, plan)
+                counted.begin_at(_source_bytes_without(plan, left))
+                self._make(left, space, counted, calibrating)
         except BaseException as error:
             record.abandon(error)
             raise
@@ -338,6 +349,7 @@ class Run:
         if not space.has_room_for_shards():
             self._clear()
         assert record.identity is not None
+        begun = time.perf_counter()
         with self.sessions.phase("shards"):
             if streamed(checkpoint):
                 with Stream(checkpoint, plan, record, missing, self.say) as stream:
@@ -345,6 +357,7 @@ class Run:
                     record.identity = stream.identify(record.identity)
             else:
                 self._make_shards(missing, progress)
+        self.reading += time.perf_counter() - begun
         edited = digests(checkpoint, plan, record.identity)
         report = collect(checkpoint, plan, record, edited, self.sessions.all)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}
@@ -410,6 +423,10 @@ def _out_of_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _source_bytes_without(plan: Plan, missing: Sequence[int]) -> int:
+    return _source_bytes(plan, set(range(len(plan.shards))) - set(missing))
 
 
 def _source_bytes(plan: Plan, shards: Iterable[int]) -> int:

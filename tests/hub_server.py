@@ -16,7 +16,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +28,9 @@ import pytest
 
 LARGE = 5000
 """Bytes from which a file is in LFS."""
+
+
+_NONE: Mapping[str, str] = {}
 
 
 @dataclass
@@ -96,9 +99,11 @@ class Hub:
         cut: by file's name, after how many bytes the next answers break off; one each.
         sizes: by file's name, a size that the list gives instead of the true one.
         refused: by file's name, or for a whole model ``ORG/NAME``, the status and the hub's code.
+        renamed: of a model's old name, the new one, and the status of the answer that says so.
         token: only who has it may write; and what is private, read.
         before: called with ``METHOD path`` before each answer.
         fail_commits: how many of the next commits are answered with a 500.
+        refuse_commits: how the next commits are answered: a status, and headers.
         lists_lfs: whether its lists of files say which are in LFS.
         instead: answers that are given in place of its own, by a pattern of ``METHOD path``: their
             type and content.
@@ -111,9 +116,11 @@ class Hub:
     cut: dict[str, list[int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    renamed: dict[str, tuple[str, int]] = field(default_factory=dict)
     token: str = "hf_secret"
     before: Callable[[str], None] = lambda _: None
     fail_commits: int = 0
+    refuse_commits: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     lists_lfs: bool = True
     instead: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     uploaded: dict[str, bytes] = field(default_factory=dict)
@@ -201,12 +208,16 @@ class _Handler(BaseHTTPRequestHandler):
             if re.fullmatch(asked, f"{self.command} {path}"):
                 self._send(kind, content)
                 return
+        for old, (new, status) in self.hub.renamed.items():
+            if f"/{old}/" in f"{path}/":
+                self._redirect(self.path.replace(f"/{old}", f"/{new}", 1), status)
+                return
         for pattern, what in _ROUTES:
             if match := re.fullmatch(pattern, path):
                 try:
                     what(self, *match.groups())
                 except _RefusedError as refused:
-                    self._send_error(refused.status, refused.code)
+                    self._send_error(refused.status, refused.code, refused.headers)
                 return
         self._send_error(404, "")
 
@@ -349,6 +360,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.fail_commits:
                 self.hub.fail_commits -= 1
                 raise _RefusedError(500, "")
+            if self.hub.refuse_commits:
+                status, headers = self.hub.refuse_commits.pop(0)
+                raise _RefusedError(status, "", headers)
         files = dict(model.files)
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
@@ -382,8 +396,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _send_error(self, status: int, code: str) -> None:
+    def _redirect(self, path: str, status: int) -> None:
         self.send_response(status)
+        self.send_header("Location", path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _send_error(self, status: int, code: str, headers: Mapping[str, str] = _NONE) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         if code:
             self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", f"{code or status}: as the test wants it")
@@ -392,8 +414,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, code: str = "") -> None:
-        self.status, self.code = status, code
+    def __init__(self, status: int, code: str = "", headers: Mapping[str, str] = _NONE) -> None:
+        self.status, self.code, self.headers = status, code, headers
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from quantize.checkpoint.client_words import client_words
+from quantize.checkpoint.coming import Shown, counted, not_shown
 from quantize.checkpoint.companions import (
     MODULES,
     belongs,
@@ -87,7 +88,7 @@ class HubModel:
         self._check_config()
         names = [n for n in (CONFIG, INDEX) if n in self.files]
         names += [n for n in self._top if code and fnmatchcase(n, MODULES)]
-        with _without_bars():
+        with without_bars():
             return self._bring(names)
 
     def companions(self) -> Path:
@@ -103,7 +104,7 @@ class HubModel:
         self._check_config()
         names = {CONFIG, INDEX} & self.files.keys()
         names |= {n for n in self._top if belongs(n) or fnmatchcase(n, MODULES)}
-        with _without_bars():
+        with without_bars():
             folder = self._bring(sorted(names))
             named = folders_named(configs(folder))
             inside = [n for n in self.files if "/" in n and n.partition("/")[0] in named]
@@ -131,8 +132,11 @@ class HubModel:
         found = {n: try_to_load_from_cache(self.name, n, revision=self.commit) for n in names}
         return [name for name, path in found.items() if not isinstance(path, str)]
 
-    def bring(self, names: Sequence[str]) -> Path:
+    def bring(self, names: Sequence[str], shown: Shown = not_shown) -> Path:
         """Download the weights into the hub's cache, unless they are there; the last of all files.
+
+        Args:
+            shown: shows how much has come.
 
         Returns:
             the folder of this commit.
@@ -141,8 +145,16 @@ class HubModel:
             QuantizeError: if that fails, or the cache's disk has no room for it.
         """
         with asking(self.name):
-            _check_room(self.name, sum(self.files[name].size for name in self.missing(names)))
-            folder = self._bring(names)
+            missing = [self.files[name] for name in self.missing(names)]
+            nbytes = sum(file.size for file in missing)
+            _check_room(self.name, nbytes)
+            if missing:
+                sizes = {file.digest: file.size for file in missing}
+                blobs = self._described / "../../blobs"
+                with without_bars(), shown(nbytes) as came, counted(blobs, sizes, came):
+                    folder = self._bring(names)
+            else:
+                folder = self._bring(names)
             if self.revision != self.commit:  # so that it is found when the hub is not
                 ref = folder.parent.parent / "refs" / self.revision
                 ref.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +166,14 @@ class HubModel:
 
         exactly = [glob.escape(name) for name in names]
         return Path(snapshot_download(self.name, revision=self.commit, allow_patterns=exactly))
+
+    @property
+    def _described(self) -> Path:
+        """The folder of this commit in the hub's cache, which has the config."""
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(self.name, CONFIG, revision=self.commit)
+        return Path(str(config)).parent
 
     @property
     def _top(self) -> list[str]:
@@ -203,13 +223,14 @@ def folder_of(source: str) -> Path | None:
     return None
 
 
-def resolve(source: str, revision: str | None = None) -> Path:
+def resolve(source: str, revision: str | None = None, shown: Shown = not_shown) -> Path:
     """The folder that holds the checkpoint ``source``, all of it.
 
     Args:
         source: a folder, which is returned as it is, or a hub id such as ``org/name``, which is
             downloaded unless it is in the hub's cache.
         revision: see :func:`look_up`.
+        shown: shows a download.
 
     Raises:
         QuantizeError: see :func:`look_up`; also if the download fails.
@@ -221,7 +242,8 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
     with asking(source):
         folder = found.companions()
-    return found.bring([file.name for file in find_files(folder, found.candidates, found.title)])
+    names = [file.name for file in find_files(folder, found.candidates, found.title)]
+    return found.bring(names, shown)
 
 
 @contextmanager
@@ -238,7 +260,7 @@ def asking(name: str) -> Iterator[None]:
     except Exception as error:  # the hub's errors, OSError, and those of the HTTP library
         raise QuantizeError(
             f"{name} is not a folder here, and reading it from the hub failed: "
-            f"{client_words(behind(error))}{_advice(error)}"
+            f"{client_words(behind(error))}{advice(error)}"
         ) from error
 
 
@@ -252,7 +274,7 @@ def behind(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Within, the client shows no progress: small files come at once."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -284,7 +306,9 @@ def _check_room(name: str, nbytes: int) -> None:
         )
 
 
-def _advice(error: Exception) -> str:
+def advice(error: Exception) -> str:
+    """What to do about an error of the hub's client, as the end of a sentence; nothing, if that is
+    not known."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantize.checkpoint.coming import Shown, not_shown
 from quantize.checkpoint.headers import find_files
 from quantize.checkpoint.hub import HubModel, asking
 from quantize.checkpoint.hub_weights import HubWeights
@@ -56,13 +57,16 @@ def to_bring(checkpoint: Checkpoint) -> int:
     return sum(weights.model.files[name].size for name in weights.model.missing(weights.names))
 
 
-def bring(checkpoint: Checkpoint) -> None:
+def bring(checkpoint: Checkpoint, shown: Shown = not_shown) -> None:
     """Download the weights of a checkpoint that :func:`opened` has, unless they are here.
+
+    Args:
+        shown: shows how much has come.
 
     Raises:
         QuantizeError: if that fails.
     """
     weights = checkpoint.weights
     if isinstance(weights, HubWeights) and not isinstance(weights, Streamed):
-        weights.model.bring(sorted(weights.names))
+        weights.model.bring(sorted(weights.names), shown)
         checkpoint.weights = Weights()

@@ -21,10 +21,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Condition, Thread
+from typing import NoReturn
 
 from quantize.checkpoint.client_words import client_words
 from quantize.checkpoint.disk import cannot_be_written, disk_error
-from quantize.checkpoint.hub import HubModel, asking, behind
+from quantize.checkpoint.hub import HubModel, advice, asking, behind
 from quantize.checkpoint.hub_weights import HubWeights, is_passing, read_range
 from quantize.checkpoint.json_files import read_json
 from quantize.duration import duration
@@ -271,8 +272,8 @@ class Streamed(HubWeights):
                         raise
                     if (full := disk_error(behind(error))) is not None:
                         raise cannot_be_written(self._folder, "DST", full) from full
-                    if not is_passing(error):
-                        raise
+                    if not is_passing(behind(error)):
+                        self._refuse(name, error)
                     pause = min(2**attempt, _LONGEST_WAIT)
                     left = came[0] + _PATIENCE - time.monotonic()
                     why = f"{self.model.name}/{name}: {client_words(behind(error), whole=False)}"
@@ -288,6 +289,20 @@ class Streamed(HubWeights):
                     self._pause(pause)
                 else:
                     return
+
+    def _refuse(self, name: str, error: Exception) -> NoReturn:
+        """Raise an error that stays, when a part of the model has come already."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        said = f"{self.model.name}/{name}: {client_words(behind(error))}"
+        if isinstance(behind(error), RevisionNotFoundError):
+            raise QuantizeError(
+                f"{said}; the hub has commit {self.model.commit} no longer: begin again with what "
+                "it has now, by --overwrite"
+            ) from error
+        raise QuantizeError(
+            f"{said}{advice(error)}; then go on, by the same command with --resume"
+        ) from error
 
     def _download(self, name: str, came: list[float]) -> None:
         from huggingface_hub import hf_hub_download

@@ -10,7 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from quantize.cli.output import out, plain, table
-from quantize.duration import duration
+from quantize.duration import duration, speed
 
 if TYPE_CHECKING:
     from quantize.execute import Run
@@ -167,7 +167,7 @@ def _time(run: Run) -> Iterator[str]:
         )
         yield (
             f"Time: about {duration(seconds)}; {decimal(nbytes)} are read and made into files at "
-            f"{found.speed / 1e9:.2f} GB/s (measured), if the disk takes as much"
+            f"{speed(found.speed)} (measured), if the disk takes as much"
         )
     elif jobs:
         also = f" beside the {duration(seconds)} of calibration" if seconds else ""

@@ -22,7 +22,7 @@ from quantize.cli.options import (
     stated_gate,
 )
 from quantize.cli.output import out, print_json, table
-from quantize.cli.progress import progress_bar
+from quantize.cli.progress import downloading, progress_bar
 from quantize.cli.signals import ending_at_once
 from quantize.cli.source_options import RevisionOption, revision_for
 
@@ -114,17 +114,19 @@ def evaluate(
         if device is not None:
             check_device(device)
         here = Path(target).expanduser()
+        from quantize.calibration.sources import check_there
+
+        check_there(text)  # before anything is downloaded
         with ending_at_once():
-            second_folder = resolve(target)
-            first_folder = resolve(source, revision_for(source, second_folder, revision))
+            second_folder = resolve(target, shown=downloading)
+            of = revision_for(source, second_folder, revision)
+            first_folder = resolve(source, of, downloading)
         with large_imports():
-            from quantize.calibration.sources import check_there
             from quantize.checkpoint.reader import Checkpoint
             from quantize.evaluate import evaluate as run
             from quantize.evaluate import tokens_of
             from quantize.run.workers import all_devices
 
-        check_there(text)
         with (
             Checkpoint(first_folder) as first,
             Checkpoint(second_folder) as second,

@@ -15,10 +15,14 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from quantize.cli.output import Said, err, plain
-from quantize.duration import duration
+from quantize.duration import duration, speed
 
 EVERY = 60.0
 """Seconds between two lines."""
+
+ENOUGH_SECONDS, ENOUGH_SHARE = 10.0, 0.01
+"""From how much of a phase its speed and its end are foretold: what the first few bytes took is how
+long it takes to begin, and a hundred thousand times that is hours."""
 
 Clock = Callable[[], float]
 Count = Callable[[], int]
@@ -52,9 +56,11 @@ class Work:
     _began: tuple[float, float, int] | None = None
 
     def update(self, done: float, where: str = "") -> None:
-        """Say how much is done. What the first call says was done before, and took no time."""
+        """Say how much is done. What was done when it began took no time; it begins with the last
+        call before anything more is."""
         self.done, self.where = done, where
-        self._began = self._began or (self.clock(), done, self.read())
+        if self._began is None or done <= self._began[1]:
+            self._began = self.clock(), done, self.read()
 
     def wait(self) -> None:
         """Say that something else is being done: until now, nothing of this could be."""
@@ -63,7 +69,7 @@ class Work:
 
     @property
     def pace(self) -> float:
-        """Bytes or steps a second since it began; 0 if that is not known yet."""
+        """Bytes or steps a second since it began; 0 if nothing is done since."""
         if self._began is None or self.done <= self._began[1]:
             return 0.0
         return (self.done - self._began[1]) / self._seconds
@@ -78,11 +84,20 @@ class Work:
         return self.read() - self._began[2] if self._began else 0
 
     @property
+    def _tells(self) -> bool:
+        """Whether enough time has gone by to say how fast it is."""
+        return self.done >= self.total or self._seconds >= ENOUGH_SECONDS
+
+    @property
     def left(self) -> str:
-        """How long it still takes, at the pace that it has had so far."""
-        if self.done >= self.total:
+        """How long it still takes, at the pace that it has had so far; nothing until enough is done
+        to know."""
+        if self._began is None or not self._tells or not self.pace or self.done >= self.total:
             return ""
-        return f"{duration((self.total - self.done) / self.pace)} left" if self.pace else ""
+        before = self._began[1]
+        if self.done - before < ENOUGH_SHARE * (self.total - before):
+            return ""
+        return f"{duration((self.total - self.done) / self.pace)} left"
 
     @property
     def amount(self) -> str:
@@ -95,11 +110,11 @@ class Work:
 
     @property
     def speed(self) -> str:
-        """Of bytes."""
+        """Of bytes; nothing until enough time has gone by to know."""
         pace = self.pace
         if self.steps:
             pace = self._nbytes / self._seconds if self._nbytes else 0.0
-        return f"{pace / 1e9:.2f} GB/s" if pace else ""
+        return speed(pace) if pace and self._tells else ""
 
     def __str__(self) -> str:
         percent = f"{100 * self.done / self.total if self.total else 100:.0f}%"
@@ -187,11 +202,9 @@ class Bar:
         self._lock = Lock()  # several threads advance
         self._passes: dict[str, Work] = {}
         self._bytes = Work(what, total or 0, clock)
-        if total is not None:
-            self._shown.update(self._bytes)
 
     def advance(self, nbytes: int, where: str = "") -> None:
-        """Say that so many bytes more are done, and where they are from."""
+        """Say that so many bytes more are done, and where they are from; 0 as the work begins."""
         with self._lock:
             self._bytes.update(self._bytes.done + nbytes, where)
         self._shown.update(self._bytes)
@@ -247,6 +260,27 @@ def progress_bar(what: str, total: int | None = None, read: Count = lambda: 0) -
         else:
             shown = stack.enter_context(_every_minute(Shown()))
         yield Bar(shown, what, total, read=read)
+
+
+@contextmanager
+def downloading(nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Show how much of a download has come; see ``quantize.checkpoint.coming.Shown``."""
+    with progress_bar("Downloading", nbytes) as bar:
+        bar.advance(0)
+        yield bar.advance
+
+
+@contextmanager
+def uploading(nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Likewise of an upload; on a terminal the hub's client does."""
+    from quantize.checkpoint.hub import without_bars
+
+    if err.is_terminal and not err.quiet:
+        yield lambda _: None
+        return
+    with without_bars(), progress_bar("Uploading", nbytes) as bar:
+        bar.advance(0)
+        yield bar.advance
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import typer
 from quantize.cli.before_it_starts import say
 from quantize.cli.errors import UsageError
 from quantize.cli.output import out
+from quantize.cli.progress import uploading
 from quantize.cli.signals import ending_at_once
 from quantize.errors import QuantizeError
 
@@ -105,7 +106,7 @@ def push_finished(
         )
     try:
         with ending_at_once(f"{target} is complete; run the same command to go on with the upload"):
-            page = push(made, name, _read(evaluation, made.folder), say)
+            page = push(made, name, _read(evaluation, made.folder), say, uploading)
     except QuantizeError as error:
         raise QuantizeError(
             f"{target} is complete, but {error}; the same command, without --overwrite and "

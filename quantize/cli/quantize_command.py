@@ -49,7 +49,7 @@ from quantize.cli.options import (
     stated_weight_only,
 )
 from quantize.cli.output import err
-from quantize.cli.progress import Bar, Shown, progress_bar
+from quantize.cli.progress import Bar, Shown, downloading, progress_bar
 from quantize.cli.push_options import (
     EvaluationOption,
     PushOption,
@@ -336,7 +336,7 @@ def quantize(
                 reserve_for(push_to, checkpoint, steps)
             states = needs.states if needs else 0
             with ending_at_once():
-                fetch(checkpoint, steps, target, states, work_dir, overwrite, dry_run)
+                fetch(checkpoint, steps, target, states, work_dir, overwrite, dry_run, downloading)
             with (
                 nullcontext(Bar(Shown(), "Quantizing"))
                 if dry_run

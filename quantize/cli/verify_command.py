@@ -20,7 +20,7 @@ from quantize.cli.options import (
     stated_gate,
 )
 from quantize.cli.output import complain, err, out, plain, print_json, table
-from quantize.cli.progress import progress_bar
+from quantize.cli.progress import downloading, progress_bar
 from quantize.cli.signals import ending_at_once
 from quantize.cli.source_options import RevisionOption, revision_for
 
@@ -53,7 +53,7 @@ def verify(
         folder = None
         if target is not None:
             with ending_at_once():
-                folder = resolve(source, revision_for(source, target, revision))
+                folder = resolve(source, revision_for(source, target, revision), downloading)
         elif revision is not None:
             raise UsageError("--revision is SRC's, and only DST is given; leave it out")
         with large_imports():
@@ -66,6 +66,7 @@ def verify(
             quantized = stack.enter_context(Checkpoint(checked, decode=False))
             nbytes = (original or quantized).nbytes
             with progress_bar("Verifying", nbytes) as bar:
+                bar.advance(0)
                 report = compare(original, quantized, stated, bar.advance, trust_remote_code)
             if as_json:
                 print_json(report.as_json())

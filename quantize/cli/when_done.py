@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from quantize.cli.output import out, plain
+from quantize.duration import speed
 
 if TYPE_CHECKING:
     from quantize.execute import Summary
@@ -19,9 +20,11 @@ def say_done(done: Summary, target: Path, trust_remote_code: bool) -> None:
     from quantize.run.report_files import REPORT, REPORT_DATA
 
     files = f"{done.shards} file{'s' * (done.shards > 1)}"
+    # A calibration takes hours before: they say nothing of how fast files are read and written.
+    pace = f", shards at {speed(done.bytes_read / done.reading)}" if done.bytes_read else ""
     for line in (
         f"{target}: {decimal(done.bytes_before)} -> {decimal(done.bytes_after)} in {files}, "
-        f"{done.seconds:.1f} s, {done.bytes_read / done.seconds / 1e9:.2f} GB/s",
+        f"{done.seconds:.1f} s{pace}",
         f"Report: {target / REPORT} (as data: {REPORT_DATA})",
         f"Serve:  {serve_command(target, trust_remote_code)}",
     ):

@@ -9,6 +9,7 @@ sent.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from quantize.checkpoint.client_words import client_words
-from quantize.checkpoint.disk import advice_on_cache
-from quantize.checkpoint.hub import CONFIG
+from quantize.checkpoint.coming import Shown, not_shown
+from quantize.checkpoint.hub import CONFIG, advice
 from quantize.checkpoint.hub_weights import is_passing
+from quantize.duration import duration
 from quantize.errors import QuantizeError
 from quantize.push.card import card
 from quantize.push.checkpoint import CARD, Finished, uploaded
@@ -39,6 +41,13 @@ _BATCH_FILES, _BATCH_BYTES = 10, 20 * 10**9
 """Most of one commit: what is lost at a broken connection is hashed again, though not sent."""
 
 _TRIES = 6
+_LONGEST_WAIT = 3600
+"""Seconds that the hub may ask to wait before the next try: its limits are by the hour at most."""
+
+_RESET = re.compile(r";\s*t=(\d+)")
+"""In a header ``RateLimit: "api";r=0;t=52``: seconds until requests are taken again
+(https://huggingface.co/docs/hub/rate-limits)."""
+
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.h5")
 """Files that make up another model, if they are beside ours."""
 
@@ -74,11 +83,13 @@ def push(
     name: str,
     evaluation: dict[str, Any] | None = None,
     say: Say = lambda _: None,
+    shown: Shown = not_shown,
 ) -> str:
     """Upload ``made`` as ``name``, or what is not there yet; returns the address of its page.
 
     Args:
         evaluation: what ``evaluate --json`` printed, for the card.
+        shown: shows how much is there.
 
     Raises:
         QuantizeError: if that fails; nothing here was changed.
@@ -91,26 +102,34 @@ def push(
     large = [file for file in made.files if file != CONFIG]
     every = [*_batches(made.folder, large), [CONFIG]]
     other = there is not None and there.fingerprint != made.report.fingerprint
-    for number, files in enumerate(every, 1):
-        size = sum((made.folder / file).stat().st_size for file in files)
-        say(f"uploading to {name}: part {number} of {len(every)}, {decimal(size)}")
-        contents: dict[str, str | bytes] = {file: str(made.folder / file) for file in files}
-        if number == 1:
-            contents |= published(made)
-        if files == [CONFIG]:
-            contents |= {CARD: text.encode()}
-        message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
-        with _pushing(name):
-            gone = [CONFIG] if number == 1 and other and api.file_exists(name, CONFIG) else []
-            _commit(api, name, contents, gone, message)
+    sizes = [sum((made.folder / file).stat().st_size for file in files) for files in every]
+    with shown(sum(sizes)) as came:
+        for number, (files, size) in enumerate(zip(every, sizes, strict=True), 1):
+            say(f"uploading to {name}: part {number} of {len(every)}, {decimal(size)}")
+            contents: dict[str, str | bytes] = {file: str(made.folder / file) for file in files}
+            if number == 1:
+                contents |= published(made)
+            if files == [CONFIG]:
+                contents |= {CARD: text.encode()}
+            message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
+            with _pushing(name):
+                gone = [CONFIG] if number == 1 and other and api.file_exists(name, CONFIG) else []
+                _commit(api, name, contents, gone, message, say)
+            came(size)
     return f"{api.endpoint}/{name}"
 
 
 def _commit(
-    api: HfApi, name: str, contents: Mapping[str, str | bytes], gone: Sequence[str], message: str
+    api: HfApi,
+    name: str,
+    contents: Mapping[str, str | bytes],
+    gone: Sequence[str],
+    message: str,
+    say: Say,
 ) -> None:
     """One commit of files, by their paths there: each a path here, or what it holds; and of those
-    that go."""
+    that go. It is tried again, when the hub says or soon, if that may help: the connection, the
+    server, or another commit that came at the same time."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     for attempt in range(_TRIES):
@@ -120,9 +139,30 @@ def _commit(
             api.create_commit(name, [*files, *removed], commit_message=message)
             return
         except Exception as error:
-            if attempt == _TRIES - 1 or not is_passing(error):
+            status, asked = _answer(error)
+            pause = 2.0**attempt if asked is None else asked
+            passing = is_passing(error) or status in (409, 412)
+            if attempt == _TRIES - 1 or not passing or pause > _LONGEST_WAIT:
                 raise
-            time.sleep(2**attempt)
+            if pause > 30:
+                why = client_words(error, whole=False)
+                say(f"uploading to {name}: {why}; trying again in {duration(pause)}")
+            time.sleep(pause)
+
+
+def _answer(error: BaseException) -> tuple[int, float | None]:
+    """What the hub answered: its status, 0 if it was not the hub's; and after how many seconds it
+    wants to be asked again, if it says so."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    if response is None:
+        return 0, None
+    after = response.headers.get("Retry-After", "").strip()
+    reset = _RESET.search(response.headers.get("RateLimit", ""))
+    if not after.isdecimal():
+        after = reset[1] if reset and response.status_code == 429 else ""
+    return response.status_code, float(after) if after else None
 
 
 def _batches(folder: Path, files: Sequence[str]) -> Iterator[list[str]]:
@@ -175,10 +215,7 @@ def _pushing(name: str) -> Iterator[None]:
     except QuantizeError:
         raise
     except Exception as error:
-        from huggingface_hub.errors import HfHubHTTPError
-
-        response = error.response if isinstance(error, HfHubHTTPError) else None
-        advice = advice_on_cache(error)
-        if response is not None and response.status_code in (401, 403):
-            advice = "; log in with `hf auth login`, with a token that may write there"
-        raise QuantizeError(f"uploading to {name} failed: {client_words(error)}{advice}") from error
+        to_do = advice(error)
+        if _answer(error)[0] in (401, 403):
+            to_do = "; log in with `hf auth login`, with a token that may write there"
+        raise QuantizeError(f"uploading to {name} failed: {client_words(error)}{to_do}") from error

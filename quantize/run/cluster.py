@@ -110,6 +110,7 @@ def make_shards_on_ray(
         run = run_of(checkpoint, plan, record, threads)
         # Of this driver: one that goes on with the run must not stop its tasks by the same.
         stop = record.folder / f"{uuid4().hex}.stop"
+        progress(0)
         pending = {task.remote(run, stop.name, shard): shard for shard in shards}
         try:
             while pending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantize.checkpoint.coming import Shown, not_shown
 from quantize.checkpoint.companions import companions
 from quantize.checkpoint.opened import bring, to_bring
 from quantize.checkpoint.reader import Checkpoint
@@ -23,6 +24,7 @@ def fetch(
     work_dir: Path | None,
     overwrite: bool,
     dry: bool = False,
+    shown: Shown = not_shown,
 ) -> None:
     """Download the weights of a source on the hub; nothing, if they are here or streamed.
 
@@ -31,6 +33,7 @@ def fetch(
         work_dir: of ``--work-dir``.
         overwrite: a checkpoint in ``target`` goes.
         dry: only see whether there is room.
+        shown: shows how much has come.
 
     Raises:
         QuantizeError: if a disk has no room for the downloads, the output and the states together,
@@ -53,7 +56,7 @@ def fetch(
     work = work_dir or target
     check_disks(target, output, freed, work, states, checkpoint.folder, downloads)
     if not dry:
-        bring(checkpoint)
+        bring(checkpoint, shown)
 
 
 def _is_done(target: Path, name: str, plan: Plan, shard: int) -> bool:

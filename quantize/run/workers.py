@@ -65,7 +65,7 @@ def make_shards(
         shards: numbers of the shards, indices of ``plan.shards``.
         devices: every GPU among them gets ``PER_GPU`` threads; without one, the CPU computes.
         threads: how many CPU threads; by default one a core, as far as ``MEMORY`` allows.
-        progress: called with the bytes of the source that a job has read.
+        progress: called with the bytes of the source that a job has read; with 0 as they begin.
         stream: what brings the source's files, if they are on the hub.
 
     Raises:
@@ -112,6 +112,7 @@ def make_shards(
         if stream:
             stream.stop()
 
+    progress(0)
     try:
         with threads_of_our_own(), ThreadPoolExecutor(len(team), "quantize") as pool:
             try:

@@ -82,7 +82,7 @@ def test_python_m_quantize_takes_a_source_at_once(saved: Folders, tmp_path: Path
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    assert "GB/s" in result.stdout
+    assert " s, shards at " in result.stdout
     again = run("quantize", source, tmp_path / "two", "--max-shard-size", "20KB")
     assert again.exit_code == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -4,6 +4,7 @@ with the cause removed ``--resume`` goes on."""
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -141,6 +142,25 @@ def test_overwriting_on_a_full_disk(source: Path, plain: dict[str, bytes], disk:
     result = run("quantize", source, out, *SIZE, "--overwrite")
     assert result.exit_code == 0, result.output
     assert contents(out) == plain
+
+
+@pytest.mark.parametrize("room", [44_000, 52_000, 60_000])
+def test_what_a_full_disk_has_lost_is_not_counted_twice(
+    room: int, source: Path, disk: Disk
+) -> None:  # fmt: skip
+    """A file of the output that was half made is made again."""
+    out = disk.folder / "out"
+    assert run("quantize", source, out).exit_code == 0
+    disk.holds(1_200_000)
+    with (disk.folder / "more").open("wb", buffering=0) as more, suppress(OSError):
+        while more.tell() < 1_200_000:
+            more.write(bytes(4096))
+            os.fsync(more.fileno())
+    os.truncate(disk.folder / "more", (disk.folder / "more").stat().st_size - room)
+    result = run("quantize", source, out, "--overwrite", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    last = [line for line in result.stderr.splitlines() if line.startswith("Quantizing: ")][-1]
+    assert re.fullmatch(r"Quantizing: .*?([\d.]+ \w+) of \1, 100%.*", last), last
 
 
 class Usage(NamedTuple):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from rich.progress import Progress, TextColumn
 
 from quantize.cli import progress
 from quantize.cli.progress import EVERY, Bar, Shown, ShownAsBars, Work
-from quantize.duration import duration
+from quantize.duration import duration, speed
+from quantize.run.sessions import REPRODUCIBLE
 from tests.quantize.checkpoints import ONE_THREAD
 from tests.trained import Sizes
 
@@ -60,7 +63,6 @@ def test_a_line_a_minute(printed: io.StringIO) -> None:
     shown.print_until(wait)
     assert set(waited) == {EVERY} and EVERY == 60
     assert printed.getvalue().splitlines() == [
-        "Quantizing: 0 bytes of 4.0 GB, 0%",
         "Calibrating: layer 0, 0%",
         "Calibrating: layer 0, 0%",
         "Calibrating: layer 0, expert 4 of 8, 6%, 15 min left",
@@ -83,6 +85,64 @@ def test_what_an_earlier_run_has_done_took_no_time(printed: io.StringIO) -> None
     clock.now += 100
     work.update(45, "layer 45")
     assert str(work) == "Calibrating: layer 45, 75%, 5 min left"
+
+
+def begun(kind: str, clock: Clock, total: int, before: int) -> tuple[Work, Callable[[int], None]]:
+    """Work of which ``before`` was done earlier, and that begins now; and what tells it of more."""
+    bar = Bar(Shown(lambda _: None), "Quantizing", total, clock)
+    work = bar._bytes
+    if kind == "steps":
+        work = Work("Calibrating", total, clock, steps=True, read=lambda: int(1e9 * clock.now))
+        work.update(before, "layer 0")
+        return work, lambda more: work.update(work.done + more, "layer 0, expert 1")
+    if before:
+        bar.advance(before)
+    if kind == "bytes after passes":
+        for step in range(3):
+            clock.now += 3600
+            bar.calibrating(step, 2, f"layer {step}")
+    clock.now += 900  # whatever else there is to do before
+    bar.advance(0)
+    return work, bar.advance
+
+
+@pytest.mark.parametrize("before", [0, 4 * 10**7])
+@pytest.mark.parametrize("kind", ["bytes", "bytes after passes", "steps"])
+def test_no_hours_are_promised_by_a_few_bytes(kind: str, before: int) -> None:
+    """What the first bytes took is how long it takes to begin. From ten seconds on there is a
+    speed; and an end, once a hundredth is done too: that of this phase, by its own time alone."""
+    clock = Clock()
+    work, advance = begun(kind, clock, before + 6 * 10**7, before)
+    clock.now += 0.22
+    advance(768)
+    assert "left" not in str(work) and "/s" not in str(work)
+    clock.now += 9.7
+    advance(10**7)
+    assert "left" not in str(work) and "/s" not in str(work)  # 9.92 s
+    clock.now += 0.08
+    assert str(work).endswith("50 s left" if kind == "steps" else "1.0 MB/s, 50 s left")
+
+    work, advance = begun(kind, clock, before + 6 * 10**7, before)
+    clock.now += 120
+    advance(768)
+    assert "left" not in str(work)
+    assert str(work).endswith("1.00 GB/s" if kind == "steps" else "6 bytes/s")
+    advance(6 * 10**5 - 769)
+    assert "left" not in str(work)
+    advance(1)
+    assert str(work).endswith(", 3 h 18 min left")  # 99 times two minutes
+
+
+def test_work_that_is_soon_over_has_its_speed(printed: io.StringIO) -> None:
+    clock = Clock()
+    bar = Bar(Shown(), "Verifying", 6 * 10**7, clock)
+    bar.advance(0)
+    clock.now += 0.3
+    bar.advance(6 * 10**7)
+    bar.say(str(bar._bytes))
+    first, last = printed.getvalue().splitlines()
+    assert first == "Verifying: 0 bytes of 60.0 MB, 0%"
+    assert last == "Verifying: 60.0 MB of 60.0 MB, 100%, 0.20 GB/s"
 
 
 @pytest.mark.parametrize("before", [0, 10**9])
@@ -132,6 +192,17 @@ def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
+@pytest.mark.parametrize(
+    ("bytes_a_second", "said"),
+    [
+        (1.234e9, "1.23 GB/s"), (1e7, "0.01 GB/s"), (9.99e6, "10.0 MB/s"), (4600, "4.6 kB/s"),
+        (8.3, "8 bytes/s"),
+    ],
+)  # fmt: skip
+def test_speeds(bytes_a_second: float, said: str) -> None:
+    assert speed(bytes_a_second) == said
+
+
 EVERY_UPDATE = """
 from quantize.cli import main, progress
 
@@ -141,20 +212,23 @@ class Told(progress.Shown):
         self.print()
 
 progress.Shown = Told
+progress.ENOUGH_SECONDS = progress.ENOUGH_SHARE = 0
 main()
 """
-"""The command with a line for every update, so that what is said is the same on any machine."""
+"""The command with a line for every update, and with all that each could say, so that what is said
+is the same on any machine."""
 
 
 def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
     """A log of a calibrated run says what comes, and where it is: first counting, then rounding."""
     rows = "".join(f"x{n} = {n} + {n * n}\n" for n in range(2000))
     (tmp_path / "a.txt").write_text(rows)
+    timed = {name: value for name, value in ONE_THREAD.items() if name != REPRODUCIBLE}
     done = subprocess.run(
         [sys.executable, "-c", EVERY_UPDATE, "quantize", trained, tmp_path / "out", "--calibrate",
          tmp_path / "a.txt", "--rounding", "gptq", "--calibration-rows", "4",
          "--calibration-length", "128", "--include", "*.layers.[13].*"],
-        capture_output=True, text=True, check=False, env=ONE_THREAD,
+        capture_output=True, text=True, check=False, env=timed,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr
@@ -162,12 +236,22 @@ def test_a_true_run_in_a_pipe(trained: Path, tmp_path: Path) -> None:
     experts = Sizes.of(trained).experts
     (found,) = [line for line in lines if f"for one of {2 * experts} experts" in line]
     assert found.startswith("Calibration: about")
-    where = rf"layer \d, expert \d+ of {experts}, [^,]+ read, \d+%, [\d.]+ GB/s(, .* left)?"
+    where = rf"layer \d, expert \d+ of {experts}, [^,]+ read, \d+%, [\d.]+ [GM]B/s(, .* left)?"
     for what in ("Counting tokens", "Calibrating"):
         own = [line for line in lines if line.startswith(f"{what}: ")]
         assert own[0] == f"{what}: layer 0, 0%"
         assert [line for line in own if re.fullmatch(rf"{what}: {where}", line)], own
-    order = [next(n for n, line in enumerate(lines) if line.startswith(what))
-             for what in ("Calibration: about", "Counting", "Calibrating: ")]  # fmt: skip
+    order = [
+        next(n for n, line in enumerate(lines) if line.startswith(what))
+        for what in ("Calibration: about", "Counting", "Calibrating: ", "Quantizing: 0 bytes")
+    ]
     assert order == sorted(order)
-    assert re.fullmatch(r"Quantizing: .*, (\S+ \wB) of \1, 100%, .*GB/s", lines[-1])
+    assert re.fullmatch(r"Quantizing: .*, (\S+ \wB) of \1, 100%, .*B/s", lines[-1])
+    report = json.loads((tmp_path / "out" / "nvfp4_moe_report.json").read_text())
+    took = report["sessions"][0]["seconds"]["shards"]
+    # The seconds of calibrating are no seconds of reading.
+    nbytes = sum(file.stat().st_size for file in trained.glob("*.safetensors"))
+    summary = re.search(r" ([\d.]+) s, shards at ([\d.]+) (\w+)/s", done.stdout)
+    assert summary and float(summary[1]) > took
+    said = float(summary[2]) * {"GB": 1e9, "MB": 1e6}[summary[3]]
+    assert said == pytest.approx(nbytes / took, rel=0.2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.filesize import decimal
 
 from quantize.push import card, upload
 from tests.hub_server import Hub, Model, Stored, serving, use
@@ -202,6 +203,83 @@ def test_passing_errors_are_tried_again(hub: Hub, model: str, tmp_path: Path) ->
     result = run("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
     assert result.exit_code == 0, result.output
     assert "config.json" in of_hub(hub)
+
+
+AGAIN = {
+    "another commit came": (409, {}, 1),
+    "so that the parent is another": (412, {}, 1),
+    "a server that cannot": (502, {}, 1),
+    "too many, and when": (429, {"Retry-After": "90"}, 90),
+    "too many by the hub's own header": (429, {"RateLimit": '"api";r=0;t=52'}, 52),
+    "a date, which is not read": (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 1),
+}
+
+
+@pytest.mark.parametrize("why", AGAIN)
+def test_commits_that_are_tried_again(
+    why: str, hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the hub asks for it, else soon; what is there is not sent again."""
+    status, headers, pause = AGAIN[why]
+    waited: list[float] = []
+    monkeypatch.setattr(upload.time, "sleep", waited.append)
+    hub.refuse_commits = [(status, headers)]
+    result = run("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    assert result.exit_code == 0, result.output
+    assert waited == [pause]
+    assert ("trying again in" in result.stderr) == (pause > 30)
+    assert {"config.json", "README.md"} <= of_hub(hub).keys()
+    sent = [line for line in hub.requests if line.startswith("PUT")]
+    assert len(sent) == len(set(sent)) == len(hub.uploaded)
+
+
+def test_a_hub_that_wants_to_be_asked_tomorrow(
+    hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(upload.time, "sleep", waited.append)
+    hub.refuse_commits = [(429, {"Retry-After": "86400"})]
+    said = refusal("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    assert "is complete, but uploading" in said and "; try again later; the same command" in said
+    assert waited == []
+
+
+PAGES = ("/api/repos/create", ".*/preupload/main", ".*/batch", ".*/commit/main")
+
+
+@pytest.mark.parametrize("asked", PAGES)
+def test_a_page_in_place_of_the_hub(asked: str, hub: Hub, model: str, tmp_path: Path) -> None:
+    """A proxy's, with status 200: nothing is taken for uploaded, and it is said what it is."""
+    out = tmp_path / "out"
+    assert run("quantize", "org/moe", out, *OPTIONS).exit_code == 0
+    hub.instead[f"POST {asked}"] = "text/html", b"<html>log in</html>"
+    said = refusal("quantize", "org/moe", out, *OPTIONS, "--push-to", NAME)
+    assert "what answered is not the hub, but a proxy or a login page: look at HF_ENDPOINT" in said
+    assert "Uploaded" not in said
+    hub.instead.clear()
+    assert run("quantize", "org/moe", out, *OPTIONS, "--push-to", NAME).exit_code == 0
+    assert "config.json" in of_hub(hub)
+
+
+def test_how_far_an_upload_is(hub: Hub, model: str, tmp_path: Path) -> None:
+    """Where there is no terminal: lines, in the log too; with ``--quiet`` there alone."""
+    out, log = tmp_path / "out", tmp_path / "run.log"
+    words = ("quantize", "org/moe", out, *OPTIONS, "--push-to", NAME)
+    assert run(*words[:-2]).exit_code == 0
+    result = run(*words, "--log-file", log)
+    nbytes = sum(
+        file.stat().st_size
+        for file in out.iterdir()
+        if file.name not in ("README.md", "nvfp4_moe_report.html", "nvfp4_moe_report.json")
+    )
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Uploading: ")]
+    assert lines[0] == f"Uploading: 0 bytes of {decimal(nbytes)}, 0%"
+    assert lines[-1].startswith(f"Uploading: {decimal(nbytes)} of {decimal(nbytes)}, 100%, ")
+    assert all(line in log.read_text() for line in lines)
+    log.unlink()
+    result = run(*words, "--log-file", log, "--quiet")
+    assert result.exit_code == 0 and result.output == ""
+    assert "Uploading: " in log.read_text()
 
 
 def test_figures_of_an_evaluation(hub: Hub, model: str, tmp_path: Path) -> None:

@@ -269,19 +269,32 @@ def test_a_list_that_does_not_say_what_is_in_lfs(
     assert said.startswith(f"error: org/moe/{name}: what came is not what the hub lists")
 
 
-def test_a_hub_that_says_no(hub: Hub, model: Path, tmp_path: Path) -> None:
-    """In the middle: it is not asked again and again, and nobody waits."""
+REFUSALS = {
+    "accept its terms on its page there": (403, "GatedRepo"),
+    "check the name, and if it is private": (404, "RepoNotFound"),
+    "if it is private log in with `hf auth login`": (401, "RepoNotFound"),
+    "log in with `hf auth login`, and correct HF_TOKEN": (403, ""),
+}
+
+
+@pytest.mark.parametrize("to_do", REFUSALS)
+def test_a_hub_that_says_no(to_do: str, hub: Hub, model: Path, tmp_path: Path) -> None:
+    """In the middle: it is not asked again and again, and nobody waits. What was done is not lost,
+    and the message says so."""
     name = f"model-00009-of-{FILES:05d}.safetensors"
     out = tmp_path / "out"
 
     def before(request: str) -> None:
         if "HEAD" in request and name in request:
-            hub.refused[name] = 403, "GatedRepo"
+            hub.refused["org/moe"] = REFUSALS[to_do]
 
     hub.before = before
     start = time.monotonic()
     said = refusal("quantize", "org/moe", out, *OPTIONS, "--stream")
-    assert "accept its terms" in said
+    # Two come at a time, and either may be told first.
+    assert re.search(r"org/moe/model-000\d\d-of-00014\.safetensors: ", said)
+    assert "is not a folder here" not in said
+    assert to_do in said and said.endswith("; then go on, by the same command with --resume")
     assert time.monotonic() - start < 20
     assert not (out / "config.json").exists()
     hub.before = lambda _: None
@@ -291,6 +304,59 @@ def test_a_hub_that_says_no(hub: Hub, model: Path, tmp_path: Path) -> None:
     assert "the interrupted run was started with --stream; go on so" in said
     result = run("quantize", "org/moe", out, *OPTIONS, "--stream", "--resume")
     assert result.exit_code == 0, result.output
+
+
+def test_a_commit_that_vanishes(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """Its branch was written anew: what the message says to do works."""
+    name = f"model-00009-of-{FILES:05d}.safetensors"
+    out = tmp_path / "out"
+    words = ("quantize", "org/moe", out, *OPTIONS, "--stream")
+    commits = hub.models["org/moe"].commits
+    (gone,) = commits
+
+    def before(request: str) -> None:
+        if "HEAD" in request and name in request:
+            commits.pop(gone, None)
+
+    hub.before = before
+    said = refusal(*words)
+    assert re.search(r"org/moe/model-000\d\d-of-00014\.safetensors: ", said)
+    assert said.endswith(
+        f"; the hub has commit {gone} no longer: begin again with what it has now, by --overwrite"
+    )
+    hub.before = lambda _: None
+    (model / "LICENSE").write_text("another")
+    now = hub.publish("org/moe", model)
+    assert now != gone
+    result = run(*words, "--overwrite")
+    assert result.exit_code == 0, result.output
+    made = json.loads((out / "config.json").read_text())["nvfp4_moe"]["made"]
+    assert made["revision"] == f"org/moe@{now}"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("when", ["before", "in the middle"])
+def test_a_model_that_has_another_name_now(
+    when: str, status: int, hub: Hub, model: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The hub sends who asks for the old one to the new one."""
+    out = tmp_path / "out"
+    commit = hub.models["org/moe"].branches["main"]
+    hub.models["org/new"] = hub.models["org/moe"]
+
+    def rename(request: str = "") -> None:
+        if not request or re.match("HEAD .*/model-00009-of", request):
+            hub.renamed["org/moe"] = "org/new", status
+
+    if when == "before":
+        rename()
+    hub.before = rename
+    result = run("quantize", "org/moe", out, *OPTIONS, "--stream")
+    assert result.exit_code == 0, result.output
+    assert any("org/new/resolve" in request for request in hub.requests)
+    assert without_revision(out) == expected
+    made = json.loads((out / "config.json").read_text())["nvfp4_moe"]["made"]
+    assert made["revision"] == f"org/moe@{commit}"
 
 
 DISK = {
