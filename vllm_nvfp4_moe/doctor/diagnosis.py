@@ -19,6 +19,9 @@ _FEW, _FEWER = 48, 8
 their experts' weights are held in floats."""
 _PLACES = 4
 """That are looked at where errors stand out: experts that share tokens share errors."""
+_LEFT = 0.5
+"""Of the errors, what may be left of them where factors of so few tokens' experts explain them: a
+little less is left by any, and is enough where an error is just beyond the bound."""
 _OFF = 0.05
 """A factor that is nearer to 1 than this is 1."""
 
@@ -84,7 +87,8 @@ def _factors(judge: Judge, given: Batch, out: torch.Tensor, truth: torch.Tensor)
     for matrix, fit in (("w2", _fit_w2), ("w13", _fit_w13)):
         found, result = fit(experts, given, out, truth)
         wrong = {number: f for number, f in found.items() if abs(f - 1) > _OFF}
-        if wrong and judge.right(out, result):
+        explained = float((out - result).norm()) < _LEFT * float((out - truth).norm())
+        if wrong and explained and judge.right(out, result):
             return _told(matrix, wrong, len(found))
     return None
 

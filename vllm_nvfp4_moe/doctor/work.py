@@ -31,7 +31,7 @@ from vllm_nvfp4_moe.doctor.reference import RIGHT, Rounding, faults, outputs
 from vllm_nvfp4_moe.doctor.scan import ENOUGH
 from vllm_nvfp4_moe.doctor.shape import Shape, active_experts
 from vllm_nvfp4_moe.doctor.timing import WARM, Pass, time_on_cpu, time_on_gpu
-from vllm_nvfp4_moe.self_check import BOUNDS, ROUNDED_WEIGHTS, error_of, nearer_to
+from vllm_nvfp4_moe.self_check import BOUNDS, error_of, nearer_to
 
 JUDGED = {"cpu": 16, "cuda": 1024}
 """Tokens of a batch that plain arithmetic computes, by device."""
@@ -132,11 +132,9 @@ class _Part:
             self.shape, w.w13, w.w2, job.way, w.biases, variant == VARIANTS[0], w.input_scales
         )
         method = self.layer.method
-        self.rounding = Rounding(
-            bool(method.quantizes_activations), bool(method.input_scales_by_expert)
-        )
+        self.rounding = rounding_of(method, job.way)
         bits = method.activation_bits
-        bound = ROUNDED_WEIGHTS if method.rounds_weights else BOUNDS[bits]
+        bound = BOUNDS[bits]
         self.judge = Judge(self.weights, self.rounding, bound)
         self.emit(
             "built", kernel=self.layer.kernel, activation_bits=bits, bound=list(bound[:2]),
@@ -322,9 +320,19 @@ class _Part:
             )  # fmt: skip
 
 
+def rounding_of(method: Any, way: Way) -> Rounding:
+    """How the kernel of a layer's method rounds, as far as is known."""
+    return Rounding(
+        nvfp4=bool(method.quantizes_activations),
+        by_expert=bool(method.input_scales_by_expert),
+        e4m3=bool(method.rounds_weights),  # Hopper's with FP8 is the one that does
+        stored=way.backend == "emulation",
+    )
+
+
 def reference_file(folder: Path, place: str, rounding: Rounding) -> Path:
     """Where the reference's outputs for a shape are, once they are computed."""
-    return folder / f"{place} {int(rounding.nvfp4)}{int(rounding.by_expert)}.pt"
+    return folder / f"{place} {''.join(str(int(each)) for each in rounding)}.pt"
 
 
 def save_reference(
