@@ -11,7 +11,7 @@ import torch
 from vllm_nvfp4_moe.doctor.cases import Weights, some
 from vllm_nvfp4_moe.doctor.inputs import Batch
 from vllm_nvfp4_moe.doctor.reference import RIGHT, Expert, Rounding, experts_of, faults, outputs
-from vllm_nvfp4_moe.doctor.scan import outstanding, wrong_scale
+from vllm_nvfp4_moe.doctor.scan import noise_of, outstanding, wrong_scale
 from vllm_nvfp4_moe.self_check import Error, error_of
 
 _FEW, _FEWER = 48, 8
@@ -74,9 +74,11 @@ def named(judge: Judge, given: Batch, out: torch.Tensor) -> str | None:
 
 def single_scale(judge: Judge, given: Batch, out: torch.Tensor, truth: torch.Tensor) -> str | None:
     """The one block scale that is wrong, in words; None if none stands out of the roundings."""
-    error, size = out - truth, truth.square().mean(1, keepdim=True).sqrt()
-    places = outstanding(judge.weights, given, judge.rounding, error, size)[:_PLACES]
-    found = [wrong_scale(judge.weights, given, judge.rounding, error, place) for place in places]
+    error, noise = out - truth, noise_of(out - truth, truth)
+    places = outstanding(judge.weights, given, judge.rounding, error, noise)[:_PLACES]
+    found = [
+        wrong_scale(judge.weights, given, judge.rounding, error, noise, place) for place in places
+    ]
     explained = [each for each in found if each is not None]
     return str(min(explained, key=lambda pair: pair[0])[1]) if explained else None
 

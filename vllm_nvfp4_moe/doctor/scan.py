@@ -24,8 +24,12 @@ from vllm_nvfp4_moe.doctor.inputs import Batch
 from vllm_nvfp4_moe.doctor.reference import Expert, Rounding, experts_of
 
 _OUTSTANDING = 6.0
-"""Deviations of its roundings that a block's errors must be. Of the 450 million blocks of a layer of
-MiniMax-M3's, roundings alone bring about one there."""
+"""Deviations of its roundings that a block's errors must be. Of the 450 million blocks of a layer
+of MiniMax-M3's, roundings alone bring about one there."""
+_KEPT = 1e-3
+"""Of an output, what bfloat16 rounds at least."""
+_UNEVEN = 3.0
+"""Times the median token's, the largest noise that a token is taken to have."""
 _LEAST = 0.2
 """Times what a block adds: smaller errors are no wrong scale, which changes a half or more."""
 ENOUGH = 16
@@ -75,23 +79,34 @@ class WrongScale:
         )
 
 
+def noise_of(error: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """How large roundings are in each token's output, float32 ``[tokens, 1]``: the median error, so
+    that one column's says nothing. Where a token's largest number is rounded another way, with 8
+    bits, all its others may be; such a token tells less than the rest. But a wrong block of w13
+    also changes all numbers of those that tell of it: so none counts for much less than most."""
+    size = truth.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+    relative = error.abs().median(1, keepdim=True).values / size
+    most = _UNEVEN * relative.median()
+    return relative.minimum(most).clamp_min(_KEPT) * size
+
+
 def outstanding(
-    weights: Weights, given: Batch, rounding: Rounding, error: torch.Tensor, size: torch.Tensor
+    weights: Weights, given: Batch, rounding: Rounding, error: torch.Tensor, noise: torch.Tensor
 ) -> list[Place]:
     """The rows that stand out, the most likely first; of each matrix of an expert, one.
 
     Args:
         given: all tokens that were judged.
         error: float32 ``[tokens, hidden]``: the kernel's output minus the right one.
-        size: float32 ``[tokens, 1]``: the root mean squares of the right ones.
+        noise: of :func:`noise_of`.
     """
-    relative = error / size.clamp_min(1e-30)
+    relative = error / noise
     found: list[Place] = []
     for expert in experts_of(weights, given, rounding):
         if len(expert.token) < ENOUGH:
             continue
         mine = relative[expert.token]
-        factor = expert.factor / size[expert.token].clamp_min(1e-30)
+        factor = expert.factor / noise[expert.token]
         for matrix, fitted in (("w2", _fit_w2), ("w13", _fit_w13)):
             times, deviations = fitted(expert, mine, factor)
             deviations = deviations.masked_fill(times.abs() < _LEAST, 0.0)
@@ -110,7 +125,7 @@ def _fit_w2(
     roundings that is; both ``[rows, blocks]``.
 
     Args:
-        error, factor: ``[tokens, hidden]`` and ``[tokens, 1]``, both relative to the tokens' sizes.
+        error, factor: ``[tokens, hidden]`` and ``[tokens, 1]``, both relative to tokens' noise.
     """
     middle = expert.seen(expert.gate.apply_stacked(expert.pre())) * factor
     blocks = middle.unflatten(1, (-1, BLOCK))
@@ -136,10 +151,8 @@ def _fit_w13(
     x = expert.rounded(expert.x, 0)
     product = ((between.repeat(1, parts) * slope).T @ x) * expert.w13
     power = expert.w13.square() * x.square().mean() * slope.square().sum(0).unsqueeze(1)
-    return _deviations(
-        *(each.unflatten(1, (-1, BLOCK)).sum(-1) for each in (product, power)),
-        between.square().mean(0).sqrt().median(),
-    )
+    product, power = (each.unflatten(1, (-1, BLOCK)).sum(-1) for each in (product, power))
+    return _deviations(product, power, between.square().mean(0).sqrt().median())
 
 
 def _deviations(
@@ -150,7 +163,12 @@ def _deviations(
 
 
 def wrong_scale(
-    weights: Weights, given: Batch, rounding: Rounding, error: torch.Tensor, place: Place
+    weights: Weights,
+    given: Batch,
+    rounding: Rounding,
+    error: torch.Tensor,
+    noise: torch.Tensor,
+    place: Place,
 ) -> tuple[float, WrongScale] | None:
     """The block and the factor that explain the errors at ``place``, after the part that they leave
     unexplained; None if no single one does."""
@@ -158,11 +176,12 @@ def wrong_scale(
     mine = error[expert.token]
     rows = _w2 if place.matrix == "w2" else _w13
     tried: list[tuple[float, WrongScale]] = []
+    weight = noise[expert.token].square().reciprocal()
     for row, observed, change in rows(expert, mine, place.row):
-        size = observed.square()
+        size = observed.square() * weight[:, 0]
         rest = size.argsort(descending=True)[max(1, len(size) // _FEW_ALONE) :]
         for factor in _FACTORS:
-            left = (observed.unsqueeze(1) - change(factor)).square()
+            left = (observed.unsqueeze(1) - change(factor)).square() * weight
             block = int(left.sum(0).argmin())
             unexplained = max(
                 float(left[tokens, block].sum() / size[tokens].sum().clamp_min(1e-30))
