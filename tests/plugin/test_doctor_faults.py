@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,31 @@ def test_what_is_wrong_is_named_where_there_is_no_time(
     assert len(records["checked"]) == 2 and len(records["left out"]) == 10
     (fault,) = faults(records)
     assert fault.startswith(f"a block scale of expert {ZEROED_EXPERT}: w2's, row {ZEROED_ROW}, ")
+
+
+def test_compiling_takes_no_time_from_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fresh machine --quick left most out, since a first call compiles for many seconds; and
+    where it was compiled, too, since the next calls were thought to take as long as the first."""
+    apply, later = CpuMethod.apply, [0.0]
+
+    def slow_at_first(*args: Any) -> torch.Tensor:
+        later[0] = later[0] or 1000.0
+        return apply(*args)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later[0])
+    monkeypatch.setattr(CpuMethod, "apply", slow_at_first)
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.work.time", clock)
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.compiling.time", clock)
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.compiling.MOST", 1100.0)
+    records = found(tmp_path)
+    assert "left out" not in records and len(records["timed"]) == len(TOKENS)
+    assert records["prepared"][0]["compiling"] == pytest.approx(1000, abs=100)
+    # Within a bound: what never ends is no compiler.
+    later[0] = 0.0
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.compiling.MOST", 100.0)
+    assert len(found(tmp_path)["checked"]) == 2
 
 
 @pytest.mark.parametrize("matrix", ["w13", "w2"])
