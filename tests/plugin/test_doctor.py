@@ -26,7 +26,7 @@ from tests import doctor_runs
 from tests.conftest import ROOT
 from tests.gpu import reference as independent
 from tests.hardware_results import problems_of
-from vllm_nvfp4_moe.doctor import children, command
+from vllm_nvfp4_moe.doctor import children, command, compiling
 from vllm_nvfp4_moe.doctor.cases import (
     TOKENS,
     Case,
@@ -37,12 +37,14 @@ from vllm_nvfp4_moe.doctor.cases import (
     together,
 )
 from vllm_nvfp4_moe.doctor.checkpoint import shape_of
+from vllm_nvfp4_moe.doctor.compiling import preparing
 from vllm_nvfp4_moe.doctor.layer import one_rank
 from vllm_nvfp4_moe.doctor.reference import Rounding, outputs
 from vllm_nvfp4_moe.doctor.routing import KINDS, correction_bias
 from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
 from vllm_nvfp4_moe.doctor.table import text
 from vllm_nvfp4_moe.doctor.verdict import verdict
+from vllm_nvfp4_moe.doctor.work import alone
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 8, 256, 128, 2, CLAMPED, router="sigmoid")
@@ -154,6 +156,49 @@ def test_a_process_that_dies_is_told_of(how: str, words: str | None) -> None:
     assert problem is None if words is None else words in str(problem)
     if how == "raise":
         assert "RuntimeError: the device is gone" in str(problem)
+
+
+def _compiles(seconds: float, emit: Callable[[Any], None]) -> None:
+    with preparing(0.2, emit):
+        time.sleep(seconds)
+    emit({"what": "done"})
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_compiling_is_said_and_ends(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    """A process may take longer than its time by what it compiles, and by no more than a bound."""
+    monkeypatch.setattr(compiling, "MOST", 60.0 if ends else 1.0)
+    said: list[str] = []
+    started = children.Started(_compiles, 4.0 if ends else 60.0)
+    begin = time.monotonic()
+    records, problem = started.finish(1.0, compiling.listener(said.append, "a kernel"))
+    assert said == ["a kernel: compiling what never was compiled here; checks lose no time by that"]
+    if ends:
+        assert problem is None and records[-1] == {"what": "done"}
+        assert compiling.compiled(records) == pytest.approx(3.8, abs=2)
+    else:
+        assert problem == "it was ended after 2 s" and time.monotonic() - begin < 30
+
+
+def _waits(folder: Path, told: Any, emit: Callable[[Any], None]) -> None:
+    with alone(folder):
+        emit({"what": "ready"})
+        emit({"what": "told", "of": told.get()})
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_makes_ready_before_it_is_told_what_to_do(tmp_path: Path) -> None:
+    """And whoever takes times waits for it; not for ever, should it die."""
+    started = children.Started(_waits, tmp_path, waits=True)
+    eventually(lambda: "ready" in started.found.read_text())
+    started.tell({"a": "job"})
+    with alone(tmp_path):
+        assert '"told"' in started.found.read_text()
+        records, problem = started.finish(60)
+    assert records == [{"what": "ready"}, {"what": "told", "of": {"a": "job"}}]
+    assert "SIGKILL" in str(problem)
+    assert not started.found.exists()
 
 
 def _is_killed(_: Any) -> None:
@@ -381,6 +426,8 @@ def put_in():
     {fault}
 when_imported("vllm_nvfp4_moe.doctor.run", put_in)
 """
+AHEAD = "__import__('vllm_nvfp4_moe.doctor.run').doctor.run._AHEAD['cpu'] = True"
+"""As on a GPU."""
 CRASH = "CpuMethod.apply = lambda *_: __import__('os').kill(__import__('os').getpid(), 4)"
 
 
@@ -397,8 +444,9 @@ def doctor(tmp_path: Path, folder: Path, fault: str = "pass") -> tuple[int, str,
     return done.returncode, done.stdout + done.stderr, json.loads(out.read_text())
 
 
-def test_a_machine_that_is_right(tmp_path: Path, quantized: dict[str, Path]) -> None:
-    code, said, found = doctor(tmp_path, quantized["modelopt"])
+@pytest.mark.parametrize("ahead", ["pass", AHEAD], ids=["one", "one and the next"])
+def test_a_machine_that_is_right(tmp_path: Path, quantized: dict[str, Path], ahead: str) -> None:
+    code, said, found = doctor(tmp_path, quantized["modelopt"], ahead)
     assert code == 0 and found["verdict"]["right"], said
     assert problems_of(found) == []
     assert [(layer["place"], layer["variant"]) for layer in found["layers"]] == [
@@ -420,8 +468,11 @@ def test_a_machine_that_is_right(tmp_path: Path, quantized: dict[str, Path]) -> 
     assert text(found)
 
 
-def test_a_kernel_that_kills_its_process(tmp_path: Path, quantized: dict[str, Path]) -> None:
-    code, said, found = doctor(tmp_path, quantized["modelopt"], CRASH)
+@pytest.mark.parametrize("ahead", ["pass", AHEAD], ids=["one", "one and the next"])
+def test_a_kernel_that_kills_its_process(
+    tmp_path: Path, quantized: dict[str, Path], ahead: str
+) -> None:
+    code, said, found = doctor(tmp_path, quantized["modelopt"], f"{CRASH}; {ahead}")
     assert code == 1
     assert "its process died of SIGILL" in found["verdict"]["problems"][0], said
     assert problems_of(found) == []

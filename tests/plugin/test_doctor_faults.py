@@ -7,19 +7,29 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from quantize.experts.gates import Gate
+from tests.gpu import reference, reference_fp8
 from tests.gpu.broken import ZEROED_EXPERT, ZEROED_ROW, before_conversion, zero_a_scale
 from tests.plugin.test_self_check import round_activations
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
-from vllm_nvfp4_moe.doctor.cases import Case, make_batch, make_weights
+from vllm_nvfp4_moe.doctor.cases import (
+    Case,
+    Weights,
+    all_cases,
+    make_batch,
+    make_weights,
+    together,
+)
 from vllm_nvfp4_moe.doctor.diagnosis import Judge, single_scale
+from vllm_nvfp4_moe.doctor.inputs import Batch, Stored
 from vllm_nvfp4_moe.doctor.kernels import VARIANTS, ways
-from vllm_nvfp4_moe.doctor.reference import Rounding, experts_of, outputs
+from vllm_nvfp4_moe.doctor.reference import Rounding, e4m3, experts_of, outputs
 from vllm_nvfp4_moe.doctor.scan import ENOUGH
 from vllm_nvfp4_moe.doctor.shape import CLAMPED, Shape
 from vllm_nvfp4_moe.doctor.work import Job, examine
@@ -155,6 +165,31 @@ def test_what_is_wrong_is_named_where_there_is_no_time(
     assert fault.startswith(f"a block scale of expert {ZEROED_EXPERT}: w2's, row {ZEROED_ROW}, ")
 
 
+def test_compiling_takes_no_time_from_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fresh machine --quick left most out, since a first call compiles for many seconds; and
+    where it was compiled, too, since the next calls were thought to take as long as the first."""
+    apply, later = CpuMethod.apply, [0.0]
+
+    def slow_at_first(*args: Any) -> torch.Tensor:
+        later[0] = later[0] or 1000.0
+        return apply(*args)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later[0])
+    monkeypatch.setattr(CpuMethod, "apply", slow_at_first)
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.work.time", clock)
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.compiling.time", clock)
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.compiling.MOST", 1100.0)
+    records = found(tmp_path)
+    assert "left out" not in records and len(records["timed"]) == len(TOKENS)
+    assert records["prepared"][0]["compiling"] == pytest.approx(1000, abs=100)
+    # Within a bound: what never ends is no compiler.
+    later[0] = 0.0
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.compiling.MOST", 100.0)
+    assert len(found(tmp_path)["checked"]) == 2
+
+
 @pytest.mark.parametrize("matrix", ["w13", "w2"])
 def test_a_wrong_global_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str) -> None:
     def double(layer: Any) -> None:
@@ -207,6 +242,88 @@ def test_what_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     apply = CpuMethod.apply
     monkeypatch.setattr(CpuMethod, "apply", lambda *a: apply(*a).flip(1))
     assert faults(found(tmp_path)) == {"no known fault gives this output"}
+
+
+# Kernels that round, as references that share no code with doctor compute.
+
+SMALL = Shape("small", 16, 512, 256, 4, CLAMPED, router="sigmoid")
+"""Of tests/gpu/test_doctor.py."""
+ROUND = {
+    "bfloat16": (Rounding(), BOUNDS[16]),
+    "FP8": (Rounding(e4m3=True), BOUNDS[8]),
+    "NVFP4": (Rounding(nvfp4=True, stored=True), BOUNDS[4]),
+}
+
+
+def computed(how: str, weights: Weights, given: Batch) -> torch.Tensor:
+    """What a right kernel gives that rounds like this."""
+    w13, w2 = (reference.Stored(*part) for part in (weights.w13, weights.w2))
+    asked = (given.x, w13, w2, given.weights, given.ids, "swiglu_oai")
+    if how == "FP8":
+        return reference_fp8.routed(*asked).bfloat16().float()
+    emulated = how == "NVFP4"
+    return reference.routed(*asked, emulated=emulated).float().bfloat16().float()
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Weights, Batch]:
+    """Weights whose activations have scales of one, as ``reference`` has them; a quarter of the
+    tokens of --quick."""
+    device = torch.device("cpu")
+    ones = torch.ones(SMALL.experts)
+    weights = replace(make_weights(SMALL, device), input_scales=(ones, ones))
+    return weights, together(make_batch(SMALL, case, device) for case in all_cases((1, 8, 64)))
+
+
+@pytest.mark.parametrize("how", ROUND)
+def test_a_kernel_that_rounds_is_near_the_reference_that_does(
+    small: tuple[Weights, Batch], how: str
+) -> None:
+    weights, given = small
+    rounding, bound = ROUND[how]
+    out = computed(how, weights, given)
+    (truth,) = outputs(weights, given, rounding)
+    judge = Judge(weights, rounding, bound)
+    assert judge.right(out, truth)
+    assert float((out - truth).norm() / truth.norm()) < 0.01
+    assert single_scale(judge, given, out, truth) is None
+    if how != "bfloat16":
+        (plain,) = outputs(weights, given, Rounding())
+        assert float((out - plain).norm() / plain.norm()) > 0.05
+
+
+def test_weights_in_e4m3_are_those_of_another_implementation(small: tuple[Weights, Batch]) -> None:
+    for stored in (small[0].w13, small[0].w2):
+        for expert in (0, 5):
+            codes, scales, global_scale = (part[expert] for part in stored)
+            wanted = reference_fp8.rounded(codes, scales) * global_scale
+            assert torch.equal(e4m3(stored, expert), wanted)
+            assert not torch.equal(wanted, stored.weight(expert))
+
+
+@pytest.mark.parametrize("how", ROUND)
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+@pytest.mark.parametrize(("matrix", "row"), [("w2", ZEROED_ROW), ("w13", 5), ("w13", 256 + 99)])
+def test_one_wrong_scale_stands_out_of_roundings(
+    small: tuple[Weights, Batch], how: str, factor: float, matrix: str, row: int
+) -> None:
+    """An H200's kernel with FP8 was called right with a zeroed scale: what that changes was no more
+    than what FP8 rounds, of an expert that is as small as this one beside others."""
+    weights, given = small
+    rounding, bound = ROUND[how]
+    (truth,) = outputs(weights, given, rounding)
+    right: Stored = getattr(weights, matrix)
+    quiet = weights.w13.global_scale * weights.w2.global_scale
+    expert = int(quiet.argsort()[len(quiet) // 3])
+    scales = right.block_scale.clone()
+    block = int(scales[expert, row].float().argmax())
+    scales[expert, row, block] = factor * scales[expert, row, block].float()
+    wrong = replace(weights, **{matrix: right._replace(block_scale=scales)})
+    found = single_scale(Judge(weights, rounding, bound), given, computed(how, wrong, given), truth)
+    told = "is left out (counts as 0)" if factor == 0 else "counts 2 times"
+    assert (
+        found == f"a block scale of expert {expert}: {matrix}'s, row {row}, block {block}, {told}"
+    )
 
 
 # Kernels with 4-bit activations, as which the CPU's is made to compute.

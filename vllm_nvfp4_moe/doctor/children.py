@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +30,10 @@ thread is that, and a kernel whose doctor is gone would keep the GPU busy."""
 
 _LOG = 800
 """Characters of a dead process's last words."""
+
+
+_LOOKS = 0.5
+"""Seconds between two looks at what a process has found."""
 
 
 class How:
@@ -52,41 +57,81 @@ class Ended(NamedTuple):
     problem: str | None
 
 
-def run(work: Callable[..., None], *args: Any, seconds: float) -> Ended:
-    """Call ``work(*args, emit)`` in a process of its own; ``emit`` takes what is to be kept.
+class Started:
+    """A process of its own that calls ``work(*args, emit)``; ``emit`` takes what is to be kept.
 
     Args:
         work: a function of a module.
-        seconds: after which the process is killed.
+        waits: ``work`` is given a queue before ``emit``, whose ``get()`` waits for what
+            :meth:`tell` is given: it can make ready before it is known what it is to do.
+
+    Attributes:
+        found: the file of what it has found so far.
     """
-    how = "spawn" if torch.cuda.is_initialized() else How.name
-    with tempfile.TemporaryDirectory() as folder:
-        found, log = Path(folder, "found"), Path(folder, "log")
-        for file in (found, log):
-            file.touch()
+
+    def __init__(self, work: Callable[..., None], *args: Any, waits: bool = False) -> None:
+        how = "spawn" if torch.cuda.is_initialized() else How.name
         context: Any = multiprocessing.get_context(how)
-        process = context.Process(target=_work, args=(work, args, found, log))
+        self._folder = tempfile.TemporaryDirectory()
+        self.found, self._log = (Path(self._folder.name, name) for name in ("found", "log"))
+        for file in (self.found, self._log):
+            file.touch()
+        self._told = context.SimpleQueue()
+        if waits:
+            args = (*args, self._told)
+        self._process = context.Process(target=_work, args=(work, args, self.found, self._log))
         sys.stdout.flush()
-        process.start()
+        self._process.start()
+
+    def tell(self, what: Any) -> None:
+        """Have it go on, with ``what``."""
+        self._told.put(what)
+
+    def end(self) -> None:
+        """Have it end now, if it has not."""
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    def finish(
+        self, seconds: float, hear: Callable[[dict[str, Any]], float] = lambda _: 0.0
+    ) -> Ended:
+        """Wait for its end.
+
+        Args:
+            seconds: after which it is killed.
+            hear: is given what was found as soon as it is; so many more seconds it may take.
+        """
         try:
-            process.join(seconds)
-            late = process.is_alive()
+            late, end, heard = False, time.monotonic() + seconds, 0
+            while self._process.is_alive() and not late:
+                self._process.join(min(_LOOKS, max(0.0, end - time.monotonic())))
+                records = _records(self.found)
+                more = sum(hear(record) for record in records[heard:])
+                end, heard, seconds = end + more, len(records), seconds + more
+                late = self._process.is_alive() and time.monotonic() >= end
+            self._process.kill()
+            self._process.join()
+            records = _records(self.found)
+            if late:
+                problem = f"it was ended after {seconds:.0f} s"
+            elif self._process.exitcode:
+                problem = _died(self._process.exitcode)
+            else:
+                return Ended(records, None)
+            at = next((r["at"] for r in reversed(records) if r.get("what") == "begins"), None)
+            words = "" if late else " ".join(self._log.read_text(errors="replace").split())
+            _, fatal, after = words.rpartition("Fatal Python error: ")  # faulthandler's
+            words = after[:_LOG] if fatal else words[-_LOG:]
+            where = f", {at}" if at else ""
+            return Ended(records, f"{problem}{where}{f': {words}' if words else ''}")
         finally:
-            process.kill()
-            process.join()
-        records = _records(found)
-        if late:
-            problem = f"it was ended after {seconds:.0f} s"
-        elif process.exitcode:
-            problem = _died(process.exitcode)
-        else:
-            return Ended(records, None)
-        at = next((r["at"] for r in reversed(records) if r.get("what") == "begins"), None)
-        words = "" if late else " ".join(log.read_text(errors="replace").split())
-        _, fatal, after = words.rpartition("Fatal Python error: ")  # faulthandler's
-        words = after[:_LOG] if fatal else words[-_LOG:]
-        where = f", {at}" if at else ""
-        return Ended(records, f"{problem}{where}{f': {words}' if words else ''}")
+            self.end()
+
+
+def run(work: Callable[..., None], *args: Any, seconds: float) -> Ended:
+    """Start a process and wait for its end, as :class:`Started` does both."""
+    return Started(work, *args).finish(seconds)
 
 
 def _died(code: int) -> str:
@@ -100,7 +145,8 @@ def _died(code: int) -> str:
 def _records(file: Path) -> list[dict[str, Any]]:
     """What was written whole."""
     found = []
-    for line in file.read_text().splitlines():
+    whole, _, _ = file.read_text().rpartition("\n")
+    for line in whole.splitlines():
         with suppress(ValueError):
             found.append(json.loads(line))
     return found

@@ -11,7 +11,7 @@ import torch
 from vllm_nvfp4_moe.doctor.cases import Weights, some
 from vllm_nvfp4_moe.doctor.inputs import Batch
 from vllm_nvfp4_moe.doctor.reference import RIGHT, Expert, Rounding, experts_of, faults, outputs
-from vllm_nvfp4_moe.doctor.scan import outstanding, wrong_scale
+from vllm_nvfp4_moe.doctor.scan import noise_of, outstanding, wrong_scale
 from vllm_nvfp4_moe.self_check import Error, error_of
 
 _FEW, _FEWER = 48, 8
@@ -19,6 +19,9 @@ _FEW, _FEWER = 48, 8
 their experts' weights are held in floats."""
 _PLACES = 4
 """That are looked at where errors stand out: experts that share tokens share errors."""
+_LEFT = 0.5
+"""Of the errors, what may be left of them where factors of so few tokens' experts explain them: a
+little less is left by any, and is enough where an error is just beyond the bound."""
 _OFF = 0.05
 """A factor that is nearer to 1 than this is 1."""
 
@@ -71,9 +74,11 @@ def named(judge: Judge, given: Batch, out: torch.Tensor) -> str | None:
 
 def single_scale(judge: Judge, given: Batch, out: torch.Tensor, truth: torch.Tensor) -> str | None:
     """The one block scale that is wrong, in words; None if none stands out of the roundings."""
-    error, size = out - truth, truth.square().mean(1, keepdim=True).sqrt()
-    places = outstanding(judge.weights, given, judge.rounding, error, size)[:_PLACES]
-    found = [wrong_scale(judge.weights, given, judge.rounding, error, place) for place in places]
+    error, noise = out - truth, noise_of(out - truth, truth)
+    places = outstanding(judge.weights, given, judge.rounding, error, noise)[:_PLACES]
+    found = [
+        wrong_scale(judge.weights, given, judge.rounding, error, noise, place) for place in places
+    ]
     explained = [each for each in found if each is not None]
     return str(min(explained, key=lambda pair: pair[0])[1]) if explained else None
 
@@ -84,7 +89,8 @@ def _factors(judge: Judge, given: Batch, out: torch.Tensor, truth: torch.Tensor)
     for matrix, fit in (("w2", _fit_w2), ("w13", _fit_w13)):
         found, result = fit(experts, given, out, truth)
         wrong = {number: f for number, f in found.items() if abs(f - 1) > _OFF}
-        if wrong and judge.right(out, result):
+        explained = float((out - result).norm()) < _LEFT * float((out - truth).norm())
+        if wrong and explained and judge.right(out, result):
             return _told(matrix, wrong, len(found))
     return None
 

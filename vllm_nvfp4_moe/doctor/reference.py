@@ -3,6 +3,7 @@ of the known faults were in a kernel."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,21 +12,49 @@ from typing import NamedTuple
 import torch
 
 from quantize.experts.gates import Gate
-from quantize.nvfp4.activations import round_nvfp4
+from quantize.nvfp4.activations import round_nvfp4, round_rows_e4m3
+from quantize.nvfp4.format import E2M1_MAX, E4M3_MAX, dequantize
 from vllm_nvfp4_moe.doctor.cases import Weights
-from vllm_nvfp4_moe.doctor.inputs import Batch
+from vllm_nvfp4_moe.doctor.inputs import Batch, Stored
 
 
 class Rounding(NamedTuple):
     """How a kernel rounds what goes into its products.
 
     Attributes:
-        nvfp4: to NVFP4, by the checkpoint's input scales; else the reference does not round.
+        nvfp4: activations to NVFP4, by the checkpoint's input scales.
         by_expert: each expert by its own input scale; else by the largest.
+        e4m3: activations to E4M3 with a scale for each token, weights to E4M3 (:func:`e4m3`), and
+            what the gate gives first to bfloat16: as Hopper's kernel with FP8.
+        stored: what goes into the gate, what it gives, and what activations are rounded to, to
+            bfloat16: vLLM's emulation, which keeps all three in memory. Without that the reference
+            would round other numbers than the kernel, and some to other codes, which differ by up
+            to a third.
+
+    By default the reference does not round. The more of a kernel's roundings it has, the smaller
+    the faults that stand out of the rest.
     """
 
     nvfp4: bool = False
     by_expert: bool = False
+    e4m3: bool = False
+    stored: bool = False
+
+
+def e4m3(stored: Stored, expert: int) -> torch.Tensor:
+    """One expert's weights as a kernel that multiplies in E4M3 has them, float32 ``[out, in]``.
+
+    The whole expert is shifted by the power of two that makes it as large as E4M3 holds: its
+    largest scale, times E2M1's largest, comes under 464, which is rounded to 448. Each weight then
+    goes to the nearest. Only for scales that are more than 2^-10 of the largest, as those of
+    ``random_weights`` are: ``kernels/hopper/fp8_weights.py`` raises smaller ones first.
+    """
+    codes, scales, global_scale = (part[expert] for part in stored)
+    weight = dequantize(codes, scales, torch.ones_like(global_scale))
+    most = E4M3_MAX + 16  # half a step above
+    shift = 2.0 ** math.floor(math.log2(most / (E2M1_MAX * float(scales.float().max()))))
+    rounded = (weight * shift).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return rounded * (global_scale / shift)
 
 
 @dataclass(frozen=True)
@@ -92,7 +121,7 @@ class Expert:
         self.number = number
         self.token, self.slot = (given.ids == number).nonzero(as_tuple=True)
         self.factor = given.weights[self.token, self.slot].unsqueeze(1)
-        self._weights = weights
+        self._weights, self._rounding = weights, rounding
         self.biases: list[torch.Tensor | None] = [None, None]
         if weights.biases is not None:
             self.biases = [bias[number].float() for bias in weights.biases]
@@ -105,13 +134,16 @@ class Expert:
 
     @cached_property
     def w13(self) -> torch.Tensor:
-        """Float32 ``[rows, hidden]``."""
-        return self._weights.w13.weight(self.number)
+        """Float32 ``[rows, hidden]``, as it is multiplied by."""
+        return self._matrix(self._weights.w13)
 
     @cached_property
     def w2(self) -> torch.Tensor:
-        """Float32 ``[hidden, intermediate]``."""
-        return self._weights.w2.weight(self.number)
+        """Float32 ``[hidden, intermediate]``, as it is multiplied by."""
+        return self._matrix(self._weights.w2)
+
+    def _matrix(self, stored: Stored) -> torch.Tensor:
+        return e4m3(stored, self.number) if self._rounding.e4m3 else stored.weight(self.number)
 
     def other(self, weights: Weights, rounding: Rounding) -> list[torch.Tensor]:
         """The input scales that it should not take."""
@@ -119,15 +151,27 @@ class Expert:
 
     def pre(self, scales: list[torch.Tensor] | None = None, biased: bool = True) -> torch.Tensor:
         """What goes into the gate, ``[tokens, rows of w13]``."""
-        scales = scales or self.scales
-        x = self.x if scales is None else round_nvfp4(self.x, scales[0])
-        pre, bias = x @ self.w13.T, self.biases[0]
-        return pre if bias is None or not biased else pre + bias
+        pre, bias = self.rounded(self.x, 0, scales) @ self.w13.T, self.biases[0]
+        pre = pre if bias is None or not biased else pre + bias
+        return pre.bfloat16().float() if self._rounding.stored else pre
 
     def seen(self, middle: torch.Tensor, scales: list[torch.Tensor] | None = None) -> torch.Tensor:
         """What goes into the second product, from what the gate gave."""
+        if self._rounding.e4m3 or self._rounding.stored:
+            middle = middle.bfloat16().float()
+        return self.rounded(middle, 1, scales)
+
+    def rounded(
+        self, values: torch.Tensor, product: int, scales: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """What goes into a product (0, 1) of float32 ``[tokens, columns]``."""
         scales = scales or self.scales
-        return middle if scales is None else round_nvfp4(middle, scales[1])
+        if self._rounding.e4m3:
+            return round_rows_e4m3(values)
+        if scales is None:
+            return values
+        kept = values.bfloat16() if self._rounding.stored else values
+        return round_nvfp4(kept, scales[product]).float()
 
     def output(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,16 @@ from vllm_nvfp4_moe.doctor.cases import (
     some,
     together,
 )
+from vllm_nvfp4_moe.doctor.compiling import READY, Spent, preparing
 from vllm_nvfp4_moe.doctor.diagnosis import Judge, named, single_scale
 from vllm_nvfp4_moe.doctor.inputs import Batch, batches
 from vllm_nvfp4_moe.doctor.kernels import VARIANTS, told
-from vllm_nvfp4_moe.doctor.layer import Layer, Way, build, one_rank
+from vllm_nvfp4_moe.doctor.layer import Layer, Way, build, make, one_rank
 from vllm_nvfp4_moe.doctor.reference import RIGHT, Rounding, faults, outputs
 from vllm_nvfp4_moe.doctor.scan import ENOUGH
 from vllm_nvfp4_moe.doctor.shape import Shape, active_experts
 from vllm_nvfp4_moe.doctor.timing import WARM, Pass, time_on_cpu, time_on_gpu
-from vllm_nvfp4_moe.self_check import BOUNDS, ROUNDED_WEIGHTS, error_of, nearer_to
+from vllm_nvfp4_moe.self_check import BOUNDS, error_of, nearer_to
 
 JUDGED = {"cpu": 16, "cuda": 1024}
 """Tokens of a batch that plain arithmetic computes, by device."""
@@ -39,7 +41,7 @@ AGAIN = (1, 64)
 """Numbers of tokens with which a kernel is tried once more, if it does with 4-bit activations what
 it does without."""
 ROUNDS = 15
-_SECONDS = {"cpu": 1.0, "cuda": 2.0}
+_SECONDS = {"cpu": 1.0, "cuda": 1.0}
 """That timing one number of tokens may take, by device, if that is two rounds or more."""
 _CALLS_ON_CPUS = 4
 """With different experts, if there are few tokens; with many, all experts' weights are read."""
@@ -82,20 +84,25 @@ def examine(job: Job, emit: Emit) -> None:
     """Do it; what is found is given to ``emit``, one thing after the other, so that it is not lost
     when the process dies."""
     done: dict[str, str] = {}
+    deadline = job.deadline
     with one_rank(job.device):
         for number, (place, variant) in enumerate(job.runnable):
-            if place in done and time.monotonic() > job.deadline:
+            if place in done and time.monotonic() > deadline:
                 continue  # it is known there, and most likely does the same here
             costs = [
                 (_AGAIN_COSTS if p in done else 1.0) * job.shapes[p].weights
                 for p, _ in job.runnable[number:]
             ]
-            left = max(0.0, job.deadline - time.monotonic())
+            left = max(0.0, deadline - time.monotonic())
             until = time.monotonic() + left * costs[0] / sum(costs)
             told_of = {"place": place, "variant": variant}
             emit({"what": "begins", **told_of, "at": "building the layer"})
+            spent = Spent()
             try:
-                part = _Part(job, place, variant, until, emit)
+                with preparing(READY, emit, **told_of) as spent:
+                    part = _Part(job, place, variant, until, emit)
+                    part.warm()
+                part.until += spent.compiling
                 part.run(again=done.get(place))
                 if not part.layer.method.quantizes_activations:
                     done[place] = part.layer.kernel
@@ -104,11 +111,39 @@ def examine(job: Job, emit: Emit) -> None:
                 emit({"what": "failed", **told_of, "message": message})
                 if not _works(job.device):
                     raise
+            deadline += spent.compiling
             part = None  # type: ignore[assignment]
             if number + 1 < len(job.runnable):
                 gc.collect()
             if job.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def examine_when_told(
+    way: Way, shape: Shape, device: torch.device, folder: Path, told: Any, emit: Emit
+) -> None:
+    """:func:`examine` a job that comes later; until then, begin what takes seconds of each process
+    and little of the device: its contexts, and the modules that ``way`` needs.
+
+    Args:
+        shape: of any layer that the kernel could run.
+        told: whose ``get()`` waits for the job.
+    """
+    with ExitStack() as stack:
+        with alone(folder):
+            stack.enter_context(one_rank(device))
+            with suppress(Exception):  # it comes again where it is told of
+                make(shape, way, torch.device("meta"))
+        examine(told.get(), emit)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other process of doctor's makes ready or takes times. A process that dies lets
+    others go on."""
+    with (folder / "alone").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _works(device: torch.device) -> bool:
@@ -132,11 +167,9 @@ class _Part:
             self.shape, w.w13, w.w2, job.way, w.biases, variant == VARIANTS[0], w.input_scales
         )
         method = self.layer.method
-        self.rounding = Rounding(
-            bool(method.quantizes_activations), bool(method.input_scales_by_expert)
-        )
+        self.rounding = rounding_of(method, job.way)
         bits = method.activation_bits
-        bound = ROUNDED_WEIGHTS if method.rounds_weights else BOUNDS[bits]
+        bound = BOUNDS[bits]
         self.judge = Judge(self.weights, self.rounding, bound)
         self.emit(
             "built", kernel=self.layer.kernel, activation_bits=bits, bound=list(bound[:2]),
@@ -145,6 +178,17 @@ class _Part:
 
     def emit(self, what: str, **more: Any) -> None:
         self._emit({"what": what, "place": self.place, "variant": self.variant, **more})
+
+    def warm(self) -> None:
+        """Call it with each number of tokens: on GPUs, kernels are chosen by that, and compiled
+        when they are first called. Otherwise how long a call takes would be judged by this one."""
+        self.emit("begins", at="the first calls")
+        tokens = self.job.tokens if self.job.device.type == "cuda" else self.job.tokens[:1]
+        for count in tokens:
+            given = make_batch(self.shape, Case(count, "uniform"), self.job.device)
+            self.layer(self.layer.routed(given))
+        if self.job.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def run(self, again: str | None) -> None:
         """Check and time it.
@@ -162,7 +206,8 @@ class _Part:
         end = time.monotonic() + share * max(0.0, self.until - time.monotonic())
         right = self.check(cases, end, scan=not same)
         if right and not same:
-            self.time()
+            with alone(self.job.folder):
+                self.time()
 
     # -- right or wrong ---------------------------------------------------------------------------
 
@@ -322,9 +367,19 @@ class _Part:
             )  # fmt: skip
 
 
+def rounding_of(method: Any, way: Way) -> Rounding:
+    """How the kernel of a layer's method rounds, as far as is known."""
+    return Rounding(
+        nvfp4=bool(method.quantizes_activations),
+        by_expert=bool(method.input_scales_by_expert),
+        e4m3=bool(method.rounds_weights),  # Hopper's with FP8 is the one that does
+        stored=way.backend == "emulation",
+    )
+
+
 def reference_file(folder: Path, place: str, rounding: Rounding) -> Path:
     """Where the reference's outputs for a shape are, once they are computed."""
-    return folder / f"{place} {int(rounding.nvfp4)}{int(rounding.by_expert)}.pt"
+    return folder / f"{place} {''.join(str(int(each)) for each in rounding)}.pt"
 
 
 def save_reference(
@@ -358,12 +413,16 @@ def prepare(
     shapes: Mapping[str, Shape],
     tokens: tuple[int, ...],
     device: torch.device,
-    _: Emit,
 ) -> None:
-    """Compute the reference for kernels that do not round, before any kernel's time begins."""
-    for place, shape in shapes.items():
-        file = reference_file(folder, place, Rounding())
-        save_reference(file, make_weights(shape, device), Rounding(), tokens, device)
+    """Compute the reference for kernels that do not round, before any kernel's time begins; on a
+    GPU, where it is done while others are asked, also for those that Hopper may run."""
+    every = [Rounding()]
+    if device.type == "cuda":
+        every += [Rounding(e4m3=True), Rounding(nvfp4=True, stored=True)]
+    for rounding in every:
+        for place, shape in shapes.items():
+            file = reference_file(folder, place, rounding)
+            save_reference(file, make_weights(shape, device), rounding, tokens, device)
 
 
 def _number(value: float) -> float | None:
