@@ -350,14 +350,16 @@ class Run:
             self._clear()
         assert record.identity is not None
         begun = time.perf_counter()
-        with self.sessions.phase("shards"):
-            if streamed(checkpoint):
-                with Stream(checkpoint, plan, record, missing, self.say) as stream:
-                    self._make_shards(missing, progress, stream)
-                    record.identity = stream.identify(record.identity)
-            else:
-                self._make_shards(missing, progress)
-        self.reading += time.perf_counter() - begun
+        try:
+            with self.sessions.phase("shards"):
+                if streamed(checkpoint):
+                    with Stream(checkpoint, plan, record, missing, self.say) as stream:
+                        self._make_shards(missing, progress, stream)
+                        record.identity = stream.identify(record.identity)
+                else:
+                    self._make_shards(missing, progress)
+        finally:  # after a full disk it is tried again, and what was read counts
+            self.reading += time.perf_counter() - begun
         edited = digests(checkpoint, plan, record.identity)
         report = collect(checkpoint, plan, record, edited, self.sessions.all)
         files = {REPORT_DATA: dumps(report).encode(), REPORT: render(report).encode()}

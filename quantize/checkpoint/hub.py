@@ -328,11 +328,11 @@ def advice(error: Exception) -> str:
         return "; the token that HF_TOKEN or `hf auth login` gave is none: correct it"
     if isinstance(cause, HFValidationError):
         return ""  # of the name that was given
-    if isinstance(cause, ValueError | KeyError | TypeError | AttributeError):
-        return "; what answered is not the hub, but a proxy or a login page: look at HF_ENDPOINT"
     status = 0
-    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-        status = cause.response.status_code
+    if isinstance(cause, HfHubHTTPError):  # one of them is a ValueError as well
+        status = 0 if cause.response is None else cause.response.status_code
+    elif isinstance(cause, ValueError | KeyError | TypeError | AttributeError):
+        return "; what answered is not the hub, but a proxy or a login page: look at HF_ENDPOINT"
     if status in (401, 403):
         return "; log in with `hf auth login`, and correct HF_TOKEN if it is set"
     if status in (408, 429) or status >= 500:

@@ -300,8 +300,10 @@ class Streamed(HubWeights):
                 f"{said}; the hub has commit {self.model.commit} no longer: begin again with what "
                 "it has now, by --overwrite"
             ) from error
+        to_do = advice(error)
+        then = "then " if to_do else ""
         raise QuantizeError(
-            f"{said}{advice(error)}; then go on, by the same command with --resume"
+            f"{said}{to_do}; {then}go on, by the same command with --resume"
         ) from error
 
     def _download(self, name: str, came: list[float]) -> None:

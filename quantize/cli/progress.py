@@ -272,11 +272,17 @@ def downloading(nbytes: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def uploading(nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Likewise of an upload; on a terminal the hub's client does."""
+    """Likewise of an upload; on a terminal the hub's client does, and the log has lines."""
     from quantize.checkpoint.hub import without_bars
 
     if err.is_terminal and not err.quiet:
-        yield lambda _: None
+        if Said.log_file is None:
+            yield lambda _: None
+            return
+        with _every_minute(Shown(Said.log_file.write)) as shown:
+            line = Bar(shown, "Uploading", nbytes)
+            line.advance(0)
+            yield line.advance
         return
     with without_bars(), progress_bar("Uploading", nbytes) as bar:
         bar.advance(0)

@@ -210,12 +210,16 @@ def _check_contents(
 
 @contextmanager
 def _pushing(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         yield
     except QuantizeError:
         raise
     except Exception as error:
-        to_do = advice(error)
+        # What the client says of an answer of the hub's is a ValueError now and then.
+        answered = isinstance(error.__cause__, HfHubHTTPError)
+        to_do = "" if answered else advice(error)
         if _answer(error)[0] in (401, 403):
             to_do = "; log in with `hf auth login`, with a token that may write there"
         raise QuantizeError(f"uploading to {name} failed: {client_words(error)}{to_do}") from error

@@ -180,6 +180,23 @@ def test_compiling_is_said_and_ends(monkeypatch: pytest.MonkeyPatch, ends: bool)
         assert problem == "it was ended after 2 s" and time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 7.0])
+def test_time_for_compiling_is_given_once(slow: bool, seconds: float) -> None:
+    """Whether or not the record that it is slow came before the end, which is a matter of
+    milliseconds."""
+    hear = compiling.listener(lambda _: None, "a kernel")
+    records: list[dict[str, Any]] = [{"what": compiling.SLOW}] if slow else []
+    records.append({"what": compiling.PREPARED, "compiling": seconds})
+    for _ in range(2):
+        assert sum(map(hear, records)) == pytest.approx(seconds)
+
+
+def test_who_takes_times_waits_for_others_so_long_and_no_longer(tmp_path: Path) -> None:
+    with alone(tmp_path) as first, alone(tmp_path, 0.3) as second:
+        assert first < 0.3 <= second < 30
+
+
 def _waits(folder: Path, told: Any, emit: Callable[[Any], None]) -> None:
     with alone(folder):
         emit({"what": "ready"})

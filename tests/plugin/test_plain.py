@@ -359,6 +359,44 @@ def test_a_class_that_fails() -> None:
     assert model.scale == 3
 
 
+def test_an_adapters_class_is_the_one_that_it_is_derived_from() -> None:
+    """vLLM's pooling models are made so, with other names: A.X-K1's has the same norms in vain."""
+
+    class AXK1ForCausalLM(Plain):
+        def __init__(self) -> None:
+            super().__init__(lambda model: set(ALL))
+            self.layers = torch.nn.ModuleList([torch.nn.Module()])
+            self.layers[0].post_mlp_layernorm = torch.nn.RMSNorm(4)
+            self.layers[0].mlp = torch.nn.Module()
+
+    class AXK1ForEmbedding(AXK1ForCausalLM):
+        pass
+
+    for kind in (AXK1ForCausalLM, AXK1ForEmbedding):
+        model = kind()
+        plain.guard(model, "folder", draft=False)
+        model.load_weights([])
+    model.layers[0].mlp.experts = torch.nn.Module()  # with experts it is used
+    plain.guard(model, "folder", draft=False)
+    with pytest.raises(RefusedError, match="post_mlp_layernorm"):
+        model.load_weights([])
+
+
+def test_memory_of_several_ranks_is_let_alone() -> None:
+    """As of DeepSeek-V4.1's tables, into which one rank writes for all."""
+    seen: list[torch.Tensor] = []
+
+    def load(model: Plain) -> set[str]:
+        seen.append(model.norm.weight.detach().clone())
+        return set(ALL)
+
+    model = Plain(load)
+    model.norm._shared_memory = object()
+    plain.guard(model, "folder", draft=False)
+    model.load_weights([])
+    assert torch.equal(seen[0], torch.ones(4))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_each_is_looked_at(name: str) -> None:
     def load(model: Plain) -> set[str]:

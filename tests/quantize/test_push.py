@@ -244,6 +244,14 @@ def test_a_hub_that_wants_to_be_asked_tomorrow(
     assert waited == []
 
 
+def test_what_the_hub_itself_refuses_is_no_proxys(hub: Hub, model: str, tmp_path: Path) -> None:
+    """The client makes a ValueError of a bad request, and of a card that the hub does not take."""
+    hub.refuse_commits = [(400, {})]
+    said = refusal("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    assert "is complete, but uploading" in said and "400" in said
+    assert "proxy" not in said and "HF_ENDPOINT" not in said
+
+
 PAGES = ("/api/repos/create", ".*/preupload/main", ".*/batch", ".*/commit/main")
 
 

@@ -54,17 +54,18 @@ def compiled(records: list[dict[str, Any]]) -> float:
 def listener(say: Callable[[str], None], name: str) -> Callable[[dict[str, Any]], float]:
     """For ``children.Started.finish``: says once that ``name`` is compiled, and gives a process
     time for that."""
-    told = False
+    told, given = False, 0.0
 
     def hear(record: dict[str, Any]) -> float:
-        nonlocal told
+        nonlocal told, given
         if record["what"] == PREPARED:  # what was not needed is taken back
-            return record["compiling"] - MOST if record["compiling"] > 0 else 0.0
+            more, given = record["compiling"] - given, 0.0
+            return float(more)
         if record["what"] != SLOW:
             return 0.0
         if not told:
             say(f"{name}: compiling what never was compiled here; checks lose no time by that")
-        told = True
+        told, given = True, MOST
         return MOST
 
     return hear

@@ -78,6 +78,8 @@ def run(shape: Shape, tp: int | None, quick: bool, say: Callable[[str], None]) -
         asking = listener(say, "this package's kernels")
         surveyed = Started(_survey, shapes, device).finish(_SURVEY, asking)
         if surveyed.problem and device.type == "cuda":
+            if figuring:
+                figuring.end()
             How.name, figuring = "spawn", None
             surveyed = Started(_survey, shapes, device).finish(_SURVEY, asking)
         end = begin + (QUICK_SECONDS if quick else SECONDS) + compiled(surveyed.records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,6 +50,8 @@ _AGAIN_COSTS = 0.2
 """Of a layer's time, what it takes to try it in another variant."""
 _MORE = 99
 """Inputs that no other call has (``make_batch``)."""
+_WAITS = 30.0
+"""Seconds that times wait for a process that makes ready; less than what hangs is given."""
 _NAMED = 3
 """Wrong outputs of a layer that are looked into."""
 _CHECKS = 0.6
@@ -138,12 +141,26 @@ def examine_when_told(
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, most: float = math.inf) -> Iterator[float]:
     """Within, no other process of doctor's makes ready or takes times. A process that dies lets
-    others go on."""
+    others go on.
+
+    Args:
+        most: seconds to wait for that at most: one that hangs must not hold up the others.
+
+    Yields:
+        the seconds waited.
+    """
+    begin = time.monotonic()
     with (folder / "alone").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() - begin > most:
+                break
+            time.sleep(0.05)
+        yield time.monotonic() - begin
 
 
 def _works(device: torch.device) -> bool:
@@ -182,13 +199,16 @@ class _Part:
     def warm(self) -> None:
         """Call it with each number of tokens: on GPUs, kernels are chosen by that, and compiled
         when they are first called. Otherwise how long a call takes would be judged by this one."""
-        self.emit("begins", at="the first calls")
-        tokens = self.job.tokens if self.job.device.type == "cuda" else self.job.tokens[:1]
-        for count in tokens:
+        on_gpu = self.job.device.type == "cuda"
+        for count in self.job.tokens if on_gpu else self.job.tokens[:1]:
+            self.emit("begins", at=f"the first call, {count} tokens")
             given = make_batch(self.shape, Case(count, "uniform"), self.job.device)
-            self.layer(self.layer.routed(given))
-        if self.job.device.type == "cuda":
-            torch.cuda.synchronize()
+            try:
+                self.layer(self.layer.routed(given))
+                if on_gpu:
+                    torch.cuda.synchronize()
+            except Exception:
+                return  # the checks come to it as well, and say what was right before
 
     def run(self, again: str | None) -> None:
         """Check and time it.
@@ -206,7 +226,8 @@ class _Part:
         end = time.monotonic() + share * max(0.0, self.until - time.monotonic())
         right = self.check(cases, end, scan=not same)
         if right and not same:
-            with alone(self.job.folder):
+            with alone(self.job.folder, _WAITS) as waited:
+                self.until += waited
                 self.time()
 
     # -- right or wrong ---------------------------------------------------------------------------

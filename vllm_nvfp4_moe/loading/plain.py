@@ -65,7 +65,9 @@ def guard(model: torch.nn.Module, name: str, draft: bool) -> None:
 
 def _unused(model: torch.nn.Module, name: str) -> bool:
     """Whether the class makes that parameter in vain."""
-    pattern = _UNUSED.get(type(model).__name__)
+    # Adapters for pooling derive classes with names of their own.
+    names = (kind.__name__ for kind in type(model).__mro__)
+    pattern = next((_UNUSED[name] for name in names if name in _UNUSED), None)
     match = pattern.fullmatch(name) if pattern else None
     if match is None:
         return False
@@ -151,6 +153,8 @@ def _is_plain(module: torch.nn.Module, draft: bool) -> bool:
         VocabParallelEmbedding,
     )
 
+    if getattr(module, "_shared_memory", None) is not None:
+        return False  # of several ranks, of which one alone writes (DeepSeek-V4.1's Engram tables)
     method = getattr(module, "quant_method", None)
     plain = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
     if draft and isinstance(module, VocabParallelEmbedding):
