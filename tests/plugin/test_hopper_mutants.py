@@ -49,8 +49,11 @@ BOTH = {
     ),
     # One element too far.
     "tiles-read": Mutant(
-        "(index + gridDim.x) / row_blocks", "1 << 10", said=f"wrong output|{OUTSIDE}"
+        "schedule.tile(index + gridDim.x)", "1 << 10", said=f"wrong output|{OUTSIDE}"
     ),
+    # Each part of a tile that is split takes the first rows; or no part has the last.
+    "split-rows": Mutant("(1 << shift) - 1", "0", tokens=5, said=".+"),
+    "split-items": Mutant("whole + (pairs - whole << shift)", "pairs", tokens=5, said=".+"),
     "tiles-written": Mutant(
         "tiles[first + i]", "tiles[first + i + 8]", of=2, tokens=40, said=OUTSIDE
     ),
@@ -152,7 +155,9 @@ class Bench:
         numbers = [list(self.mutants).index(name) for name in names]
         self.library.emulation_mutants(sum(1 << number for number in numbers))
         emulated = Emulated(self.library, self.kernel, patch)
-        shape = self.large if mutant.tokens == 150 else self.shape
+        # 150 tokens fill a CTA's turns, 5 leave one tile for three CTAs.
+        processors = {150: 1, 5: 3}.get(mutant.tokens)
+        shape = self.large if processors else self.shape
         x, ids, weights = self.packed.batch(mutant.tokens)
         ids[-1, -1] = TINY.experts - 1  # the last of the map
         local = torch.arange(TINY.experts, dtype=torch.int32) if mutant.map else None
@@ -162,7 +167,7 @@ class Bench:
             try:
                 out = emulated.run(
                     x, self.packed.experts, ids, weights, GATES["silu"], local=local,
-                    tile_shape=shape, processors=1 if mutant.tokens == 150 else 2, seed=seed,
+                    tile_shape=shape, processors=processors or 2, seed=seed,
                 )  # fmt: skip
             except AssertionError as wrong:
                 found.append(str(wrong))
@@ -196,7 +201,7 @@ def test_no_wait_at_all_is_found_each_time_that_kernels_overlap(
 
 
 @pytest.mark.parametrize("kernel", MUTANTS)
-@pytest.mark.parametrize("mutant", [Mutant("", "", tokens=n, map=n == 40) for n in (4, 40, 150)])
+@pytest.mark.parametrize("mutant", [Mutant("", "", tokens=n, map=n == 40) for n in (4, 5, 40, 150)])
 def test_without_a_fault_nothing_is_found(
     kernel: str, mutant: Mutant, benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,10 +157,9 @@ def compiler() -> Path:
 
 # Of each epilogue; experts with biases and without a gate have parts of both.
 @pytest.mark.parametrize("form", [Form(), Form(gated=False), Form(biased=True)], ids=str)
-# FP8's producers of two-warpgroup tiles keep one number in memory, once a tile and not in the loop.
-@pytest.mark.parametrize(("name", "count", "most"), [("bf16", 12, 0), ("fp8", 14, 4)])
+@pytest.mark.parametrize(("name", "count"), [("bf16", 12), ("fp8", 10)])
 def test_the_kernels_compile_without_spills(
-    name: str, count: int, most: int, form: Form, compiler: Path, tmp_path: Path
+    name: str, count: int, form: Form, compiler: Path, tmp_path: Path
 ) -> None:
     """Nor does ptxas run MMAs one after another, as it does where registers get in their way."""
     file = tmp_path / "kernel.cu"
@@ -175,7 +174,7 @@ def test_the_kernels_compile_without_spills(
     assert done.returncode == 0, done.stderr
     spilled = re.findall(r"(\d+) bytes spill stores", done.stderr)
     assert len(spilled) == count
-    assert max(map(int, spilled)) <= most
+    assert set(spilled) == {"0"}
     assert "serialized" not in done.stderr
 
 

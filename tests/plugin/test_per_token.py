@@ -80,7 +80,7 @@ def weights_only(damage: Callable, layout: str) -> Path:
     """A checkpoint without input scales, as the command writes it by default."""
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if "input_" in n]:
+        for name in [n for n in tensors if "input_scale" in n or "input_global_scale" in n]:
             del tensors[name]
 
     def say(config: dict[str, Any]) -> None:

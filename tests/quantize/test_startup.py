@@ -176,7 +176,9 @@ def test_completion_loads_nothing_large(
 
 
 def test_a_source_that_is_not_there_loads_nothing_large(tmp_path: Path) -> None:
-    for words in (["inspect"], ["verify"], ["evaluate", "--text", "t"]):
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    for words in (["inspect"], ["verify"], ["evaluate", "--text", text]):
         dst = [tmp_path / "out"] * (words != ["inspect"])
         ended = process(tmp_path / "note", *words, tmp_path / "nowhere", *dst)
         assert ended.code == 1
