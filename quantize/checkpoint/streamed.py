@@ -300,10 +300,9 @@ class Streamed(HubWeights):
                 f"{said}; the hub has commit {self.model.commit} no longer: begin again with what "
                 "it has now, by --overwrite"
             ) from error
-        to_do = advice(error)
-        then = "then " if to_do else ""
+        to_do = advice(error) or "; find out why"
         raise QuantizeError(
-            f"{said}{to_do}; {then}go on, by the same command with --resume"
+            f"{said}{to_do}; then go on, by the same command with --resume"
         ) from error
 
     def _download(self, name: str, came: list[float]) -> None:
