@@ -80,8 +80,8 @@ class Versions:
         bench = self.bench
         pairs = expected_pairs(ids, bench.layer.experts, bench.local)
         chosen = bench.kernel.choose_tile_shape(pairs, bench.layer.experts)
-        others = bench.kernel.tile_shapes[:2] if tokens in FEW else ()
-        return [chosen, *(shape for shape in others if shape != chosen)]
+        small = (shape for shape in bench.kernel.tile_shapes if shape.max_tokens <= 64)
+        return [chosen, *(shape for shape in small if tokens in FEW and shape != chosen)]
 
     def measure(self, tokens: int, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
         """Points, and what is wrong."""

@@ -107,7 +107,6 @@ def watch_what_is_built(
         # Of draft models that are not quantized vLLM looks itself.
         if not ours(vllm_config) or model_config.quantization is None:
             return build()
-        load_config = getattr(self, "load_config", vllm_config.load_config)
-        return watched(build, vllm_config, model_config, load_config.load_format)
+        return watched(build, vllm_config, model_config, self.load_config.load_format)
 
     BaseModelLoader.create_model = create_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quantize.checkpoint.reader import Checkpoint
 from quantize.execute import execute
 from quantize.run.options import Options
 from quantize.run.plan import plan
+from tests.quantize import families
 
 HIDDEN, INNER, EXPERTS = 64, 48, 4
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -73,6 +75,18 @@ def quantized(source: Path, folder: Path, **options: Any) -> Path:
     with Checkpoint(source) as checkpoint:
         execute(checkpoint, plan(checkpoint, Options(**options)), folder)
     return folder
+
+
+def written(config: Any, folder: Path, layouts: Sequence[str]) -> None:
+    """A tiny model with random weights as Transformers saves it (``bf16``), and quantized in each
+    layout (under its name)."""
+    torch.manual_seed(0)
+    model: Any = families.of_config(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.bfloat16().save_pretrained(folder / "bf16")
+    for layout in layouts:
+        quantized(folder / "bf16", folder / layout, layout=layout)
 
 
 def rewrite(folder: Path, quantization: dict[str, Any], **tensors: torch.Tensor | None) -> Path:

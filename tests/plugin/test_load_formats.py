@@ -42,12 +42,13 @@ def test_weights_that_were_converted_before(
     load: Load, shallow: dict[str, Path], load_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor import model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     # Whichever loader it is, it builds the model first; vLLM's own need packages and other files.
     loaders = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     monkeypatch.setitem(loaders, load_format, loaders["dummy"])
     more = {"model_loader_extra_config": {"tensorizer_uri": "x"}} if "tens" in load_format else {}
-    monkeypatch.setattr(loaders["dummy"], "__init__", lambda self, config: None)
+    monkeypatch.setattr(loaders["dummy"], "__init__", BaseModelLoader.__init__)
     with pytest.raises(ValueError, match=f"--load-format {load_format} loads weights as they were"):
         load(shallow["modelopt"], load_format=load_format, **more)
 

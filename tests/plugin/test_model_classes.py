@@ -39,13 +39,7 @@ def write(family: str, folder: Path) -> None:
     if family == "laguna":
         sizes["num_hidden_layers"] = 3  # two with experts
     config = families.sized(family, sizes, families.SPECIAL.get(family, {}), {"head_dim": 32})
-    torch.manual_seed(0)
-    model: Any = families.of_config(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2)
-    model.bfloat16().save_pretrained(folder / "bf16")
-    for layout in LAYOUTS:
-        others.quantized(folder / "bf16", folder / layout, layout=layout)
+    others.written(config, folder, LAYOUTS)
     if family == "laguna":
         others.quantized(folder / "bf16", folder / "left", exclude=("*.layers.1.*",))
 

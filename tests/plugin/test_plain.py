@@ -52,13 +52,7 @@ def write(family: str, folder: Path) -> None:
     config = families.sized(family, sizes, special, {"head_dim": 32}, dense)
     if family == "deepseek_v3":  # as published, for vLLM's class
         config.topk_method = "noaux_tc"
-    torch.manual_seed(0)
-    model: Any = families.of_config(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2)
-    model.bfloat16().save_pretrained(folder / "bf16")
-    for layout in LAYOUTS:
-        others.quantized(folder / "bf16", folder / layout, layout=layout)
+    others.written(config, folder, LAYOUTS)
 
 
 @pytest.fixture(scope="module")
