@@ -42,6 +42,7 @@ COUNTS: dict[str, tuple[int, ...]] = {
     "qwen3-235b": (1, 2, 4, 8, 32, 512, 4096),
     "small": (1, 4, 16, 256, 2048),
     "minimax-m3 tp4": (1, 2, 8, 64, 1024),
+    "qwen3-235b tp8": (1, 4, 16, 64, 256, 1024, 8192),
     "deepseek-v3 ep8": (1, 8, 64, 1024),
 }
 """Tokens of each layer, by its name."""

@@ -154,8 +154,8 @@ def stamped(kernel: int | str, event: int, condition: str = "threadIdx.x == 0") 
 GEMM = "FIRST ? 2 : 3"
 WAIT, TRIGGER = "wait_for_previous_kernel();", "trigger_next_kernel();"
 LAST_OF_GEMM = "empty),\n         ...);\n"
-FIRST_TILE = "        Tile next = args.tiles[index / row_blocks];\n"
-PRODUCE = "if (elected()) produce<Shape, Input::WEIGHTS>(args, row_blocks, total, full);"
+FIRST_TILE = "        Tile next = args.tiles[schedule.tile(index)];\n"
+PRODUCE = "if (elected()) produce<Shape, Input::WEIGHTS>(args, schedule, total, full);"
 LAST_OF_ROUTE = "number - tile * step, 0};\n    }\n}"
 LAST_OF_GATHER = "unit < hidden / 8 ? row[unit] : make_uint4(0, 0, 0, 0));\n}"
 LAST_OF_COMBINE = "pack_bf16x2(sum[4], sum[5]), pack_bf16x2(sum[6], sum[7]));\n}"
@@ -177,8 +177,14 @@ def at_end(text: str, kernel: int, times: int = 1) -> Patch:
 
 TIMELINE = (
     after("extern __shared__ uint8_t memory[];\n", stamped(GEMM, BEGINS)),
-    after(f"if constexpr (FIRST) {WAIT}", stamped(GEMM, WAITED, "FIRST && threadIdx.x == 0")),
-    after(f"if constexpr (!FIRST) {WAIT}", stamped(GEMM, WAITED, "!FIRST && elected()")),
+    after(
+        f"if constexpr (FIRST && NEW_TABLES) {WAIT}",
+        stamped(GEMM, WAITED, "FIRST && threadIdx.x == 0"),
+    ),
+    after(
+        f"if constexpr (!FIRST || !NEW_TABLES) {WAIT}",
+        stamped(GEMM, WAITED, "!FIRST && elected()"),
+    ),
     Patch(
         PRODUCE,
         PRODUCE.replace("produce", "{ produce").replace("full);", "full); ")
@@ -186,7 +192,7 @@ TIMELINE = (
     ),
     after(
         FIRST_TILE,
-        "        if (index < args.size_ends[sizeof...(SIZES) - 1] * row_blocks) {\n"
+        "        if (index < schedule.items(tiles)) {\n"
         f"            barrier_wait(full, 0);{stamped(GEMM, FULL)}        }}\n",
     ),
     after(LAST_OF_GEMM, stamped(GEMM, ENDS)),

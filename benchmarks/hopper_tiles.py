@@ -69,6 +69,7 @@ LAYERS = [
     Layer(SMALL),
     Layer(MINIMAX_M3.slice(4)),
     Layer(QWEN3.slice(4)),
+    Layer(QWEN3.slice(8)),
     Layer(DEEPSEEK, ranks=8),
     Layer(MIXTRAL.slice(4)),
 ]

@@ -19,6 +19,8 @@ SHAPES = [
     # Neither a multiple of a tile; row tiles no multiple of two or four.
     Shape("pad-both", 8, 400, 48, 2),
     Shape("odd", 8, 512, 320, 2),
+    # Row tiles in blocks of three; fewer columns than the second product reads.
+    Shape("slice", 8, 384, 192, 2),
     # Of its columns there are more than the pipelines hold.
     Shape("deep", 3, 3264, 64, 2),
 ]

@@ -59,7 +59,6 @@ UNGATED = {
     "not-squared": Mutant("return up * up;", "return up;"),
     "below-zero": Mutant("up = up < 0.0f ? 0.0f : up;", ""),
     "nan": Mutant("up = up < 0.0f ? 0.0f : up;", "up = fmaxf(up, 0.0f);", said="NaN is lost"),
-    "rows": Mutant("(GATED ? 2 : 1)", "2", said=OUTSIDE),
 }
 ROUTER = {"weight-of-zero": Mutant("weight != 0.0f", "true", said="output is not finite")}
 
@@ -246,16 +245,15 @@ def test_packed_biases_are_beside_their_rows() -> None:
     gate_and_up = packed_biases(numbers, Rows.GATE_AND_UP)[0].unflatten(0, (-1, 2, 8))
     gate, up = gate_and_up[:, 0].flatten(), gate_and_up[:, 1].flatten()
     assert gate[:80].tolist() == [*range(1, 81)] and up[:80].tolist() == [*range(81, 161)]
-    assert len(gate) == 128 and not gate[80:].count_nonzero() and not up[80:].count_nonzero()
+    assert len(gate) == 96 and not gate[80:].count_nonzero() and not up[80:].count_nonzero()
     # Of each 16 rows the MMA's are in an order of their own.
     order = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
-    for rows, padded in ((Rows.UP, 256), (Rows.DOWN, 192)):
-        found = packed_biases(numbers.bfloat16(), rows)
-        assert found.dtype == torch.float32 and found.shape == (1, padded)
-        expected = numbers[0].unflatten(0, (-1, 16))[:, order].flatten()
-        assert torch.equal(found[0, :160], expected)
-        assert not found[0, 160:].count_nonzero()
-    assert packed_biases(numbers[:0], Rows.UP).shape == (0, 256)
+    found = packed_biases(numbers.bfloat16(), Rows.OF_ONE)
+    assert found.dtype == torch.float32 and found.shape == (1, 192)
+    expected = numbers[0].unflatten(0, (-1, 16))[:, order].flatten()
+    assert torch.equal(found[0, :160], expected)
+    assert not found[0, 160:].count_nonzero()
+    assert packed_biases(numbers[:0], Rows.OF_ONE).shape == (0, 192)
 
 
 def test_what_does_not_belong_together_is_refused(

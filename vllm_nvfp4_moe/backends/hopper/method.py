@@ -100,8 +100,8 @@ class HopperMethod(GpuMethod):
 
     def prepare(self, layer: RoutedExperts) -> None:
         for prefix, rows in (
-            ("w13", Rows.GATE_AND_UP if self.gate.gated else Rows.UP),
-            ("w2", Rows.DOWN),
+            ("w13", Rows.GATE_AND_UP if self.gate.gated else Rows.OF_ONE),
+            ("w2", Rows.OF_ONE),
         ):
             # One matrix after the other, so that no more than one lies in memory twice.
             global_scales = getattr(layer, f"{prefix}_weight_scale_2").data

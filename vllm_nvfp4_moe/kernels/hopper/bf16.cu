@@ -301,16 +301,31 @@ __device__ __forceinline__ void store_unit(uint8_t* tiles, int padded, const Pla
                               (unit % 8 ^ place.index % 8) * 16) = value;
 }
 
+// The second GEMM's tiles: the first writes `columns` of the `padded` that they have.
+struct Middle {
+    uint8_t* tiles;
+    int columns, padded;
+};
+
+// Clears what the first GEMM leaves out of a pair's row. Weights are zero there, and zero times what
+// happens to be in memory may be NaN.
+__device__ __forceinline__ void clear_padding(const Middle& middle, const Place& place) {
+    const int unit = middle.columns / 8 + threadIdx.x;  // they are less than a stage
+    if (unit < middle.padded / 8)
+        store_unit(middle.tiles, middle.padded, place, unit, make_uint4(0, 0, 0, 0));
+}
+
 constexpr int GATHER_THREADS = 128, FEW_THREADS = 256;
 
 // Copies rows of x, bf16 [tokens][stride], into the first GEMM's tiles. A CTA for each pair.
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
     gather(const uint4* x, int64_t stride, int top_k, int hidden, int padded, const Place* places,
-           uint8_t* out) {
+           uint8_t* out, Middle middle) {
     wait_for_previous_kernel();
     trigger_next_kernel();
     const Place place = places[blockIdx.x];
     if (place.tile_row < 0) return;
+    clear_padding(middle, place);
     const uint4* const row = x + int64_t(blockIdx.x / top_k) * stride / 8;
 #pragma unroll 4
     for (int unit = threadIdx.x; unit < padded / 8; unit += GATHER_THREADS)
@@ -324,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS)
     route_and_gather(const int* ids, const float* router_weights, const int* local, int pairs,
                      int experts, int token_step, int max_tokens, Tile* tiles, int* size_ends,
                      Place* places, const uint4* x, int64_t stride, int top_k, int hidden, int padded,
-                     uint8_t* out) {
+                     uint8_t* out, Middle middle) {
     constexpr int AHEAD = 4;
     trigger_next_kernel();
     const uint4* const row = x + int64_t(blockIdx.x / top_k) * stride / 8;
@@ -338,6 +353,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS)
                                   blockIdx.x, blockIdx.x == 0, tiles, size_ends);
     if (threadIdx.x == 0) places[blockIdx.x] = place;
     if (place.tile_row < 0) return;
+    clear_padding(middle, place);
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
         const int unit = threadIdx.x + i * FEW_THREADS;
@@ -370,20 +386,24 @@ EXPORTED int run(const LaunchSpec* given, cudaStream_t stream) {
     const int pairs = spec.tokens * spec.top_k;
     const auto* const x = static_cast<const uint4*>(spec.x);
     auto* const x_tiles = static_cast<uint8_t*>(spec.x_tiles);
+    const Middle middle{static_cast<uint8_t*>(spec.middle_tiles), spec.intermediate,
+                        spec.intermediate_padded};
     int error;
     if (pairs <= FEW_PAIRS) {
         error = launch(route_and_gather, pairs, FEW_THREADS, 0, stream, false, spec.ids,
                        spec.router_weights, spec.local, pairs, spec.experts, gemms.shape.token_step,
                        gemms.shape.max_tokens, spec.tiles, spec.size_ends, spec.places, x,
-                       spec.x_stride, spec.top_k, spec.hidden, spec.hidden_padded, x_tiles);
+                       spec.x_stride, spec.top_k, spec.hidden, spec.hidden_padded, x_tiles, middle);
     } else {
         error = launch_route(spec, gemms.shape, stream);
         if (!error)
             error = launch(gather, pairs, GATHER_THREADS, 0, stream, true, x, spec.x_stride,
-                           spec.top_k, spec.hidden, spec.hidden_padded, spec.places, x_tiles);
+                           spec.top_k, spec.hidden, spec.hidden_padded, spec.places, x_tiles,
+                           middle);
     }
     if (!error)
-        error = gemms.launch(true, first_arguments(spec, spec.middle_tiles), spec.processors, stream);
+        error = gemms.launch(true, first_arguments(spec, middle.tiles, middle.padded),
+                             spec.processors, stream);
     if (!error) error = gemms.launch(false, second_arguments(spec), spec.processors, stream);
     return error ? error : launch_combine(spec, stream);
 }

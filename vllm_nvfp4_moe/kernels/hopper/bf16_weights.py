@@ -41,18 +41,10 @@ EXPONENT = 9
 
 
 class Rows(Enum):
-    """What a matrix's rows are, from which follows their order and padding (:func:`in_order`)."""
+    """What a matrix's rows are, from which follows their order (:func:`in_order`)."""
 
     GATE_AND_UP = "all of gate, then all of up: w13 of gated experts"
-    UP = "w13 of experts without a gate"
-    DOWN = "w2"
-
-    def padded(self, rows: int) -> int:
-        """How many there are with padding: whole row tiles. What comes of ``w13`` are the columns
-        of ``w2``, and are padded as those."""
-        if self is Rows.DOWN:
-            return padded_rows(rows)
-        return padded_columns(rows) if self is Rows.UP else 2 * padded_columns(rows // 2)
+    OF_ONE = "w2, and w13 of experts without a gate"
 
 
 def padded_rows(rows: int) -> int:
@@ -77,24 +69,18 @@ def side_by_side(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_order(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Bring the rows of one expert's matrix, ``[rows, ...]``, into the order of the MMA's.
-
-    That is the order of :func:`gate_and_up` for those, else of :func:`side_by_side`. Rows of
-    ``w13`` are padded with zeros (:meth:`Rows.padded`).
-    """
-    if rows is Rows.DOWN:
-        return side_by_side(tensor)
-    parts = tensor.chunk(2) if rows is Rows.GATE_AND_UP else (tensor,)
-    more = padded_columns(len(parts[0])) - len(parts[0])
-    parts = tuple(torch.nn.functional.pad(part, (0, 0, 0, more)) for part in parts)
-    return gate_and_up(*parts) if rows is Rows.GATE_AND_UP else side_by_side(*parts)
+    """Bring the rows of one expert's matrix, ``[rows, ...]``, into the order of the MMA's: that of
+    :func:`gate_and_up` for those, else of :func:`side_by_side`."""
+    if rows is Rows.GATE_AND_UP:
+        return gate_and_up(*tensor.chunk(2))
+    return side_by_side(tensor)
 
 
 def packed_biases(biases: torch.Tensor, rows: Rows) -> torch.Tensor:
     """All experts' biases ``[experts, rows]`` in the order of the packed rows, float32, with zeros
     for padding."""
     packed = in_order(biases.float().T, rows).T
-    more = rows.padded(biases.shape[1]) - packed.shape[1]
+    more = padded_rows(biases.shape[1]) - biases.shape[1]
     return torch.nn.functional.pad(packed, (0, more)).contiguous()
 
 
@@ -179,7 +165,7 @@ def pack_experts(codes: torch.Tensor, scales: torch.Tensor, rows: Rows) -> torch
     Returns:
         uint8 ``[experts, row tiles, chunks, CHUNK_BYTES]``.
     """
-    tiles = rows.padded(codes.shape[1]) // GROUP_ROWS
+    tiles = padded_rows(codes.shape[1]) // GROUP_ROWS
     chunks = padded_columns(2 * codes.shape[2]) // CHUNK
     packed = codes.new_empty(codes.shape[0], tiles, chunks, CHUNK_BYTES)
     for expert in range(codes.shape[0]):

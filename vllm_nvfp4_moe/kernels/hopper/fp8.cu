@@ -280,10 +280,11 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
         if (places[i].tile_row >= 0) scales[places[i].tile_row + places[i].index] = scale;
 }
 
-// Rounds what the first GEMM wrote, bf16 rows of `columns`, into the second's tiles. A CTA for each
-// pair.
+// Rounds what the first GEMM wrote, bf16 rows of `columns`, into the second's tiles, which may have
+// more. A CTA for each pair.
 extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
-    requantize(const uint4* rows, int columns, const Place* places, uint8_t* out, float* scales) {
+    requantize(const uint4* rows, int columns, int padded, const Place* places, uint8_t* out,
+               float* scales) {
     wait_for_previous_kernel();
     trigger_next_kernel();
     const Place place = places[blockIdx.x];
@@ -291,9 +292,9 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
     const int at = place.tile_row + place.index;
     const uint4* const row = rows + int64_t(at) * columns / 8;
     const float scale = scale_of(row, columns), inverse = 1.0f / scale;
-    uint8_t* const to = row_in_tile(out, columns, place);
+    uint8_t* const to = row_in_tile(out, padded, place);
 #pragma unroll 2
-    for (int unit = threadIdx.x; unit < columns / 16; unit += QUANTIZE_THREADS)
+    for (int unit = threadIdx.x; unit < padded / 16; unit += QUANTIZE_THREADS)
         store_unit(to, place, unit,
                    quantized(reinterpret_cast<const uint2*>(row), columns, unit, inverse));
     if (threadIdx.x == 0) scales[at] = scale;
@@ -322,11 +323,12 @@ EXPORTED int run(const LaunchSpec* given, cudaStream_t stream) {
                        spec.hidden_padded, spec.places, static_cast<uint8_t*>(spec.x_tiles),
                        spec.x_scales);
     if (!error)
-        error = gemms.launch(true, first_arguments(spec, spec.middle_rows), spec.processors, stream);
+        error = gemms.launch(true, first_arguments(spec, spec.middle_rows, spec.intermediate),
+                             spec.processors, stream);
     if (!error)
         error = launch(requantize, spec.tokens * spec.top_k, QUANTIZE_THREADS, 0, stream, true,
-                       static_cast<const uint4*>(spec.middle_rows), spec.intermediate_padded,
-                       spec.places, static_cast<uint8_t*>(spec.middle_tiles), spec.middle_scales);
+                       static_cast<const uint4*>(spec.middle_rows), spec.intermediate,
+                       spec.intermediate_padded, spec.places, static_cast<uint8_t*>(spec.middle_tiles), spec.middle_scales);
     if (!error) error = gemms.launch(false, second_arguments(spec), spec.processors, stream);
     return error ? error : launch_combine(spec, stream);
 }

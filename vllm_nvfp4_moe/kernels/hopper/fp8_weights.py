@@ -160,7 +160,7 @@ def pack_experts(
         uint8 ``[experts, row tiles, stages, STAGE_BYTES]``, and float32 ``[experts]``: what each
         expert's weights in it are to be multiplied by.
     """
-    tiles = rows.padded(codes.shape[1]) // GROUP_ROWS
+    tiles = padded_rows(codes.shape[1]) // GROUP_ROWS
     stages = padded_columns(2 * codes.shape[2]) // STAGE
     packed = codes.new_empty(codes.shape[0], tiles, stages, STAGE_BYTES)
     factors = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)

@@ -81,6 +81,7 @@ struct GemmArguments : Bias<BIASED> {
     const int* size_ends;  // for each size, the largest first: the number of tiles that are as large
     uint8_t* out;          // the next GEMM's input, or of the second GEMM bf16 [rows of X][hidden]
     int row_tiles, chunks, out_columns;
+    int row_blocks, block_groups;  // see `Schedule`
     Gate gate;
     Multipliers multipliers;
     const float* x_scales;  // [rows of X], if the activations have scales
@@ -186,41 +187,50 @@ __device__ __forceinline__ void consume(const GemmArguments& args, const Tile& t
                                         Ring ring, uint8_t* stages, float* partial, uint32_t full,
                                         uint32_t empty);
 
+// Tiles of 64 rows that an item has, from number `first` on.
+struct RowGroups {
+    int first, count;
+};
+
 // Which parts of the output are computed as one, and by whom: items, of which a CTA takes every n-th, n
-// being the number of CTAs. An item is a pair of a tile of tokens and one of its blocks of ROW_GROUPS
-// times 64 rows. Where the last pairs are so few that there is a CTA for each of their row groups, or for
+// being the number of CTAs. An item is a pair of a tile of tokens and one of its blocks of rows, which
+// are as few as can be and of as many row groups each, at most ROW_GROUPS: slices of tensor parallelism
+// may have six. Where the last pairs are so few that there is a CTA for each of their row groups, or for
 // each two, they are items of so many: else most CTAs would be done while a few compute whole pairs.
 template <typename Shape>
 struct Schedule {
     // Of larger tiles each is many, and ptxas would run MMAs one by one (C7512).
     static constexpr bool SPLITS = Shape::MAX_TOKENS <= 64 && Shape::ROW_GROUPS == 4;
-    uint32_t row_blocks, whole, shift;  // from `whole` on 2^shift items are a pair
-    // `pairs`: of all tiles of tokens.
-    __device__ __forceinline__ Schedule(uint32_t row_blocks, uint32_t pairs)
-        : row_blocks(row_blocks), whole(pairs), shift(0) {
+    uint32_t row_tiles, row_blocks, block_groups;
+    uint32_t whole, shift;  // from `whole` on 2^shift items are a pair
+    // `tiles`: of tokens.
+    __device__ __forceinline__ Schedule(const GemmArguments& args, uint32_t tiles)
+        : row_tiles(args.row_tiles), row_blocks(args.row_blocks),
+          block_groups(SPLITS ? args.block_groups : Shape::ROW_GROUPS), whole(tiles * row_blocks),
+          shift(0) {
         if constexpr (SPLITS) {
-            const uint32_t last = pairs % gridDim.x;
+            const uint32_t last = whole % gridDim.x;
             whole -= last;
             shift = last * 2 > gridDim.x ? 0 : last * 4 > gridDim.x ? 1 : 2;
         }
     }
-    // How many items so many pairs are, the first ones.
-    __device__ __forceinline__ uint32_t items(uint32_t pairs) const {
+    // How many items so many tiles of tokens are, the first ones.
+    __device__ __forceinline__ uint32_t items(uint32_t tiles) const {
+        const uint32_t pairs = tiles * row_blocks;
         return !SPLITS || pairs <= whole ? pairs : whole + (pairs - whole << shift);
     }
     __device__ __forceinline__ uint32_t pair(uint32_t item) const {
         return !SPLITS || item < whole ? item : whole + (item - whole >> shift);
     }
     __device__ __forceinline__ uint32_t tile(uint32_t item) const { return pair(item) / row_blocks; }
-    // How many tiles of 64 rows an item has at most.
-    __device__ __forceinline__ int groups(uint32_t item) const {
-        return !SPLITS || item < whole ? Shape::ROW_GROUPS : Shape::ROW_GROUPS >> shift;
-    }
-    // The first of them.
-    __device__ __forceinline__ int row_tile(uint32_t item) const {
-        const int first = pair(item) % row_blocks * Shape::ROW_GROUPS;
-        if (!SPLITS || item < whole) return first;
-        return first + (item - whole & (1 << shift) - 1) * groups(item);
+    // An item's row groups, none if there are no more rows.
+    __device__ __forceinline__ RowGroups row_groups(uint32_t item) const {
+        const int begin = pair(item) % row_blocks * block_groups;
+        const int end = min(begin + block_groups, row_tiles);
+        if (!SPLITS || item < whole) return {begin, end - begin};
+        const int most = Shape::ROW_GROUPS >> shift;
+        const int first = begin + (item - whole & (1 << shift) - 1) * most;
+        return {first, first < end ? min(most, end - first) : 0};
     }
 };
 
@@ -234,14 +244,14 @@ __device__ __forceinline__ void consume_tiles_of_size(const GemmArguments& args,
     const int steps = args.chunks / 2;
     for (; index < end; index += gridDim.x, ring.skip<Shape::STAGES>(steps)) {
         const Tile tile = next;
-        const int row_tile = schedule.row_tile(index), groups = schedule.groups(index);
+        const RowGroups rows = schedule.row_groups(index);
         // Read long before it is needed, whether or not there is a next one: the host makes room.
         next = args.tiles[schedule.tile(index + gridDim.x)];
-        if (Schedule<Shape>::SPLITS && warpgroup() >= groups) {
+        if (Schedule<Shape>::SPLITS && warpgroup() >= rows.count) {
             pass_by<Shape>(steps, ring, full, empty);
             continue;
         }
-        consume<N, Shape, FIRST>(args, tile, row_tile, ring, stages, partial, full, empty);
+        consume<N, Shape, FIRST>(args, tile, rows.first, ring, stages, partial, full, empty);
     }
 }
 
@@ -265,21 +275,19 @@ __device__ __forceinline__ void produce(const GemmArguments& args, const Schedul
     uint32_t barrier = full, parity = 1;
     for (uint32_t index = blockIdx.x; index < total; index += gridDim.x) {
         const Tile tile = args.tiles[schedule.tile(index)];
-        const int row_tile = schedule.row_tile(index);
-        // None, if there are no more rows: then nothing is copied but X, and nothing computed.
-        const int rest = args.row_tiles - row_tile;
-        const int groups = rest < 0 ? 0 : min(schedule.groups(index), rest);
+        // Where there are no more rows nothing is copied but X, and nothing computed.
+        const RowGroups rows = schedule.row_groups(index);
         const int group_bytes = args.chunks * CHUNK_BYTES;
-        const int bytes = WEIGHTS ? groups * WEIGHT_BYTES : tile.size * STAGE * ELEMENT_BYTES;
+        const int bytes = WEIGHTS ? rows.count * WEIGHT_BYTES : tile.size * STAGE * ELEMENT_BYTES;
         const uint8_t* from =
-            WEIGHTS ? args.weights + (int64_t(tile.expert) * args.row_tiles + row_tile) * group_bytes
+            WEIGHTS ? args.weights + (int64_t(tile.expert) * args.row_tiles + rows.first) * group_bytes
                     : args.x + int64_t(tile.row) * args.chunks * (CHUNK * ELEMENT_BYTES);
         for (int step = args.chunks / 2; step > 0; --step) {
             barrier_wait(barrier + 8 * Shape::STAGES, parity);
             barrier_expect(barrier, bytes);
             if constexpr (WEIGHTS) {
                 const uint8_t* group = from;
-                for (int i = 0; i < groups; ++i, group += group_bytes)
+                for (int i = 0; i < rows.count; ++i, group += group_bytes)
                     bulk_copy(to + i * WEIGHT_BYTES, group, WEIGHT_BYTES, barrier, policy);
                 from += WEIGHT_BYTES;
             } else {
@@ -308,7 +316,7 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         for (int i = 0; i < Shape::STAGES; ++i) {
             barrier_init(full + 8 * i, PRODUCERS);
             // Each warp of the warpgroups that use the stage says when it is done with it.
-            barrier_init(empty + 8 * i, 4 * Shape::ROW_GROUPS);
+            barrier_init(empty + 8 * i, 4 * Schedule<Shape>(args, 0).block_groups);
         }
         barrier_init_fence();
     }
@@ -317,11 +325,11 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
     __syncthreads();
     trigger_next_kernel();
 
-    const uint32_t row_blocks = (args.row_tiles + Shape::ROW_GROUPS - 1) / Shape::ROW_GROUPS;
-    const Schedule<Shape> schedule(row_blocks, args.size_ends[sizeof...(SIZES) - 1] * row_blocks);
+    const uint32_t tiles = args.size_ends[sizeof...(SIZES) - 1];
+    const Schedule<Shape> schedule(args, tiles);
     if (warpgroup() >= Shape::CONSUMERS) {
         set_max_registers<Shape::PRODUCER_REGISTERS, false>();
-        const uint32_t total = schedule.items(args.size_ends[sizeof...(SIZES) - 1] * row_blocks);
+        const uint32_t total = schedule.items(tiles);
         // A warp each, since a warp's threads would take turns.
         const int warp = warp_of_group();
         if (warp == 0) {
@@ -332,14 +340,14 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
             if constexpr (!FIRST || !NEW_TABLES) wait_for_previous_kernel();
             if (elected()) produce<Shape, Input::X>(args, schedule, total, full);
         }
-    } else {
+    } else if (!Schedule<Shape>::SPLITS || warpgroup() < args.block_groups) {
         set_max_registers<Shape::CONSUMER_REGISTERS, true>();
         uint32_t index = blockIdx.x;
         int size = 0;
         Ring ring;
         Tile next = args.tiles[schedule.tile(index)];
         (consume_tiles_of_size<SIZES, Shape, FIRST>(
-             args, schedule, index, schedule.items(args.size_ends[size++] * row_blocks), next, ring,
+             args, schedule, index, schedule.items(args.size_ends[size++]), next, ring,
              stages, partial, full, empty),
          ...);
     }

@@ -13,7 +13,12 @@ from quantize.experts.gates import Gate
 from quantize.native import jit
 from quantize.native.jit import KernelError
 from vllm_nvfp4_moe.kernels.hopper import source
-from vllm_nvfp4_moe.kernels.hopper.bf16_weights import GROUP_ROWS, Rows, packed_biases
+from vllm_nvfp4_moe.kernels.hopper.bf16_weights import (
+    GROUP_ROWS,
+    Rows,
+    packed_biases,
+    padded_columns,
+)
 from vllm_nvfp4_moe.kernels.hopper.launch import (
     PLACE_BYTES,
     TILE_BYTES,
@@ -111,7 +116,7 @@ class HopperKernel(ABC):
 
         Args:
             rows: of all tiles.
-            hidden, intermediate: sizes with padding.
+            hidden, intermediate: columns of the two products' inputs, with padding.
         """
 
     # What they share.
@@ -135,9 +140,9 @@ class HopperKernel(ABC):
             gated: whether ``w13`` is gate and up, or up alone.
             bias13, bias2: ``[experts, rows]``.
         """
-        rows = Rows.GATE_AND_UP if gated else Rows.UP
+        rows = Rows.GATE_AND_UP if gated else Rows.OF_ONE
         packed13, packed_scales13 = self.pack_matrix(w13, scales13, global_scales13, rows)
-        packed2, packed_scales2 = self.pack_matrix(w2, scales2, global_scales2, Rows.DOWN)
+        packed2, packed_scales2 = self.pack_matrix(w2, scales2, global_scales2, Rows.OF_ONE)
         return Experts(
             packed13,
             packed2,
@@ -145,7 +150,7 @@ class HopperKernel(ABC):
             packed_scales2,
             w2.shape[1],
             None if bias13 is None else packed_biases(bias13, rows),
-            None if bias2 is None else packed_biases(bias2, Rows.DOWN),
+            None if bias2 is None else packed_biases(bias2, Rows.OF_ONE),
         )
 
     def source(self, form: Form = ORDINARY) -> str:
@@ -211,7 +216,8 @@ class HopperKernel(ABC):
             matrix.shape[2] * self.packed_columns for matrix in (experts.w13, experts.w2)
         )
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        _check_matrices(experts, intermediate_padded, gate)
+        intermediate = experts.w13.shape[1] * GROUP_ROWS // (2 if gate.gated else 1)
+        _check_matrices(experts, intermediate, intermediate_padded, gate)
         rows = pairs + tiles * tile_shape.token_step
         integers = {
             # Each CTA also reads the tile after its last.
@@ -245,7 +251,9 @@ class HopperKernel(ABC):
             experts=count,
             hidden=hidden,
             hidden_padded=hidden_padded,
+            intermediate=intermediate,
             intermediate_padded=intermediate_padded,
+            w13_row_tiles=experts.w13.shape[1],
             w2_row_tiles=experts.w2.shape[1],
             tile_shape=self.tile_shapes.index(tile_shape),
             processors=processors,
@@ -294,12 +302,17 @@ def _check_arguments(
         raise KernelError(f"{count} experts; at most {MAX_EXPERTS} are supported")
 
 
-def _check_matrices(experts: Experts, intermediate: int, gate: Gate) -> None:
-    """That the experts are packed for this gate, and their biases as they are."""
-    if experts.w13.shape[1] * GROUP_ROWS != (2 if gate.gated else 1) * intermediate:
+def _check_matrices(experts: Experts, intermediate: int, padded: int, gate: Gate) -> None:
+    """That the experts are packed for this gate, and their biases as they are.
+
+    Args:
+        intermediate: columns that come of w13.
+        padded: columns of w2.
+    """
+    if padded_columns(intermediate) != padded:
         raise KernelError(
             f"w13 has {experts.w13.shape[1]} row tiles, which is not what {gate} takes with w2's "
-            f"{intermediate} columns"
+            f"{padded} columns"
         )
     for name, bias, matrix in (
         ("bias13", experts.bias13, experts.w13),

@@ -18,7 +18,9 @@ struct LaunchSpec {
     int* size_ends;
     Place* places;
     int64_t x_stride;
-    int tokens, top_k, experts, hidden, hidden_padded, intermediate_padded, w2_row_tiles;
+    // The columns that the first GEMM writes, `intermediate`, may be fewer than the second reads.
+    int tokens, top_k, experts, hidden, hidden_padded, intermediate, intermediate_padded;
+    int w13_row_tiles, w2_row_tiles;
     int tile_shape;  // its number in GEMMS
     int processors;
     Gate gate;
@@ -44,7 +46,9 @@ constexpr int smallest(const int (&sizes)[COUNT]) {
 }
 
 template <typename Shape, typename Kernel>
-int launch_gemm(Kernel kernel, const GemmArguments& args, int processors, cudaStream_t stream) {
+int launch_gemm(Kernel kernel, GemmArguments args, int processors, cudaStream_t stream) {
+    args.row_blocks = (args.row_tiles + Shape::ROW_GROUPS - 1) / Shape::ROW_GROUPS;
+    args.block_groups = (args.row_tiles + args.row_blocks - 1) / args.row_blocks;
     return launch(kernel, processors, Shape::THREADS, Shape::SHARED_BYTES, stream, true, args);
 }
 
@@ -54,14 +58,14 @@ int allow_shared_memory(Kernel kernel) {
                                 Shape::SHARED_BYTES);
 }
 
-GemmArguments first_arguments(const LaunchSpec& spec, void* out) {
+GemmArguments first_arguments(const LaunchSpec& spec, void* out, int out_columns) {
     GemmArguments args{};
     args.weights = static_cast<const uint8_t*>(spec.w13), args.global_scales = spec.global_scales13;
     args.set_bias(spec.bias13);
     args.x = static_cast<const uint8_t*>(spec.x_tiles), args.x_scales = spec.x_scales;
     args.tiles = spec.tiles, args.size_ends = spec.size_ends;
-    args.out = static_cast<uint8_t*>(out), args.out_columns = spec.intermediate_padded;
-    args.row_tiles = (GATED ? 2 : 1) * spec.intermediate_padded / GROUP_ROWS;
+    args.out = static_cast<uint8_t*>(out), args.out_columns = out_columns;
+    args.row_tiles = spec.w13_row_tiles;
     args.chunks = spec.hidden_padded / CHUNK;
     args.gate = spec.gate;
     return args;

@@ -104,8 +104,8 @@ class LaunchSpec(ctypes.Structure):
         *(
             (name, ctypes.c_int)
             for name in (
-                "tokens", "top_k", "experts", "hidden", "hidden_padded", "intermediate_padded",
-                "w2_row_tiles", "tile_shape", "processors",
+                "tokens", "top_k", "experts", "hidden", "hidden_padded", "intermediate",
+                "intermediate_padded", "w13_row_tiles", "w2_row_tiles", "tile_shape", "processors",
             )
         ),
         ("gate", CGate),
