@@ -20,7 +20,7 @@ SHAPES = [
     Shape("pad-both", 8, 400, 48, 2),
     Shape("odd", 8, 512, 320, 2),
     # Row tiles in blocks of three; fewer columns than the second product reads.
-    Shape("slice", 8, 384, 192, 2),
+    Shape("slice", 8, 512, 192, 2),
     # Of its columns there are more than the pipelines hold.
     Shape("deep", 3, 3264, 64, 2),
 ]

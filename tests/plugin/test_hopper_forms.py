@@ -263,7 +263,7 @@ def test_what_does_not_belong_together_is_refused(
     packed, emulated = bench.packed("small", 4, 128, 128, 2), bench.emulated(monkeypatch)
     x, ids, weights = packed.batch(4)
     other = GATES["silu"] if "relu2" in bench.gates else RELU2
-    with pytest.raises(KernelError, match=rf"w13 has \d row tiles, .* {other} takes"):
+    with pytest.raises(KernelError, match=rf"w13 is .* row tiles, .* {other} takes"):
         emulated.run(x, packed.experts, ids, weights, other)
     form = "swiglu_step" if bench.form.gated else "relu"
     with pytest.raises(KernelError, match=f"kernels do not have {form}"):

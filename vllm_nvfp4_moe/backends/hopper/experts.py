@@ -189,6 +189,7 @@ class HopperExperts(mk.FusedMoEExpertsModular):
             self.moe_config.hidden_dim,
             getattr(self.layer, "w13_bias", None),
             getattr(self.layer, "w2_bias", None),
+            self.gate.gated,
         )
         self.kernel.run(
             x,

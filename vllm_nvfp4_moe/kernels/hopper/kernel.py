@@ -46,6 +46,7 @@ class Experts:
         bias13, bias2: float32 ``[experts, 64 * row tiles]``, of :func:`packed_biases`: added to
             what the products give, before the activation and before the router's weights. None for
             none: with tensor parallelism only one rank adds ``w2``'s.
+        gated: whether w13 is gate and up, or up alone.
     """
 
     w13: torch.Tensor
@@ -55,6 +56,12 @@ class Experts:
     hidden: int
     bias13: torch.Tensor | None = None
     bias2: torch.Tensor | None = None
+    gated: bool = True
+
+    @property
+    def intermediate(self) -> int:
+        """Columns that come of w13, with its rows' padding."""
+        return self.w13.shape[1] * GROUP_ROWS // (2 if self.gated else 1)
 
 
 class HopperKernel(ABC):
@@ -151,6 +158,7 @@ class HopperKernel(ABC):
             w2.shape[1],
             None if bias13 is None else packed_biases(bias13, rows),
             None if bias2 is None else packed_biases(bias2, Rows.OF_ONE),
+            gated,
         )
 
     def source(self, form: Form = ORDINARY) -> str:
@@ -216,8 +224,7 @@ class HopperKernel(ABC):
             matrix.shape[2] * self.packed_columns for matrix in (experts.w13, experts.w2)
         )
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        intermediate = experts.w13.shape[1] * GROUP_ROWS // (2 if gate.gated else 1)
-        _check_matrices(experts, intermediate, intermediate_padded, gate)
+        _check_matrices(experts, intermediate_padded, gate)
         rows = pairs + tiles * tile_shape.token_step
         integers = {
             # Each CTA also reads the tile after its last.
@@ -251,7 +258,7 @@ class HopperKernel(ABC):
             experts=count,
             hidden=hidden,
             hidden_padded=hidden_padded,
-            intermediate=intermediate,
+            intermediate=experts.intermediate,
             intermediate_padded=intermediate_padded,
             w13_row_tiles=experts.w13.shape[1],
             w2_row_tiles=experts.w2.shape[1],
@@ -302,17 +309,14 @@ def _check_arguments(
         raise KernelError(f"{count} experts; at most {MAX_EXPERTS} are supported")
 
 
-def _check_matrices(experts: Experts, intermediate: int, padded: int, gate: Gate) -> None:
-    """That the experts are packed for this gate, and their biases as they are.
-
-    Args:
-        intermediate: columns that come of w13.
-        padded: columns of w2.
-    """
-    if padded_columns(intermediate) != padded:
+def _check_matrices(experts: Experts, columns: int, gate: Gate) -> None:
+    """That the experts are packed for this gate, w2 has as many ``columns`` as belong to w13, and
+    biases are as their matrices."""
+    if experts.gated != gate.gated or padded_columns(experts.intermediate) != columns:
         raise KernelError(
-            f"w13 has {experts.w13.shape[1]} row tiles, which is not what {gate} takes with w2's "
-            f"{padded} columns"
+            f"w13 is {'gate and up' if experts.gated else 'up alone'} in "
+            f"{experts.w13.shape[1]} row tiles, which is not what {gate} takes with w2's "
+            f"{columns} columns"
         )
     for name, bias, matrix in (
         ("bias13", experts.bias13, experts.w13),
