@@ -25,6 +25,7 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, RoutedExperts
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
+from vllm.model_executor.models.llama import LlamaModel
 
 from tests.plugin import others
 from tests.plugin.test_bits import without_nvfp4_kernels
@@ -137,9 +138,16 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return torch.equal(found.float(), wanted.float())
 
 
-def test_single_experts(build: Callable[[], Any], folder: Path) -> None:
-    experts = build()
-    reported = set(experts.load_weights(iter(single(folder))))
+@pytest.mark.parametrize("mapped", [False, True], ids=["as stored", "as Llama's names"])
+def test_single_experts(build: Callable[[], Any], folder: Path, mapped: bool) -> None:
+    """Also once the class's model has brought all names to Llama's: gate and up are then one name,
+    and which half a tensor is it says itself."""
+    experts, weights = build(), single(folder)
+    if mapped:
+        named = ((f".{name}", tensor) for name, tensor in weights)
+        weights = [(n[1:], t) for n, t in LlamaModel.hf_to_vllm_mapper.apply(named)]
+        assert {name.split(".")[1] for name, _ in weights} == {"gate_up_proj", "down_proj"}
+    reported = set(experts.load_weights(iter(weights)))
     assert reported == {f"routed_experts.{name}" for name in STACKS}
     for name, wanted in stacked(folder).items():
         assert same(getattr(experts.routed_experts, name).data, wanted), name

@@ -14,7 +14,8 @@ shapes (vLLM 0.33, ``models/muse_spark/common``: ``moe.py``, and the names in ``
     mlp.experts.down_proj_input_scale        [experts]                                  float32
 
 This package, as ModelOpt for all other models, writes each expert's tensors. RoutedExperts, the
-base of that class's layers, knows their names, so those go there.
+base of that class's layers, knows their names, so those go there: once gate and up are called so
+again, which the class's mapping of names, Llama's, makes ``gate_up_proj`` of with a number.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 _MODULE = "vllm.models.muse_spark.common.moe"
 _ONE = re.compile(r"\d+\..+")
 """A tensor of one expert, by its name below the layer."""
+_MAPPED = ".gate_up_proj."
+_HALVES = (".gate_proj.", ".up_proj.")
+"""By the number that the mapping gives to the tensor, its ``shard_id``."""
 _OTHER_KERNEL = "MuseSpark NVFP4 MoE requires FLASHINFER_TRTLLM or Marlin"
 _ACTIVATIONS = "MuseSpark NVFP4 MoE requires W4A4"
 
@@ -73,10 +77,19 @@ def _exchange(layer: RoutedExperts) -> None:
         for one, run in groupby(weights, lambda each: _ONE.fullmatch(each[0]) is not None):
             if one:
                 quirks.MUSE_SPARK.log()
-            yield from (RoutedExperts if one else type(layer)).load_weights(layer, run)
+                yield from RoutedExperts.load_weights(layer, map(_named, run))
+            else:
+                yield from type(layer).load_weights(layer, run)
 
     attribute: Any = load_weights
     layer.load_weights = attribute
+
+
+def _named(weight: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """One expert's tensor by the name that it has in the checkpoint."""
+    name, tensor = weight
+    half = getattr(tensor, "shard_id", None)
+    return name if half is None else name.replace(_MAPPED, _HALVES[half]), tensor
 
 
 @contextmanager
