@@ -80,7 +80,9 @@ class Versions:
         """The one that is chosen, and for few tokens the other that might be."""
         bench = self.bench
         pairs = expected_pairs(ids, bench.layer.experts, bench.local)
-        chosen = bench.kernel.choose_tile_shape(pairs, bench.layer.experts)
+        chosen = bench.kernel.choose_tile_shape(
+            pairs, bench.layer.experts, bench.experts.w13.shape[1]
+        )
         small = (shape for shape in bench.kernel.tile_shapes if shape.max_tokens <= 64)
         return [chosen, *(shape for shape in small if tokens in FEW and shape != chosen)]
 

@@ -359,7 +359,9 @@ MANY_POINTS = ((MINIMAX_M3, (512, 1024, 2048)), (SMALL, (256, 512, 2048)))
 def chosen(weights: Weights, kind: str, tokens: int) -> list[TileShape]:
     shape = weights.shape
     kernel = Bf16Kernel()
-    choice = kernel.choose_tile_shape(tokens * shape.top_k, shape.experts)
+    choice = kernel.choose_tile_shape(
+        tokens * shape.top_k, shape.experts, weights.experts.w13.shape[1]
+    )
     if kind == "few":
         return [choice, *(one for one in FEW_SHAPES if one != choice)]
     assert choice in MANY_SHAPES

@@ -156,7 +156,7 @@ class Bench:
         shape, count = self.layer.shape, self.layer.experts
         given = [batch(shape, tokens, False, self.generator) for _ in range(batches(tokens))]
         pairs = expected_pairs(given[0].ids, count, self.local)
-        chosen = self.kernel.choose_tile_shape(pairs, count)
+        chosen = self.kernel.choose_tile_shape(pairs, count, self.experts.w13.shape[1])
         calls = {
             str(shape): partial(self.call, shape)
             for shape in self.kernel.tile_shapes

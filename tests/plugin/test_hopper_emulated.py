@@ -97,11 +97,17 @@ def test_as_many_experts_as_there_can_be(emulated: Emulated, tile_shape: TileSha
 
 
 def test_which_tile_shape_is_for_what() -> None:
-    def chosen(pairs: float, experts: int = 128) -> TileShape:
-        return KERNEL.choose_tile_shape(pairs, experts)
+    def chosen(pairs: float, experts: int = 128, row_tiles: int = 96) -> TileShape:
+        return KERNEL.choose_tile_shape(pairs, experts, row_tiles)
 
     assert chosen(0.5) == chosen(8) == chosen(8, 1) == TOKENS_8
     assert chosen(8.5) == chosen(9, 1) == chosen(6144) == TOKENS_64
     assert chosen(6145) == chosen(128 * 96) == TOKENS_128
     assert chosen(128 * 96 + 1) == chosen(128 * 192) == TOKENS_192
     assert chosen(128 * 192 + 1) == chosen(10_000_000) == TOKENS_128
+    # Blocks of four row groups would be a fourth empty.
+    for row_tiles in (2, 3, 5, 6, 9):
+        assert chosen(10_000_000, row_tiles=row_tiles) == TOKENS_192
+        assert chosen(128 * 96, row_tiles=row_tiles) == TOKENS_128
+    for row_tiles in (4, 7, 8, 10, 11, 12, 29, 90):
+        assert chosen(10_000_000, row_tiles=row_tiles) == TOKENS_128

@@ -251,7 +251,7 @@ def test_arguments_are_looked_at(emulated: Emulated, small: Packed) -> None:
 
 def test_which_tile_shape_is_for_what() -> None:
     def chosen(pairs: float) -> TileShape:
-        return KERNEL.choose_tile_shape(pairs, 128)
+        return KERNEL.choose_tile_shape(pairs, 128, 96)
 
     assert chosen(0.5) == chosen(128 * 48) == TOKENS_64
     assert chosen(128 * 48 + 1) == chosen(128 * 96) == TOKENS_128

@@ -38,8 +38,8 @@ BOTH = {
         "warpgroup() < args.block_groups", "true", tokens=150, said="deadlock|one arrival"
     ),
     "a-block-too-long": Mutant(
-        "min(begin + block_groups, row_tiles)",
-        "begin + block_groups + 1",
+        "min(SPLITS ? block_groups : Shape::ROW_GROUPS, row_tiles - begin)",
+        "block_groups + 1",
         said=f"one arrival too many|wrong output|{OUTSIDE}",
     ),
 }

@@ -29,6 +29,11 @@ TABLE: Table = (
     (192, TOKENS_192),
     (math.inf, TOKENS_128),
 )
+NARROW: Table = (*TABLE[:2], (math.inf, TOKENS_192))
+"""Where blocks of three row groups have fewer rows that are not there, as with the six of an expert
+that is 192 wide: 7 % faster with 256 and 512 tokens an expert."""
+FEWER = 0.9
+"""Of the rows that ``TOKENS_128`` computes; all else being equal it is 2 % faster there."""
 
 
 class Bf16Kernel(HopperKernel):
@@ -48,8 +53,11 @@ class Bf16Kernel(HopperKernel):
         packed = bf16_weights.pack_experts(codes, scales, rows)
         return packed, global_scales.float().contiguous()
 
-    def choose_tile_shape(self, pairs: float, experts: int) -> TileShape:
-        return TOKENS_8 if pairs <= MOST_PAIRS else choose(TABLE, pairs, experts)
+    def choose_tile_shape(self, pairs: float, experts: int, row_tiles: int) -> TileShape:
+        if pairs <= MOST_PAIRS:
+            return TOKENS_8
+        narrow = TOKENS_192.computed(row_tiles) <= FEWER * TOKENS_128.computed(row_tiles)
+        return choose(NARROW if narrow else TABLE, pairs, experts)
 
     def workspace(
         self, rows: int, hidden: int, intermediate: int, device: torch.device

@@ -43,7 +43,7 @@ class Fp8Kernel(HopperKernel):
         packed, factors = fp8_weights.pack_experts(codes, scales, rows)
         return packed, global_scales.float() * factors
 
-    def choose_tile_shape(self, pairs: float, experts: int) -> TileShape:
+    def choose_tile_shape(self, pairs: float, experts: int, row_tiles: int) -> TileShape:
         return choose(TABLE, pairs, experts)
 
     def workspace(

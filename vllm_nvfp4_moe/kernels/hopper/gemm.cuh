@@ -201,13 +201,13 @@ template <typename Shape>
 struct Schedule {
     // Of larger tiles each is many, and ptxas would run MMAs one by one (C7512).
     static constexpr bool SPLITS = Shape::MAX_TOKENS <= 64 && Shape::ROW_GROUPS == 4;
-    uint32_t row_tiles, row_blocks, block_groups;
-    uint32_t whole, shift;  // from `whole` on 2^shift items are a pair
+    int row_tiles, block_groups;
+    uint32_t row_blocks, whole, shift;  // from `whole` on 2^shift items are a pair
     // `tiles`: of tokens.
     __device__ __forceinline__ Schedule(const GemmArguments& args, uint32_t tiles)
-        : row_tiles(args.row_tiles), row_blocks(args.row_blocks),
-          block_groups(SPLITS ? args.block_groups : Shape::ROW_GROUPS), whole(tiles * row_blocks),
-          shift(0) {
+        : row_tiles(args.row_tiles),
+          block_groups(SPLITS ? args.block_groups : Shape::ROW_GROUPS),
+          row_blocks(args.row_blocks), whole(tiles * row_blocks), shift(0) {
         if constexpr (SPLITS) {
             const uint32_t last = whole % gridDim.x;
             whole -= last;
@@ -226,11 +226,12 @@ struct Schedule {
     // An item's row groups, none if there are no more rows.
     __device__ __forceinline__ RowGroups row_groups(uint32_t item) const {
         const int begin = pair(item) % row_blocks * block_groups;
-        const int end = min(begin + block_groups, row_tiles);
-        if (!SPLITS || item < whole) return {begin, end - begin};
+        // Of `8x64` the compiler must see that it is one: its producer has no time for a loop.
+        const int groups = min(SPLITS ? block_groups : Shape::ROW_GROUPS, row_tiles - begin);
+        if (!SPLITS || item < whole) return {begin, groups};
         const int most = Shape::ROW_GROUPS >> shift;
-        const int first = begin + (item - whole & (1 << shift) - 1) * most;
-        return {first, first < end ? min(most, end - first) : 0};
+        const int skipped = (item - whole & (1 << shift) - 1) * most;
+        return {begin + skipped, skipped < groups ? min(most, groups - skipped) : 0};
     }
 };
 

@@ -108,11 +108,12 @@ class HopperKernel(ABC):
         """
 
     @abstractmethod
-    def choose_tile_shape(self, pairs: float, experts: int) -> TileShape:
+    def choose_tile_shape(self, pairs: float, experts: int, row_tiles: int) -> TileShape:
         """The tile shape that should be the fastest for a batch (``choice.py``).
 
         Args:
             pairs: how many pairs of a token and one of its ``experts`` this rank will have.
+            row_tiles: of w13, 64 rows each.
         """
 
     @abstractmethod
@@ -213,7 +214,9 @@ class HopperKernel(ABC):
         tokens, hidden = x.shape
         count, top_k = experts.w13.shape[0], ids.shape[1]
         if tile_shape is None:
-            tile_shape = self.choose_tile_shape(expected_pairs(ids, count, local), count)
+            tile_shape = self.choose_tile_shape(
+                expected_pairs(ids, count, local), count, experts.w13.shape[1]
+            )
         if out is None:
             out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=x.device)
         if tokens == 0:

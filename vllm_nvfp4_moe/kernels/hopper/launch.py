@@ -43,6 +43,10 @@ class TileShape:
         """The numbers of tokens that tiles are made for."""
         return range(self.token_step, self.max_tokens + 1, self.token_step)
 
+    def computed(self, row_tiles: int) -> int:
+        """Tiles of 64 rows that are computed for so many, with those past the last in its block."""
+        return -(-row_tiles // self.row_groups) * self.row_groups
+
     def most_tiles(self, pairs: int, experts: int) -> int:
         """How many tiles there can be at most, of so many pairs of a token and an expert."""
         return min(pairs, experts) + pairs // self.max_tokens
