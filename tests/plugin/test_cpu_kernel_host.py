@@ -27,7 +27,8 @@ def test_pytorchs_threads_are_used() -> None:
 import os, torch
 from quantize.experts.gates import Gate
 from vllm_nvfp4_moe.kernels.cpu.kernel import kernel_for
-from tests.plugin.test_cpu_kernel import Case, routing
+from tests.plugin.cpu_kernels import Case
+from tests.plugin.test_layer import routing
 def tasks(): return len(os.listdir("/proc/self/task"))
 def runtimes(): return {l.split()[-1] for l in open("/proc/self/maps") if "omp" in l.split()[-1]}
 torch.set_num_threads(3)
