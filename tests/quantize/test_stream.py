@@ -28,10 +28,10 @@ from quantize.run.shards import ShardWriter
 from quantize.run.stream import bytes_beside
 from tests.hub_server import Hub, Model, Stored, serving, use
 from tests.quantize.checkpoints import contents
+from tests.quantize.hub_models import in_shards
 from tests.quantize.kv_sources import WAYS, save_source
 from tests.quantize.processes import FORKED
 from tests.quantize.test_cli import refusal, run
-from tests.quantize.test_hub import in_shards
 from tests.quantize.true_size import minimax_m3
 from tests.quantize.user_files import Folders
 
