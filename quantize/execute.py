@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +25,7 @@ from quantize.calibration.estimate import Estimate, check, check_memory, estimat
 from quantize.calibration.progress import Progress as Calibrating
 from quantize.calibration.step_times import by_time
 from quantize.checkpoint.companions import companions, left_out
+from quantize.checkpoint.disk import out_of_space
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -257,7 +257,7 @@ class Run:
                 self._make(missing, space, counted, calibrating)
             except (QuantizeError, OSError) as error:
                 # Others write to the disk too, and quotas are not known before.
-                if record.cleared or not _out_of_space(error):
+                if record.cleared or not out_of_space(error):
                     raise
                 self._clear()
                 left = done.missing(record, plan)
@@ -417,14 +417,6 @@ def _allocated(file: Path) -> int:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
-
-
-def _out_of_space(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _source_bytes_without(plan: Plan, missing: Sequence[int]) -> int:

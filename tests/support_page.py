@@ -67,7 +67,7 @@ CHOICE = "tests/plugin/test_blackwell_selection.py::test_choice"
 OTHER_NUMBERS = "tests/plugin/test_blackwell_selection.py::test_of_auto_selection_too"
 BIASES = "tests/plugin/test_biases.py::test_kernels_that_add_biases[capability1-MARLIN-silent1]"
 _FLOATS = "tests/quantize/test_quantized_sources.py::test_as_from_its_floats"
-_SOURCES = "tests/quantize/test_sources.py::"
+_AS_OTHERS = "tests/quantize/test_sources_as_others.py::"
 
 CHOSEN = {
     "silu",
@@ -86,20 +86,23 @@ CLAMPED = "swiglu_oai(limit=10)"
 """A gate that ``OTHER_NUMBERS`` has."""
 
 SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bfloat16, float16, float32": ((_SOURCES + "test_plain_sources",), ()),
+    "bfloat16, float16, float32": (
+        ("tests/quantize/test_sources_in_files.py::test_plain_sources",),
+        (),
+    ),
     "FP8, with scales of blocks, rows or tensors": (
         (_FLOATS + "[qwen3_moe-fp8]",),
-        (_SOURCES + "test_as_transformers_fp8",),
+        (_AS_OTHERS + "test_as_transformers_fp8",),
     ),
-    "MXFP8": ((_FLOATS + "[qwen3_moe-mxfp8]",), (_SOURCES + "test_as_compressed_tensors",)),
-    "MXFP4": ((_FLOATS + "[qwen3_moe-mxfp4]",), (_SOURCES + "test_as_transformers_gpt_oss",)),
+    "MXFP8": ((_FLOATS + "[qwen3_moe-mxfp8]",), (_AS_OTHERS + "test_as_compressed_tensors",)),
+    "MXFP4": ((_FLOATS + "[qwen3_moe-mxfp4]",), (_AS_OTHERS + "test_as_transformers_gpt_oss",)),
     "INT4 (`pack-quantized`)": (
         (_FLOATS + "[qwen3_moe-int4]",),
-        (_SOURCES + "test_as_compressed_tensors_integers",),
+        (_AS_OTHERS + "test_as_compressed_tensors_integers",),
     ),
     "NVFP4 in another layout": (
         ("tests/quantize/test_convert.py::test_bits_are_kept",),
-        (_SOURCES + "test_as_compressed_tensors_nvfp4",),
+        (_AS_OTHERS + "test_as_compressed_tensors_nvfp4",),
     ),
     'GPT-OSS "linearized"': (
         ("tests/quantize/test_linearized.py::test_as_the_published_form",),

@@ -29,6 +29,15 @@ def disk_error(error: BaseException) -> OSError | None:
     return OSError(code, os.strerror(code)) if code in _OF_A_DISK else None
 
 
+def out_of_space(error: BaseException | None) -> bool:
+    """Whether a full disk, or a quota that is used up, has brought ``error`` about."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        error = error.__cause__
+    return False
+
+
 def told(error: OSError, again: str = "go on by the same command with --resume") -> str:
     """The system's words, and what to do if the disk is full.
 

@@ -15,7 +15,6 @@ only those of the files that it names are removed that have the stamps it gives 
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import shutil
@@ -23,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from quantize.checkpoint.disk import out_of_space
 from quantize.checkpoint.identity import Identity
 from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.errors import DamagedWeightsError, QuantizeError
@@ -312,7 +312,7 @@ class Record:
             self._void()  # of an earlier run: void from here on
             self._found()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not out_of_space(error):
                 raise
             self.replaced.clear(self.target)  # the disk may be full of what is to be replaced
             self.cleared = True

@@ -19,7 +19,7 @@ from benchmarks.flashinfer_fp8 import FusedFp8
 from benchmarks.flashinfer_interleave import interleave
 from benchmarks.moe_layer_table import MORE, SHAPES, Row
 from quantize.experts.gates import Gate
-from tests.benchmarks.test_moe_layer import TINY, random, run, small
+from tests.benchmarks.moe_layers import TINY, random, run, small
 from vllm_nvfp4_moe.doctor.inputs import Batch, Stored, batch, plain, random_weights
 from vllm_nvfp4_moe.doctor.shape import CLAMPED, SILU, Shape
 

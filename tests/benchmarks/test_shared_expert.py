@@ -14,7 +14,7 @@ from benchmarks import moe_layer
 from benchmarks.moe_layer_table import beside_table, report
 from benchmarks.shared_expert import STREAMED, Beside, SharedExpert
 from quantize.experts.gates import Gate
-from tests.benchmarks.test_moe_layer import ABOUT, GOOD, TINY, random, run, saved, small
+from tests.benchmarks.moe_layers import ABOUT, GOOD, TINY, random, run, saved, small
 from vllm_nvfp4_moe.doctor.inputs import Batch, apart, batch
 from vllm_nvfp4_moe.doctor.shape import Shape
 

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from quantize.experts.gates import Gate
 from quantize.native import jit
-from tests.plugin.test_cpu_kernel import EXPERTS, NATIVE, TOP_K, Case
+from tests.plugin.cpu_kernels import EXPERTS, NATIVE, TOP_K, Case
 from tests.plugin.test_layer import LAYER, routing
 from vllm_nvfp4_moe import quirks
 from vllm_nvfp4_moe.backends.cpu import forward

@@ -16,7 +16,7 @@ import torch
 from quantize.experts.gates import Gate
 from tests.gpu import reference, reference_fp8
 from tests.gpu.broken import ZEROED_EXPERT, ZEROED_ROW, before_conversion, zero_a_scale
-from tests.plugin.test_self_check import round_activations
+from tests.plugin.stand_ins import round_activations
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 from vllm_nvfp4_moe.doctor.cases import (
     Case,

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from quantize.experts.gates import Gate
 from quantize.nvfp4.activations import round_nvfp4_rows
 from tests.plugin.blackwell import GELU, M3, RELU2, SILU, moe_config, pretend
-from tests.plugin.test_self_check import round_activations, rounded
+from tests.plugin.stand_ins import round_activations, rounded
 from vllm_nvfp4_moe.backends import vllm_kernels
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod
 from vllm_nvfp4_moe.backends.selection import Selection, select

@@ -17,9 +17,9 @@ from tests.plugin import mixed, nemotron
 from tests.plugin.conftest import Damage
 from tests.plugin.nemotron import EXPERTS, HIDDEN, INNER, LATENT, LAYER, STORED, TOP_K
 from tests.plugin.reference import experts_of, relu2, routed
+from tests.plugin.stand_ins import Routes, round_activations
 from tests.plugin.test_layer import relative, routing
 from tests.plugin.test_reload import check, convert_for
-from tests.plugin.test_self_check import Routes, round_activations
 from vllm_nvfp4_moe.backends.cpu import forward
 from vllm_nvfp4_moe.backends.cpu import method as cpu_method
 from vllm_nvfp4_moe.backends.cpu.method import CpuMethod

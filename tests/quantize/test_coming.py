@@ -15,9 +15,9 @@ from rich.filesize import decimal
 from quantize.checkpoint.coming import counted
 from tests.hub_server import Hub, environment, serving, use
 from tests.quantize.checkpoints import ONE_THREAD
+from tests.quantize.hub_models import in_shards
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.test_evaluate_run import made, words  # noqa: F401  (a fixture)
-from tests.quantize.test_hub import in_shards
 
 SIZES = {"a" * 64: 100_000, "b" * 64: 50_000, "c" * 40: 1000}
 

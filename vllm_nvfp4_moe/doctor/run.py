@@ -20,9 +20,10 @@ from vllm_nvfp4_moe.doctor.children import How, Started
 from vllm_nvfp4_moe.doctor.compiling import ASKED, compiled, listener, preparing
 from vllm_nvfp4_moe.doctor.kernels import VARIANTS, survey, ways
 from vllm_nvfp4_moe.doctor.layer import one_rank
+from vllm_nvfp4_moe.doctor.reference_files import prepare
 from vllm_nvfp4_moe.doctor.shape import Shape, floor
 from vllm_nvfp4_moe.doctor.verdict import verdict
-from vllm_nvfp4_moe.doctor.work import Job, examine_when_told, prepare
+from vllm_nvfp4_moe.doctor.work import Job, examine_when_told
 
 FORMAT = 1
 """Of the result; docs/evidence/hardware/schema.json describes it."""

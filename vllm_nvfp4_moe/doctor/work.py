@@ -7,7 +7,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 
 from vllm_nvfp4_moe.doctor.cases import (
     Case,
-    Weights,
     all_cases,
     judged,
     make_batch,
@@ -30,14 +29,18 @@ from vllm_nvfp4_moe.doctor.diagnosis import Judge, named, single_scale
 from vllm_nvfp4_moe.doctor.inputs import Batch, batches
 from vllm_nvfp4_moe.doctor.kernels import VARIANTS, told
 from vllm_nvfp4_moe.doctor.layer import Layer, Way, build, make, one_rank
-from vllm_nvfp4_moe.doctor.reference import RIGHT, Rounding, faults, outputs
+from vllm_nvfp4_moe.doctor.reference import Rounding, faults, outputs
+from vllm_nvfp4_moe.doctor.reference_files import (
+    JUDGED,
+    load_reference,
+    reference_file,
+    save_reference,
+)
 from vllm_nvfp4_moe.doctor.scan import ENOUGH
 from vllm_nvfp4_moe.doctor.shape import Shape, active_experts
 from vllm_nvfp4_moe.doctor.timing import WARM, Pass, time_on_cpu, time_on_gpu
 from vllm_nvfp4_moe.self_check import BOUNDS, error_of, nearer_to
 
-JUDGED = {"cpu": 16, "cuda": 1024}
-"""Tokens of a batch that plain arithmetic computes, by device."""
 AGAIN = (1, 64)
 """Numbers of tokens with which a kernel is tried once more, if it does with 4-bit activations what
 it does without."""
@@ -396,54 +399,6 @@ def rounding_of(method: Any, way: Way) -> Rounding:
         e4m3=bool(method.rounds_weights),  # Hopper's with FP8 is the one that does
         stored=way.backend == "emulation",
     )
-
-
-def reference_file(folder: Path, place: str, rounding: Rounding) -> Path:
-    """Where the reference's outputs for a shape are, once they are computed."""
-    return folder / f"{place} {''.join(str(int(each)) for each in rounding)}.pt"
-
-
-def save_reference(
-    file: Path, weights: Weights, rounding: Rounding, tokens: Iterable[int], device: torch.device
-) -> None:
-    """Compute what the judged tokens of all cases should give: all at once, so that each expert's
-    weights are expanded once; and once for all kernels that round alike."""
-    most = JUDGED[device.type]
-    asked = [
-        some(make_batch(weights.shape, case, device), judged(case.tokens, most))
-        for case in all_cases(tokens)
-    ]
-    (result,) = outputs(weights, together(asked), rounding, (RIGHT,))
-    new = file.with_suffix(".new")
-    torch.save(result, new)
-    new.replace(file)
-
-
-def load_reference(
-    file: Path, tokens: Iterable[int], device: torch.device
-) -> dict[Case, torch.Tensor]:
-    """What :func:`save_reference` has computed, by case."""
-    result = torch.load(file, map_location=device, weights_only=True)
-    cases = all_cases(tokens)
-    sizes = [len(judged(case.tokens, JUDGED[device.type])) for case in cases]
-    return dict(zip(cases, result.split(sizes), strict=True))
-
-
-def prepare(
-    folder: Path,
-    shapes: Mapping[str, Shape],
-    tokens: tuple[int, ...],
-    device: torch.device,
-) -> None:
-    """Compute the reference for kernels that do not round, before any kernel's time begins; on a
-    GPU, where it is done while others are asked, also for those that Hopper may run."""
-    every = [Rounding()]
-    if device.type == "cuda":
-        every += [Rounding(e4m3=True), Rounding(nvfp4=True, stored=True)]
-    for rounding in every:
-        for place, shape in shapes.items():
-            file = reference_file(folder, place, rounding)
-            save_reference(file, make_weights(shape, device), rounding, tokens, device)
 
 
 def _number(value: float) -> float | None:
