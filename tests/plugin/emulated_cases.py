@@ -143,7 +143,8 @@ class Cases:
     def test_what_the_choice_of_a_tile_shape_is_told(
         self, emulated: Emulated, small: Packed, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of a rank that has half of the experts, half of the pairs; and its experts' number."""
+        """Of a rank that has half of the experts, half of the pairs; its experts' number, and how
+        many row tiles gate and up of 48 columns are."""
         told = []
         choose = small.kernel.choose_tile_shape
         monkeypatch.setattr(
@@ -154,7 +155,7 @@ class Cases:
         emulated.run(x, small.experts, *rest, processors=5)
         local = torch.arange(16, dtype=torch.int32).where(torch.arange(16) < 8, -1)
         emulated.run(x, small.experts, *rest, local=local, processors=5)
-        assert told == [(40, 8), (20, 8)]
+        assert told == [(40, 8, 2), (20, 8, 2)]
 
     def test_nan_comes_out(
         self, emulated: Emulated, small: Packed, tile_shape: TileShape, bad: float = torch.nan

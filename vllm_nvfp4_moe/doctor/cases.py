@@ -21,7 +21,7 @@ from vllm_nvfp4_moe.doctor.routing import KINDS, make_logits, route
 from vllm_nvfp4_moe.doctor.shape import Shape
 
 TOKENS = (1, 2, 8, 16, 64, 192, 256, 1024, 8192)
-QUICK_TOKENS = (1, 8, 64, 256)
+QUICK_TOKENS = (1, 64, 256)
 
 
 @dataclass(frozen=True)
