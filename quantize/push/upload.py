@@ -96,9 +96,10 @@ def reserve(
 
     api = HfApi()
     with _pushing(name):
+        # One that has another name now is there: to make it would end the hub's forwarding to it.
         new = not api.repo_exists(name)
-        # With a token that may only read, the client takes one that is there for made.
-        api.create_repo(name, private=True, exist_ok=True)
+        if new:
+            api.create_repo(name, private=True, exist_ok=True)
         _check_may_write(api, name)
         if new:
             say(f"{name} is new on the hub, and private: make it public on its page there")
@@ -271,4 +272,6 @@ def _pushing(name: str) -> Iterator[None]:
         to_do = "" if answered else advice(error)
         if _answer(error)[0] in (401, 403):
             to_do = "; log in with `hf auth login`, with a token that may write there"
+            if _answer(error)[0] == 403:  # the client's own words speak of the token alone
+                to_do += ", unless the hub has another reason, such as a full quota"
         raise QuantizeError(f"uploading to {name} failed: {client_words(error)}{to_do}") from error

@@ -475,6 +475,30 @@ def test_a_token_that_may_only_read(
     assert "notes.txt" in of_hub(hub)
 
 
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_repository_that_has_another_name_now(
+    status: int, hub: Hub, model: str, tmp_path: Path
+) -> None:
+    """The hub forwards what comes under the old one, until a new one of that name is made."""
+    out = tmp_path / "out"
+    words = ("quantize", "org/moe", out, *OPTIONS)
+    assert run(*words, "--push-to", NAME).exit_code == 0
+    hub.models[NAME].commit({"nvfp4_moe_report.json": Stored(of_hub(hub)["nvfp4_moe_report.json"])})
+    hub.renamed = {"me/old": (NAME, status)}
+    result = run(*words, "--push-to", "me/old")
+    assert result.exit_code == 0, result.output
+    assert "me/old" not in hub.models
+    assert "private" not in result.stderr
+    assert contents(out).keys() <= of_hub(hub).keys()
+
+
+def test_a_quota_that_is_full(hub: Hub, model: str, tmp_path: Path) -> None:
+    """The hub's answer is that to a token which may not write; who gave it may."""
+    hub.refuse_commits = [(403, {})]
+    said = refusal("quantize", "org/moe", tmp_path / "out", "--push-to", NAME)
+    assert "may write there, unless the hub has another reason, such as a full quota" in said
+
+
 def test_a_hub_that_does_not_say_who_may(
     hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
