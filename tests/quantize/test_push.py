@@ -326,6 +326,12 @@ def test_figures_of_an_evaluation(hub: Hub, model: str, tmp_path: Path) -> None:
     ):
         file.write_text(wrong)
         assert expected in refusal(*words, "--push-to", NAME, "--evaluation", file)
+    snapshots = "/home/somebody/hub/models--org--moe/snapshots"
+    file.write_text(json.dumps(found | {"source": f"{snapshots}/{'0' * 40}"}))
+    said = refusal(*words, "--push-to", NAME, "--evaluation", file)
+    assert f"with org/moe@{'0' * 40}, and it was made of org/moe@{model}" in said
+    file.write_text(json.dumps(found | {"source": f"{snapshots}/{model}"}))
+    assert run(*words, "--push-to", NAME, "--evaluation", file).exit_code == 0
     older = tmp_path / "older.json"
     older.write_text(json.dumps(found))
     os.utime(older, (1, 1))
