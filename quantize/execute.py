@@ -42,6 +42,7 @@ from quantize.run.lock import locked
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
+from quantize.run.same_source import already_noted
 from quantize.run.sessions import Sessions
 from quantize.run.space import Space
 from quantize.run.stream import Stream, bytes_beside, streamed
@@ -137,6 +138,8 @@ def execute(
     others = companions(checkpoint.folder)
     check_apart(checkpoint, target, others)
     identity = identity_of(checkpoint)
+    if resume and not checkpoint.weights.here and not streamed(checkpoint):
+        identity = already_noted(target, identity)
     record = Record(
         target,
         plan.fingerprint(checkpoint, identity),

@@ -101,8 +101,10 @@ class Hub:
         refused: by file's name, or for a whole model ``ORG/NAME``, the status and the hub's code.
         renamed: of a model's old name, the new one, and the status of the answer that says so.
         token: only who has it may write; and what is private, read.
+        reader: a token with which what is private may be read, and nothing written.
         before: called with ``METHOD path`` before each answer.
         fail_commits: how many of the next commits are answered with a 500.
+        lost_answers: how many of the next commits are made, and answered with a 500 all the same.
         refuse_commits: how the next commits are answered: a status, and headers.
         lists_lfs: whether its lists of files say which are in LFS.
         instead: answers that are given in place of its own, by a pattern of ``METHOD path``: their
@@ -118,8 +120,10 @@ class Hub:
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     renamed: dict[str, tuple[str, int]] = field(default_factory=dict)
     token: str = "hf_secret"
+    reader: str = "hf_reader"
     before: Callable[[str], None] = lambda _: None
     fail_commits: int = 0
+    lost_answers: int = 0
     refuse_commits: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     lists_lfs: bool = True
     instead: dict[str, tuple[str, bytes]] = field(default_factory=dict)
@@ -233,7 +237,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _may(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        return self._has(self.hub.token) or self._has(self.hub.reader)
+
+    def _has(self, token: str) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {token}"
 
     def _commit(self, model: Model, revision: str) -> str:
         commit = model.branches.get(revision, revision)
@@ -370,18 +377,26 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = Stored(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 files[value["path"]] = Stored(self.hub.uploaded[value["oid"]])
-            elif line["key"] == "deletedFile":
-                del files[value["path"]]
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                raise _RefusedError(404, "EntryNotFound")
         commit = model.commit(files)
+        if self.hub.lost_answers:
+            self.hub.lost_answers -= 1
+            raise _RefusedError(500)
         url = f"{self.hub.url}/{name}/commit/{commit}"
         self._send_json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
     def yaml(self) -> None:
         self._send_json({"errors": [], "warnings": []})
 
+    def may_write(self, name: str) -> None:
+        self._model(name)
+        self._writer()
+        self._send_json({})
+
     def _writer(self) -> None:
-        if not self._may:
-            raise _RefusedError(401, "")
+        if not self._has(self.hub.token):
+            raise _RefusedError(403 if self._may else 401, "")
 
     # -- answers -----------------------------------------------------------------------------------
 
@@ -424,6 +439,7 @@ _ROUTES: list[tuple[str, Callable[..., None]]] = [
     (f"/api/models/{_NAME}/revision/(.+)", _Handler.info),
     (f"/api/models/{_NAME}/tree/([^/]+|refs/pr/[0-9]+)", _Handler.tree),
     (f"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    (f"/api/models/{_NAME}/auth-check/write", _Handler.may_write),
     ("/api/whoami-v2", _Handler.whoami),
     ("/api/repos/create", _Handler.create),
     (f"/api/models/{_NAME}/preupload/(.+)", _Handler.preupload),

@@ -118,7 +118,9 @@ def test_variables_exist() -> None:
     sources = [*(ROOT / "quantize").rglob("*.py"), *(ROOT / "vllm_nvfp4_moe").rglob("*.py")]
     ours = "\n".join(file.read_text() for file in sources)
     named = {
-        n for page in DOCS for n in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", page.read_text())
+        n
+        for page in (*DOCS, MANIFEST)
+        for n in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", page.read_text())
     }
     named |= {entry["name"] for entry in container()["env"]} | set(image_environment())
     named -= {"HOME", "USER"}
@@ -130,6 +132,20 @@ def test_variables_exist() -> None:
             assert hasattr(hub, name), name
         else:
             assert f'"{name}"' in ours, name
+
+
+def test_what_a_key_does_not_guard() -> None:
+    """vLLM's own list, and a path outside it that answers prompts and is always there."""
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    (row,) = [line for line in PAGE.read_text().splitlines() if "| `--api-key` |" in line]
+    guarded, left = re.fullmatch(r".*Guards `(.+?)`\..* also `(.+?)`,.*", row).groups()  # type: ignore[union-attr]
+    assert guarded in GUARDED_PREFIX
+    assert not left.startswith(GUARDED_PREFIX)
+    routers = vllm_folder() / "entrypoints" / "launchers" / "api_server" / "routers.py"
+    router = vllm_folder() / "entrypoints" / "serve" / "sagemaker" / "api_router.py"
+    assert "    register_sagemaker_api_router(app" in routers.read_text()
+    assert f'"{left}"' in router.read_text()
 
 
 def test_metrics_exist() -> None:
@@ -217,7 +233,12 @@ def test_kubernetes_arguments_are_ones_vllm_takes() -> None:
     assert args.shutdown_timeout < grace
     probe = of["startupProbe"]
     ready = next(e["value"] for e in of["env"] if e["name"] == "VLLM_ENGINE_READY_TIMEOUT_S")
-    assert probe["periodSeconds"] * probe["failureThreshold"] >= int(ready)
+    assert (
+        probe["periodSeconds"] * probe["failureThreshold"] > int(ready) + 60
+    )  # imports come first
+    # What the comment says of the disk leaves some ten minutes for all but reading.
+    (rate,) = re.findall(r"enough at (\d+) MB/s", MANIFEST.read_text())
+    assert 260.3e9 / (int(rate) * 1e6) + 600 < int(ready)
 
 
 def instruction(name: str) -> list[str]:
@@ -260,6 +281,8 @@ def test_any_user_and_a_read_only_file_system() -> None:
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
     }
+    # Of a Service called vllm, the cluster would set VLLM_PORT to an address.
+    assert pod["enableServiceLinks"] is False
     writable = [m["mountPath"] for m in of["volumeMounts"] if not m.get("readOnly")]
     assert {"/tmp", "/dev/shm"} < set(writable)
     environment = image_environment()
@@ -282,6 +305,9 @@ def test_kubernetes_parts_fit_together() -> None:
     assert template["metadata"]["annotations"]["prometheus.io/port"] == str(ports["http"])
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert of[kind]["httpGet"] == {"path": "/health", "port": "http"}
+    # The default is a second, and the process that answers also reads long prompts.
+    for kind in ("readinessProbe", "livenessProbe"):
+        assert of[kind]["timeoutSeconds"] >= 5
     volumes = {volume["name"] for volume in template["spec"]["volumes"]}
     assert {mount["name"] for mount in of["volumeMounts"]} == volumes
     assert "/dev/shm" in {mount["mountPath"] for mount in of["volumeMounts"]}

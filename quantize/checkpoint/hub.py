@@ -11,7 +11,7 @@ import glob
 import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -148,12 +148,12 @@ class HubModel:
             missing = [self.files[name] for name in self.missing(names)]
             nbytes = sum(file.size for file in missing)
             _check_room(self.name, nbytes)
-            if missing:
-                sizes = {file.digest: file.size for file in missing}
-                blobs = self._described / "../../blobs"
-                with without_bars(), shown(nbytes) as came, counted(blobs, sizes, came):
-                    folder = self._bring(names)
-            else:
+            with ExitStack() as showing:
+                showing.enter_context(without_bars())
+                if missing:
+                    sizes = {file.digest: file.size for file in missing}
+                    came = showing.enter_context(shown(nbytes))
+                    showing.enter_context(counted(self._described / "../../blobs", sizes, came))
                 folder = self._bring(names)
             if self.revision != self.commit:  # so that it is found when the hub is not
                 ref = folder.parent.parent / "refs" / self.revision
@@ -322,7 +322,7 @@ def advice(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "; check the name, and if it is private log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
-        return "; pass one that it has with --revision"
+        return "; pass one that it has with --revision: a branch, a tag, or a commit's 40 digits"
     cause = behind(error)
     if isinstance(cause, UnicodeEncodeError):  # of a header
         return "; the token that HF_TOKEN or `hf auth login` gave is none: correct it"

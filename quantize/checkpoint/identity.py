@@ -89,7 +89,7 @@ def differences(before: Identity, now: Identity, but: set[str]) -> tuple[set[str
         but: names of files that may have changed.
 
     Returns:
-        the names of tensors in these files that have, and whatever else has.
+        the names of tensors in these files that have, and whatever else has, the commit first.
     """
     allowed: set[str] = set()
     others = [
@@ -105,9 +105,8 @@ def differences(before: Identity, now: Identity, but: set[str]) -> tuple[set[str
         elif changed or before.files.get(file) != digest:
             others += [f"{file}: {name}" for name in changed] or [file]
     if not allowed and before.revision != now.revision:
-        others.append(
-            f"revision {before.revision or 'unknown'} to {now.revision or 'unknown'} (--revision)"
-        )
+        commits = f"{before.revision or 'unknown'} to {now.revision or 'unknown'}"
+        others.insert(0, f"revision {commits} (--revision)")
     return allowed, others
 
 

@@ -18,6 +18,7 @@ from quantize.errors import QuantizeError
 
 if TYPE_CHECKING:
     from quantize.checkpoint.reader import Checkpoint
+    from quantize.push import Finished
     from quantize.run.plan import Plan
 
 PushOption = Annotated[
@@ -106,7 +107,7 @@ def push_finished(
         )
     try:
         with ending_at_once(f"{target} is complete; run the same command to go on with the upload"):
-            page = push(made, name, _read(evaluation, made.folder), say, uploading)
+            page = push(made, name, _read(evaluation, made), say, uploading)
     except QuantizeError as error:
         raise QuantizeError(
             f"{target} is complete, but {error}; the same command, without --overwrite and "
@@ -116,9 +117,12 @@ def push_finished(
     return True
 
 
-def _read(evaluation: Path | None, target: Path) -> dict[str, Any] | None:
+def _read(evaluation: Path | None, made: Finished) -> dict[str, Any] | None:
+    from quantize.checkpoint.hub import revision_of
+
     if evaluation is None:
         return None
+    target = made.folder
     try:
         found = json.loads(evaluation.read_text(encoding="utf-8"))
         older = evaluation.stat().st_mtime < (target / "config.json").stat().st_mtime
@@ -129,5 +133,12 @@ def _read(evaluation: Path | None, target: Path) -> dict[str, Any] | None:
     if older:
         raise QuantizeError(
             f"--evaluation {evaluation} is older than DST's config.json; evaluate DST again"
+        )
+    before = revision_of(Path(str(found.get("source"))))
+    of = str(made.made.get("revision") or "")
+    if before and of and before.rpartition("@")[2] != of.rpartition("@")[2]:
+        raise QuantizeError(
+            f"--evaluation {evaluation} compares DST with {before}, and it was made of {of}; "
+            "evaluate again, with that commit as --revision, or without"
         )
     return found

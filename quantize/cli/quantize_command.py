@@ -336,7 +336,17 @@ def quantize(
                 reserve_for(push_to, checkpoint, steps)
             states = needs.states if needs else 0
             with ending_at_once():
-                fetch(checkpoint, steps, target, states, work_dir, overwrite, dry_run, downloading)
+                fetch(
+                    checkpoint,
+                    steps,
+                    target,
+                    states,
+                    work_dir,
+                    overwrite,
+                    resume,
+                    dry_run,
+                    downloading,
+                )
             with (
                 nullcontext(Bar(Shown(), "Quantizing"))
                 if dry_run

@@ -16,8 +16,8 @@ RevisionOption = Annotated[
     typer.Option(
         "--revision",
         metavar="COMMIT",
-        help="The branch, tag or commit of SRC on the hub, e.g. --revision refs/pr/3; by default "
-        "its main branch.",
+        help="The branch, tag or commit (40 digits) of SRC on the hub, e.g. --revision refs/pr/3; "
+        "by default its main branch.",
     ),
 ]
 

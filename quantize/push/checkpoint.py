@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def finished(folder: Path) -> Finished | None:
     """The checkpoint in ``folder``; None if a run has not finished one there.
 
     Raises:
-        QuantizeError: if it was finished, and something of it is missing or damaged since.
+        QuantizeError: if it was finished, and something of it is missing, damaged or edited since.
     """
     if not (folder / CONFIG).is_file() or (folder / FOLDER / "run.json").exists():
         return None
@@ -78,7 +79,7 @@ def finished(folder: Path) -> Finished | None:
         return None
     if not (folder / REPORT_DATA).is_file():
         return None
-    found = Finished(folder, config, loads((folder / REPORT_DATA).read_bytes()))
+    found = Finished(folder, config, _report(folder / REPORT_DATA))
     with Checkpoint(folder, decode=False):  # headers, index and sizes fit together
         pass
     for name in found.files:
@@ -86,7 +87,28 @@ def finished(folder: Path) -> Finished | None:
             raise QuantizeError(f"{folder / REPORT_DATA}: {name!r} is no path within the folder")
         if not (folder / name).is_file():
             raise QuantizeError(f"{folder / name} is missing, which the run wrote; quantize again")
+    _check_unchanged(found)
     return found
+
+
+def _check_unchanged(found: Finished) -> None:
+    """Raise QuantizeError if a file that people edit is not as the run wrote it: the report that
+    goes with it to the hub says how it was."""
+    for name, digest in found.report.digests.items():
+        file = found.folder / name
+        if name in found.files and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            again = "quantize again" if name == CONFIG else "copy SRC's again"
+            raise QuantizeError(
+                f"{file} was changed since it was written, and `verify` would refuse what is "
+                f"uploaded; {again}, and edit it on the hub"
+            )
+
+
+def _report(file: Path) -> RunReport:
+    try:
+        return loads(file.read_bytes())
+    except QuantizeError as error:
+        raise QuantizeError(f"{file}: {error}; or quantize again, by --overwrite") from error
 
 
 def uploaded(names: list[str]) -> list[str]:

@@ -35,8 +35,10 @@ def command(made: Finished) -> str:
     base = made.base
     first = [*words[:2], base[0] if base else "SRC", "DST"]
     rest = [_plain(word) for word in words[4:]]
-    if base and "--revision" not in rest:
-        rest += ["--revision", base[1]]
+    if base:  # a branch may move
+        if "--revision" not in rest:
+            rest += ["--revision", ""]
+        rest[rest.index("--revision") + 1] = base[1]
     return shlex.join(first + rest)
 
 

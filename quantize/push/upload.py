@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from quantize.checkpoint.hub_weights import is_passing
 from quantize.duration import duration
 from quantize.errors import QuantizeError
 from quantize.push.card import card
-from quantize.push.checkpoint import CARD, Finished, uploaded
+from quantize.push.checkpoint import CARD, WRITTEN_ANEW, Finished, uploaded
 from quantize.push.report import published
 from quantize.report import RunReport, loads
 from quantize.run.report_files import REPORT_DATA
@@ -48,13 +49,37 @@ _RESET = re.compile(r";\s*t=(\d+)")
 """In a header ``RateLimit: "api";r=0;t=52``: seconds until requests are taken again
 (https://huggingface.co/docs/hub/rate-limits)."""
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.h5")
-"""Files that make up another model, if they are beside ours."""
+_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.h5"),
+    "*.safetensors.index.json",
+)
+"""Files that make up another model, if they are beside ours. Of an index that is not ours an engine
+would load what it names, and nothing else."""
+
+
+@dataclass(frozen=True)
+class There:
+    """What a repository holds, of the checkpoint that is uploaded or of an earlier version of it.
+
+    Attributes:
+        files: relative paths of all that is there.
+        report: of what this package has uploaded; None if it has uploaded nothing.
+    """
+
+    files: list[str]
+    report: RunReport | None
+
+    def left(self, ours: Sequence[str]) -> list[str]:
+        """Files that the earlier version had and ours has not, but for weights: engines that find
+        them would read them. What others have put there is not among them."""
+        known = set(self.report.files) if self.report else set()
+        known -= {*ours, *WRITTEN_ANEW}
+        return [file for file in self.files if file in known and not file.endswith(".safetensors")]
 
 
 def reserve(
     name: str, written: Sequence[str], base: str | None, say: Say = lambda _: None
-) -> RunReport | None:
+) -> There:
     """Make the repository ``name`` on the hub, private, unless it is there; before hours of work.
 
     Args:
@@ -62,7 +87,7 @@ def reserve(
         base: the model on the hub, ``ORG/NAME``, that it is made of; None if not known.
 
     Returns:
-        the report of the checkpoint that is there, or of as much of it as came; None if none is.
+        what is there.
 
     Raises:
         QuantizeError: if this user may not, or another model is there.
@@ -71,11 +96,26 @@ def reserve(
 
     api = HfApi()
     with _pushing(name):
+        # One that has another name now is there: to make it would end the hub's forwarding to it.
         new = not api.repo_exists(name)
-        api.create_repo(name, private=True, exist_ok=True)
+        if new:
+            api.create_repo(name, private=True, exist_ok=True)
+        _check_may_write(api, name)
         if new:
             say(f"{name} is new on the hub, and private: make it public on its page there")
-        return _check_contents(api, name, uploaded(list(written)), base)
+        there = _check_contents(api, name, ours := uploaded(list(written)), base)
+    if there.report is None and (theirs := [f for f in there.files if f in (CARD, *ours)]):
+        say(f"{name} on the hub has {', '.join(theirs)}: replaced, and kept in its history")
+    return there
+
+
+def _check_may_write(api: HfApi, name: str) -> None:
+    """Raise the client's error if the hub says that this user may not write there."""
+    try:
+        api.auth_check(name, write=True)
+    except Exception as error:
+        if _answer(error)[0] in (401, 403):
+            raise  # else this hub cannot be asked, as mirrors may not, and the upload will show it
 
 
 def push(
@@ -98,10 +138,11 @@ def push(
 
     text = card(made, name, evaluation)
     there = reserve(name, made.report.files, made.base[0] if made.base else None, say)
+    earlier, left = there.report, there.left(made.files)
     api = HfApi()
     large = [file for file in made.files if file != CONFIG]
     every = [*_batches(made.folder, large), [CONFIG]]
-    other = there is not None and there.fingerprint != made.report.fingerprint
+    other = earlier is not None and earlier.fingerprint != made.report.fingerprint
     sizes = [sum((made.folder / file).stat().st_size for file in files) for files in every]
     with shown(sum(sizes)) as came:
         for number, (files, size) in enumerate(zip(every, sizes, strict=True), 1):
@@ -113,8 +154,8 @@ def push(
                 contents |= {CARD: text.encode()}
             message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
             with _pushing(name):
-                gone = [CONFIG] if number == 1 and other and api.file_exists(name, CONFIG) else []
-                _commit(api, name, contents, gone, message, say)
+                gone = [*left, *[f for f in there.files if f == CONFIG and other]]
+                _commit(api, name, contents, gone if number == 1 else [], message, say)
             came(size)
     return f"{api.endpoint}/{name}"
 
@@ -135,7 +176,9 @@ def _commit(
     for attempt in range(_TRIES):
         try:
             files = [CommitOperationAdd(path, content) for path, content in contents.items()]
-            removed = [CommitOperationDelete(path) for path in gone]
+            # A commit that seemed to fail may have been made.
+            left = set(gone).intersection(api.list_repo_files(name)) if attempt else gone
+            removed = [CommitOperationDelete(path) for path in left]
             api.create_commit(name, [*files, *removed], commit_message=message)
             return
         except Exception as error:
@@ -179,33 +222,40 @@ def _batches(folder: Path, files: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _check_contents(
-    api: HfApi, name: str, ours: Sequence[str], base: str | None
-) -> RunReport | None:
-    """The report of what the repository holds, None if there is none; raises QuantizeError if it
-    holds another model."""
-    there = api.list_repo_files(name)
-    weights = [f for f in there if any(fnmatchcase(f, p) for p in _WEIGHTS)]
-    if strange := [f for f in weights if f not in ours]:
+def _check_contents(api: HfApi, name: str, ours: Sequence[str], base: str | None) -> There:
+    """What the repository holds; raises QuantizeError if that is another model."""
+    files = api.list_repo_files(name)
+    there = There(files, _report(api, name) if REPORT_DATA in files else None)
+    weights = [f for f in files if any(fnmatchcase(f, p) for p in _WEIGHTS)]
+    if strange := [f for f in weights if f not in ours and f not in there.left(ours)]:
         raise QuantizeError(
             f"{name} on the hub has weights that are not this checkpoint's ({strange[0]}), and an "
             "engine could load both; delete them there, or choose another name"
         )
-    if REPORT_DATA in there:
-        report = loads(Path(api.hf_hub_download(name, REPORT_DATA)).read_bytes())
-        made_of = (report.revision or "").rpartition("@")[0]
+    if there.report is not None:
+        made_of = (there.report.revision or "").rpartition("@")[0]
         if base and made_of and base != made_of:
             raise QuantizeError(
                 f"{name} on the hub holds another model, made of {made_of}; choose another name"
             )
-        return report
+        return there
     # Most models of one file call it alike.
-    if found := [f for f in there if f in (CONFIG, *weights)]:
+    if found := [f for f in files if f in (CONFIG, *weights)]:
         raise QuantizeError(
             f"{name} on the hub holds another model: beside its {found[0]} there is no "
             f"{REPORT_DATA}; choose another name"
         )
-    return None
+    return there
+
+
+def _report(api: HfApi, name: str) -> RunReport:
+    try:
+        return loads(Path(api.hf_hub_download(name, REPORT_DATA)).read_bytes())
+    except QuantizeError as error:
+        raise QuantizeError(
+            f"{name}/{REPORT_DATA} on the hub cannot be read, so that nobody knows what is there "
+            f"({error}); choose another name, or delete what is there"
+        ) from error
 
 
 @contextmanager
@@ -222,4 +272,6 @@ def _pushing(name: str) -> Iterator[None]:
         to_do = "" if answered else advice(error)
         if _answer(error)[0] in (401, 403):
             to_do = "; log in with `hf auth login`, with a token that may write there"
+            if _answer(error)[0] == 403:  # the client's own words speak of the token alone
+                to_do += ", unless the hub has another reason, such as a full quota"
         raise QuantizeError(f"uploading to {name} failed: {client_words(error)}{to_do}") from error

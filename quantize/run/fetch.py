@@ -6,11 +6,13 @@ from pathlib import Path
 
 from quantize.checkpoint.coming import Shown, not_shown
 from quantize.checkpoint.companions import companions
+from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.opened import bring, to_bring
 from quantize.checkpoint.reader import Checkpoint
 from quantize.run.finish import written_names
 from quantize.run.leftovers import replaced_by_new
 from quantize.run.plan import Plan
+from quantize.run.same_source import check_same_source
 from quantize.run.shards import is_complete
 from quantize.run.space import check_disks
 from quantize.run.target import FOLDER
@@ -23,6 +25,7 @@ def fetch(
     states: int,
     work_dir: Path | None,
     overwrite: bool,
+    resume: bool = False,
     dry: bool = False,
     shown: Shown = not_shown,
 ) -> None:
@@ -32,16 +35,20 @@ def fetch(
         states: bytes of hidden states that calibration will keep.
         work_dir: of ``--work-dir``.
         overwrite: a checkpoint in ``target`` goes.
+        resume: an interrupted run in ``target`` goes on.
         dry: only see whether there is room.
         shown: shows how much has come.
 
     Raises:
         QuantizeError: if a disk has no room for the downloads, the output and the states together,
-            before the first byte is fetched; or if the download fails.
+            before the first byte is fetched; if what is in ``target`` is of another commit,
+            likewise; or if the download fails.
     """
     downloads = to_bring(checkpoint)
     if not downloads:
         return
+    if resume:
+        check_same_source(target, identity_of(checkpoint))
     others = companions(checkpoint.folder)
     output = sum(
         sum(out.nbytes for out in plan.outputs(shard))

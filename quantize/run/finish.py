@@ -125,7 +125,10 @@ def is_finished(record: Record, plan: Plan, others: Sequence[str]) -> bool:
         )
     except OSError:
         return False
-    if not (same and indexed) or any(changed > done for changed in record.files.values()):
+    # A commit on the hub stays as it is: its files may only have been downloaded once more.
+    commit = "@" in ((record.identity and record.identity.revision) or "")
+    later = not commit and any(changed > done for changed in record.files.values())
+    if later or not (same and indexed):
         return False
     return (
         not record.lasts

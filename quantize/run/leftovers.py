@@ -60,12 +60,8 @@ def repaired(folder: Path, found: RunFile, settings: str, identity: Identity | N
         QuantizeError: if it differs in anything else.
     """
     before = read_identity(folder / SOURCE)
-    if before and identity and any(before.tensors.values()) != any(identity.tensors.values()):
-        how = "without --stream" if any(before.tensors.values()) else "with --stream"
-        raise QuantizeError(
-            f"{folder / NAME}: the interrupted run was started {how}; go on so, or start again "
-            "with --overwrite"
-        )
+    if before and identity:
+        check_streamed_alike(folder, before, not any(identity.tensors.values()))
     if found.settings != settings or before is None or identity is None:
         raise QuantizeError(
             f"{folder / NAME}: the interrupted run had another source, options or version of this "
@@ -73,8 +69,24 @@ def repaired(folder: Path, found: RunFile, settings: str, identity: Identity | N
         )
     changed, strange = differences(before, identity, found.damaged)
     if strange or not changed:
-        raise QuantizeError(
-            f"{folder / NAME}: the interrupted run had another source: {', '.join(strange[:3])} "
-            "changed since; use the same one, or start again with --overwrite"
-        )
+        raise another_source(folder, strange)
     return changed
+
+
+def another_source(folder: Path, strange: Sequence[str]) -> QuantizeError:
+    """The error that an interrupted run had another source, which differs in ``strange``."""
+    return QuantizeError(
+        f"{folder / NAME}: the interrupted run had another source: {', '.join(strange[:3])} "
+        "changed since; use the same one, or start again with --overwrite"
+    )
+
+
+def check_streamed_alike(folder: Path, before: Identity, streamed: bool) -> None:
+    """Raise QuantizeError if the interrupted run that noted ``before`` had ``--stream``, and this
+    one has not, or the other way round."""
+    if any(before.tensors.values()) == streamed:
+        how = "without --stream" if streamed else "with --stream"
+        raise QuantizeError(
+            f"{folder / NAME}: the interrupted run was started {how}; go on so, or start again "
+            "with --overwrite"
+        )

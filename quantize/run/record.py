@@ -32,6 +32,7 @@ from quantize.run.leftovers import SOURCE, repaired, replaced_by_new, replaced_b
 from quantize.run.lock import LOCK
 from quantize.run.replaced import Replaced, check_links_among
 from quantize.run.run_file import NAME, RunFile
+from quantize.run.same_source import check_made_of
 from quantize.run.sessions import NAME as SESSIONS
 from quantize.run.shard_records import PATTERN, ShardRecords
 from quantize.run.target import CONFIG, check_room_for_names, check_target, is_free
@@ -134,6 +135,7 @@ class Record:
         if resume and self._run.exists():
             self._adopt()
         elif resume and not is_free(self.target):
+            check_made_of(self.target, self.identity)
             raise QuantizeError(
                 f"{self.target} holds a checkpoint, but not a whole one of this source and these "
                 "options, nor an interrupted run; pass --overwrite to replace it"

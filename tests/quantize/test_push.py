@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,10 @@ import yaml
 from rich.filesize import decimal
 
 from quantize.push import card, upload
+from tests import hub_server
 from tests.hub_server import Hub, Model, Stored, serving, use
 from tests.quantize.checkpoints import contents
+from tests.quantize.processes import FORKED
 from tests.quantize.test_cli import refusal, run
 from tests.quantize.user_files import tree
 
@@ -322,6 +326,12 @@ def test_figures_of_an_evaluation(hub: Hub, model: str, tmp_path: Path) -> None:
     ):
         file.write_text(wrong)
         assert expected in refusal(*words, "--push-to", NAME, "--evaluation", file)
+    snapshots = "/home/somebody/hub/models--org--moe/snapshots"
+    file.write_text(json.dumps(found | {"source": f"{snapshots}/{'0' * 40}"}))
+    said = refusal(*words, "--push-to", NAME, "--evaluation", file)
+    assert f"with org/moe@{'0' * 40}, and it was made of org/moe@{model}" in said
+    file.write_text(json.dumps(found | {"source": f"{snapshots}/{model}"}))
+    assert run(*words, "--push-to", NAME, "--evaluation", file).exit_code == 0
     older = tmp_path / "older.json"
     older.write_text(json.dumps(found))
     os.utime(older, (1, 1))
@@ -446,3 +456,241 @@ def test_cards_of_all_kinds(
     assert ("made of" in below) == (text is not None)
     assert str(tmp_path) not in below
     assert "`nvfp4-moe quantize SRC DST --max-shard-size 20KB`" in below
+
+
+# -- who may, and what is there already ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["public", "private"])
+def test_a_token_that_may_only_read(
+    private: bool, hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a repository that is there the client says that it was made, whoever asks."""
+    hub.models[NAME] = Model(private=private)
+    hub.models[NAME].commit({"notes.txt": Stored(b"theirs")})
+    monkeypatch.setenv("HF_TOKEN", hub.reader)
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    said = refusal(*words)
+    assert f"uploading to {NAME} failed" in said and "403" in said
+    assert "log in with `hf auth login`, with a token that may write there" in said
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert of_hub(hub) == {"notes.txt": b"theirs"}
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert run(*words).exit_code == 0
+    assert "notes.txt" in of_hub(hub)
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_repository_that_has_another_name_now(
+    status: int, hub: Hub, model: str, tmp_path: Path
+) -> None:
+    """The hub forwards what comes under the old one, until a new one of that name is made."""
+    out = tmp_path / "out"
+    words = ("quantize", "org/moe", out, *OPTIONS)
+    assert run(*words, "--push-to", NAME).exit_code == 0
+    hub.models[NAME].commit({"nvfp4_moe_report.json": Stored(of_hub(hub)["nvfp4_moe_report.json"])})
+    hub.renamed = {"me/old": (NAME, status)}
+    result = run(*words, "--push-to", "me/old")
+    assert result.exit_code == 0, result.output
+    assert "me/old" not in hub.models
+    assert "private" not in result.stderr
+    assert contents(out).keys() <= of_hub(hub).keys()
+
+
+def test_a_quota_that_is_full(hub: Hub, model: str, tmp_path: Path) -> None:
+    """The hub's answer is that to a token which may not write; who gave it may."""
+    hub.refuse_commits = [(403, {})]
+    said = refusal("quantize", "org/moe", tmp_path / "out", "--push-to", NAME)
+    assert "may write there, unless the hub has another reason, such as a full quota" in said
+
+
+def test_a_hub_that_does_not_say_who_may(
+    hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routes = [route for route in hub_server._ROUTES if "auth-check" not in route[0]]
+    assert len(routes) < len(hub_server._ROUTES)
+    monkeypatch.setattr(hub_server, "_ROUTES", routes)
+    assert run("quantize", "org/moe", tmp_path / "out", "--push-to", NAME).exit_code == 0
+
+
+UPDATES = {
+    "another layout": ("hf_quant_config.json", ("--layout", "compressed-tensors", *OPTIONS)),
+    "one file, after its weights were deleted": ("model.safetensors.index.json", ()),
+    "a file that SRC has no longer": ("chat_template.jinja", OPTIONS),
+}
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "breaks"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_update_leaves_nothing_of_the_version_before(
+    update: str, breaks: bool, hub: Hub, model: str, source: Path, tmp_path: Path
+) -> None:
+    """An engine would read it: an index names files that are gone, a template goes before another.
+    What others have put there stays."""
+    gone, options = UPDATES[update]
+    (source / "chat_template.jinja").write_text("of the first version")
+    hub.publish("org/moe", source)
+    first = ("quantize", "org/moe", tmp_path / "first", *OPTIONS, "--push-to", NAME)
+    assert run(*first).exit_code == 0
+    assert gone in of_hub(hub)
+    kept = {"notes.txt": b"theirs", "images/plot.png": b"theirs"}
+    files = hub.models[NAME].files | {name: Stored(content) for name, content in kept.items()}
+    if not options:
+        files = {name: f for name, f in files.items() if not name.endswith(".safetensors")}
+    hub.models[NAME].commit(files)
+    if gone == "chat_template.jinja":
+        (source / gone).unlink()
+        hub.publish("org/moe", source)
+    words = ("quantize", "org/moe", tmp_path / "second", *options, "--push-to", NAME)
+    if breaks:
+        parts = [0]
+
+        def before(request: str) -> None:
+            parts[0] += request.startswith("POST") and "/commit/" in request
+            hub.fail_commits = 100 * (parts[0] > 1)
+
+        hub.before = before
+        assert "is complete, but" in refusal(*words)
+        assert gone not in of_hub(hub)
+        hub.before, hub.fail_commits = (lambda _: None), 0
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    whole = ("quantize", "org/moe", tmp_path / "second", *options, "--push-to", "me/fresh")
+    assert run(*whole).exit_code == 0
+    assert of_hub(hub).keys() == hub.models["me/fresh"].files.keys() | kept.keys()
+    assert {name: of_hub(hub)[name] for name in kept} == kept
+    folder = tmp_path / "again"
+    for path, content in of_hub(hub).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    assert run("verify", "org/moe", folder).exit_code == 0
+
+
+def test_an_index_of_nobodys_is_not_kept_beside_one_file(
+    hub: Hub, source: Path, tmp_path: Path
+) -> None:
+    """Engines would look for what it names."""
+    index = {"model.safetensors.index.json": Stored(b'{"weight_map": {"a": "old.safetensors"}}')}
+    hub.models[NAME] = Model()
+    hub.models[NAME].commit(index)
+    said = refusal("quantize", source, tmp_path / "out", "--push-to", NAME)
+    assert "not this checkpoint's (model.safetensors.index.json)" in said
+    assert not (tmp_path / "out").exists()
+    assert hub.models[NAME].files == index
+
+
+def test_what_is_replaced_is_said(hub: Hub, model: str, tmp_path: Path) -> None:
+    """A card and a license that somebody has written, before the work begins."""
+    theirs = {"README.md": Stored(b"by hand"), "LICENSE": Stored(b"mit"), "a.txt": Stored(b"a")}
+    hub.models[NAME] = Model()
+    before = hub.models[NAME].commit(theirs)
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    result = run(*words)
+    assert result.exit_code == 0
+    said = f"{NAME} on the hub has README.md, LICENSE: replaced, and kept in its history"
+    assert said in result.stderr.split("Quantizing")[0]
+    assert hub.models[NAME].commits[before] == theirs
+    assert of_hub(hub)["a.txt"] == b"a"
+    assert "replaced" not in run(*words).stderr  # they are ours now
+
+
+@pytest.mark.parametrize("report", [b"{}", b"[]", b"\xff", b"no", b'{"version": 99}'])
+def test_a_report_that_cannot_be_read(report: bytes, hub: Hub, model: str, tmp_path: Path) -> None:
+    """Neither there nor here; which file it is, and what to do."""
+    hub.models[NAME] = Model()
+    hub.models[NAME].commit({"nvfp4_moe_report.json": Stored(report)})
+    out = tmp_path / "out"
+    said = refusal("quantize", "org/moe", out, *OPTIONS, "--push-to", NAME)
+    assert f"{NAME}/nvfp4_moe_report.json on the hub cannot be read" in said
+    assert "choose another name, or delete what is there" in said
+    assert not out.exists()
+    assert run("quantize", "org/moe", out, *OPTIONS).exit_code == 0
+    (out / "nvfp4_moe_report.json").write_bytes(report)
+    said = refusal("quantize", "org/moe", out, *OPTIONS, "--push-to", "me/another")
+    assert f"{out / 'nvfp4_moe_report.json'}: " in said and "--overwrite" in said
+    assert "me/another" not in hub.models
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "config.json"])
+def test_what_was_edited_is_not_uploaded(name: str, hub: Hub, model: str, tmp_path: Path) -> None:
+    """The report that goes with it says how it was, and `verify` would refuse it."""
+    out = tmp_path / "out"
+    words = ("quantize", "org/moe", out, *OPTIONS)
+    assert run(*words).exit_code == 0
+    was = (out / name).read_bytes()
+    (out / name).write_bytes(was + b"\n")
+    said = refusal(*words, "--push-to", NAME)
+    assert f"{out / name} was changed since it was written" in said
+    assert ("quantize again" if name == "config.json" else "copy SRC's again") in said
+    assert "is complete" not in said
+    assert NAME not in hub.models
+    assert run("verify", out).exit_code == 1
+    (out / name).write_bytes(was)
+    (out / "README.md").write_text("a text of my own")  # it comes into the card as it is here
+    (out / "notes.txt").write_text("and this is not the checkpoint's")
+    assert run(*words, "--push-to", NAME).exit_code == 0
+    assert b"a text of my own" in of_hub(hub)["README.md"]
+    assert "notes.txt" not in of_hub(hub)
+
+
+def test_a_branch_is_a_commit_on_the_card(hub: Hub, model: str, tmp_path: Path) -> None:
+    words = ("quantize", "org/moe", tmp_path / "out", "--revision", "main", "--scales", "max")
+    assert run(*words, "--push-to", NAME).exit_code == 0
+    _, text = front_and_text(of_hub(hub)["README.md"])
+    assert f"--revision {model}" in text and "--revision main" not in text
+    assert "--revision main" not in of_hub(hub)["nvfp4_moe_report.json"].decode()
+
+
+def test_a_commit_whose_answer_is_lost(hub: Hub, model: str, tmp_path: Path) -> None:
+    """It is tried again, though it was made; what it took away is gone then."""
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    assert run(*words).exit_code == 0
+    hub.lost_answers = 1
+    result = run(*words, "--layout", "compressed-tensors", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "config.json" in of_hub(hub) and "hf_quant_config.json" not in of_hub(hub)
+
+
+def _push(url: str, cache: str, words: list[str]) -> None:
+    """In a process of its own."""
+    hub = Hub(url=url)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upload, "_BATCH_FILES", 3)
+        use(hub, Path(cache), patch, hub.token)
+        os._exit(run(*words).exit_code)
+
+
+@pytest.mark.parametrize("at", [2, 6, 9, 12, 15, 18])
+def test_a_kill_during_an_upload(at: int, hub: Hub, model: str, tmp_path: Path) -> None:
+    """At the ``at``-th request, while an earlier version is replaced: until the last commit nothing
+    there is a model, and the same command makes it whole."""
+    first = ("quantize", "org/moe", tmp_path / "first", *OPTIONS, "--push-to", NAME)
+    assert run(*first).exit_code == 0
+    words = ["quantize", "org/moe", str(tmp_path / "out"), *OPTIONS]
+    words += ["--layout", "compressed-tensors"]
+    assert run(*words).exit_code == 0
+    before = of_hub(hub)
+    count, killed = [0], threading.Event()
+
+    def kill(_: str) -> None:
+        count[0] += 1
+        if count[0] == at:
+            killed.set()
+            os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    hub.before = kill
+    arguments = (hub.url, str(tmp_path / "cache"), [*words, "--push-to", NAME])
+    process = FORKED.Process(target=_push, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and killed.is_set()
+    hub.before = lambda _: None
+    assert of_hub(hub) == before or "config.json" not in of_hub(hub)
+    result = run(*words, "--push-to", NAME)
+    assert result.exit_code == 0, result.output
+    assert run(*words, "--push-to", "me/fresh").exit_code == 0
+    fresh = {path: f.read(0, f.size) for path, f in hub.models["me/fresh"].files.items()}
+    assert of_hub(hub).keys() == fresh.keys()
+    del fresh["README.md"]  # which has the name
+    assert {path: of_hub(hub)[path] for path in fresh} == fresh
