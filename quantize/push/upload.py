@@ -13,8 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +25,9 @@ from quantize.checkpoint.hub_weights import is_passing
 from quantize.duration import duration
 from quantize.errors import QuantizeError
 from quantize.push.card import card
-from quantize.push.checkpoint import CARD, WRITTEN_ANEW, Finished, uploaded
+from quantize.push.checkpoint import CARD, Finished, uploaded
 from quantize.push.report import published
-from quantize.report import RunReport, loads
-from quantize.run.report_files import REPORT_DATA
+from quantize.push.there import There, look
 from quantize.run.version import PACKAGE, package_version
 
 if TYPE_CHECKING:
@@ -48,33 +45,6 @@ _LONGEST_WAIT = 3600
 _RESET = re.compile(r";\s*t=(\d+)")
 """In a header ``RateLimit: "api";r=0;t=52``: seconds until requests are taken again
 (https://huggingface.co/docs/hub/rate-limits)."""
-
-_WEIGHTS = (
-    *("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.onnx", "*.h5"),
-    "*.safetensors.index.json",
-)
-"""Files that make up another model, if they are beside ours. Of an index that is not ours an engine
-would load what it names, and nothing else."""
-
-
-@dataclass(frozen=True)
-class There:
-    """What a repository holds, of the checkpoint that is uploaded or of an earlier version of it.
-
-    Attributes:
-        files: relative paths of all that is there.
-        report: of what this package has uploaded; None if it has uploaded nothing.
-    """
-
-    files: list[str]
-    report: RunReport | None
-
-    def left(self, ours: Sequence[str]) -> list[str]:
-        """Files that the earlier version had and ours has not, but for weights: engines that find
-        them would read them. What others have put there is not among them."""
-        known = set(self.report.files) if self.report else set()
-        known -= {*ours, *WRITTEN_ANEW}
-        return [file for file in self.files if file in known and not file.endswith(".safetensors")]
 
 
 def reserve(
@@ -103,7 +73,12 @@ def reserve(
         _check_may_write(api, name)
         if new:
             say(f"{name} is new on the hub, and private: make it public on its page there")
-        there = _check_contents(api, name, ours := uploaded(list(written)), base)
+        there = look(api, name, ours := uploaded(list(written)), base)
+    if there.edited:
+        say(
+            f"{name} on the hub has {', '.join(there.edited)}, which this package did not write as "
+            "it is now: it stays, and engines may read it; delete it there if it is of no use"
+        )
     if there.report is None and (theirs := [f for f in there.files if f in (CARD, *ours)]):
         say(f"{name} on the hub has {', '.join(theirs)}: replaced, and kept in its history")
     return there
@@ -138,7 +113,7 @@ def push(
 
     text = card(made, name, evaluation)
     there = reserve(name, made.report.files, made.base[0] if made.base else None, say)
-    earlier, left = there.report, there.left(made.files)
+    earlier = there.report
     api = HfApi()
     large = [file for file in made.files if file != CONFIG]
     every = [*_batches(made.folder, large), [CONFIG]]
@@ -154,7 +129,7 @@ def push(
                 contents |= {CARD: text.encode()}
             message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
             with _pushing(name):
-                gone = [*left, *[f for f in there.files if f == CONFIG and other]]
+                gone = [*there.left, *[f for f in there.files if f == CONFIG and other]]
                 _commit(api, name, contents, gone if number == 1 else [], message, say)
             came(size)
     return f"{api.endpoint}/{name}"
@@ -220,42 +195,6 @@ def _batches(folder: Path, files: Sequence[str]) -> Iterator[list[str]]:
         size += nbytes
     if batch:
         yield batch
-
-
-def _check_contents(api: HfApi, name: str, ours: Sequence[str], base: str | None) -> There:
-    """What the repository holds; raises QuantizeError if that is another model."""
-    files = api.list_repo_files(name)
-    there = There(files, _report(api, name) if REPORT_DATA in files else None)
-    weights = [f for f in files if any(fnmatchcase(f, p) for p in _WEIGHTS)]
-    if strange := [f for f in weights if f not in ours and f not in there.left(ours)]:
-        raise QuantizeError(
-            f"{name} on the hub has weights that are not this checkpoint's ({strange[0]}), and an "
-            "engine could load both; delete them there, or choose another name"
-        )
-    if there.report is not None:
-        made_of = (there.report.revision or "").rpartition("@")[0]
-        if base and made_of and base != made_of:
-            raise QuantizeError(
-                f"{name} on the hub holds another model, made of {made_of}; choose another name"
-            )
-        return there
-    # Most models of one file call it alike.
-    if found := [f for f in files if f in (CONFIG, *weights)]:
-        raise QuantizeError(
-            f"{name} on the hub holds another model: beside its {found[0]} there is no "
-            f"{REPORT_DATA}; choose another name"
-        )
-    return there
-
-
-def _report(api: HfApi, name: str) -> RunReport:
-    try:
-        return loads(Path(api.hf_hub_download(name, REPORT_DATA)).read_bytes())
-    except QuantizeError as error:
-        raise QuantizeError(
-            f"{name}/{REPORT_DATA} on the hub cannot be read, so that nobody knows what is there "
-            f"({error}); choose another name, or delete what is there"
-        ) from error
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def survey(
     delete = {
         name
         for name in left
-        if (target / name).is_file() and (_may_be_written(name) or name.endswith(".safetensors"))
+        if (target / name).is_file() and (may_be_written(name) or name.endswith(".safetensors"))
     }
     recorded = {name: same for name, same in _recorded(target) if (target / name).is_file()}
     delete |= {name for name, same in recorded.items() if same}
@@ -120,13 +120,14 @@ def _recorded(target: Path) -> Iterator[tuple[str, bool]]:
         digests = digests if isinstance(digests, dict) else {}
         for name in plain(report.get("files")):
             # Anyone can write such a file: it must not name what no run would write.
-            if _may_be_written(name):
+            if may_be_written(name):
                 ours = name in {INDEX, REPORT, REPORT_DATA, *config_files()}
                 same = ours or _SHARD.fullmatch(name) is not None
                 yield name, same or _digest(target / name) == digests.get(name)
 
 
-def _may_be_written(name: str) -> bool:
+def may_be_written(name: str) -> bool:
+    """Whether a run of this package could have written a file of this relative path."""
     return bool(_SHARD.fullmatch(name)) or _is_read(name) or belongs_by_config(name)
 
 
