@@ -190,6 +190,24 @@ def test_compiling_takes_no_time_from_checks(
     assert len(found(tmp_path)["checked"]) == 2
 
 
+def test_a_search_that_takes_long_costs_no_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For single wrong scales: on two cores it took 7 seconds of a --quick run's 10, and the chosen
+    kernel of MiniMax-M3's layer had no times."""
+    later = [0.0]
+
+    def slow(*_: object) -> None:
+        later[0] = 1000.0
+
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.work.single_scale", slow)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later[0])
+    monkeypatch.setattr("vllm_nvfp4_moe.doctor.work.time", clock)
+    records = found(tmp_path)
+    assert later[0] and records["compared"][0]["right"]
+    assert "left out" not in records and len(records["timed"]) == len(TOKENS)
+
+
 @pytest.mark.parametrize("matrix", ["w13", "w2"])
 def test_a_wrong_global_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str) -> None:
     def double(layer: Any) -> None:

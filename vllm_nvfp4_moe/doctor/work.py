@@ -61,6 +61,8 @@ _CHECKS = 0.6
 """Of the time that a layer has, what checks may take."""
 
 Emit = Callable[[dict[str, Any]], None]
+Seen = tuple[Batch, torch.Tensor, torch.Tensor]
+"""Tokens, a kernel's outputs for them, and the right ones."""
 
 
 @dataclass(frozen=True)
@@ -227,24 +229,30 @@ class _Part:
             self.emit("same", as_variant=VARIANTS[0], tokens=tokens)
         share = 1.0 if same else _CHECKS
         end = time.monotonic() + share * max(0.0, self.until - time.monotonic())
-        right = self.check(cases, end, scan=not same)
+        right, seen, unnamed = self.check(cases, end)
         if right and not same:
             with alone(self.job.folder, _WAITS) as waited:
                 self.until += waited
                 self.time()
+        # Last: on a CPU it takes seconds, whatever the time that is left, and times would miss them.
+        if unnamed or (seen and right and not same):
+            self._together(seen, unnamed)
 
     # -- right or wrong ---------------------------------------------------------------------------
 
-    def check(self, cases: list[Case], end: float, scan: bool) -> bool:
-        """Each case beside plain arithmetic; then, if ``scan``, all together, for single wrong
-        scales. Whether all is right."""
+    def check(self, cases: list[Case], end: float) -> tuple[bool, list[Seen], bool]:
+        """Each case beside plain arithmetic.
+
+        Returns:
+            Whether all is right, what was seen, and whether something is wrong without a name.
+        """
         job = self.job
         file = reference_file(job.folder, self.place, self.rounding)
         if not file.exists():
             self.emit("begins", at="computing the reference")
             save_reference(file, self.weights, self.rounding, job.tokens, job.device)
         every_truth = load_reference(file, job.tokens, job.device)
-        seen: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
+        seen: list[Seen] = []
         a_token = 0.0
         right, tried, found = True, 0, 0
         for case in cases:
@@ -279,15 +287,10 @@ class _Part:
                     value_error=_number(error.value), right=good, fault=fault,
                 )  # fmt: skip
             seen.append((asked, out, truth))
-        unnamed = tried > found
-        if unnamed or (seen and right and scan):
-            right = self._together(seen, unnamed) and right
-        return right
+        return right, seen, tried > found
 
-    def _together(
-        self, seen: list[tuple[Batch, torch.Tensor, torch.Tensor]], unnamed: bool
-    ) -> bool:
-        """What one case alone cannot tell.
+    def _together(self, seen: list[Seen], unnamed: bool) -> None:
+        """All cases together: what one alone cannot tell, single wrong scales above all.
 
         Args:
             unnamed: something is wrong, and nobody knows what.
@@ -308,9 +311,8 @@ class _Part:
             "compared", judged=len(out), experts=int((tokens >= ENOUGH).sum()), right=fault is None,
             fault=fault,
         )  # fmt: skip
-        return fault is None
 
-    def _more(self, judged: int) -> list[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    def _more(self, judged: int) -> list[Seen]:
         """More tokens, all of them compared, where ``judged`` are too few for each expert to have
         ``ENOUGH``: what is wrong is worth a name, also where time was short."""
         lacking = 2 * ENOUGH * self.shape.experts // self.shape.top_k - judged
