@@ -234,7 +234,7 @@ class _Part:
             with alone(self.job.folder, _WAITS) as waited:
                 self.until += waited
                 self.time()
-        # Last: on a CPU it takes seconds, whatever the time that is left, and times would miss them.
+        # Last: on a CPU it takes seconds, however few are left, and times would miss them.
         if unnamed or (seen and right and not same):
             self._together(seen, unnamed)
 
