@@ -61,7 +61,7 @@ def identity_of(checkpoint: Checkpoint) -> Identity:
     return Identity(
         {file.name: checkpoint.weights.digest(file) for file in checkpoint.files},
         tensors,
-        {name: _file_digest(checkpoint.folder / name) for name in companions(checkpoint.folder)},
+        {name: file_digest(checkpoint.folder / name) for name in companions(checkpoint.folder)},
         revision_of(checkpoint.folder),
     )
 
@@ -131,7 +131,12 @@ def tensor_digests(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        QuantizeError: if it cannot be read.
+    """
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

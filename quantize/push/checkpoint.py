@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint.hub import CONFIG
+from quantize.checkpoint.identity import file_digest
 from quantize.checkpoint.json_files import read_json
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
@@ -96,7 +96,7 @@ def _check_unchanged(found: Finished) -> None:
     goes with it to the hub says how it was."""
     for name, digest in found.report.digests.items():
         file = found.folder / name
-        if name in found.files and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if name in found.files and file_digest(file) != digest:
             again = "quantize again" if name == CONFIG else "copy SRC's again"
             raise QuantizeError(
                 f"{file} was changed since it was written, and `verify` would refuse what is "

@@ -7,7 +7,6 @@ files and add some. So what goes must be proven to be as this package wrote it, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.checkpoint.hub import CONFIG
+from quantize.checkpoint.identity import file_digest
 from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.errors import QuantizeError
 from quantize.layouts import config_files
@@ -98,7 +98,7 @@ def _is_as_written(api: HfApi, name: str, file: str, report: RunReport) -> bool:
         return True
     there = Path(api.hf_hub_download(name, file))
     if file != INDEX:
-        return hashlib.sha256(there.read_bytes()).hexdigest() == report.digests.get(file)
+        return file_digest(there) == report.digests.get(file)
     try:
         named = read_json(there).get("weight_map")
     except QuantizeError:

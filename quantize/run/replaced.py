@@ -10,7 +10,6 @@ it is.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantize.checkpoint.companions import TEMPLATES, belongs, belongs_by_config
+from quantize.checkpoint.identity import file_digest
 from quantize.checkpoint.json_files import INDEX, read_json
 from quantize.errors import QuantizeError
 from quantize.layouts import config_files
@@ -133,11 +133,9 @@ def may_be_written(name: str) -> bool:
 
 def _digest(file: Path) -> str:
     """SHA-256 of a file; empty if it cannot be read."""
-    try:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError:
-        return ""
+    with suppress(QuantizeError):
+        return file_digest(file)
+    return ""
 
 
 def _weights(target: Path) -> Iterator[str]:

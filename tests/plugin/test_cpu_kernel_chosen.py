@@ -14,6 +14,7 @@ from quantize.native import jit, processor
 from tests.plugin.cpu_kernels import EXPERTS, NATIVE, TOP_K, Case
 from tests.plugin.reference import routed
 from tests.plugin.test_layer import OTHER_GATES, relative, routing
+from tests.quantize.without_cpp import LACKS, take_away
 from vllm_nvfp4_moe import settings
 from vllm_nvfp4_moe.backends.cpu import forward
 from vllm_nvfp4_moe.kernels.cpu import kernel as cpu
@@ -67,22 +68,14 @@ def test_a_compiler_that_does_not_know_the_newest_instructions(
 
 
 @pytest.mark.usefixtures("chosen_anew")
-@pytest.mark.parametrize("lacks", ["AVX2", "a compiler", "the wish"])
+@pytest.mark.parametrize("lacks", LACKS)
 def test_without_it_numba_does_the_work(
     lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With one line that says why."""
     said: list[str] = []
     monkeypatch.setattr(forward.logger, "warning", lambda text, *args: said.append(text % args))
-    if lacks == "AVX2":
-        monkeypatch.setattr(processor, "flags", frozenset)
-    elif lacks == "a compiler":
-        monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.setenv(settings.CACHE, str(tmp_path))  # which is empty
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    else:
-        monkeypatch.setenv(settings.CPP, "0")
+    take_away(lacks, tmp_path, monkeypatch)
     torch.manual_seed(4)
     case, (weights, ids) = Case(48, 32), routing(6, EXPERTS, TOP_K)
     x = torch.randn(6, 48)

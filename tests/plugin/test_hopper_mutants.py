@@ -98,8 +98,8 @@ MUTANTS = {
         "partial-read": Mutant(MEET, "", of=2),
         "partial-written": Mutant(MEET, "", of=2, number=1),
         "arrivals": Mutant(
-            "barrier_init(empty + 8 * i, 4 * Schedule<Shape>(args, 0).block_groups);",
-            "barrier_init(empty + 8 * i, 4 * Schedule<Shape>(args, 0).block_groups + 1);",
+            "barrier_init(empty + 8 * i, 4 * Schedule<Shape>::groups_of_block(args));",
+            "barrier_init(empty + 8 * i, 4 * Schedule<Shape>::groups_of_block(args) + 1);",
             tokens=150,
             said="deadlock: .* waits for mbarrier",
         ),

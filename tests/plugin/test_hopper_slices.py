@@ -29,7 +29,7 @@ BOTH = {
     ),
     # 150 tokens fill the ring a few times.
     "all-are-waited-for": Mutant(
-        "4 * Schedule<Shape>(args, 0).block_groups",
+        "4 * Schedule<Shape>::groups_of_block(args)",
         "4 * Shape::ROW_GROUPS",
         tokens=150,
         said="deadlock",

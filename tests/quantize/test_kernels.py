@@ -23,6 +23,7 @@ from quantize.nvfp4.kernels.numba_cpu import NumbaKernel
 from quantize.nvfp4.kernels.reference import ReferenceKernel
 from quantize.nvfp4.scales import RULES
 from tests.quantize.test_cli import refusal
+from tests.quantize.without_cpp import LACKS, take_away
 
 CPP = {each.name: each for each in cpp_cpu.INSTRUCTIONS if each.here}
 KERNELS = [*CPP, "numba", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -193,7 +194,7 @@ def test_comparison_with_what_is_stored(name: str, dtype: torch.dtype) -> None:
         assert signal == pytest.approx(float(against.double().square().sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("lacks", ["AVX2", "a compiler", "the wish"])
+@pytest.mark.parametrize("lacks", LACKS)
 def test_without_cpp_numba_does_the_work(
     lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -201,15 +202,7 @@ def test_without_cpp_numba_does_the_work(
     said: list[str] = []
     monkeypatch.setattr(kernels.logger, "warning", lambda text, *args: said.append(text % args))
     kernels._for_cpus.cache_clear()
-    if lacks == "AVX2":
-        monkeypatch.setattr(processor, "flags", frozenset)
-    elif lacks == "a compiler":
-        monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.setenv(environment.CACHE, str(tmp_path))  # which is empty
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    else:
-        monkeypatch.setenv(environment.CPP, "0")
+    take_away(lacks, tmp_path, monkeypatch)
     try:
         for _ in range(2):
             assert isinstance(for_device(torch.device("cpu")), NumbaKernel)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.hub_server import Hub, Stored
+from tests.quantize.pushes import NAME, OPTIONS, hub, model, of_hub
 from tests.quantize.test_cli import refusal, run
-from tests.quantize.test_push import NAME, OPTIONS, hub, model, of_hub
 
 __all__ = ["hub", "model"]  # fixtures
 

@@ -203,10 +203,13 @@ struct Schedule {
     static constexpr bool SPLITS = Shape::MAX_TOKENS <= 64 && Shape::ROW_GROUPS == 4;
     int row_tiles, block_groups;
     uint32_t row_blocks, whole, shift;  // from `whole` on 2^shift items are a pair
+    // How many row groups a block of rows has, but for the last, which may have fewer.
+    static __device__ __forceinline__ int groups_of_block(const GemmArguments& args) {
+        return SPLITS ? args.block_groups : Shape::ROW_GROUPS;
+    }
     // `tiles`: of tokens.
     __device__ __forceinline__ Schedule(const GemmArguments& args, uint32_t tiles)
-        : row_tiles(args.row_tiles),
-          block_groups(SPLITS ? args.block_groups : Shape::ROW_GROUPS),
+        : row_tiles(args.row_tiles), block_groups(groups_of_block(args)),
           row_blocks(args.row_blocks), whole(tiles * row_blocks), shift(0) {
         if constexpr (SPLITS) {
             const uint32_t last = whole % gridDim.x;
@@ -317,7 +320,7 @@ __device__ __forceinline__ void gemm(const GemmArguments& args) {
         for (int i = 0; i < Shape::STAGES; ++i) {
             barrier_init(full + 8 * i, PRODUCERS);
             // Each warp of the warpgroups that use the stage says when it is done with it.
-            barrier_init(empty + 8 * i, 4 * Schedule<Shape>(args, 0).block_groups);
+            barrier_init(empty + 8 * i, 4 * Schedule<Shape>::groups_of_block(args));
         }
         barrier_init_fence();
     }
