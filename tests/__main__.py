@@ -19,10 +19,24 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG = ("tests/quantize", "tests/plugin", "tests/engine")
 
 
+def last_words(output: str, most: int = 30) -> list[str]:
+    """The lines of a killed process' output that say what it did: from the test file that it was in
+    on, of Python's own dump the thread that was hit."""
+    before, fatal, dump = output.partition("Fatal Python error:")
+    lines = before.splitlines()[-10:]
+    if fatal:
+        reason, *threads = dump.split("\n\n")
+        hit = [thread for thread in threads if thread.startswith("Current thread")]
+        lines += [fatal + reason, *"\n".join(hit).splitlines()]
+    return lines[: most + 10]
+
+
 def side_by_side(*groups: Sequence[str], **environment: str) -> int:
     """Run pytest for each group of arguments that has any, two at a time; 0 if all have passed.
 
-    The first's output comes at once, and that of others when they and the first have ended.
+    The first's output comes at once, and that of others when they and the first have ended. Of one
+    that was killed, the end tells once more what its last lines were: summaries of others follow
+    it, and who reads the end alone of a long log would not see what died.
 
     Args:
         environment: what is set for all.
@@ -50,16 +64,17 @@ def side_by_side(*groups: Sequence[str], **environment: str) -> int:
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, shown)
         behind = [pool.submit(run_behind, arguments) for arguments in others]
-        codes = [first.result()]
+        ended = [(first.result(), b"")]
         for other in behind:
-            code, text = other.result()
+            ended.append(other.result())
             sys.stdout.flush()
-            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.write(ended[-1][1])
             sys.stdout.flush()
-            codes.append(code)
-    for group, code in zip((shown, *others), codes, strict=True):
+    codes = [code for code, _ in ended]
+    for group, (code, text) in zip((shown, *others), ended, strict=True):
         if code < 0:  # it could not say so itself
-            print(f"pytest {' '.join(group)}: killed by {signal.Signals(-code).name}", flush=True)
+            print(f"pytest {' '.join(group)}: killed by {signal.Signals(-code).name}")
+            print(*last_words(text.decode(errors="replace")), sep="\n", flush=True)
     return next((code for code in codes if code), 0)
 
 

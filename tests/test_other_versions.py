@@ -141,3 +141,17 @@ def test_a_group_that_is_killed_is_told_of(
     killed.write_text("import os\ndef test(): os.kill(os.getpid(), 9)\n")
     assert side_by_side([str(good)], [str(killed)]) == -9
     assert f"pytest {killed}: killed by SIGKILL" in capfd.readouterr().out
+
+
+def test_the_last_words_of_a_group_that_is_killed_are_at_the_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """CI keeps the end of a log: a group died of SIGABRT, and nothing said in which test."""
+    good, killed, last = (tmp_path / f"test_{name}.py" for name in ("good", "killed", "last"))
+    good.write_text("def test(): pass\n")
+    last.write_text("def test(): pass\n")
+    killed.write_text("import os\ndef test_of_this_name():\n    os.abort()\n")
+    assert side_by_side([str(good)], [str(killed)], [str(last)]) == -6
+    end = capfd.readouterr().out.partition(f"pytest {killed}: killed by SIGABRT")[2]
+    assert "Fatal Python error: Aborted" in end
+    assert "in test_of_this_name" in end
