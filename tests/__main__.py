@@ -22,8 +22,9 @@ LONG = ("tests/quantize", "tests/plugin", "tests/engine")
 def last_words(output: str, most: int = 30) -> list[str]:
     """The lines of a killed process' output that say what it did: from the test file that it was in
     on, of Python's own dump the thread that was hit."""
-    before, fatal, dump = output.partition("Fatal Python error:")
-    lines = before.splitlines()[-10:]
+    # The last: processes of tests may have died before, as they should.
+    before, fatal, dump = output.rpartition("Fatal Python error:")
+    lines = (before if fatal else dump).splitlines()[-10:]
     if fatal:
         reason, *threads = dump.split("\n\n")
         hit = [thread for thread in threads if thread.startswith("Current thread")]

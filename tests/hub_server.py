@@ -373,7 +373,10 @@ class _Handler(BaseHTTPRequestHandler):
         files = dict(model.files)
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "header":
+                if value.get("parentCommit", model.branches["main"]) != model.branches["main"]:
+                    raise _RefusedError(412, "A commit has happened since. Please refresh.")
+            elif line["key"] == "file":
                 files[value["path"]] = Stored(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 files[value["path"]] = Stored(self.hub.uploaded[value["oid"]])

@@ -150,8 +150,12 @@ def test_the_last_words_of_a_group_that_is_killed_are_at_the_end(
     good, killed, last = (tmp_path / f"test_{name}.py" for name in ("good", "killed", "last"))
     good.write_text("def test(): pass\n")
     last.write_text("def test(): pass\n")
-    killed.write_text("import os\ndef test_of_this_name():\n    os.abort()\n")
+    killed.write_text(
+        "import os\n"
+        "def test_of_a_process():\n    os.fork() or os.abort()\n    os.wait()\n"
+        "def test_of_this_name():\n    os.abort()\n"
+    )
     assert side_by_side([str(good)], [str(killed)], [str(last)]) == -6
     end = capfd.readouterr().out.partition(f"pytest {killed}: killed by SIGABRT")[2]
     assert "Fatal Python error: Aborted" in end
-    assert "in test_of_this_name" in end
+    assert "in test_of_this_name" in end and "in test_of_a_process" not in end

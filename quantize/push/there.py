@@ -39,6 +39,7 @@ class There:
     """What a repository holds, of the checkpoint that is uploaded or of an earlier version of it.
 
     Attributes:
+        commit: at which it holds that.
         files: relative paths of all that is there.
         report: of what this package has uploaded; None if it has uploaded nothing.
         left: files that the earlier version had and the new one has not, as this package wrote
@@ -46,6 +47,7 @@ class There:
         edited: such files that somebody has changed since, or put there anew.
     """
 
+    commit: str
     files: list[str]
     report: RunReport | None
     left: list[str]
@@ -62,19 +64,21 @@ def look(api: HfApi, name: str, ours: Sequence[str], base: str | None) -> There:
     Raises:
         QuantizeError: if that is another model, or its report cannot be read.
     """
-    files = api.list_repo_files(name)
-    report = _report(api, name) if REPORT_DATA in files else None
+    info = api.model_info(name)
+    assert info.sha and info.siblings is not None  # which a hub always says of a model
+    commit, files = info.sha, [sibling.rfilename for sibling in info.siblings]
+    report = _report(api, name, commit) if REPORT_DATA in files else None
     known = {*filter(may_be_written, report.files)} if report else set()
     known -= {*ours, *WRITTEN_ANEW}
     earlier = [f for f in files if f in known and not f.endswith(".safetensors")]
-    left = [f for f in earlier if report and _is_as_written(api, name, f, report)]
+    left = [f for f in earlier if report and _is_as_written(api, name, commit, f, report)]
     weights = [f for f in files if any(fnmatchcase(f, p) for p in _WEIGHTS)]
     if strange := [f for f in weights if f not in ours and f not in left]:
         raise QuantizeError(
             f"{name} on the hub has weights that are not this checkpoint's ({strange[0]}), and an "
             "engine could load both; delete them there, or choose another name"
         )
-    there = There(files, report, left, [f for f in earlier if f not in left])
+    there = There(commit, files, report, left, [f for f in earlier if f not in left])
     if report is not None:
         made_of = (report.revision or "").rpartition("@")[0]
         if base and made_of and base != made_of:
@@ -91,12 +95,12 @@ def look(api: HfApi, name: str, ours: Sequence[str], base: str | None) -> There:
     return there
 
 
-def _is_as_written(api: HfApi, name: str, file: str, report: RunReport) -> bool:
+def _is_as_written(api: HfApi, name: str, commit: str, file: str, report: RunReport) -> bool:
     """Whether a file is as the run of ``report`` wrote it. Nobody edits what a layout adds; and an
     index is of that run if it names its files, and no others."""
     if file in config_files():
         return True
-    there = Path(api.hf_hub_download(name, file))
+    there = Path(api.hf_hub_download(name, file, revision=commit))
     if file != INDEX:
         return file_digest(there) == report.digests.get(file)
     try:
@@ -108,9 +112,9 @@ def _is_as_written(api: HfApi, name: str, file: str, report: RunReport) -> bool:
     )
 
 
-def _report(api: HfApi, name: str) -> RunReport:
+def _report(api: HfApi, name: str, commit: str) -> RunReport:
     try:
-        return loads(Path(api.hf_hub_download(name, REPORT_DATA)).read_bytes())
+        return loads(Path(api.hf_hub_download(name, REPORT_DATA, revision=commit)).read_bytes())
     except QuantizeError as error:
         raise QuantizeError(
             f"{name}/{REPORT_DATA} on the hub cannot be read, so that nobody knows what is there "

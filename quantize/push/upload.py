@@ -2,7 +2,8 @@
 
 They go in several commits. The report comes with the first: by it a repository is known as one of
 ours, whatever becomes of the upload. ``config.json`` and card come with the last: until then
-nothing takes the repository for a model, also where another version of the checkpoint is replaced.
+nothing takes the repository for a model, also where another version of the checkpoint is replaced:
+what is left of that goes before, in a commit of its own.
 The hub keeps what it has, so the same again goes on: of a file that is there already nothing is
 sent.
 """
@@ -112,12 +113,13 @@ def push(
     from huggingface_hub import HfApi
 
     text = card(made, name, evaluation)
-    there = reserve(name, made.report.files, made.base[0] if made.base else None, say)
-    earlier = there.report
+    base = made.base[0] if made.base else None
+    there = reserve(name, made.report.files, base, say)
     api = HfApi()
     large = [file for file in made.files if file != CONFIG]
     every = [*_batches(made.folder, large), [CONFIG]]
-    other = earlier is not None and earlier.fingerprint != made.report.fingerprint
+    with _pushing(name):
+        _remove(api, name, made, base, there, say)
     sizes = [sum((made.folder / file).stat().st_size for file in files) for files in every]
     with shown(sum(sizes)) as came:
         for number, (files, size) in enumerate(zip(every, sizes, strict=True), 1):
@@ -129,32 +131,51 @@ def push(
                 contents |= {CARD: text.encode()}
             message = f"Part {number} of {len(every)}, by {PACKAGE} {package_version()}"
             with _pushing(name):
-                gone = [*there.left, *[f for f in there.files if f == CONFIG and other]]
-                _commit(api, name, contents, gone if number == 1 else [], message, say)
+                _commit(api, name, contents, message, say)
             came(size)
     return f"{api.endpoint}/{name}"
 
 
 def _commit(
-    api: HfApi,
-    name: str,
-    contents: Mapping[str, str | bytes],
-    gone: Sequence[str],
-    message: str,
-    say: Say,
+    api: HfApi, name: str, contents: Mapping[str, str | bytes], message: str, say: Say
 ) -> None:
-    """One commit of files, by their paths there: each a path here, or what it holds; and of those
-    that go. It is tried again, when the hub says or soon, if that may help: the connection, the
-    server, or another commit that came at the same time."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    """One commit of files, by their paths there: each a path here, or what it holds."""
+    from huggingface_hub import CommitOperationAdd
 
+    def commit(_: int) -> None:
+        files = [CommitOperationAdd(path, content) for path, content in contents.items()]
+        api.create_commit(name, files, commit_message=message)
+
+    _tried(commit, name, say)
+
+
+def _remove(
+    api: HfApi, name: str, made: Finished, base: str | None, there: There, say: Say
+) -> None:
+    """Remove what another version of the checkpoint left and this one has not, and its config. The
+    hub is told at which commit that was looked at, and refuses if another came since, in which
+    somebody may have edited just those files: it is looked at anew."""
+    from huggingface_hub import CommitOperationDelete
+
+    def remove(attempt: int) -> None:
+        # Anew also because a commit that seemed to fail may have been made.
+        now = look(api, name, uploaded(made.report.files), base) if attempt else there
+        other = now.report is not None and now.report.fingerprint != made.report.fingerprint
+        gone = [*now.left, *[file for file in now.files if file == CONFIG and other]]
+        if gone:
+            message = f"Files of the version before, by {PACKAGE} {package_version()}"
+            operations = [CommitOperationDelete(file) for file in gone]
+            api.create_commit(name, operations, commit_message=message, parent_commit=now.commit)
+
+    _tried(remove, name, say)
+
+
+def _tried(commit: Callable[[int], None], name: str, say: Say) -> None:
+    """Run ``commit`` with the number of the attempt: again, when the hub says or soon, if that may
+    help: the connection, the server, or another commit that came at the same time."""
     for attempt in range(_TRIES):
         try:
-            files = [CommitOperationAdd(path, content) for path, content in contents.items()]
-            # A commit that seemed to fail may have been made.
-            left = set(gone).intersection(api.list_repo_files(name)) if attempt else gone
-            removed = [CommitOperationDelete(path) for path in left]
-            api.create_commit(name, [*files, *removed], commit_message=message)
+            commit(attempt)
             return
         except Exception as error:
             status, asked = _answer(error)

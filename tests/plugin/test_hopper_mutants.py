@@ -63,6 +63,9 @@ BOTH = {
     "places": Mutant("places[pair] = place;", "places[pair + 1] = place;", tokens=40, said=OUTSIDE),
     "ids": Mutant("ids[pair] >= 0", "ids[pair + 1] >= 0", map=True, said=OUTSIDE),
     "local": Mutant("local[ids[pair]]", "local[ids[pair] + 1]", map=True, said=OUTSIDE),
+    # What is wrong enough to end a process ends none but its own.
+    "process": Mutant("sizes[thread] = size | each << 16;", "abort();", tokens=40,
+                      said="its process died of signal 6"),
     "router-weights": Mutant(
         "router_weights[pair]", "router_weights[pair + 1]", of=2, number=1, said=OUTSIDE
     ),

@@ -64,6 +64,32 @@ def test_a_file_that_was_edited_there_stays(
     assert "config.json" in of_hub(hub)
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["told", "answer lost"])
+def test_a_file_that_is_edited_while_it_goes_stays(
+    lost: bool, hub: Hub, first: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Between the look at what is there and the commit that removes it, which the hub then refuses;
+    or after that, where the answer was lost."""
+    commits: list[str] = []
+
+    def before(request: str) -> None:
+        if not request.startswith("POST") or "/commit/" not in request:
+            return
+        commits.append(request)
+        if len(commits) == 1 + lost:
+            commit(hub, {"chat_template.jinja": b"by hand"})
+        elif len(commits) == 1:
+            hub.lost_answers = 1
+
+    hub.before = before
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, "--push-to", NAME)
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert of_hub(hub)["chat_template.jinja"] == b"by hand"
+    assert "merges.txt" not in of_hub(hub)
+    assert "config.json" in of_hub(hub)
+
+
 def test_a_report_without_digests_proves_nothing(
     hub: Hub, first: dict[str, bytes], tmp_path: Path
 ) -> None:
