@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.hopper_profile import ABLATIONS, Patch, variants
+from benchmarks.hopper_variants import ABLATIONS, Patch, variants
 from vllm_nvfp4_moe.kernels.hopper.registry import KERNELS
 
 VARIANTS = variants(["few", "many"])
