@@ -26,7 +26,6 @@ from quantize.calibration.progress import Progress as Calibrating
 from quantize.calibration.step_times import by_time
 from quantize.checkpoint.companions import companions, left_out
 from quantize.checkpoint.disk import out_of_space
-from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.reader import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.experts.group import ExpertGroup
@@ -37,12 +36,12 @@ from quantize.run import done
 from quantize.run.apart import check_apart
 from quantize.run.cluster import make_shards_on_ray, room_on_ray
 from quantize.run.counted import Counted
-from quantize.run.finish import digests, finish, is_finished, shard_stamps, written_names
+from quantize.run.finish import digests, finish, is_finished
 from quantize.run.lock import locked
+from quantize.run.new_record import is_unseen, new_record
 from quantize.run.plan import Plan
 from quantize.run.record import Record
 from quantize.run.report_files import REPORT, REPORT_DATA
-from quantize.run.same_source import already_noted
 from quantize.run.sessions import Sessions
 from quantize.run.space import Space
 from quantize.run.stream import Stream, bytes_beside, streamed
@@ -132,25 +131,11 @@ def execute(
     """
     started = time.perf_counter()
     environment.cpp()  # refuses what it cannot mean
-    if dry is None and not checkpoint.weights.here and not streamed(checkpoint):
-        raise AssertionError(f"{checkpoint.folder}: its weights are still on the hub")
     check_apart(checkpoint, target)
     others = companions(checkpoint.folder)
     check_apart(checkpoint, target, others)
-    identity = identity_of(checkpoint)
-    if resume and not checkpoint.weights.here and not streamed(checkpoint):
-        identity = already_noted(target, identity)
-    record = Record(
-        target,
-        plan.fingerprint(checkpoint, identity),
-        command,
-        str(checkpoint.folder),
-        checkpoint.weights.times(checkpoint.files),
-        names=written_names(plan, others),
-        shards=shard_stamps(plan),
-        settings=plan.settings(checkpoint),
-        identity=identity,
-        work=work_dir,
+    record = new_record(
+        checkpoint, plan, target, others, resume=resume, command=command, work_dir=work_dir
     )
 
     def summary(missing: Sequence[int], reading: float = 0.0) -> Summary:
@@ -168,12 +153,14 @@ def execute(
         return summary([])
 
     check_folder(target)
-    finished = resume and is_finished(record, plan, others)
+    finished = resume and is_finished(record, plan, others, is_unseen(checkpoint))
     if finished and dry is None:
         if record.folder.exists():  # a kill in the last moments may have left it
             with locked(record.folder):
                 record.end()
         return nothing_to_do()
+    if dry is None and is_unseen(checkpoint):
+        raise AssertionError(f"{checkpoint.folder}: its weights are still on the hub")
     run = Run(
         checkpoint,
         plan,

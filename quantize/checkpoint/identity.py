@@ -48,6 +48,11 @@ class Identity(NamedTuple):
     companions: dict[str, str]
     revision: str | None = None
 
+    @property
+    def of_commit(self) -> bool:
+        """Whether it is a commit on the hub, as it was downloaded into the hub's cache."""
+        return "@" in (self.revision or "")
+
 
 def identity_of(checkpoint: Checkpoint) -> Identity:
     """The identity of ``checkpoint``; of its weights only a little is read.

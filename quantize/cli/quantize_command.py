@@ -344,6 +344,7 @@ def quantize(
                     work_dir,
                     overwrite,
                     resume,
+                    bits is None and floats is None,
                     dry_run,
                     downloading,
                 )

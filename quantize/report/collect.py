@@ -76,6 +76,7 @@ def collect(
         kv_scales=_kv_scales(checkpoint, plan, record),
         converted=plan.converts,
         fingerprint=record.fingerprint,
+        of_commit=record.of_commit,
         files=sorted(record.names),
         digests=digests,
         revision=revision_of(checkpoint.folder),

@@ -158,6 +158,7 @@ class RunReport:
         layers: one entry for each layer's experts.
         dense: the dense linears, if they were quantized too.
         fingerprint: of the run (``Plan.fingerprint``).
+        of_commit: the same of a commit on the hub (``Plan.fingerprint_of_commit``), or empty.
         files: relative paths of all files that the run wrote; another run may replace them.
         digests: SHA-256, in hexadecimal, of those that people edit: what was copied, and
             ``config.json``. What was edited since is never deleted.
@@ -194,6 +195,7 @@ class RunReport:
     dense: LayerReport | None = None
     calibration: CalibrationReport | None = None
     fingerprint: str = ""
+    of_commit: str = ""
     files: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     activations: str = "bf16"
@@ -210,6 +212,7 @@ class RunReport:
 
 
 _LATER: dict[str, Any] = {
+    "of_commit": "",
     "files": [],
     "digests": {},
     "base": None,

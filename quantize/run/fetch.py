@@ -9,9 +9,11 @@ from quantize.checkpoint.companions import companions
 from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.opened import bring, to_bring
 from quantize.checkpoint.reader import Checkpoint
-from quantize.run.finish import written_names
+from quantize.run.finish import is_finished, written_names
 from quantize.run.leftovers import replaced_by_new
+from quantize.run.new_record import new_record
 from quantize.run.plan import Plan
+from quantize.run.report_files import of_commit
 from quantize.run.same_source import check_same_source
 from quantize.run.shards import is_complete
 from quantize.run.space import check_disks
@@ -26,6 +28,7 @@ def fetch(
     work_dir: Path | None,
     overwrite: bool,
     resume: bool = False,
+    final: bool = True,
     dry: bool = False,
     shown: Shown = not_shown,
 ) -> None:
@@ -35,21 +38,27 @@ def fetch(
         states: bytes of hidden states that calibration will keep.
         work_dir: of ``--work-dir``.
         overwrite: a checkpoint in ``target`` goes.
-        resume: an interrupted run in ``target`` goes on.
+        resume: an interrupted run in ``target`` goes on; and if it is complete, nothing comes.
+        final: ``plan`` is what is carried out, and is not made another one by the weights.
         dry: only see whether there is room.
         shown: shows how much has come.
 
     Raises:
         QuantizeError: if a disk has no room for the downloads, the output and the states together,
             before the first byte is fetched; if what is in ``target`` is of another commit,
-            likewise; or if the download fails.
+            or was made with other options, likewise; or if the download fails.
     """
     downloads = to_bring(checkpoint)
     if not downloads:
         return
+    others = companions(checkpoint.folder)
     if resume:
         check_same_source(target, identity_of(checkpoint))
-    others = companions(checkpoint.folder)
+        record = new_record(checkpoint, plan, target, others, resume=True)
+        if final and is_finished(record, plan, others, unseen=True):
+            return
+        if final and of_commit(target):
+            record.prepare(overwrite, resume)  # refuses other options before hours of download
     output = sum(
         sum(out.nbytes for out in plan.outputs(shard))
         for shard, name in enumerate(plan.file_names)

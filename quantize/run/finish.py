@@ -113,8 +113,12 @@ def shard_stamps(plan: Plan) -> dict[str, str]:
     }
 
 
-def is_finished(record: Record, plan: Plan, others: Sequence[str]) -> bool:
-    """Whether the target already holds all that this run would make, ``others`` copied too."""
+def is_finished(record: Record, plan: Plan, others: Sequence[str], unseen: bool = False) -> bool:
+    """Whether the target already holds all that this run would make, ``others`` copied too.
+
+    Args:
+        unseen: the source's weights are still on the hub; its commit says what they are.
+    """
     target = record.target
     indexed = len(plan.shards) == 1 or (target / INDEX).exists()
     try:
@@ -126,14 +130,18 @@ def is_finished(record: Record, plan: Plan, others: Sequence[str]) -> bool:
     except OSError:
         return False
     # A commit on the hub stays as it is: its files may only have been downloaded once more.
-    commit = "@" in ((record.identity and record.identity.revision) or "")
+    commit = record.identity is not None and record.identity.of_commit
     later = not commit and any(changed > done for changed in record.files.values())
     if later or not (same and indexed):
         return False
-    return (
-        not record.lasts
+    if unseen:
+        by_report = record.of_commit and report_files.of_commit(target) == record.of_commit
+    else:
+        by_report = report_files.are_of(target, record.fingerprint)
+    return bool(
+        by_report
+        and not record.lasts
         and all((target / name).exists() for name in plan.layout.extra_files([]))
-        and report_files.are_of(target, record.fingerprint)
         and all(
             is_complete(target / name, plan.outputs(shard))
             for shard, name in enumerate(plan.file_names)

@@ -184,6 +184,17 @@ class Plan:
         what = [self.settings(checkpoint), *(identity or identity_of(checkpoint))]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
+    def fingerprint_of_commit(self, checkpoint: Checkpoint, identity: Identity) -> str:
+        """As :meth:`fingerprint`, but known before any weights are downloaded: a commit on the hub
+        stays as it is. Empty if the source's is not known.
+
+        Args:
+            identity: ``identity_of(checkpoint)``.
+        """
+        if not identity.of_commit:
+            return ""
+        return self.fingerprint(checkpoint, identity._replace(files={}, tensors={}))
+
     def settings(self, checkpoint: Checkpoint) -> str:
         """Equal for two runs if they differ in nothing but the values of the source's tensors and
         the files beside them."""

@@ -53,6 +53,7 @@ class Record:
             shards, see :attr:`names`.
         shards: stamps of the shards, by name.
         settings, identity: ``Plan.settings`` and ``identity_of`` the source.
+        of_commit: ``Plan.fingerprint_of_commit``.
         work: the folder of ``--work-dir``.
 
     Attributes:
@@ -76,6 +77,7 @@ class Record:
         shards: Mapping[str, str] | None = None,
         settings: str = "",
         identity: Identity | None = None,
+        of_commit: str = "",
         work: Path | None = None,
     ) -> None:
         self.target = target
@@ -88,6 +90,7 @@ class Record:
         self.shards = dict(shards or {})
         self.settings = settings
         self.identity = identity
+        self.of_commit = of_commit
         self.work = WorkDir(work, target) if work else None
         self.changed: set[str] = set()
         self.repaired: set[str] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 from pathlib import Path
+from typing import Any
 
 from quantize.checkpoint.json_files import read_json
 from quantize.errors import QuantizeError
@@ -26,10 +27,21 @@ def mark(fingerprint: str, data: bytes) -> str:
 
 def are_of(target: Path, fingerprint: str) -> bool:
     """Whether ``target`` holds both files, and they are of the run with this fingerprint."""
+    return _said(target).get("fingerprint") == fingerprint
+
+
+def of_commit(target: Path) -> str:
+    """``Plan.fingerprint_of_commit`` of the run that both files are of; empty if it had none, or
+    they are not there."""
+    return str(_said(target).get("of_commit") or "")
+
+
+def _said(target: Path) -> dict[str, Any]:
+    """The report's data; nothing if both files are not there, or not of one run."""
     try:
         page = (target / REPORT).read_text(encoding="utf-8")
         data = (target / REPORT_DATA).read_bytes()
-        said = read_json(target / REPORT_DATA).get("fingerprint")
+        said = read_json(target / REPORT_DATA)
     except (OSError, ValueError, QuantizeError):
-        return False
-    return page.endswith(mark(fingerprint, data)) and said == fingerprint
+        return {}
+    return said if page.endswith(mark(str(said.get("fingerprint")), data)) else {}

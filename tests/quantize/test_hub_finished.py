@@ -1,0 +1,85 @@
+"""``--resume`` where DST is complete and SRC's weights have left the hub's cache: what a commit
+holds is known without them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import Hub
+from tests.quantize.checkpoints import contents
+from tests.quantize.pushes import OPTIONS, hub, model
+from tests.quantize.test_cli import refusal, run
+
+__all__ = ["hub", "model"]  # fixtures
+
+WEIGHTS, HEADERS = "model.safetensors", 20_000
+"""A file of 100 kB, and bytes of it that reading headers takes at most."""
+
+
+@pytest.fixture(params=[[], ["--stream"], ["--scales", "max"]], ids=" ".join)
+def finished(
+    request: pytest.FixtureRequest, hub: Hub, model: str, tmp_path: Path
+) -> tuple[str | Path, ...]:
+    """The command that made ``out``, of whose source nothing is in the cache any more."""
+    words = ("quantize", "org/moe", tmp_path / "out", *OPTIONS, *request.param)
+    assert run(*words).exit_code == 0
+    shutil.rmtree(tmp_path / "cache")
+    hub.sent.clear()
+    return words
+
+
+@pytest.mark.parametrize("more", [(), ("--push-to", "me/moe")], ids=["here", "pushed"])
+def test_nothing_is_downloaded(
+    finished: tuple[str | Path, ...], more: tuple[str, ...], hub: Hub, tmp_path: Path
+) -> None:
+    before = contents(tmp_path / "out")
+    result = run(*finished, "--resume", *more)
+    assert result.exit_code == 0, result.output
+    assert 0 < hub.sent[WEIGHTS] < HEADERS
+    assert contents(tmp_path / "out") == before
+    assert not more or before.keys() <= hub.models["me/moe"].files.keys()
+
+
+def test_a_dry_run_says_so(finished: tuple[str | Path, ...], hub: Hub, tmp_path: Path) -> None:
+    result = run(*finished, "--resume", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'out'} is complete already: nothing would be done" in result.output
+    assert hub.sent[WEIGHTS] < HEADERS
+
+
+CHANGES = {
+    "other options": lambda out: ("--layout", "compressed-tensors"),
+    "a shard is gone": lambda out: next(out.glob("*.safetensors")).unlink(),
+    "a shard is cut off": lambda out: _cut(next(out.glob("*.safetensors"))),
+    "a file beside was edited": lambda out: (out / "LICENSE").write_text("another"),
+    "the report was edited": lambda out: _edit(out / "nvfp4_moe_report.json"),
+}
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_complete_is_refused_before_a_download(
+    change: str, dry: bool, hub: Hub, model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ("quantize", "org/moe", out, *OPTIONS)
+    assert run(*words).exit_code == 0
+    shutil.rmtree(tmp_path / "cache")
+    hub.sent.clear()
+    more = CHANGES[change](out)
+    more = more if isinstance(more, tuple) else ()
+    before = contents(out)
+    said = refusal(*words, *more, "--resume", *["--dry-run"] * dry)
+    assert f"{out} holds a checkpoint, but not a whole one of this source" in said
+    assert contents(out) == before
+    if dry or change != "the report was edited":  # by which alone the options are known
+        assert hub.sent[WEIGHTS] < HEADERS
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _edit(file: Path) -> None:
+    file.write_text(file.read_text().replace('"of_commit":"', '"of_commit":"0', 1))
