@@ -175,6 +175,15 @@ def within_bits(
     return replace(_planned(checkpoint, plan, options, others, floats), choice=choice)
 
 
+def plan_before(
+    checkpoint: Checkpoint, plan: Plan, options: Options, target: Path, weight_only: int | None
+) -> Plan | None:
+    """What :func:`within_bits` gives a run that may resume, if that is known without any weights,
+    for there is a finished checkpoint in ``target``; None if it is not."""
+    finished = _finished(target, options, weight_only)
+    return _planned(checkpoint, plan, options, *finished) if finished is not None else None
+
+
 def _has_all(file: Path, key: Mapping[str, Any]) -> bool:
     """Whether what was measured, by its key in ``file``, is of the same, in these formats at least:
     an earlier version may have measured one that is left out now."""

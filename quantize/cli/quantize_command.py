@@ -272,7 +272,7 @@ def quantize(
         if ray and device:
             raise UsageError("--device is for this machine, and --ray uses a cluster's devices")
         with large_imports():
-            from quantize.calibration.bits import within_bits
+            from quantize.calibration.bits import plan_before, within_bits
             from quantize.calibration.budget import needed
             from quantize.calibration.samples import digest_of, load_samples
             from quantize.checkpoint.opened import opened
@@ -335,16 +335,22 @@ def quantize(
             if push_to and not dry_run:
                 reserve_for(push_to, checkpoint, steps)
             states = needs.states if needs else 0
+            later = bits is not None or floats is not None
+            known = (
+                plan_before(checkpoint, steps, options, target, floats)
+                if later and resume
+                else None
+            )
             with ending_at_once():
                 fetch(
                     checkpoint,
-                    steps,
+                    known or steps,
                     target,
                     states,
                     work_dir,
                     overwrite,
                     resume,
-                    bits is None and floats is None,
+                    known is not None or not later,
                     dry_run,
                     downloading,
                 )
@@ -353,7 +359,7 @@ def quantize(
                 if dry_run
                 else progress_bar("Quantizing", checkpoint.nbytes, lambda: checkpoint.nbytes_read)
             ) as bar:
-                if bits is not None or floats is not None:
+                if later:
                     assert tokens is not None
                     steps = within_bits(
                         checkpoint,

@@ -48,6 +48,24 @@ def test_a_dry_run_says_so(finished: tuple[str | Path, ...], hub: Hub, tmp_path:
     assert hub.sent[WEIGHTS] < HEADERS
 
 
+@pytest.mark.parametrize("more", [[], ["--bits", "5"], ["--weight-only", "1"]], ids=str)
+def test_nor_by_a_run_with_a_text(more: list[str], hub: Hub, trained: Path, tmp_path: Path) -> None:
+    """Whose choices of formats are in DST, and need no measuring either."""
+    (tmp_path / "a.txt").write_text("".join(f"x{n} = {n}\n" for n in range(999)))
+    hub.publish("org/moe", trained)
+    size = ("--calibration-rows", "4", "--calibration-length", "64", "--rounding", "gptq")
+    words = ("quantize", "org/moe", tmp_path / "out", "--calibrate", tmp_path / "a.txt", *size)
+    assert run(*words, *more).exit_code == 0
+    before = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "cache")
+    result = run(*words, *more, "--resume", "--dry-run")
+    assert result.exit_code == 0 and "is complete already" in result.output, result.output
+    result = run(*words, *more, "--resume")
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "out") == before
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 CHANGES = {
     "other options": lambda out: ("--layout", "compressed-tensors"),
     "a shard is gone": lambda out: next(out.glob("*.safetensors")).unlink(),
