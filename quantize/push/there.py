@@ -39,7 +39,7 @@ class There:
     """What a repository holds, of the checkpoint that is uploaded or of an earlier version of it.
 
     Attributes:
-        commit: at which it holds that.
+        commit: at which it holds that; None if the hub does not say.
         files: relative paths of all that is there.
         report: of what this package has uploaded; None if it has uploaded nothing.
         left: files that the earlier version had and the new one has not, as this package wrote
@@ -47,7 +47,7 @@ class There:
         edited: such files that somebody has changed since, or put there anew.
     """
 
-    commit: str
+    commit: str | None
     files: list[str]
     report: RunReport | None
     left: list[str]
@@ -64,9 +64,8 @@ def look(api: HfApi, name: str, ours: Sequence[str], base: str | None) -> There:
     Raises:
         QuantizeError: if that is another model, or its report cannot be read.
     """
-    info = api.model_info(name)
-    assert info.sha and info.siblings is not None  # which a hub always says of a model
-    commit, files = info.sha, [sibling.rfilename for sibling in info.siblings]
+    commit = api.model_info(name).sha
+    files = api.list_repo_files(name, revision=commit)
     report = _report(api, name, commit) if REPORT_DATA in files else None
     known = {*filter(may_be_written, report.files)} if report else set()
     known -= {*ours, *WRITTEN_ANEW}
@@ -95,7 +94,7 @@ def look(api: HfApi, name: str, ours: Sequence[str], base: str | None) -> There:
     return there
 
 
-def _is_as_written(api: HfApi, name: str, commit: str, file: str, report: RunReport) -> bool:
+def _is_as_written(api: HfApi, name: str, commit: str | None, file: str, report: RunReport) -> bool:
     """Whether a file is as the run of ``report`` wrote it. Nobody edits what a layout adds; and an
     index is of that run if it names its files, and no others."""
     if file in config_files():
@@ -112,7 +111,7 @@ def _is_as_written(api: HfApi, name: str, commit: str, file: str, report: RunRep
     )
 
 
-def _report(api: HfApi, name: str, commit: str) -> RunReport:
+def _report(api: HfApi, name: str, commit: str | None) -> RunReport:
     try:
         return loads(Path(api.hf_hub_download(name, REPORT_DATA, revision=commit)).read_bytes())
     except QuantizeError as error:
