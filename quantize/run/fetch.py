@@ -57,8 +57,10 @@ def fetch(
         record = new_record(checkpoint, plan, target, others, resume=True)
         if final and is_finished(record, plan, others, unseen=True):
             return
-        if final and of_commit(target):
-            record.prepare(overwrite, resume)  # refuses other options before hours of download
+        # Other options than DST's are refused before hours of download. Whether an interrupted run
+        # had others may take weights to know.
+        if final and not record.lasts and of_commit(target):
+            record.prepare(overwrite, resume)
     output = sum(
         sum(out.nbytes for out in plan.outputs(shard))
         for shard, name in enumerate(plan.file_names)

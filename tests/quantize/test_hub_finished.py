@@ -3,9 +3,15 @@ holds is known without them."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quantize.checkpoint.json_files import read_json
+from quantize.errors import QuantizeError
+from quantize.run.leftovers import SOURCE
+from quantize.run.made import made
+from quantize.run.target import FOLDER
 from tests.hub_server import Hub
 from tests.quantize.checkpoints import contents
 from tests.quantize.pushes import OPTIONS, hub, model
@@ -93,6 +99,30 @@ def test_what_is_not_complete_is_refused_before_a_download(
     assert contents(out) == before
     if dry or change != "the report was edited":  # by which alone the options are known
         assert hub.sent[WEIGHTS] < HEADERS
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["source noted", "killed before"])
+def test_an_interrupted_run_that_replaces_it_goes_on(
+    noted: bool, hub: Hub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though DST still has the report of the one before."""
+    out = tmp_path / "out"
+    words = ("quantize", "org/moe", out, *OPTIONS)
+    assert run(*words).exit_code == 0
+
+    def interrupt(*_: Any) -> None:
+        raise QuantizeError("interrupted here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantize.execute.finish", interrupt)
+        assert run(*words, "--scales", "max", "--overwrite").exit_code == 1
+    shutil.rmtree(tmp_path / "cache")
+    if not noted:
+        (out / FOLDER / SOURCE).unlink()
+    result = run(*words, "--scales", "max", "--resume")
+    assert result.exit_code == 0, result.output
+    assert run("verify", "org/moe", out).exit_code == 0
+    assert made(read_json(out / "config.json"), "").scales == "max"
 
 
 def _cut(file: Path) -> None:
