@@ -143,6 +143,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[torch.Size, float, float]:
+    if tensor.is_complex():  # DeepSeek-V2's positions: without the imaginary part, half of them
+        tensor = torch.view_as_real(tensor)
     # Masks have infinities, or a dtype's largest number.
     numbers = tensor.to(torch.float64).nan_to_num().clamp(-1e9, 1e9)
     weights = (

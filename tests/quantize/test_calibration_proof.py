@@ -168,6 +168,24 @@ class Mixing(torch.nn.ModuleList):
         return [partial(run, layer) for layer in found]
 
 
+class Turning(torch.nn.ModuleList):
+    """Likewise, as the imaginary part of another argument alone."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if not isinstance(index, slice):
+            return found
+        seen: list[torch.Tensor] = []
+
+        def run(layer: Any, x: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+            seen.append(x)
+            before = seen[-2:][0].float()
+            turned = torch.complex(torch.ones_like(before), before)
+            return layer(x, *args, **more, turned=turned)
+
+        return [partial(run, layer) for layer in found]
+
+
 class Looping(torch.nn.ModuleList):
     """Layers of Mixtral, of which the second runs twice."""
 
@@ -181,7 +199,11 @@ class Looping(torch.nn.ModuleList):
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize(
     ("layers", "match"),
-    [(Mixing, "layer 2 of Mixtral.* is given more"), (Looping, "Mixtral.* runs layer 1 2 times")],
+    [
+        (Mixing, "layer 2 of Mixtral.* is given more"),
+        (Turning, "layer 2 of Mixtral.* is given more"),
+        (Looping, "Mixtral.* runs layer 1 2 times"),
+    ],
 )
 def test_layers_that_need_more_than_the_last_output(
     layers: type, match: str, small: bool, four_layers: Path, tmp_path: Path,
