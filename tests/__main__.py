@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG = ("tests/quantize", "tests/plugin", "tests/engine")
 
 
-def last_words(output: str, most: int = 30) -> list[str]:
+def last_words(output: str) -> list[str]:
     """The lines of a killed process' output that say what it did: from the test file that it was in
     on, of Python's own dump the thread that was hit."""
     # The last: processes of tests may have died before, as they should.
@@ -29,7 +29,7 @@ def last_words(output: str, most: int = 30) -> list[str]:
         reason, *threads = dump.split("\n\n")
         hit = [thread for thread in threads if thread.startswith("Current thread")]
         lines += [fatal + reason, *"\n".join(hit).splitlines()]
-    return lines[: most + 10]
+    return lines[:40]
 
 
 def side_by_side(*groups: Sequence[str], **environment: str) -> int:

@@ -115,14 +115,14 @@ def within_bits(
     if weight_only is not None:
         check_count(weight_only, len(layers))
     left_out = unreadable(checkpoint.config, options.layout) if options.bits is not None else {}
-    finished = _finished(target, options, weight_only) if resume else None
-    if finished is not None:
-        for name in sorted(left_out.keys() & set(finished[0].values())):
+    before = plan_before(checkpoint, plan, options, target, weight_only) if resume else None
+    if before is not None:
+        for name in sorted(left_out.keys() & {name for _, name in before.options.formats}):
             say(
                 f"--bits: there are experts in {name} already, and vLLM's class for the model "
                 f"{left_out[name]}. vLLM with this package serves them; without, quantize again"
             )
-        return _planned(checkpoint, plan, options, *finished)
+        return before
     for name, why in left_out.items():
         say(f"--bits: no experts in {name}: vLLM's class for the model {why}")
     kept = StoredLosses(target / FOLDER / MEASURED)
@@ -178,10 +178,17 @@ def within_bits(
 def plan_before(
     checkpoint: Checkpoint, plan: Plan, options: Options, target: Path, weight_only: int | None
 ) -> Plan | None:
-    """What :func:`within_bits` gives a run that may resume, if that is known without any weights,
-    for there is a finished checkpoint in ``target``; None if it is not."""
-    finished = _finished(target, options, weight_only)
-    return _planned(checkpoint, plan, options, *finished) if finished is not None else None
+    """What :func:`within_bits` gives a run that may resume, where there is a finished checkpoint
+    for as many bits, and with as many layers whose inputs stay floats, in ``target``: that takes no
+    weights. None if there is none."""
+    file = target / CONFIG
+    if not file.exists() or (target / FOLDER / "run.json").exists():
+        return None
+    said = made(read_json(file), str(file))
+    floats = said.weight_only[len(options.weight_only) :] if said is not None else []
+    if said is None or said.bits != options.bits or len(floats) != (weight_only or 0):
+        return None
+    return _planned(checkpoint, plan, options, said.formats, floats)
 
 
 def _has_all(file: Path, key: Mapping[str, Any]) -> bool:
@@ -262,21 +269,6 @@ def _planned(
     chosen = plan_of(checkpoint, decided, plan.gates)
     used = plan.options.calibration
     return replace(chosen, options=replace(chosen.options, calibration=used))
-
-
-def _finished(
-    target: Path, options: Options, weight_only: int | None
-) -> tuple[dict[str, str], list[str]] | None:
-    """The formats of a finished checkpoint for as many bits, and patterns of as many layers'
-    experts whose inputs stay floats; None if there is none."""
-    file = target / CONFIG
-    if not file.exists() or (target / FOLDER / "run.json").exists():
-        return None
-    said = made(read_json(file), str(file))
-    floats = said.weight_only[len(options.weight_only) :] if said is not None else []
-    if said is None or said.bits != options.bits or len(floats) != (weight_only or 0):
-        return None
-    return said.formats, floats
 
 
 class _Measuring:

@@ -49,7 +49,7 @@ class Identity(NamedTuple):
     revision: str | None = None
 
     @property
-    def of_commit(self) -> bool:
+    def is_commit(self) -> bool:
         """Whether it is a commit on the hub, as it was downloaded into the hub's cache."""
         return "@" in (self.revision or "")
 

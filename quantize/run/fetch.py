@@ -6,7 +6,6 @@ from pathlib import Path
 
 from quantize.checkpoint.coming import Shown, not_shown
 from quantize.checkpoint.companions import companions
-from quantize.checkpoint.identity import identity_of
 from quantize.checkpoint.opened import bring, to_bring
 from quantize.checkpoint.reader import Checkpoint
 from quantize.run.finish import is_finished, written_names
@@ -53,8 +52,9 @@ def fetch(
         return
     others = companions(checkpoint.folder)
     if resume:
-        check_same_source(target, identity_of(checkpoint))
         record = new_record(checkpoint, plan, target, others, resume=True)
+        assert record.identity is not None
+        check_same_source(target, record.identity)
         if final and is_finished(record, plan, others, unseen=True):
             return
         # Other options than DST's are refused before hours of download. Whether an interrupted run

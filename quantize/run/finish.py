@@ -130,7 +130,7 @@ def is_finished(record: Record, plan: Plan, others: Sequence[str], unseen: bool 
     except OSError:
         return False
     # A commit on the hub stays as it is: its files may only have been downloaded once more.
-    commit = record.identity is not None and record.identity.of_commit
+    commit = record.identity is not None and record.identity.is_commit
     later = not commit and any(changed > done for changed in record.files.values())
     if later or not (same and indexed):
         return False

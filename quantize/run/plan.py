@@ -191,7 +191,7 @@ class Plan:
         Args:
             identity: ``identity_of(checkpoint)``.
         """
-        if not identity.of_commit:
+        if not identity.is_commit:
             return ""
         return self.fingerprint(checkpoint, identity._replace(files={}, tensors={}))
 

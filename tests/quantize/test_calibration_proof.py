@@ -163,27 +163,23 @@ class Mixing(torch.nn.ModuleList):
 
         def run(layer: Any, x: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
             seen.append(x)
-            return layer(x + 0.1 * seen[-2] if seen[1:] else x, *args, **more)
+            x, with_before = self.mixed(x, seen[-2:][0])
+            return layer(x, *args, **more, **with_before)
 
         return [partial(run, layer) for layer in found]
 
+    def mixed(self, x: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What a layer is given of ``x`` and of what the layer before was given, ``x`` itself if
+        there is none."""
+        return x if before is x else x + 0.1 * before, {}
 
-class Turning(torch.nn.ModuleList):
+
+class Turning(Mixing):
     """Likewise, as the imaginary part of another argument alone."""
 
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        if not isinstance(index, slice):
-            return found
-        seen: list[torch.Tensor] = []
-
-        def run(layer: Any, x: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
-            seen.append(x)
-            before = seen[-2:][0].float()
-            turned = torch.complex(torch.ones_like(before), before)
-            return layer(x, *args, **more, turned=turned)
-
-        return [partial(run, layer) for layer in found]
+    def mixed(self, x: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        before = before.float()
+        return x, {"turned": torch.complex(torch.ones_like(before), before)}
 
 
 class Looping(torch.nn.ModuleList):
